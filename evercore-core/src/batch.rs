@@ -1,0 +1,361 @@
+//! What one commit carries, and what it gives back.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::event::{NewEvent, Payload};
+use crate::ids::{AggregateId, Position, Sequence};
+use crate::limits;
+use crate::name::{AggregateType, CommandId, Key};
+use crate::time::Timestamp;
+
+/// An aggregate that a commit makes.
+#[derive(Clone, Debug)]
+pub struct NewAggregate {
+    /// An id reserved for it.
+    pub id: AggregateId,
+    /// Its type.
+    pub aggregate_type: AggregateType,
+    /// Its natural key, if it has one.
+    pub key: Option<Key>,
+}
+
+/// A natural key that a commit gives to an aggregate, in place of the one it has, if any.
+#[derive(Clone, Debug)]
+pub struct KeyChange {
+    /// The aggregate.
+    pub aggregate: AggregateId,
+    /// Its type, within which the key must be free.
+    pub aggregate_type: AggregateType,
+    /// Its new key.
+    pub key: Key,
+}
+
+/// Events that a commit adds to one aggregate. The engine numbers them from `expected + 1`.
+#[derive(Clone, Debug)]
+pub struct Append {
+    /// The aggregate.
+    pub aggregate: AggregateId,
+    /// Its type.
+    pub aggregate_type: AggregateType,
+    /// The sequence at which the aggregate must be.
+    pub expected: Sequence,
+    /// The events, in order; at least one.
+    pub events: Vec<NewEvent>,
+}
+
+impl Append {
+    /// The sequence of the last event, once they are written.
+    pub fn last(&self) -> Sequence {
+        self.expected.plus(self.events.len())
+    }
+}
+
+/// An aggregate that was read and must not have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guard {
+    /// The aggregate.
+    pub aggregate: AggregateId,
+    /// The sequence at which it must be.
+    pub expected: Sequence,
+}
+
+/// The state of an aggregate after an event, kept to spare the replay of what lies before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The sequence of the last event that is in the state.
+    pub sequence: Sequence,
+    /// The version of the state's shape; another version is not read.
+    pub version: u32,
+    /// The state, as its codec wrote it.
+    pub state: Payload,
+}
+
+/// Everything one unit of work wants to have written: all of it or nothing of it.
+///
+/// What is in a batch has been checked: names and values where they were born, limits and contradictions here.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    creates: Vec<NewAggregate>,
+    key_changes: Vec<KeyChange>,
+    appends: Vec<Append>,
+    guards: Vec<Guard>,
+    snapshots: Vec<(AggregateId, Snapshot)>,
+    command_id: Option<CommandId>,
+    append_of: HashMap<AggregateId, usize>,
+    events: usize,
+    bytes: usize,
+}
+
+impl Batch {
+    /// An empty batch, which writes nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes an aggregate.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the batch already makes an aggregate with that id;
+    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if it already gives that key to another.
+    pub fn create(&mut self, aggregate: NewAggregate) -> Result<()> {
+        if self.creates.iter().any(|known| known.id == aggregate.id) {
+            return Err(Error::invalid(format!("aggregate {} is created twice", aggregate.id)));
+        }
+        if let Some(key) = &aggregate.key {
+            self.check_key(aggregate.id, &aggregate.aggregate_type, key)?;
+        }
+        self.creates.push(aggregate);
+        Ok(())
+    }
+
+    /// Gives an aggregate another natural key; the last of several changes counts.
+    ///
+    /// # Errors
+    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate.
+    pub fn change_key(&mut self, change: KeyChange) -> Result<()> {
+        self.check_key(change.aggregate, &change.aggregate_type, &change.key)?;
+        if let Some(created) = self.creates.iter_mut().find(|created| created.id == change.aggregate) {
+            created.key = Some(change.key);
+            return Ok(());
+        }
+        self.key_changes.retain(|known| known.aggregate != change.aggregate);
+        self.key_changes.push(change);
+        Ok(())
+    }
+
+    /// Adds events to an aggregate; several appends to one aggregate become one.
+    ///
+    /// # Errors
+    /// [`Conflict`](crate::ErrorKind::Conflict) if the batch already has events for that aggregate and `expected`
+    /// does not follow them; [`Invalid`](crate::ErrorKind::Invalid) if the batch passes [`limits::UNIT_EVENTS`] or
+    /// [`limits::UNIT_BYTES`].
+    pub fn append(&mut self, append: Append) -> Result<()> {
+        let events = self.events + append.events.len();
+        let bytes = self.bytes + append.events.iter().map(|event| event.payload.as_bytes().len()).sum::<usize>();
+        check_limit("events", events, limits::UNIT_EVENTS)?;
+        check_limit("bytes", bytes, limits::UNIT_BYTES)?;
+        if append.events.is_empty() {
+            return Ok(());
+        }
+        match self.append_of.entry(append.aggregate) {
+            Entry::Vacant(place) => {
+                place.insert(self.appends.len());
+                self.appends.push(append);
+            }
+            Entry::Occupied(place) => {
+                let known = &mut self.appends[*place.get()];
+                if known.last() != append.expected {
+                    return Err(Error::conflict(append.aggregate, append.expected, known.last()));
+                }
+                known.events.extend(append.events);
+            }
+        }
+        (self.events, self.bytes) = (events, bytes);
+        Ok(())
+    }
+
+    /// Demands that an aggregate is still at this sequence when the batch is written.
+    pub fn guard(&mut self, guard: Guard) {
+        if !self.guards.contains(&guard) {
+            self.guards.push(guard);
+        }
+    }
+
+    /// Keeps a snapshot, in place of an earlier one of the same aggregate.
+    pub fn snapshot(&mut self, aggregate: AggregateId, snapshot: Snapshot) {
+        self.snapshots.retain(|(known, _)| *known != aggregate);
+        self.snapshots.push((aggregate, snapshot));
+    }
+
+    /// Names the command, so that it takes effect once.
+    pub fn set_command_id(&mut self, id: CommandId) {
+        self.command_id = Some(id);
+    }
+
+    /// The aggregates to make.
+    pub fn creates(&self) -> &[NewAggregate] {
+        &self.creates
+    }
+
+    /// The natural keys to give; at most one per aggregate, none for an aggregate that the batch makes.
+    pub fn key_changes(&self) -> &[KeyChange] {
+        &self.key_changes
+    }
+
+    /// The events to add; at most one entry per aggregate, none empty.
+    pub fn appends(&self) -> &[Append] {
+        &self.appends
+    }
+
+    /// The events to add to this aggregate.
+    pub fn append_to(&self, aggregate: AggregateId) -> Option<&Append> {
+        self.append_of.get(&aggregate).map(|index| &self.appends[*index])
+    }
+
+    /// The aggregates that must not have changed.
+    pub fn guards(&self) -> &[Guard] {
+        &self.guards
+    }
+
+    /// The snapshots to keep; at most one per aggregate.
+    pub fn snapshots(&self) -> &[(AggregateId, Snapshot)] {
+        &self.snapshots
+    }
+
+    /// The command id, if the unit has one.
+    pub fn command_id(&self) -> Option<&CommandId> {
+        self.command_id.as_ref()
+    }
+
+    /// How many events there are.
+    pub fn events(&self) -> usize {
+        self.events
+    }
+
+    /// Whether there is nothing to write and nothing to check.
+    pub fn is_empty(&self) -> bool {
+        self.creates.is_empty()
+            && self.key_changes.is_empty()
+            && self.appends.is_empty()
+            && self.guards.is_empty()
+            && self.snapshots.is_empty()
+            && self.command_id.is_none()
+    }
+
+    /// Tells the content of one command from another: the types, keys, event types and payloads, in order; not ids,
+    /// expected sequences and times, which differ when the same command is tried again.
+    ///
+    /// It finds an id used twice by mistake; it is no defence against malice (64 bits, FNV-1a).
+    pub fn fingerprint(&self) -> i64 {
+        let mut hash = Fnv::new();
+        for created in &self.creates {
+            hash.part(created.aggregate_type.as_str().as_bytes());
+            hash.part(created.key.as_ref().map_or(&[], |key| key.as_str().as_bytes()));
+        }
+        for change in &self.key_changes {
+            hash.part(change.aggregate_type.as_str().as_bytes());
+            hash.part(change.key.as_str().as_bytes());
+        }
+        for append in &self.appends {
+            hash.part(append.aggregate_type.as_str().as_bytes());
+            for event in &append.events {
+                hash.part(event.event_type.as_str().as_bytes());
+                hash.part(event.payload.as_bytes());
+            }
+        }
+        hash.finish()
+    }
+
+    fn check_key(&self, id: AggregateId, aggregate_type: &AggregateType, key: &Key) -> Result<()> {
+        let created = self.creates.iter().any(|known| {
+            known.id != id && known.aggregate_type == *aggregate_type && known.key.as_ref() == Some(key)
+        });
+        let changed = self.key_changes.iter().any(|known| {
+            known.aggregate != id && known.aggregate_type == *aggregate_type && known.key == *key
+        });
+        if created || changed {
+            return Err(Error::key_taken(aggregate_type.clone()));
+        }
+        Ok(())
+    }
+}
+
+fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
+    if count > limit {
+        return Err(Error::invalid(format!("a unit of work with {count} {what}, the limit is {limit}")));
+    }
+    Ok(())
+}
+
+/// FNV-1a with 64 bits: the same on every machine and in every release, unlike the standard library's hasher.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    /// The length goes in first, so that no two lists of parts are alike.
+    fn part(&mut self, bytes: &[u8]) {
+        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+
+    fn finish(self) -> i64 {
+        self.0.cast_signed()
+    }
+}
+
+/// What a commit gives back: where its events stand.
+///
+/// The same command id again gives an equal receipt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// The first position of the unit's events; [`Position::ZERO`] if it wrote none.
+    pub first: Position,
+    /// The last position of the unit's events: who has read up to here has seen them; [`Position::ZERO`] if it wrote
+    /// none.
+    pub last: Position,
+    /// When it was committed, by the engine's clock.
+    pub recorded_at: Timestamp,
+    /// The aggregates that were made or got events, each with the sequence it has now, in the batch's order: those
+    /// made first.
+    pub aggregates: Vec<(AggregateId, Sequence)>,
+}
+
+impl Receipt {
+    /// The receipt of a batch whose events follow `head`.
+    pub fn of(batch: &Batch, head: Position, recorded_at: Timestamp) -> Self {
+        let made = batch.creates().iter().map(|created| {
+            (created.id, batch.append_to(created.id).map_or(Sequence::ZERO, Append::last))
+        });
+        let is_made = |id| batch.creates().iter().any(|created| created.id == id);
+        let grown = batch.appends().iter().filter(|append| !is_made(append.aggregate));
+        let aggregates = made.chain(grown.map(|append| (append.aggregate, append.last()))).collect();
+        let (first, last) = match batch.events() {
+            0 => (Position::ZERO, Position::ZERO),
+            events => (head.next(), head.plus(events)),
+        };
+        Self { first, last, recorded_at, aggregates }
+    }
+
+    /// The sequence that the unit left the aggregate at, if the unit made it or added to it.
+    pub fn sequence_of(&self, aggregate: AggregateId) -> Option<Sequence> {
+        self.aggregates.iter().find(|(id, _)| *id == aggregate).map(|(_, sequence)| *sequence)
+    }
+}
+
+/// The form in which engines store a receipt: `first last recorded_at;id sequence;id sequence…`.
+impl fmt::Display for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.first, self.last, self.recorded_at.as_micros())?;
+        self.aggregates.iter().try_for_each(|(id, sequence)| write!(f, ";{id} {sequence}"))
+    }
+}
+
+impl std::str::FromStr for Receipt {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let damaged = || Error::new(crate::ErrorKind::NotAStore, "a stored receipt does not read");
+        let mut parts = text.split(';').map(|part| {
+            part.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>().map_err(|_| damaged())
+        });
+        let head = parts.next().ok_or_else(damaged)??;
+        let [first, last, recorded_at] = head[..] else { return Err(damaged()) };
+        let pair = |part: Result<Vec<i64>>| match part?[..] {
+            [id, sequence] => Ok((AggregateId::new(id)?, Sequence::new(sequence)?)),
+            _ => Err(damaged()),
+        };
+        Ok(Self {
+            first: Position::new(first)?,
+            last: Position::new(last)?,
+            recorded_at: Timestamp::from_micros(recorded_at)?,
+            aggregates: parts.map(pair).collect::<Result<_>>()?,
+        })
+    }
+}

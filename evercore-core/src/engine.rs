@@ -1,0 +1,355 @@
+//! The contract between evercore and its storage: one trait, object safe, in terms of `std` alone.
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use crate::batch::{Batch, Receipt, Snapshot};
+use crate::error::{Error, Result};
+use crate::event::Events;
+use crate::ids::{AggregateId, IdBlock, Position, Sequence};
+use crate::limits;
+use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::time::Timestamp;
+
+/// What every method of an engine returns.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Where the events lie. Implemented by engines, called by [`EventStore`](crate::EventStore).
+///
+/// The bullets are the promises; each has a case of the same words in `evercore-testkit`, which an engine must pass.
+///
+/// For the whole of an engine:
+///
+/// * every future may be dropped at any await without harm: nothing is half written, nothing is left locked;
+/// * no call blocks the executor's thread on disk or network, unless the user asked for it;
+/// * bad input never arrives here: names, keys, payloads and batches were checked where they were born;
+/// * nothing it says, logs or shows by `Debug` has a payload, a natural key or a password in it;
+/// * type names are the engine's to intern, and an interner remembers only what has committed.
+pub trait StorageEngine: Debug + Send + Sync + 'static {
+    /// Reserves `count` ids for aggregates to be made, at least 1 and at most [`limits::RESERVE_IDS`].
+    ///
+    /// * no id is given out twice, by any engine on the same storage, also after reopening;
+    /// * ids that are not used are lost, and that is harmless.
+    fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>>;
+
+    /// Writes a batch.
+    ///
+    /// * all of it is written, or nothing of it;
+    /// * what is acknowledged is durable, as far as the user asked for;
+    /// * a stale append is a conflict, names expected and actual sequence, and writes nothing; so is a stale guard;
+    /// * events are numbered from `expected + 1`, without holes, and positions from the log's head, without holes, in
+    ///   commit order; the events of a batch are contiguous, in the order of its appends;
+    /// * a key held by another aggregate of the same type is `KeyTaken`; a key that the same batch takes from its
+    ///   holder is free;
+    /// * an aggregate that does not exist is `NotFound`, one of another type is `WrongType`;
+    /// * the command id is looked at before everything else: known with the same fingerprint, the first receipt comes
+    ///   back and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
+    /// * an aggregate has one snapshot: a later one, or one of another version, takes its place; one that is ahead
+    ///   of the aggregate after the batch is not kept;
+    /// * `recorded_at` is the engine's clock, never less than that of the event before.
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>>;
+
+    /// The receipt of the command with this id, if it took effect.
+    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>>;
+
+    /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will".
+    ///
+    /// * after `None`, a commit with that id is `CommandAbandoned`, however long it was on its way.
+    fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>>;
+
+    /// Loads an aggregate: its newest usable snapshot and the events behind it; `None` if there is no such aggregate.
+    ///
+    /// * a snapshot is usable if it has the version asked for and is not ahead of the aggregate nor of `up_to`;
+    /// * `History::sequence` is that of the aggregate, and the events are those up to it, as of one moment.
+    fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>>;
+
+    /// A page of one aggregate's events; empty if there is no such aggregate.
+    fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>>;
+
+    /// A page of the log.
+    ///
+    /// * a page is a prefix of what there was to read: no event is skipped, none comes twice;
+    /// * a page ends at `limit`, and `LogPage::scanned` tells up to where there is nothing more to find;
+    /// * a name that no event has yet matches nothing, and matches as soon as one has it;
+    /// * reading forward from past the head is `CursorAhead`.
+    fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>>;
+
+    /// The position of the last event; [`Position::ZERO`] in an empty store.
+    fn head(&self) -> BoxFuture<'_, Result<Position>>;
+
+    /// The position of the last event recorded at this time or before.
+    fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>>;
+
+    /// Waits until there is an event past `after`, at most this long; tells the head it saw.
+    ///
+    /// * a commit through this engine wakes all who wait, at once.
+    fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>>;
+
+    /// Lets this much time pass: the one clock that core has.
+    fn pause(&self, time: Duration) -> BoxFuture<'_, ()>;
+
+    /// Registers these names, if they are new, and has them at hand for what follows; again is harmless.
+    fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>>;
+
+    /// All names registered by commits and warm-ups, ordered.
+    fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>>;
+}
+
+/// An aggregate type with the event types seen in it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KnownType {
+    /// The aggregate type.
+    pub aggregate_type: AggregateType,
+    /// Its event types.
+    pub event_types: Vec<EventType>,
+}
+
+/// Which aggregate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The one with this id.
+    Id(AggregateId),
+    /// The one of this type with this natural key.
+    Key(AggregateType, Key),
+}
+
+/// What to load.
+#[derive(Clone, Debug)]
+pub struct LoadRequest {
+    /// Which aggregate.
+    pub target: Target,
+    /// The version a snapshot must have to be usable; `None`: no snapshot.
+    pub snapshot: Option<u32>,
+    /// The last sequence to load; [`Sequence::MAX`] for all.
+    pub up_to: Sequence,
+    /// How much to load at once; what lies behind is read by [`StorageEngine::read_aggregate`].
+    pub limit: PageLimit,
+}
+
+/// An aggregate as it is stored.
+#[derive(Clone, Debug)]
+pub struct History {
+    /// Its id.
+    pub id: AggregateId,
+    /// Its type.
+    pub aggregate_type: AggregateType,
+    /// Its natural key.
+    pub key: Option<Key>,
+    /// The sequence of its last event, whether loaded or not; [`Sequence::ZERO`] if it has none.
+    pub sequence: Sequence,
+    /// The snapshot to begin with.
+    pub snapshot: Option<Snapshot>,
+    /// The events behind the snapshot, as many as the limit allowed.
+    pub events: Events,
+}
+
+/// Which way to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Oldest first.
+    Forward,
+    /// Newest first.
+    Backward,
+}
+
+/// Which events of one aggregate to read.
+#[derive(Clone, Copy, Debug)]
+pub struct AggregateQuery {
+    /// The aggregate.
+    pub aggregate: AggregateId,
+    /// Which way.
+    pub direction: Direction,
+    /// Where to begin, itself not read: the events behind it going forward, before it going backward.
+    pub from: Sequence,
+    /// Where to end, itself read.
+    pub to: Sequence,
+    /// How much at once.
+    pub limit: PageLimit,
+}
+
+/// How much one page may hold; it ends at whichever comes first, but has one event at least (unless `events` is 0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageLimit {
+    events: usize,
+    bytes: usize,
+}
+
+impl PageLimit {
+    /// At most this many events, and the default number of bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_EVENTS`].
+    pub fn events(events: usize) -> Result<Self> {
+        check_page("events", events, limits::PAGE_EVENTS)?;
+        Ok(Self { events, ..Self::default() })
+    }
+
+    /// The same, with at most this many payload bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_BYTES`].
+    pub fn and_bytes(self, bytes: usize) -> Result<Self> {
+        check_page("bytes", bytes, limits::PAGE_BYTES)?;
+        Ok(Self { bytes, ..self })
+    }
+
+    /// The most events.
+    pub const fn max_events(self) -> usize {
+        self.events
+    }
+
+    /// The most payload bytes.
+    pub const fn max_bytes(self) -> usize {
+        self.bytes
+    }
+
+    /// Whether a page that holds `events` events and `bytes` bytes has room for one event of `next` bytes.
+    pub const fn has_room(self, events: usize, bytes: usize, next: usize) -> bool {
+        events < self.events && (events == 0 || bytes + next <= self.bytes)
+    }
+}
+
+impl Default for PageLimit {
+    fn default() -> Self {
+        Self { events: limits::DEFAULT_PAGE_EVENTS, bytes: limits::DEFAULT_PAGE_BYTES }
+    }
+}
+
+fn check_page(what: &str, count: usize, limit: usize) -> Result<()> {
+    if count > limit {
+        return Err(Error::invalid(format!("a page of {count} {what}, the limit is {limit}")));
+    }
+    Ok(())
+}
+
+/// Which events to read or to be given: those for which every part that is set holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Events of aggregates of this type.
+    pub aggregate_type: Option<AggregateType>,
+    /// Events of one of these types; empty: of any type.
+    pub event_types: Vec<EventType>,
+    /// Events of this aggregate.
+    pub aggregate: Option<AggregateId>,
+}
+
+impl Filter {
+    /// All events.
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    /// Only events of aggregates of this type.
+    #[must_use]
+    pub fn with_aggregate_type(mut self, aggregate_type: AggregateType) -> Self {
+        self.aggregate_type = Some(aggregate_type);
+        self
+    }
+
+    /// Also events of this type; without any, events of all types.
+    #[must_use]
+    pub fn with_event_type(mut self, event_type: EventType) -> Self {
+        self.event_types.push(event_type);
+        self
+    }
+
+    /// Only events of this aggregate. For a natural key ask [`EventStore::find`](crate::EventStore::find) first: a
+    /// filter means the aggregate, not the key it has today.
+    #[must_use]
+    pub fn with_aggregate(mut self, aggregate: AggregateId) -> Self {
+        self.aggregate = Some(aggregate);
+        self
+    }
+
+    /// Whether an event with these traits passes: the one meaning that all engines share.
+    pub fn matches(&self, aggregate: AggregateId, aggregate_type: &AggregateType, event: &EventType) -> bool {
+        self.aggregate.is_none_or(|wanted| wanted == aggregate)
+            && self.matches_type(aggregate_type, event)
+    }
+
+    /// Whether events of this type, in aggregates of this type, pass.
+    pub fn matches_type(&self, aggregate_type: &AggregateType, event: &EventType) -> bool {
+        self.aggregate_type.as_ref().is_none_or(|wanted| wanted == aggregate_type)
+            && (self.event_types.is_empty() || self.event_types.contains(event))
+    }
+}
+
+/// Which page of the log to read.
+#[derive(Clone, Debug)]
+pub struct LogQuery {
+    /// Which way.
+    pub direction: Direction,
+    /// Where to begin, itself not read: the events behind it going forward, before it going backward.
+    pub from: Position,
+    /// Where to end, itself read.
+    pub to: Position,
+    /// Which events.
+    pub filter: Filter,
+    /// How much at once.
+    pub limit: PageLimit,
+}
+
+impl LogQuery {
+    /// Everything after this position, oldest first. [`Position::ZERO`] is the beginning.
+    pub fn after(position: Position) -> Self {
+        Self {
+            direction: Direction::Forward,
+            from: position,
+            to: Position::MAX,
+            filter: Filter::all(),
+            limit: PageLimit::default(),
+        }
+    }
+
+    /// Everything before this position, newest first. [`Position::MAX`] is the end.
+    pub fn before(position: Position) -> Self {
+        Self { direction: Direction::Backward, to: Position::ZERO, ..Self::after(position) }
+    }
+
+    /// Ends at this position, which is still read.
+    #[must_use]
+    pub fn up_to(mut self, position: Position) -> Self {
+        self.to = position;
+        self
+    }
+
+    /// Only what passes.
+    #[must_use]
+    pub fn with_filter(mut self, filter: Filter) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// How much at once.
+    #[must_use]
+    pub fn with_limit(mut self, limit: PageLimit) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// What `scanned` is when a page met its limit, or read to the end of what there is.
+    ///
+    /// Going forward, a page that met its limit was searched up to its last event, otherwise up to the head or `to`;
+    /// going backward, down to its last event, otherwise down to `to`. Never back over `from`.
+    pub fn scanned(&self, events: &Events, is_full: bool, head: Position) -> Position {
+        let last = events.last().map(|event| event.position());
+        match (is_full, self.direction) {
+            (true, _) => last.unwrap_or(self.from),
+            (false, Direction::Forward) => head.min(self.to).max(self.from),
+            (false, Direction::Backward) => self.to.min(self.from),
+        }
+    }
+}
+
+/// A page of the log.
+#[derive(Clone, Debug)]
+pub struct LogPage {
+    /// The events, in the order asked for.
+    pub events: Events,
+    /// Up to where the log was searched: the `from` of the next page. Goes on past what did not pass the filter.
+    pub scanned: Position,
+    /// The position of the last event of the log, as of this page.
+    pub head: Position,
+}

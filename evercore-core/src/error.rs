@@ -1,0 +1,237 @@
+//! What can go wrong, named by what the caller can do about it.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use crate::ids::{AggregateId, Position, Sequence};
+use crate::name::{AggregateType, EventType};
+
+/// The result of everything in evercore that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Any error, as user code hands it in: from a validation, a decision, a codec.
+pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
+
+/// An error of evercore: a [kind](ErrorKind) to act on, a sentence to read, and often a [source](StdError::source).
+///
+/// `Display` and `Debug` never show a payload, a natural key or a password. A source is somebody else's error and
+/// may: show it to those who may see the data.
+pub struct Error(Box<Repr>);
+
+struct Repr {
+    kind: ErrorKind,
+    message: String,
+    source: Option<BoxError>,
+}
+
+/// What went wrong, by what the caller can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no such aggregate. Create it, or ask for another.
+    NotFound,
+    /// The aggregate exists but is of another type than asked for. Load it as what it is.
+    #[non_exhaustive]
+    WrongType {
+        /// What was asked for.
+        expected: AggregateType,
+        /// What it is.
+        actual: AggregateType,
+    },
+    /// The natural key belongs to another aggregate of the same type. Choose another key, or load that aggregate.
+    #[non_exhaustive]
+    KeyTaken {
+        /// The type within which the key is taken.
+        aggregate_type: AggregateType,
+    },
+    /// The aggregate is not at the sequence that the unit of work expected. Load again, decide again.
+    #[non_exhaustive]
+    Conflict {
+        /// The aggregate that is elsewhere.
+        aggregate: AggregateId,
+        /// The sequence on which the decision was based.
+        expected: Sequence,
+        /// The sequence at which the aggregate is.
+        actual: Sequence,
+    },
+    /// A name or key breaks a rule of [`limits`](crate::limits). Mend the input.
+    InvalidName,
+    /// A value is out of range or over a limit. Mend the input.
+    Invalid,
+    /// The event would bring the aggregate into a state that its `validate` refuses. The source tells why.
+    InvalidState,
+    /// The user's own decision said no. The source is the decision's error.
+    Rejected,
+    /// An event or a state could not be encoded or decoded. Mend the type, or the data.
+    #[non_exhaustive]
+    Codec {
+        /// The type of the event, as stored; `None` for a state.
+        event_type: Option<EventType>,
+        /// Where the event lies in the log; `None` if it is not stored.
+        position: Option<Position>,
+    },
+    /// The command id took effect before, with other content. Use a new id for a new command.
+    CommandReused,
+    /// The outcome of the command id was settled as "never committed"; it can take effect no more. Use a new id.
+    CommandAbandoned,
+    /// Whether the commit took effect is not known. Settle it with the same command id, or look.
+    OutcomeUnknown,
+    /// The cursor lies behind the end of the log: this store lost its tail or is another one. Do not read on.
+    #[non_exhaustive]
+    CursorAhead {
+        /// Where the reader wanted to go on.
+        cursor: Position,
+        /// Where the log ends.
+        head: Position,
+    },
+    /// The store could not be reached or was too busy, and nothing was written. Try again.
+    Unavailable,
+    /// The store was opened read-only, or its file or server allows no writing.
+    ReadOnly,
+    /// The disk is full, and nothing was written. Make space.
+    Full,
+    /// Not a store of evercore, or damaged. Restore a backup, or open another.
+    NotAStore,
+    /// The store's schema is newer than this library. Use a newer evercore.
+    #[non_exhaustive]
+    SchemaTooNew {
+        /// The schema version found.
+        found: u32,
+        /// The newest schema version that this library knows.
+        known: u32,
+    },
+    /// The engine is closed, or closed itself after a failed flush. Open it again.
+    Closed,
+    /// Anything else the engine met. The source tells more.
+    Backend,
+}
+
+impl Error {
+    /// An error of this kind with this sentence: lower case, no full stop, the thing that is wrong in quotes.
+    ///
+    /// For engines and codecs; `message` must not show a payload, a natural key or a password.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Repr { kind, message: message.into(), source: None }))
+    }
+
+    /// The same error, with what caused it.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// The aggregate is not at the sequence that was expected.
+    pub fn conflict(aggregate: AggregateId, expected: Sequence, actual: Sequence) -> Self {
+        let message = format!("aggregate {aggregate} is at sequence {actual}, expected {expected}");
+        Self::new(ErrorKind::Conflict { aggregate, expected, actual }, message)
+    }
+
+    /// The natural key belongs to another aggregate of that type.
+    pub fn key_taken(aggregate_type: AggregateType) -> Self {
+        let message = format!("the natural key belongs to another \"{aggregate_type}\"");
+        Self::new(ErrorKind::KeyTaken { aggregate_type }, message)
+    }
+
+    /// There is no aggregate with that id.
+    pub fn not_found(aggregate: AggregateId) -> Self {
+        Self::new(ErrorKind::NotFound, format!("there is no aggregate {aggregate}"))
+    }
+
+    /// There is no aggregate of that type with the natural key asked for.
+    pub fn key_not_found(aggregate_type: &AggregateType) -> Self {
+        Self::new(ErrorKind::NotFound, format!("there is no \"{aggregate_type}\" with that natural key"))
+    }
+
+    /// The aggregate is of another type than asked for.
+    pub fn wrong_type(aggregate: AggregateId, expected: AggregateType, actual: AggregateType) -> Self {
+        let message = format!("aggregate {aggregate} is of type \"{actual}\", not \"{expected}\"");
+        Self::new(ErrorKind::WrongType { expected, actual }, message)
+    }
+
+    /// The cursor lies behind the end of the log.
+    pub fn cursor_ahead(cursor: Position, head: Position) -> Self {
+        let message = format!("cursor {cursor} is ahead of the log, which ends at {head}");
+        Self::new(ErrorKind::CursorAhead { cursor, head }, message)
+    }
+
+    /// The command id took effect before, with other content.
+    pub fn command_reused() -> Self {
+        Self::new(ErrorKind::CommandReused, "the command id took effect before, with other content")
+    }
+
+    /// The command id was settled as "never committed".
+    pub fn command_abandoned() -> Self {
+        Self::new(ErrorKind::CommandAbandoned, "the command id was settled as never committed")
+    }
+
+    /// The store's schema is newer than this library.
+    pub fn schema_too_new(found: u32, known: u32) -> Self {
+        let message = format!("the store has schema version {found}, this library knows up to {known}");
+        Self::new(ErrorKind::SchemaTooNew { found, known }, message)
+    }
+
+    /// A value is out of range or over a limit.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, message)
+    }
+
+    pub(crate) fn invalid_name(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::InvalidName, message)
+    }
+
+    pub(crate) fn codec(event_type: Option<EventType>, position: Option<Position>, source: BoxError) -> Self {
+        let thing = event_type.as_ref().map_or_else(|| "a state".to_owned(), |name| format!("event \"{name}\""));
+        let place = position.map_or_else(String::new, |position| format!(" at position {position}"));
+        let kind = ErrorKind::Codec { event_type, position };
+        Self::new(kind, format!("{thing}{place} does not fit its codec")).with_source(source)
+    }
+
+    /// What went wrong, by what the caller can do.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.0.kind
+    }
+
+    /// Whether somebody else was faster: on fresh state the same decision may succeed.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self.0.kind, ErrorKind::Conflict { .. })
+    }
+
+    /// Whether trying again may help: after a conflict on fresh state, after "unavailable" as it is.
+    pub fn is_retryable(&self) -> bool {
+        self.is_conflict() || matches!(self.0.kind, ErrorKind::Unavailable)
+    }
+
+    /// The user's own error of type `E`, if a decision or a validation raised this one.
+    ///
+    /// ```
+    /// # use evercore_core::{Error, ErrorKind};
+    /// #[derive(Debug, PartialEq)]
+    /// struct TooLate;
+    /// # impl std::fmt::Display for TooLate { fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.write_str("too late") } }
+    /// # impl std::error::Error for TooLate {}
+    /// let error = Error::new(ErrorKind::Rejected, "the decision said no").with_source(TooLate);
+    /// assert_eq!(error.cause::<TooLate>(), Some(&TooLate));
+    /// ```
+    pub fn cause<E: StdError + 'static>(&self) -> Option<&E> {
+        self.0.source.as_deref().and_then(|source| source.downcast_ref())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error").field("kind", &self.0.kind).field("message", &self.0.message).finish_non_exhaustive()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}

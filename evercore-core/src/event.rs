@@ -1,0 +1,405 @@
+//! Events: as they go into a commit, and as they come back, a page at a time.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::ids::{AggregateId, Position, Sequence};
+use crate::limits;
+use crate::metadata::{Headers, Metadata};
+use crate::name::{AggregateType, EventType};
+use crate::time::Timestamp;
+
+/// The content of an event or of a snapshot: bytes, of at most [`limits::PAYLOAD_BYTES`].
+///
+/// `Debug` shows the length only.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Payload(Vec<u8>);
+
+impl Payload {
+    /// Takes bytes; they are checked before anything is copied.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAYLOAD_BYTES`].
+    pub fn new(bytes: impl AsRef<[u8]> + Into<Vec<u8>>) -> Result<Self> {
+        let (length, limit) = (bytes.as_ref().len(), limits::PAYLOAD_BYTES);
+        if length > limit {
+            return Err(Error::invalid(format!("payload has {length} bytes, the limit is {limit}")));
+        }
+        Ok(Self(bytes.into()))
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Payload({} bytes)", self.0.len())
+    }
+}
+
+/// An event on its way into a commit; the engine numbers it.
+#[derive(Clone, Debug)]
+pub struct NewEvent {
+    /// What happened.
+    pub event_type: EventType,
+    /// The content.
+    pub payload: Payload,
+    /// When it happened.
+    pub time: Timestamp,
+    /// What it carries beside its content, often shared by all events of a unit. Its `time` is not looked at: the
+    /// field above is the one that counts.
+    pub metadata: Arc<Metadata>,
+}
+
+/// One event as an engine hands it to an [`EventsBuilder`], borrowed from the row it was read from.
+#[derive(Clone, Copy)]
+#[expect(missing_debug_implementations, reason = "it is all content, and content is not shown")]
+pub struct EventRow<'a> {
+    /// Its place in the log.
+    pub position: Position,
+    /// The aggregate it belongs to.
+    pub aggregate: AggregateId,
+    /// The type of that aggregate.
+    pub aggregate_type: &'a AggregateType,
+    /// Its number within the aggregate.
+    pub sequence: Sequence,
+    /// What happened.
+    pub event_type: &'a EventType,
+    /// When it happened.
+    pub time: Timestamp,
+    /// When it was committed, by the engine's clock; never goes back along the log.
+    pub recorded_at: Timestamp,
+    /// The content.
+    pub payload: &'a [u8],
+    /// The application's own word.
+    pub reference: Option<&'a str>,
+    /// The id of the conversation.
+    pub correlation_id: Option<&'a str>,
+    /// The id of the cause.
+    pub causation_id: Option<&'a str>,
+    /// The headers, if there are any.
+    pub headers: Option<&'a Headers>,
+}
+
+/// Collects a page of events without an allocation per event: contents and texts lie end to end in one buffer each.
+#[derive(Default)]
+#[expect(missing_debug_implementations, reason = "lives for one read")]
+pub struct EventsBuilder(Page);
+
+impl EventsBuilder {
+    /// An empty page.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the next event.
+    pub fn push(&mut self, row: EventRow<'_>) {
+        let page = &mut self.0;
+        let stored = Row {
+            position: row.position,
+            aggregate: row.aggregate,
+            sequence: row.sequence,
+            time: row.time,
+            recorded_at: row.recorded_at,
+            aggregate_type: index_of(&mut page.aggregate_types, row.aggregate_type, AggregateType::is_same),
+            event_type: index_of(&mut page.event_types, row.event_type, EventType::is_same),
+            payload: Span::after(page.bytes.len(), row.payload.len()),
+            reference: page.keep(row.reference),
+            correlation_id: page.keep(row.correlation_id),
+            causation_id: page.keep(row.causation_id),
+            headers: row.headers.map(|headers| page.keep_headers(headers)),
+        };
+        page.bytes.extend_from_slice(row.payload);
+        page.rows.push(stored);
+    }
+
+    /// How many events there are by now.
+    pub fn len(&self) -> usize {
+        self.0.rows.len()
+    }
+
+    /// Whether there is no event yet.
+    pub fn is_empty(&self) -> bool {
+        self.0.rows.is_empty()
+    }
+
+    /// How many payload bytes there are by now.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes.len()
+    }
+
+    /// The finished page.
+    pub fn finish(self) -> Events {
+        Events(Arc::new(self.0))
+    }
+}
+
+/// Events in the order in which they were read; cheap to clone.
+///
+/// An [`Event`] taken from it keeps the page in memory.
+#[derive(Clone, Default)]
+pub struct Events(Arc<Page>);
+
+impl Events {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.rows.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.rows.is_empty()
+    }
+
+    /// The event at `index`, counted from 0.
+    pub fn at(&self, index: usize) -> Option<Event> {
+        (index < self.len()).then(|| Event { page: self.clone(), row: index })
+    }
+
+    /// The first event.
+    pub fn first(&self) -> Option<Event> {
+        self.at(0)
+    }
+
+    /// The last event.
+    pub fn last(&self) -> Option<Event> {
+        self.at(self.len().checked_sub(1)?)
+    }
+
+    /// The events, in order.
+    pub fn iter(&self) -> EventsIter {
+        EventsIter { page: self.clone(), next: 0 }
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+impl IntoIterator for Events {
+    type Item = Event;
+    type IntoIter = EventsIter;
+
+    fn into_iter(self) -> EventsIter {
+        EventsIter { page: self, next: 0 }
+    }
+}
+
+impl IntoIterator for &Events {
+    type Item = Event;
+    type IntoIter = EventsIter;
+
+    fn into_iter(self) -> EventsIter {
+        self.iter()
+    }
+}
+
+/// The events of a page, one after the other.
+#[derive(Clone, Debug)]
+pub struct EventsIter {
+    page: Events,
+    next: usize,
+}
+
+impl Iterator for EventsIter {
+    type Item = Event;
+
+    fn next(&mut self) -> Option<Event> {
+        let event = self.page.at(self.next)?;
+        self.next += 1;
+        Some(event)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.page.len() - self.next;
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for EventsIter {}
+
+/// A recorded event: what happened, to which aggregate, when, and where it stands in the log.
+///
+/// Cheap to clone. Equal are two events of which every field is equal. `Debug` shows no content.
+#[derive(Clone)]
+pub struct Event {
+    page: Events,
+    row: usize,
+}
+
+impl Event {
+    fn row(&self) -> &Row {
+        &self.page.0.rows[self.row]
+    }
+
+    /// Its place in the log of the store.
+    pub fn position(&self) -> Position {
+        self.row().position
+    }
+
+    /// The aggregate it belongs to.
+    pub fn aggregate(&self) -> AggregateId {
+        self.row().aggregate
+    }
+
+    /// The type of that aggregate.
+    pub fn aggregate_type(&self) -> &AggregateType {
+        &self.page.0.aggregate_types[self.row().aggregate_type]
+    }
+
+    /// Its number within the aggregate.
+    pub fn sequence(&self) -> Sequence {
+        self.row().sequence
+    }
+
+    /// What happened.
+    pub fn event_type(&self) -> &EventType {
+        &self.page.0.event_types[self.row().event_type]
+    }
+
+    /// When it happened, as the writer said.
+    pub fn time(&self) -> Timestamp {
+        self.row().time
+    }
+
+    /// When it was committed, by the engine's clock; never goes back along the log.
+    pub fn recorded_at(&self) -> Timestamp {
+        self.row().recorded_at
+    }
+
+    /// The content, as its codec wrote it.
+    pub fn payload(&self) -> &[u8] {
+        &self.page.0.bytes[self.row().payload.range()]
+    }
+
+    /// The application's own word.
+    pub fn reference(&self) -> Option<&str> {
+        self.page.0.text(self.row().reference)
+    }
+
+    /// The id of the conversation.
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.page.0.text(self.row().correlation_id)
+    }
+
+    /// The id of the cause.
+    pub fn causation_id(&self) -> Option<&str> {
+        self.page.0.text(self.row().causation_id)
+    }
+
+    /// The headers; empty if there are none.
+    pub fn headers(&self) -> &Headers {
+        static NONE: Headers = Headers::new();
+        self.row().headers.map_or(&NONE, |index| &self.page.0.headers[index])
+    }
+}
+
+impl PartialEq for Event {
+    fn eq(&self, other: &Self) -> bool {
+        self.position() == other.position()
+            && self.aggregate() == other.aggregate()
+            && self.aggregate_type() == other.aggregate_type()
+            && self.sequence() == other.sequence()
+            && self.event_type() == other.event_type()
+            && self.time() == other.time()
+            && self.recorded_at() == other.recorded_at()
+            && self.payload() == other.payload()
+            && self.reference() == other.reference()
+            && self.correlation_id() == other.correlation_id()
+            && self.causation_id() == other.causation_id()
+            && self.headers() == other.headers()
+    }
+}
+
+impl Eq for Event {}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Event")
+            .field("position", &self.position())
+            .field("aggregate", &self.aggregate())
+            .field("aggregate_type", self.aggregate_type())
+            .field("sequence", &self.sequence())
+            .field("event_type", self.event_type())
+            .field("time", &self.time())
+            .field("recorded_at", &self.recorded_at())
+            .field("payload_bytes", &self.payload().len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Page {
+    rows: Vec<Row>,
+    bytes: Vec<u8>,
+    text: String,
+    headers: Vec<Headers>,
+    aggregate_types: Vec<AggregateType>,
+    event_types: Vec<EventType>,
+}
+
+struct Row {
+    position: Position,
+    aggregate: AggregateId,
+    sequence: Sequence,
+    time: Timestamp,
+    recorded_at: Timestamp,
+    aggregate_type: usize,
+    event_type: usize,
+    payload: Span,
+    reference: Option<Span>,
+    correlation_id: Option<Span>,
+    causation_id: Option<Span>,
+    headers: Option<usize>,
+}
+
+/// A piece of a page's buffer.
+#[derive(Clone, Copy)]
+struct Span {
+    start: usize,
+    end: usize,
+}
+
+impl Span {
+    fn after(start: usize, length: usize) -> Self {
+        Self { start, end: start + length }
+    }
+
+    fn range(self) -> std::ops::Range<usize> {
+        self.start..self.end
+    }
+}
+
+impl Page {
+    fn keep(&mut self, text: Option<&str>) -> Option<Span> {
+        let span = Span::after(self.text.len(), text?.len());
+        self.text.push_str(text?);
+        Some(span)
+    }
+
+    fn keep_headers(&mut self, headers: &Headers) -> usize {
+        self.headers.push(headers.clone());
+        self.headers.len() - 1
+    }
+
+    fn text(&self, span: Option<Span>) -> Option<&str> {
+        Some(&self.text[span?.range()])
+    }
+}
+
+/// The place of a name in a page's table. Names come from an engine's interner, so the same name is the same memory;
+/// where it is not, or lies far back, the name is simply noted once more.
+fn index_of<T: Clone>(table: &mut Vec<T>, name: &T, is_same: fn(&T, &T) -> bool) -> usize {
+    let looked_at = table.len().saturating_sub(32);
+    if let Some(back) = table[looked_at..].iter().rev().position(|known| is_same(known, name)) {
+        return table.len() - 1 - back;
+    }
+    table.push(name.clone());
+    table.len() - 1
+}

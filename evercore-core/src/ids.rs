@@ -1,0 +1,138 @@
+//! The numbers of the log: an aggregate's id, a sequence within it, a position in the whole.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// Identifies an aggregate within one store; 1 or more, never used again.
+///
+/// Ids are reserved in blocks before the commit, so there are holes between them. They mean nothing.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AggregateId(i64);
+
+impl AggregateId {
+    /// Takes an id that came from elsewhere, for instance from a URL.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if it is zero or negative.
+    pub fn new(id: i64) -> Result<Self> {
+        if id < 1 {
+            return Err(Error::invalid(format!("aggregate id {id} is not positive")));
+        }
+        Ok(Self(id))
+    }
+
+    /// The number.
+    pub const fn get(self) -> i64 {
+        self.0
+    }
+}
+
+impl fmt::Debug for AggregateId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AggregateId({})", self.0)
+    }
+}
+
+impl fmt::Display for AggregateId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A block of ids that one store may give to new aggregates, and nobody else.
+#[derive(Debug, Default)]
+pub struct IdBlock(Range<i64>);
+
+impl IdBlock {
+    /// The block that begins with `first` and has `count` ids.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if `first` is not positive or the block passes the largest number.
+    pub fn new(first: i64, count: u32) -> Result<Self> {
+        match first.checked_add(i64::from(count)) {
+            Some(end) if first >= 1 => Ok(Self(first..end)),
+            _ => Err(Error::invalid(format!("no block of {count} ids can begin with {first}"))),
+        }
+    }
+}
+
+impl Iterator for IdBlock {
+    type Item = AggregateId;
+
+    fn next(&mut self) -> Option<AggregateId> {
+        self.0.next().map(AggregateId)
+    }
+}
+
+macro_rules! counter {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        pub struct $name(i64);
+
+        impl $name {
+            #[doc = concat!("The ", $what, " before the first event.")]
+            pub const ZERO: Self = Self(0);
+
+            #[doc = concat!("The largest ", $what, " there can be.")]
+            pub const MAX: Self = Self(i64::MAX);
+
+            #[doc = concat!("Takes a ", $what, " that came from elsewhere.")]
+            ///
+            /// # Errors
+            /// [`Invalid`](crate::ErrorKind::Invalid) if it is negative.
+            pub fn new(value: i64) -> Result<Self> {
+                if value < 0 {
+                    return Err(Error::invalid(format!(concat!($what, " {} is negative"), value)));
+                }
+                Ok(Self(value))
+            }
+
+            /// The number.
+            pub const fn get(self) -> i64 {
+                self.0
+            }
+
+            #[doc = concat!("The ", $what, " that lies `count` events further; at most [`MAX`](Self::MAX).")]
+            #[must_use]
+            pub const fn plus(self, count: usize) -> Self {
+                Self(self.0.saturating_add_unsigned(count as u64))
+            }
+
+            #[doc = concat!("The ", $what, " of the next event.")]
+            #[must_use]
+            pub const fn next(self) -> Self {
+                self.plus(1)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+counter! {
+    /// The number of an event within its aggregate: 1, 2, 3, … without holes.
+    ///
+    /// [`Sequence::ZERO`] is an aggregate that has no event yet.
+    Sequence, "sequence"
+}
+
+counter! {
+    /// The place of an event in the log of the whole store: 1, 2, 3, … in commit order, without holes.
+    ///
+    /// A reader that has seen position p never meets an unseen event at or below p. [`Position::ZERO`] is the
+    /// beginning, before the first event.
+    Position, "position"
+}

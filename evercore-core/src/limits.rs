@@ -1,0 +1,46 @@
+//! Every limit of the house, in one place; all engines keep the same ones.
+//!
+//! Text is measured in bytes of UTF-8. What is over a limit is refused with
+//! [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) or [`ErrorKind::InvalidName`](crate::ErrorKind::InvalidName)
+//! where the value is born, so an engine never sees it.
+
+/// The longest name of an aggregate type or event type, in bytes.
+pub const NAME_BYTES: usize = 255;
+
+/// The longest natural key, in bytes.
+///
+/// Far below the 2,704 bytes that one row of a PostgreSQL B-tree index can hold.
+pub const KEY_BYTES: usize = 1_024;
+
+/// The longest command id, in bytes.
+pub const COMMAND_ID_BYTES: usize = 255;
+
+/// The longest `reference`, correlation id or causation id of an event, in bytes.
+pub const REFERENCE_BYTES: usize = 1_024;
+
+/// How large the headers of one event may be: all names and values together, in bytes.
+pub const HEADERS_BYTES: usize = 64 * 1024;
+
+/// The largest payload of one event, and the largest state in a snapshot, in bytes (16 MiB).
+pub const PAYLOAD_BYTES: usize = 16 * 1024 * 1024;
+
+/// The most events that one unit of work may carry.
+pub const UNIT_EVENTS: usize = 10_000;
+
+/// The most payload bytes that one unit of work may carry (64 MiB).
+pub const UNIT_BYTES: usize = 64 * 1024 * 1024;
+
+/// The most events that one page of a read may hold.
+pub const PAGE_EVENTS: usize = 10_000;
+
+/// The most payload bytes that one page of a read may hold (64 MiB); a page always has room for one event.
+pub const PAGE_BYTES: usize = 64 * 1024 * 1024;
+
+/// How many events a page holds unless told otherwise.
+pub const DEFAULT_PAGE_EVENTS: usize = 1_000;
+
+/// How many payload bytes a page holds unless told otherwise (8 MiB).
+pub const DEFAULT_PAGE_BYTES: usize = 8 * 1024 * 1024;
+
+/// The most ids that may be reserved at once.
+pub const RESERVE_IDS: u32 = 100_000;

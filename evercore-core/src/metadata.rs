@@ -1,0 +1,189 @@
+//! What an event carries beside its content: time, reference, correlation and causation ids, headers.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::time::Timestamp;
+
+/// Free names and values beside an event, in the order of their names.
+pub type Headers = BTreeMap<String, String>;
+
+/// What a unit of work, or one event of it, carries beside its content.
+///
+/// Set on a whole unit with [`UnitOfWork::set_metadata`](crate::UnitOfWork::set_metadata), on one event with
+/// [`UnitOfWork::record_with`](crate::UnitOfWork::record_with); what an event sets goes before what its unit sets.
+/// All of it comes back on every read path, equal on all engines.
+///
+/// ```
+/// use evercore_core::{Metadata, Timestamp};
+///
+/// let metadata = Metadata::new()
+///     .with_time(Timestamp::now())
+///     .with_reference("clerk 112")?
+///     .with_correlation_id("request 7f3a")?
+///     .with_header("tenant", "north")?;
+/// assert_eq!(metadata.reference(), Some("clerk 112"));
+/// # Ok::<(), evercore_core::Error>(())
+/// ```
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Metadata {
+    time: Option<Timestamp>,
+    reference: Option<Arc<str>>,
+    correlation_id: Option<Arc<str>>,
+    causation_id: Option<Arc<str>>,
+    headers: Headers,
+}
+
+impl Metadata {
+    /// Nothing set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the time at which the event happened; without one it is the time of recording.
+    ///
+    /// Any time there is: the order of events is their position, never their time.
+    #[must_use]
+    pub fn with_time(mut self, time: Timestamp) -> Self {
+        self.time = Some(time);
+        self
+    }
+
+    /// Sets a word of the application's own: who did it, a document, a request.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) with a NUL, or over [`limits::REFERENCE_BYTES`].
+    pub fn with_reference(mut self, reference: impl AsRef<str>) -> Result<Self> {
+        self.reference = Some(checked("reference", reference.as_ref())?);
+        Ok(self)
+    }
+
+    /// Sets the id that all events of one conversation share.
+    ///
+    /// # Errors
+    /// As [`with_reference`](Self::with_reference).
+    pub fn with_correlation_id(mut self, id: impl AsRef<str>) -> Result<Self> {
+        self.correlation_id = Some(checked("correlation id", id.as_ref())?);
+        Ok(self)
+    }
+
+    /// Sets the id of the command or event that caused this one.
+    ///
+    /// # Errors
+    /// As [`with_reference`](Self::with_reference).
+    pub fn with_causation_id(mut self, id: impl AsRef<str>) -> Result<Self> {
+        self.causation_id = Some(checked("causation id", id.as_ref())?);
+        Ok(self)
+    }
+
+    /// Adds a header, in place of an earlier one of the same name.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the name is empty, name or value has a NUL, or all headers together
+    /// are over [`limits::HEADERS_BYTES`].
+    pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Result<Self> {
+        let (name, value) = (name.into(), value.into());
+        if name.is_empty() {
+            return Err(Error::invalid("a header's name is empty"));
+        }
+        if name.contains('\0') || value.contains('\0') {
+            return Err(Error::invalid("a header has a NUL"));
+        }
+        self.headers.insert(name, value);
+        let bytes: usize = self.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if bytes > limits::HEADERS_BYTES {
+            let limit = limits::HEADERS_BYTES;
+            return Err(Error::invalid(format!("headers have {bytes} bytes, the limit is {limit}")));
+        }
+        Ok(self)
+    }
+
+    /// When it happened, if set.
+    pub fn time(&self) -> Option<Timestamp> {
+        self.time
+    }
+
+    /// The application's own word, if set.
+    pub fn reference(&self) -> Option<&str> {
+        self.reference.as_deref()
+    }
+
+    /// The id of the conversation, if set.
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.correlation_id.as_deref()
+    }
+
+    /// The id of the cause, if set.
+    pub fn causation_id(&self) -> Option<&str> {
+        self.causation_id.as_deref()
+    }
+
+    /// The headers; empty if none was set.
+    pub fn headers(&self) -> &Headers {
+        &self.headers
+    }
+
+    /// This metadata where it says something, `base` where it does not; headers are joined by name.
+    #[must_use]
+    pub(crate) fn over(mut self, base: &Self) -> Self {
+        self.time = self.time.or(base.time);
+        self.reference = self.reference.or_else(|| base.reference.clone());
+        self.correlation_id = self.correlation_id.or_else(|| base.correlation_id.clone());
+        self.causation_id = self.causation_id.or_else(|| base.causation_id.clone());
+        for (name, value) in &base.headers {
+            self.headers.entry(name.clone()).or_insert_with(|| value.clone());
+        }
+        self
+    }
+}
+
+/// Shows the time and what else is set, not what it says.
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metadata")
+            .field("time", &self.time)
+            .field("reference", &self.reference.is_some())
+            .field("correlation_id", &self.correlation_id.is_some())
+            .field("causation_id", &self.causation_id.is_some())
+            .field("headers", &self.headers.len())
+            .finish()
+    }
+}
+
+fn checked(what: &str, text: &str) -> Result<Arc<str>> {
+    let limit = limits::REFERENCE_BYTES;
+    if text.len() > limit {
+        return Err(Error::invalid(format!("{what} has {} bytes, the limit is {limit}", text.len())));
+    }
+    if text.contains('\0') {
+        return Err(Error::invalid(format!("{what} has a NUL")));
+    }
+    Ok(Arc::from(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_event_says_goes_before_what_its_unit_says() {
+        let unit = Metadata::new().with_reference("unit").unwrap().with_header("a", "unit").unwrap();
+        let event = Metadata::new().with_header("a", "event").unwrap().with_header("b", "event").unwrap();
+        let both = event.over(&unit);
+        assert_eq!(both.reference(), Some("unit"));
+        assert_eq!(both.headers()["a"], "event");
+        assert_eq!(both.headers()["b"], "event");
+    }
+
+    #[test]
+    fn limits_are_exact() {
+        assert!(Metadata::new().with_reference("x".repeat(limits::REFERENCE_BYTES)).is_ok());
+        assert!(Metadata::new().with_reference("x".repeat(limits::REFERENCE_BYTES + 1)).is_err());
+        let largest = "x".repeat(limits::HEADERS_BYTES - 1);
+        assert!(Metadata::new().with_header("h", largest.as_str()).is_ok());
+        assert!(Metadata::new().with_header("hh", largest).is_err());
+    }
+}
