@@ -177,6 +177,9 @@ pub struct PageLimit {
 }
 
 impl PageLimit {
+    /// How a history is read to be folded: a page is as long as may be.
+    pub(crate) const FOLD: Self = Self { events: limits::PAGE_EVENTS, bytes: limits::DEFAULT_PAGE_BYTES };
+
     /// At most this many events, and the default number of bytes.
     ///
     /// # Errors

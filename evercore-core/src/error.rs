@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use crate::engine::Target;
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::name::{AggregateType, EventType};
 
@@ -174,6 +175,30 @@ impl Error {
     /// A value is out of range or over a limit.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Invalid, message)
+    }
+
+    /// The user's own refusal, for work that runs in [`EventStore::retry`](crate::EventStore::retry): it is not tried
+    /// again and comes back as the source of a [`Rejected`](ErrorKind::Rejected).
+    pub fn rejected(source: impl Into<BoxError>) -> Self {
+        Self::new(ErrorKind::Rejected, "the decision said no").with_source(source)
+    }
+
+    pub(crate) fn invalid_state(aggregate: AggregateId, event_type: &EventType, source: BoxError) -> Self {
+        let message = format!("event \"{event_type}\" would leave aggregate {aggregate} in an invalid state");
+        Self::new(ErrorKind::InvalidState, message).with_source(source)
+    }
+
+    /// Somebody else made the aggregate that this unit found missing and wanted to make.
+    pub(crate) fn raced(aggregate: AggregateId) -> Self {
+        let kind = ErrorKind::Conflict { aggregate, expected: Sequence::ZERO, actual: Sequence::ZERO };
+        Self::new(kind, "another unit of work made the aggregate with that natural key first")
+    }
+
+    pub(crate) fn missing(target: &Target) -> Self {
+        match target {
+            Target::Id(id) => Self::not_found(*id),
+            Target::Key(aggregate_type, _) => Self::key_not_found(aggregate_type),
+        }
     }
 
     pub(crate) fn invalid_name(message: impl Into<String>) -> Self {

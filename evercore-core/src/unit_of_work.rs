@@ -1,0 +1,421 @@
+//! The unit of work: what was decided, collected until one commit writes all of it or nothing of it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::aggregate::{Aggregate, EventCodec, StateCodec};
+use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+use crate::engine::Target;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{NewEvent, Payload};
+use crate::ids::{AggregateId, Sequence};
+use crate::metadata::Metadata;
+use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::store::{EventStore, IntoTarget, Loaded, aggregate_type};
+use crate::time::Timestamp;
+
+/// Collects new aggregates, events, keys, guards and snapshots, and commits them together.
+///
+/// Nothing is written, locked or held before [`commit`](Self::commit), and dropping a unit writes nothing. Events of
+/// one aggregate keep the order in which they were recorded; in the log, the unit's events lie together, aggregate by
+/// aggregate in the order in which each was first recorded to.
+///
+/// ```
+/// # use evercore_core::{Aggregate, EventStore, Json, Result};
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Clone, Default, Serialize, Deserialize)] struct Account { cents: i64 }
+/// # #[derive(Serialize, Deserialize)] enum AccountEvent { Moved { cents: i64 } }
+/// # impl Aggregate for Account {
+/// #     const TYPE: &'static str = "account"; type Event = AccountEvent; type Codec = Json;
+/// #     fn apply(&mut self, AccountEvent::Moved { cents }: AccountEvent) { self.cents += cents }
+/// # }
+/// async fn transfer(store: &EventStore, cents: i64) -> Result<()> {
+///     let mut work = store.begin();
+///     let mut from = work.load::<Account>("alice").await?;
+///     let mut to = work.load::<Account>("bob").await?;
+///     work.record(&mut from, AccountEvent::Moved { cents: -cents })?;
+///     work.record(&mut to, AccountEvent::Moved { cents })?;
+///     work.commit().await?;
+///     Ok(())
+/// }
+/// ```
+#[must_use = "dropping a unit of work writes nothing; commit it"]
+pub struct UnitOfWork {
+    store: EventStore,
+    batch: Batch,
+    staged: Vec<Staged>,
+    /// Where each aggregate stands with the events staged here, and where it stood before.
+    heads: HashMap<AggregateId, Head>,
+    metadata: Metadata,
+    /// Shared with every handle that carries events of this unit; true once they are committed.
+    committed: Arc<AtomicBool>,
+    /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
+    raced: Vec<AggregateId>,
+}
+
+struct Staged {
+    aggregate: AggregateId,
+    aggregate_type: AggregateType,
+    expected: Sequence,
+    event_type: EventType,
+    payload: Payload,
+    metadata: Option<Metadata>,
+}
+
+#[derive(Clone, Copy)]
+struct Head {
+    base: Sequence,
+    staged: Sequence,
+}
+
+impl UnitOfWork {
+    pub(crate) fn new(store: EventStore) -> Self {
+        Self {
+            store,
+            batch: Batch::new(),
+            staged: Vec::new(),
+            heads: HashMap::new(),
+            metadata: Metadata::new(),
+            committed: Arc::new(AtomicBool::new(false)),
+            raced: Vec::new(),
+        }
+    }
+
+    /// Makes a new aggregate without a natural key. Its id is good at once, so other events may name it.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) if `T::TYPE` is no name; what the engine says when it reserves ids.
+    pub async fn create<T: Aggregate>(&mut self) -> Result<Loaded<T>> {
+        self.create_aggregate(None).await
+    }
+
+    /// Makes a new aggregate with a natural key; whether the key is free is seen at the commit.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule, [`KeyTaken`](ErrorKind::KeyTaken) if this
+    /// unit has given it away already; otherwise as [`create`](Self::create).
+    pub async fn create_with_key<T: Aggregate>(&mut self, key: impl AsRef<str>) -> Result<Loaded<T>> {
+        let key = Key::new(key)?;
+        self.create_aggregate(Some(key)).await
+    }
+
+    async fn create_aggregate<T: Aggregate>(&mut self, key: Option<Key>) -> Result<Loaded<T>> {
+        let aggregate_type = aggregate_type::<T>()?;
+        let id = self.store.next_id().await?;
+        self.batch.create(NewAggregate { id, aggregate_type, key: key.clone() })?;
+        let head = Head { base: Sequence::ZERO, staged: Sequence::ZERO };
+        self.heads.insert(id, head);
+        Ok(Loaded::new(id, key, Sequence::ZERO, T::default()).staged_in(&self.committed))
+    }
+
+    /// Loads an aggregate by key or id, with the events that are already staged in this unit.
+    ///
+    /// # Errors
+    /// As [`EventStore::load`].
+    pub async fn load<T: Aggregate>(&mut self, target: impl IntoTarget) -> Result<Loaded<T>> {
+        let aggregate_type = aggregate_type::<T>()?;
+        let target = target.into_target(&aggregate_type)?;
+        let missing = Error::missing(&target);
+        self.load_target(target).await?.ok_or(missing)
+    }
+
+    /// Loads the aggregate with this key, or makes it. If somebody else makes it before this unit commits, the commit
+    /// is a [conflict](Error::is_conflict): run the unit again, for instance with [`EventStore::retry`].
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) and [`create_with_key`](Self::create_with_key), but never
+    /// [`NotFound`](ErrorKind::NotFound).
+    pub async fn load_or_create<T: Aggregate>(&mut self, key: impl AsRef<str>) -> Result<Loaded<T>> {
+        let key = Key::new(key)?;
+        if let Some(known) = self.load_target(Target::Key(aggregate_type::<T>()?, key.clone())).await? {
+            return Ok(known);
+        }
+        let created = self.create_aggregate::<T>(Some(key)).await?;
+        self.raced.push(created.id());
+        Ok(created)
+    }
+
+    async fn load_target<T: Aggregate>(&self, target: Target) -> Result<Option<Loaded<T>>> {
+        let target = self.resolve(target);
+        if let Target::Id(id) = target
+            && let Some(created) = self.batch.creates().iter().find(|created| created.id == id)
+        {
+            let wanted = aggregate_type::<T>()?;
+            if created.aggregate_type != wanted {
+                return Err(Error::wrong_type(id, wanted, created.aggregate_type.clone()));
+            }
+            return self.replay_staged(Loaded::new(id, created.key.clone(), Sequence::ZERO, T::default())).map(Some);
+        }
+        let up_to = match &target {
+            Target::Id(id) => self.heads.get(id).map(|head| head.base),
+            Target::Key(..) => None,
+        };
+        let Some(loaded) = self.store.fold::<T>(target.clone(), up_to.unwrap_or(Sequence::MAX)).await? else {
+            return Ok(None);
+        };
+        self.with_staged(target, loaded).await
+    }
+
+    /// A key that this unit gives means the aggregate it gives it to.
+    fn resolve(&self, target: Target) -> Target {
+        let Target::Key(wanted, key) = &target else { return target };
+        let created = self.batch.creates().iter().find(|created| {
+            created.aggregate_type == *wanted && created.key.as_ref() == Some(key)
+        });
+        let changed =
+            self.batch.key_changes().iter().find(|change| change.aggregate_type == *wanted && change.key == *key);
+        match (created, changed) {
+            (Some(created), _) => Target::Id(created.id),
+            (None, Some(change)) => Target::Id(change.aggregate),
+            (None, None) => target,
+        }
+    }
+
+    async fn with_staged<T: Aggregate>(&self, target: Target, mut loaded: Loaded<T>) -> Result<Option<Loaded<T>>> {
+        let change = self.batch.key_changes().iter().find(|change| change.aggregate == loaded.id());
+        match (change, &target) {
+            (Some(_), Target::Key(..)) => return Ok(None), // found by the key that this unit takes away
+            (Some(change), Target::Id(_)) => loaded.set_key(change.key.clone()),
+            (None, _) => {}
+        }
+        let Some(head) = self.heads.get(&loaded.id()) else { return Ok(Some(loaded)) };
+        if loaded.sequence() != head.base {
+            // Found by its key, and it has grown since this unit looked: go back to what the unit has seen.
+            let key = loaded.key().cloned();
+            let again = self.store.fold::<T>(Target::Id(loaded.id()), head.base).await?;
+            loaded = again.ok_or_else(|| Error::not_found(loaded.id()))?;
+            if let Some(key) = key {
+                loaded.set_key(key);
+            }
+        }
+        self.replay_staged(loaded).map(Some)
+    }
+
+    fn replay_staged<T: Aggregate>(&self, mut loaded: Loaded<T>) -> Result<Loaded<T>> {
+        let id = loaded.id();
+        for event in self.staged.iter().filter(|event| event.aggregate == id) {
+            let decoded = T::Codec::decode(event.event_type.as_str(), event.payload.as_bytes())
+                .map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
+            loaded.advance(decoded).map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
+        }
+        Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
+    }
+
+    /// Gives the aggregate another natural key, or its first; whether it is free is seen at the commit.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
+    /// unit gives it to another aggregate.
+    pub fn change_key<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, key: impl AsRef<str>) -> Result<()> {
+        let key = Key::new(key)?;
+        let aggregate_type = aggregate_type::<T>()?;
+        self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
+        aggregate.set_key(key);
+        Ok(())
+    }
+
+    /// Records that something happened: applies the event, asks the new state whether it is valid, stages the event.
+    ///
+    /// # Errors
+    /// [`InvalidState`](ErrorKind::InvalidState) if the state refuses; [`Codec`](ErrorKind::Codec) if the event does
+    /// not encode; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
+    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit.
+    /// The event is then not staged and the aggregate is as before.
+    pub fn record<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, event: T::Event) -> Result<()> {
+        self.stage(aggregate, [event], None)
+    }
+
+    /// Records several events, all of them or, after an error, none.
+    ///
+    /// # Errors
+    /// As [`record`](Self::record).
+    pub fn record_all<T: Aggregate>(
+        &mut self,
+        aggregate: &mut Loaded<T>,
+        events: impl IntoIterator<Item = T::Event>,
+    ) -> Result<()> {
+        self.stage(aggregate, events, None)
+    }
+
+    /// Records an event with metadata of its own, which goes before that of the unit.
+    ///
+    /// # Errors
+    /// As [`record`](Self::record).
+    pub fn record_with<T: Aggregate>(
+        &mut self,
+        aggregate: &mut Loaded<T>,
+        event: T::Event,
+        metadata: Metadata,
+    ) -> Result<()> {
+        self.stage(aggregate, [event], Some(metadata))
+    }
+
+    fn stage<T: Aggregate>(
+        &mut self,
+        aggregate: &mut Loaded<T>,
+        events: impl IntoIterator<Item = T::Event>,
+        metadata: Option<Metadata>,
+    ) -> Result<()> {
+        let head = self.head_for(aggregate)?;
+        let aggregate_type = aggregate_type::<T>()?;
+        let before = self.staged.len();
+        // A copy takes the events, so that a refused event, or a panic, leaves the aggregate as it was.
+        let mut next = aggregate.clone();
+        for event in events {
+            let staged = encode::<T>(&next, &event, &aggregate_type, metadata.clone());
+            let staged = staged.and_then(|staged| advance(&mut next, event, &staged.event_type).map(|()| staged));
+            match staged {
+                Ok(staged) => self.staged.push(staged),
+                Err(error) => {
+                    self.staged.truncate(before);
+                    return Err(error);
+                }
+            }
+        }
+        if self.staged.len() == before {
+            return Ok(());
+        }
+        if let Err(error) = self.snapshot(aggregate.sequence(), &next) {
+            self.staged.truncate(before);
+            return Err(error);
+        }
+        *aggregate = next.staged_in(&self.committed);
+        self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
+        Ok(())
+    }
+
+    /// Where this handle's aggregate stands in this unit; an error if the handle stands elsewhere.
+    fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
+        let id = aggregate.id();
+        if aggregate.is_stale(&self.committed) {
+            let message = format!("aggregate {id} carries events of a unit of work that did not commit; load it again");
+            return Err(Error::invalid(message));
+        }
+        match self.heads.get(&id) {
+            Some(head) if head.staged != aggregate.sequence() => {
+                Err(Error::conflict(id, aggregate.sequence(), head.staged))
+            }
+            Some(head) => Ok(*head),
+            None => Ok(Head { base: aggregate.sequence(), staged: aggregate.sequence() }),
+        }
+    }
+
+    /// Keeps the state if the events just recorded passed a multiple of `SNAPSHOT_EVERY`.
+    fn snapshot<T: Aggregate>(&mut self, before: Sequence, after: &Loaded<T>) -> Result<()> {
+        let every = i64::from(T::SNAPSHOT_EVERY);
+        if every == 0 || before.get() / every == after.sequence().get() / every {
+            return Ok(());
+        }
+        let state = T::Codec::encode_state(after.state()).map_err(|source| Error::codec(None, None, source))?;
+        let snapshot =
+            Snapshot { sequence: after.sequence(), version: T::SNAPSHOT_VERSION, state: Payload::new(state)? };
+        self.batch.snapshot(after.id(), snapshot);
+        Ok(())
+    }
+
+    /// Demands that the aggregate, which was only read, has not changed when this unit commits.
+    ///
+    /// Without it two units that each read what the other writes can both commit (write skew).
+    pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) {
+        let base = self.heads.get(&aggregate.id()).map_or(aggregate.sequence(), |head| head.base);
+        self.batch.guard(Guard { aggregate: aggregate.id(), expected: base });
+    }
+
+    /// Sets what all events of this unit carry, also those recorded before, in place of what was set earlier.
+    pub fn set_metadata(&mut self, metadata: Metadata) {
+        self.metadata = metadata;
+    }
+
+    /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
+    /// effect before writes nothing and returns the first receipt.
+    pub fn set_command_id(&mut self, id: CommandId) {
+        self.batch.set_command_id(id);
+    }
+
+    /// Writes all of it, or nothing of it. A unit that holds nothing is fine and writes nothing.
+    ///
+    /// Once the future is dropped nobody knows whether it was written; with a [command id](Self::set_command_id) one
+    /// can ask.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) if an aggregate written or guarded has changed;
+    /// [`KeyTaken`](ErrorKind::KeyTaken); [`NotFound`](ErrorKind::NotFound) if an aggregate was created by a unit that
+    /// did not commit; [`CommandReused`](ErrorKind::CommandReused),
+    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned); [`Invalid`](ErrorKind::Invalid) if the unit is over
+    /// [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES);
+    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which it may be written or not; what the engine says when
+    /// it is out of reach, out of space or closed. After every other error nothing is written.
+    pub async fn commit(mut self) -> Result<Receipt> {
+        self.fill_batch()?;
+        let created = std::mem::take(&mut self.raced);
+        let batch = std::mem::take(&mut self.batch);
+        let only_raced = !created.is_empty()
+            && batch.key_changes().is_empty()
+            && batch.creates().iter().all(|new| new.key.is_none() || created.contains(&new.id));
+        match self.store.engine().commit(batch).await {
+            Ok(receipt) => {
+                self.committed.store(true, Ordering::Release);
+                Ok(receipt)
+            }
+            Err(error) if only_raced && matches!(error.kind(), ErrorKind::KeyTaken { .. }) => {
+                Err(Error::raced(created[0]).with_source(error))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn fill_batch(&mut self) -> Result<()> {
+        let shared = Arc::new(self.metadata.clone());
+        let now = self.metadata.time().unwrap_or_else(Timestamp::now);
+        for staged in self.staged.drain(..) {
+            let (time, metadata) = match staged.metadata {
+                None => (now, Arc::clone(&shared)),
+                Some(own) => (own.time().unwrap_or(now), Arc::new(own.over(&shared))),
+            };
+            self.batch.append(Append {
+                aggregate: staged.aggregate,
+                aggregate_type: staged.aggregate_type,
+                expected: staged.expected,
+                events: vec![NewEvent { event_type: staged.event_type, payload: staged.payload, time, metadata }],
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn encode<T: Aggregate>(
+    aggregate: &Loaded<T>,
+    event: &T::Event,
+    aggregate_type: &AggregateType,
+    metadata: Option<Metadata>,
+) -> Result<Staged> {
+    let encoded = T::Codec::encode(event).map_err(|source| Error::codec(None, None, source))?;
+    let event_type = match encoded.event_type {
+        std::borrow::Cow::Borrowed(name) => EventType::from_static(name)?,
+        std::borrow::Cow::Owned(name) => EventType::new(name)?,
+    };
+    Ok(Staged {
+        aggregate: aggregate.id(),
+        aggregate_type: aggregate_type.clone(),
+        expected: aggregate.sequence(),
+        event_type,
+        payload: Payload::new(encoded.payload)?,
+        metadata,
+    })
+}
+
+fn advance<T: Aggregate>(aggregate: &mut Loaded<T>, event: T::Event, event_type: &EventType) -> Result<()> {
+    aggregate.advance(event).map_err(|source| Error::codec(Some(event_type.clone()), None, source))?;
+    aggregate.state().validate().map_err(|source| Error::invalid_state(aggregate.id(), event_type, source))
+}
+
+impl fmt::Debug for UnitOfWork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UnitOfWork")
+            .field("creates", &self.batch.creates().len())
+            .field("events", &self.staged.len())
+            .finish_non_exhaustive()
+    }
+}

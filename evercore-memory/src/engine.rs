@@ -1,0 +1,136 @@
+//! The engine: the contract on one side, the state under its mutex on the other.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_listener::Event as Bell;
+use evercore_core::{
+    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage, LogQuery,
+    Position, Receipt, Result, StorageEngine, Timestamp,
+};
+use futures_lite::future::or;
+use futures_timer::Delay;
+
+use crate::state::State;
+
+/// An engine that keeps everything in memory. Clones share one store.
+#[derive(Clone, Default)]
+pub struct MemoryEngine {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// Rung after each commit that wrote events.
+    bell: Bell,
+}
+
+impl MemoryEngine {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The state; held for a moment, never across an await. A panic cannot leave it half changed: a commit checks
+    /// before it writes.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commit_now(&self, batch: Batch) -> Result<Receipt> {
+        let writes_events = batch.events() > 0;
+        let receipt = self.state().commit(batch, Timestamp::now())?;
+        if writes_events {
+            self.shared.bell.notify(usize::MAX);
+        }
+        Ok(receipt)
+    }
+
+    async fn wait_past(&self, after: Position, at_most: Duration) -> Position {
+        let began = Instant::now();
+        loop {
+            // Listen first, look second: a commit in between rings a bell that is already heard.
+            let rung = self.shared.bell.listen();
+            let head = self.state().head();
+            let left = at_most.saturating_sub(began.elapsed());
+            if head > after || left.is_zero() {
+                return head;
+            }
+            or(rung, Delay::new(left)).await;
+        }
+    }
+}
+
+impl StorageEngine for MemoryEngine {
+    fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
+        Box::pin(async move {
+            let mut state = self.state();
+            let block = IdBlock::new(state.reserved + 1, count)?;
+            state.reserved += i64::from(count);
+            Ok(block)
+        })
+    }
+
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
+        Box::pin(async move { self.commit_now(batch) })
+    }
+
+    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        Box::pin(async move { Ok(self.state().receipt(command)) })
+    }
+
+    fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        Box::pin(async move { Ok(self.state().settle(command)) })
+    }
+
+    fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
+        Box::pin(async move { Ok(self.state().load(request)) })
+    }
+
+    fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
+        Box::pin(async move { Ok(self.state().read_aggregate(query)) })
+    }
+
+    fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
+        Box::pin(async move { self.state().read_log(query) })
+    }
+
+    fn head(&self) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(async move { Ok(self.state().head()) })
+    }
+
+    fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(async move { Ok(self.state().position_at(time)) })
+    }
+
+    fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(async move { Ok(self.wait_past(after, at_most).await) })
+    }
+
+    fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
+        Box::pin(Delay::new(time))
+    }
+
+    fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let mut state = self.state();
+            for known in types {
+                let events = state.types.entry(known.aggregate_type.clone()).or_default();
+                events.extend(known.event_types.iter().cloned());
+            }
+            Ok(())
+        })
+    }
+
+    fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
+        Box::pin(async move { Ok(self.state().known_types()) })
+    }
+}
+
+impl fmt::Debug for MemoryEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryEngine").field("head", &self.state().head()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,116 @@
+//! What the engine remembers: the log, and three ways into it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use evercore_core::{
+    AggregateId, AggregateType, CommandId, EventRow, EventType, Events, EventsBuilder, Key, KnownType, Metadata,
+    PageLimit, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
+};
+
+/// Everything there is. Only [`commit`](crate::commit) changes it.
+#[derive(Default)]
+pub(crate) struct State {
+    /// The log: the event at position p is number p - 1.
+    pub(crate) log: Vec<Stored>,
+    pub(crate) aggregates: HashMap<AggregateId, AggregateState>,
+    pub(crate) keys: HashMap<(AggregateType, Key), AggregateId>,
+    pub(crate) commands: HashMap<CommandId, Outcome>,
+    pub(crate) types: BTreeMap<AggregateType, BTreeSet<EventType>>,
+    pub(crate) reserved: i64,
+}
+
+pub(crate) struct AggregateState {
+    pub(crate) aggregate_type: AggregateType,
+    pub(crate) key: Option<Key>,
+    /// The event of sequence s stands at position number s - 1 of this list.
+    pub(crate) positions: Vec<Position>,
+    pub(crate) snapshot: Option<Snapshot>,
+}
+
+pub(crate) struct Stored {
+    pub(crate) aggregate: AggregateId,
+    pub(crate) aggregate_type: AggregateType,
+    pub(crate) sequence: Sequence,
+    pub(crate) event_type: EventType,
+    pub(crate) time: Timestamp,
+    pub(crate) recorded_at: Timestamp,
+    pub(crate) payload: Payload,
+    pub(crate) metadata: Arc<Metadata>,
+}
+
+/// How a command id ended.
+pub(crate) enum Outcome {
+    Committed { fingerprint: i64, receipt: Receipt },
+    Abandoned,
+}
+
+impl AggregateState {
+    pub(crate) fn sequence(&self) -> Sequence {
+        Sequence::ZERO.plus(self.positions.len())
+    }
+}
+
+impl State {
+    pub(crate) fn head(&self) -> Position {
+        Position::ZERO.plus(self.log.len())
+    }
+
+    pub(crate) fn at(&self, position: Position) -> Option<&Stored> {
+        self.log.get(usize::try_from(position.get()).ok()?.checked_sub(1)?)
+    }
+
+    /// A type name that is the same memory wherever it is used, so that pages find it at a glance.
+    pub(crate) fn intern(&mut self, aggregate_type: &AggregateType, event_type: &EventType) -> (AggregateType, EventType) {
+        let events = self.types.entry(aggregate_type.clone()).or_default();
+        let event_type = match events.get(event_type) {
+            Some(known) => known.clone(),
+            None => {
+                events.insert(event_type.clone());
+                event_type.clone()
+            }
+        };
+        let known = self.types.get_key_value(aggregate_type).map_or(aggregate_type, |(known, _)| known);
+        (known.clone(), event_type)
+    }
+
+    pub(crate) fn known_types(&self) -> Vec<KnownType> {
+        let known = |(aggregate_type, events): (&AggregateType, &BTreeSet<EventType>)| KnownType {
+            aggregate_type: aggregate_type.clone(),
+            event_types: events.iter().cloned().collect(),
+        };
+        self.types.iter().map(known).collect()
+    }
+
+    /// Fills a page from these positions, and tells whether the limit ended it.
+    pub(crate) fn page(&self, positions: impl Iterator<Item = Position>, limit: PageLimit) -> (Events, bool) {
+        let mut page = EventsBuilder::new();
+        for position in positions {
+            let Some(event) = self.at(position) else { continue };
+            if !limit.has_room(page.len(), page.bytes(), event.payload.as_bytes().len()) {
+                return (page.finish(), true);
+            }
+            page.push(event.row(position));
+        }
+        (page.finish(), false)
+    }
+}
+
+impl Stored {
+    fn row(&self, position: Position) -> EventRow<'_> {
+        EventRow {
+            position,
+            aggregate: self.aggregate,
+            aggregate_type: &self.aggregate_type,
+            sequence: self.sequence,
+            event_type: &self.event_type,
+            time: self.time,
+            recorded_at: self.recorded_at,
+            payload: self.payload.as_bytes(),
+            reference: self.metadata.reference(),
+            correlation_id: self.metadata.correlation_id(),
+            causation_id: self.metadata.causation_id(),
+            headers: Some(self.metadata.headers()).filter(|headers| !headers.is_empty()),
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! A connection as every connection is: its settings made, read back and verified.
+
+use std::path::Path;
+use std::time::Duration;
+
+use evercore_core::{Error, ErrorKind};
+use rusqlite::{Connection, OpenFlags};
+
+use crate::builder::Durability;
+use crate::error::Result;
+
+/// Enough for every statement of this crate at once.
+const STATEMENTS: usize = 128;
+
+/// What a WAL shrinks to when it is begun anew.
+const JOURNAL_SIZE_LIMIT: i64 = 64 * 1024 * 1024;
+
+/// Releases before this one can damage a database in WAL mode when two connections write and checkpoint at once.
+const OLDEST_SQLITE: i32 = 3_051_003;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Writer,
+    Reader,
+}
+
+/// Refuses a SQLite library with a known corruption bug.
+pub(crate) fn check_library() -> Result<()> {
+    if rusqlite::version_number() < OLDEST_SQLITE {
+        let message = format!("SQLite {} can damage a store, 3.51.3 is the oldest to use", rusqlite::version());
+        return Err(Error::new(ErrorKind::Backend, message).into());
+    }
+    Ok(())
+}
+
+pub(crate) fn flags(role: Role, create: bool) -> OpenFlags {
+    let base = OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_EXRESCODE;
+    match (role, create) {
+        (Role::Reader, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY,
+        (Role::Writer, false) => base | OpenFlags::SQLITE_OPEN_READ_WRITE,
+        (Role::Writer, true) => base | OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
+    }
+}
+
+pub(crate) fn open(path: &Path, role: Role, create: bool, busy_timeout: Duration) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, flags(role, create))?;
+    connection.busy_timeout(busy_timeout)?;
+    Ok(connection)
+}
+
+/// Makes every setting that a connection has of its own, and looks whether SQLite took it.
+pub(crate) fn settle(connection: &Connection, role: Role, durability: Durability) -> rusqlite::Result<()> {
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    set(connection, "synchronous", durability.synchronous())?;
+    set(connection, "foreign_keys", 1)?;
+    set(connection, "trusted_schema", 0)?;
+    set(connection, "cell_size_check", 1)?;
+    set(connection, "journal_size_limit", JOURNAL_SIZE_LIMIT)?;
+    set(connection, "query_only", i64::from(role == Role::Reader))?;
+    // A disk error under mmap is a signal, not an error code. A build without mmap answers nothing.
+    connection.pragma_update_and_check(None, "mmap_size", 0, |_| Ok(())).or_else(no_answer)
+}
+
+fn set(connection: &Connection, pragma: &str, value: i64) -> rusqlite::Result<()> {
+    connection.pragma_update(None, pragma, value)?;
+    let found: i64 = connection.pragma_query_value(None, pragma, |row| row.get(0))?;
+    if found != value {
+        let message = format!("SQLite has {pragma} = {found}, asked for {value}");
+        return Err(rusqlite::Error::UserFunctionError(message.into()));
+    }
+    Ok(())
+}
+
+fn no_answer(error: rusqlite::Error) -> rusqlite::Result<()> {
+    match error {
+        rusqlite::Error::QueryReturnedNoRows => Ok(()),
+        other => Err(other),
+    }
+}

@@ -1,0 +1,131 @@
+//! What SQLite and its helpers can say, and what it means to the caller.
+
+use evercore_core::{BoxError, Error, ErrorKind};
+use rusqlite::ffi;
+
+/// An error from below, before it is named by what the caller can do.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SqliteError {
+    /// SQLite itself.
+    #[error("SQLite: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// No read connection became free in time.
+    #[error("no read connection became free: {0}")]
+    Pool(#[from] r2d2::Error),
+    /// The file system.
+    #[error("file system: {0}")]
+    Io(#[from] std::io::Error),
+    /// The migrations.
+    #[error("migration: {0}")]
+    Migration(#[from] refinery::Error),
+    /// A value in the file that evercore cannot have written.
+    #[error("damaged: {0}")]
+    Damaged(#[from] BoxError),
+    /// Already an error of evercore.
+    #[error(transparent)]
+    Core(#[from] Error),
+}
+
+pub(crate) type Result<T, E = SqliteError> = std::result::Result<T, E>;
+
+impl From<SqliteError> for Error {
+    fn from(error: SqliteError) -> Self {
+        let (kind, message) = match &error {
+            SqliteError::Sqlite(source) => meaning(source),
+            SqliteError::Pool(_) => (ErrorKind::Unavailable, "no read connection became free in time"),
+            SqliteError::Io(_) => (ErrorKind::Backend, "the file system refused"),
+            SqliteError::Migration(source) => migration(source),
+            SqliteError::Damaged(_) => (ErrorKind::NotAStore, "the file has a value that is no value of a store"),
+            SqliteError::Core(_) => (ErrorKind::Backend, ""),
+        };
+        match error {
+            SqliteError::Core(error) => error,
+            other => Self::new(kind, message).with_source(other),
+        }
+    }
+}
+
+/// A value in the file that evercore cannot have written.
+pub(crate) fn damaged(error: impl Into<BoxError>) -> SqliteError {
+    SqliteError::Damaged(error.into())
+}
+
+/// The engine is closed.
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the engine is closed, open it again")
+}
+
+/// A commit of which nobody can say whether it lasts.
+pub(crate) fn outcome_unknown() -> Error {
+    Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
+}
+
+/// The engine was opened for reading only.
+pub(crate) fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "the store was opened for reading only")
+}
+
+/// Another thread panicked while it held the lock: what it guards cannot be trusted.
+pub(crate) fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
+    closed()
+}
+
+/// The same error once more, for the next of several callers who share it; without its source.
+pub(crate) fn again(error: &Error) -> Error {
+    Error::new(error.kind().clone(), error.to_string())
+}
+
+/// SQLite's primary result code, if the error is SQLite's own.
+pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => Some(failure.extended_code & 0xff),
+        rusqlite::Error::SqlInputError { error, .. } => Some(error.extended_code & 0xff),
+        _ => None,
+    }
+}
+
+/// Whether another connection is in the way, for the moment.
+pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
+    matches!(primary_code(error), Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL))
+}
+
+/// Whether the disk itself failed.
+pub(crate) fn is_io(error: &rusqlite::Error) -> bool {
+    primary_code(error) == Some(ffi::SQLITE_IOERR)
+}
+
+/// By result code alone: messages change from release to release.
+fn meaning(error: &rusqlite::Error) -> (ErrorKind, &'static str) {
+    match primary_code(error) {
+        Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL) => {
+            (ErrorKind::Unavailable, "the store is locked by another connection")
+        }
+        Some(ffi::SQLITE_READONLY | ffi::SQLITE_CANTOPEN | ffi::SQLITE_PERM) => {
+            (ErrorKind::ReadOnly, "the file or its folder cannot be opened for writing")
+        }
+        Some(ffi::SQLITE_FULL) => (ErrorKind::Full, "the disk is full, nothing was written"),
+        Some(ffi::SQLITE_CORRUPT) => (ErrorKind::NotAStore, "the file is damaged"),
+        Some(ffi::SQLITE_NOTADB) => (ErrorKind::NotAStore, "the file is not a SQLite database"),
+        Some(ffi::SQLITE_IOERR) => (ErrorKind::Backend, "the disk failed"),
+        Some(ffi::SQLITE_CONSTRAINT) => (ErrorKind::Backend, "a constraint of the schema was broken"),
+        Some(_) => (ErrorKind::Backend, "SQLite refused"),
+        None if is_conversion(error) => {
+            (ErrorKind::NotAStore, "the file has a value that is no value of a store")
+        }
+        None => (ErrorKind::Backend, "SQLite was asked wrongly"),
+    }
+}
+
+fn is_conversion(error: &rusqlite::Error) -> bool {
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
+    matches!(
+        error,
+        FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | Utf8Error(..)
+    )
+}
+
+/// refinery hides SQLite's error one step down.
+fn migration(error: &refinery::Error) -> (ErrorKind, &'static str) {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<rusqlite::Error>());
+    source.map_or((ErrorKind::Backend, "the schema could not be migrated"), meaning)
+}

@@ -1,0 +1,88 @@
+-- The schema of an evercore store on SQLite, version 1.
+-- Names, keys and texts compare bytewise; times are microseconds since 1970, UTC.
+
+-- 'EVCR': this file is a store of evercore, and of which schema version. Read before anything else.
+PRAGMA application_id = 1163281234;
+PRAGMA user_version = 1;
+
+-- One row: who this store is, and the next id that no block of reserved ids has covered yet.
+CREATE TABLE store (
+    one               INTEGER PRIMARY KEY CHECK (one = 1),
+    store_id          TEXT    NOT NULL,
+    next_aggregate_id INTEGER NOT NULL
+) STRICT;
+INSERT INTO store VALUES (1, lower(hex(randomblob(16))), 1);
+
+-- AUTOINCREMENT: the id of a name that was rolled back is never given to another name.
+CREATE TABLE aggregate_types (
+    id   INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT    NOT NULL UNIQUE
+) STRICT;
+
+CREATE TABLE event_types (
+    id                INTEGER PRIMARY KEY AUTOINCREMENT,
+    aggregate_type_id INTEGER NOT NULL REFERENCES aggregate_types,
+    name              TEXT    NOT NULL,
+    UNIQUE (aggregate_type_id, name)
+) STRICT;
+
+CREATE TABLE aggregates (
+    id                INTEGER PRIMARY KEY,
+    aggregate_type_id INTEGER NOT NULL REFERENCES aggregate_types,
+    natural_key       TEXT
+) STRICT;
+CREATE UNIQUE INDEX aggregates_natural_key ON aggregates (aggregate_type_id, natural_key) WHERE natural_key IS NOT NULL;
+
+-- The log. The position is written, never drawn: 1, 2, 3, … in commit order.
+CREATE TABLE events (
+    position       INTEGER PRIMARY KEY,
+    aggregate_id   INTEGER NOT NULL REFERENCES aggregates,
+    sequence       INTEGER NOT NULL,
+    event_type_id  INTEGER NOT NULL REFERENCES event_types,
+    event_time     INTEGER NOT NULL,
+    recorded_at    INTEGER NOT NULL,
+    payload        BLOB    NOT NULL,
+    reference      TEXT,
+    correlation_id TEXT,
+    causation_id   TEXT,
+    headers        TEXT    -- a JSON object of strings
+) STRICT;
+-- An aggregate's events, and what no two writers can pass together.
+CREATE UNIQUE INDEX events_aggregate_sequence ON events (aggregate_id, sequence);
+-- A filter that matches rarely reads this instead of the log; every index ends with the position.
+CREATE INDEX events_event_type ON events (event_type_id);
+
+-- One per aggregate.
+CREATE TABLE snapshots (
+    aggregate_id INTEGER PRIMARY KEY REFERENCES aggregates,
+    sequence     INTEGER NOT NULL,
+    version      INTEGER NOT NULL,
+    state        BLOB    NOT NULL
+) STRICT;
+
+-- Commands that took effect, or were settled as never committed (no receipt).
+CREATE TABLE commands (
+    command_id  TEXT PRIMARY KEY,
+    fingerprint INTEGER,
+    receipt     TEXT
+) STRICT, WITHOUT ROWID;
+
+-- The log for people: names instead of ids, the payload and the times as text.
+CREATE VIEW event_log AS
+SELECT e.position,
+       a.name                                                       AS aggregate_type,
+       e.aggregate_id,
+       g.natural_key,
+       e.sequence,
+       t.name                                                       AS event_type,
+       CAST(e.payload AS TEXT)                                      AS payload,
+       e.reference,
+       strftime('%Y-%m-%dT%H:%M:%f', e.event_time / 1000000.0, 'unixepoch') || 'Z'  AS event_time,
+       strftime('%Y-%m-%dT%H:%M:%f', e.recorded_at / 1000000.0, 'unixepoch') || 'Z' AS recorded_at,
+       e.correlation_id,
+       e.causation_id,
+       e.headers
+FROM events e
+JOIN event_types t     ON t.id = e.event_type_id
+JOIN aggregate_types a ON a.id = t.aggregate_type_id
+JOIN aggregates g      ON g.id = e.aggregate_id;
