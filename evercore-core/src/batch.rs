@@ -33,14 +33,14 @@ pub struct KeyChange {
     pub key: Key,
 }
 
-/// Events that a commit adds to one aggregate. The engine numbers them from `expected + 1`.
+/// Events that a commit adds to one aggregate, in one go. The engine numbers them from `expected + 1`.
 #[derive(Clone, Debug)]
 pub struct Append {
     /// The aggregate.
     pub aggregate: AggregateId,
     /// Its type.
     pub aggregate_type: AggregateType,
-    /// The sequence at which the aggregate must be.
+    /// The sequence at which the aggregate must be, with what the batch has added before.
     pub expected: Sequence,
     /// The events, in order; at least one.
     pub events: Vec<NewEvent>,
@@ -51,6 +51,19 @@ impl Append {
     pub fn last(&self) -> Sequence {
         self.expected.plus(self.events.len())
     }
+}
+
+/// What a batch demands of an aggregate that it appends to, and where it leaves it.
+#[derive(Clone, Debug)]
+pub struct Growth {
+    /// The aggregate.
+    pub aggregate: AggregateId,
+    /// Its type.
+    pub aggregate_type: AggregateType,
+    /// The sequence at which it must be before the batch.
+    pub expected: Sequence,
+    /// The sequence at which it will be after the batch.
+    pub last: Sequence,
 }
 
 /// An aggregate that was read and must not have changed.
@@ -84,7 +97,10 @@ pub struct Batch {
     guards: Vec<Guard>,
     snapshots: Vec<(AggregateId, Snapshot)>,
     command_id: Option<CommandId>,
-    append_of: HashMap<AggregateId, usize>,
+    growths: Vec<Growth>,
+    created: HashMap<AggregateId, usize>,
+    growth_of: HashMap<AggregateId, usize>,
+    given_keys: HashMap<(AggregateType, Key), AggregateId>,
     events: usize,
     bytes: usize,
 }
@@ -101,12 +117,13 @@ impl Batch {
     /// [`Invalid`](crate::ErrorKind::Invalid) if the batch already makes an aggregate with that id;
     /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if it already gives that key to another.
     pub fn create(&mut self, aggregate: NewAggregate) -> Result<()> {
-        if self.creates.iter().any(|known| known.id == aggregate.id) {
+        if self.created.contains_key(&aggregate.id) {
             return Err(Error::invalid(format!("aggregate {} is created twice", aggregate.id)));
         }
         if let Some(key) = &aggregate.key {
-            self.check_key(aggregate.id, &aggregate.aggregate_type, key)?;
+            self.give_key(aggregate.id, &aggregate.aggregate_type, key)?;
         }
+        self.created.insert(aggregate.id, self.creates.len());
         self.creates.push(aggregate);
         Ok(())
     }
@@ -116,9 +133,9 @@ impl Batch {
     /// # Errors
     /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate.
     pub fn change_key(&mut self, change: KeyChange) -> Result<()> {
-        self.check_key(change.aggregate, &change.aggregate_type, &change.key)?;
-        if let Some(created) = self.creates.iter_mut().find(|created| created.id == change.aggregate) {
-            created.key = Some(change.key);
+        self.give_key(change.aggregate, &change.aggregate_type, &change.key)?;
+        if let Some(index) = self.created.get(&change.aggregate) {
+            self.creates[*index].key = Some(change.key);
             return Ok(());
         }
         self.key_changes.retain(|known| known.aggregate != change.aggregate);
@@ -126,7 +143,19 @@ impl Batch {
         Ok(())
     }
 
-    /// Adds events to an aggregate; several appends to one aggregate become one.
+    fn give_key(&mut self, id: AggregateId, aggregate_type: &AggregateType, key: &Key) -> Result<()> {
+        let name = (aggregate_type.clone(), key.clone());
+        if self.given_keys.get(&name).is_some_and(|holder| *holder != id) {
+            return Err(Error::key_taken(aggregate_type.clone()));
+        }
+        if self.created.contains_key(&id) || self.key_changes.iter().any(|known| known.aggregate == id) {
+            self.given_keys.retain(|_, holder| *holder != id);
+        }
+        self.given_keys.insert(name, id);
+        Ok(())
+    }
+
+    /// Adds events to an aggregate, behind all that the batch has so far: the log keeps the order of the appends.
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) if the batch already has events for that aggregate and `expected`
@@ -140,20 +169,34 @@ impl Batch {
         if append.events.is_empty() {
             return Ok(());
         }
-        match self.append_of.entry(append.aggregate) {
+        self.grow(&append)?;
+        (self.events, self.bytes) = (events, bytes);
+        match self.appends.last_mut() {
+            Some(last) if last.aggregate == append.aggregate => last.events.extend(append.events),
+            _ => self.appends.push(append),
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, append: &Append) -> Result<()> {
+        match self.growth_of.entry(append.aggregate) {
             Entry::Vacant(place) => {
-                place.insert(self.appends.len());
-                self.appends.push(append);
+                place.insert(self.growths.len());
+                self.growths.push(Growth {
+                    aggregate: append.aggregate,
+                    aggregate_type: append.aggregate_type.clone(),
+                    expected: append.expected,
+                    last: append.last(),
+                });
             }
             Entry::Occupied(place) => {
-                let known = &mut self.appends[*place.get()];
-                if known.last() != append.expected {
-                    return Err(Error::conflict(append.aggregate, append.expected, known.last()));
+                let known = &mut self.growths[*place.get()];
+                if known.last != append.expected {
+                    return Err(Error::conflict(append.aggregate, append.expected, known.last));
                 }
-                known.events.extend(append.events);
+                known.last = append.last();
             }
         }
-        (self.events, self.bytes) = (events, bytes);
         Ok(())
     }
 
@@ -180,19 +223,35 @@ impl Batch {
         &self.creates
     }
 
+    /// The aggregate to make with this id.
+    pub fn created(&self, aggregate: AggregateId) -> Option<&NewAggregate> {
+        self.created.get(&aggregate).map(|index| &self.creates[*index])
+    }
+
+    /// The aggregate to which this batch gives this key.
+    pub fn holder_of(&self, aggregate_type: &AggregateType, key: &Key) -> Option<AggregateId> {
+        self.given_keys.get(&(aggregate_type.clone(), key.clone())).copied()
+    }
+
     /// The natural keys to give; at most one per aggregate, none for an aggregate that the batch makes.
     pub fn key_changes(&self) -> &[KeyChange] {
         &self.key_changes
     }
 
-    /// The events to add; at most one entry per aggregate, none empty.
+    /// The events to add, in the order in which they go into the log; an aggregate may come several times, none is
+    /// empty.
     pub fn appends(&self) -> &[Append] {
         &self.appends
     }
 
-    /// The events to add to this aggregate.
-    pub fn append_to(&self, aggregate: AggregateId) -> Option<&Append> {
-        self.append_of.get(&aggregate).map(|index| &self.appends[*index])
+    /// The aggregates that are appended to, each once: what to check before anything is written.
+    pub fn growths(&self) -> &[Growth] {
+        &self.growths
+    }
+
+    /// What is demanded of this aggregate, if the batch appends to it.
+    pub fn growth_of(&self, aggregate: AggregateId) -> Option<&Growth> {
+        self.growth_of.get(&aggregate).map(|index| &self.growths[*index])
     }
 
     /// The aggregates that must not have changed.
@@ -248,19 +307,6 @@ impl Batch {
         }
         hash.finish()
     }
-
-    fn check_key(&self, id: AggregateId, aggregate_type: &AggregateType, key: &Key) -> Result<()> {
-        let created = self.creates.iter().any(|known| {
-            known.id != id && known.aggregate_type == *aggregate_type && known.key.as_ref() == Some(key)
-        });
-        let changed = self.key_changes.iter().any(|known| {
-            known.aggregate != id && known.aggregate_type == *aggregate_type && known.key == *key
-        });
-        if created || changed {
-            return Err(Error::key_taken(aggregate_type.clone()));
-        }
-        Ok(())
-    }
 }
 
 fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
@@ -311,11 +357,10 @@ impl Receipt {
     /// The receipt of a batch whose events follow `head`.
     pub fn of(batch: &Batch, head: Position, recorded_at: Timestamp) -> Self {
         let made = batch.creates().iter().map(|created| {
-            (created.id, batch.append_to(created.id).map_or(Sequence::ZERO, Append::last))
+            (created.id, batch.growth_of(created.id).map_or(Sequence::ZERO, |growth| growth.last))
         });
-        let is_made = |id| batch.creates().iter().any(|created| created.id == id);
-        let grown = batch.appends().iter().filter(|append| !is_made(append.aggregate));
-        let aggregates = made.chain(grown.map(|append| (append.aggregate, append.last()))).collect();
+        let grown = batch.growths().iter().filter(|growth| batch.created(growth.aggregate).is_none());
+        let aggregates = made.chain(grown.map(|growth| (growth.aggregate, growth.last))).collect();
         let (first, last) = match batch.events() {
             0 => (Position::ZERO, Position::ZERO),
             events => (head.next(), head.plus(events)),

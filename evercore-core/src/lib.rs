@@ -20,7 +20,7 @@ mod time;
 mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, StateCodec};
-pub use batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
 pub use engine::{
     AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit,
     StorageEngine, Target,

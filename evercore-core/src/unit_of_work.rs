@@ -18,9 +18,8 @@ use crate::time::Timestamp;
 
 /// Collects new aggregates, events, keys, guards and snapshots, and commits them together.
 ///
-/// Nothing is written, locked or held before [`commit`](Self::commit), and dropping a unit writes nothing. Events of
-/// one aggregate keep the order in which they were recorded; in the log, the unit's events lie together, aggregate by
-/// aggregate in the order in which each was first recorded to.
+/// Nothing is written, locked or held before [`commit`](Self::commit), and dropping a unit writes nothing. In the log
+/// the unit's events lie together, in the order in which they were recorded.
 ///
 /// ```
 /// # use evercore_core::{Aggregate, EventStore, Json, Result};
@@ -140,7 +139,7 @@ impl UnitOfWork {
     async fn load_target<T: Aggregate>(&self, target: Target) -> Result<Option<Loaded<T>>> {
         let target = self.resolve(target);
         if let Target::Id(id) = target
-            && let Some(created) = self.batch.creates().iter().find(|created| created.id == id)
+            && let Some(created) = self.batch.created(id)
         {
             let wanted = aggregate_type::<T>()?;
             if created.aggregate_type != wanted {
@@ -161,16 +160,7 @@ impl UnitOfWork {
     /// A key that this unit gives means the aggregate it gives it to.
     fn resolve(&self, target: Target) -> Target {
         let Target::Key(wanted, key) = &target else { return target };
-        let created = self.batch.creates().iter().find(|created| {
-            created.aggregate_type == *wanted && created.key.as_ref() == Some(key)
-        });
-        let changed =
-            self.batch.key_changes().iter().find(|change| change.aggregate_type == *wanted && change.key == *key);
-        match (created, changed) {
-            (Some(created), _) => Target::Id(created.id),
-            (None, Some(change)) => Target::Id(change.aggregate),
-            (None, None) => target,
-        }
+        self.batch.holder_of(wanted, key).map_or(target, Target::Id)
     }
 
     async fn with_staged<T: Aggregate>(&self, target: Target, mut loaded: Loaded<T>) -> Result<Option<Loaded<T>>> {

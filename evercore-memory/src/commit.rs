@@ -43,10 +43,10 @@ impl State {
     }
 
     fn check_sequences(&self, batch: &Batch) -> Result<()> {
-        for append in batch.appends() {
-            let (aggregate_type, actual) = self.find(batch, append.aggregate)?;
-            check_type(append.aggregate, &append.aggregate_type, aggregate_type)?;
-            check_sequence(append.aggregate, append.expected, actual)?;
+        for growth in batch.growths() {
+            let (aggregate_type, actual) = self.find(batch, growth.aggregate)?;
+            check_type(growth.aggregate, &growth.aggregate_type, aggregate_type)?;
+            check_sequence(growth.aggregate, growth.expected, actual)?;
         }
         for guard in batch.guards() {
             let (_, actual) = self.find(batch, guard.aggregate)?;
@@ -81,7 +81,7 @@ impl State {
         if let Some(known) = self.aggregates.get(&id) {
             return Ok((&known.aggregate_type, known.sequence()));
         }
-        let made = batch.creates().iter().find(|new| new.id == id).ok_or_else(|| Error::not_found(id))?;
+        let made = batch.created(id).ok_or_else(|| Error::not_found(id))?;
         Ok((&made.aggregate_type, Sequence::ZERO))
     }
 

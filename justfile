@@ -1,0 +1,71 @@
+# The one door: people and CI run the same recipes. `just` alone lists them.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+# List what can be done.
+[private]
+default:
+    @just --list --unsorted
+
+# Everything that must hold before a change lands: format, lints, docs, core's dependencies, tests on all engines.
+check: fmt lint doc core-tree test integration-test
+
+# Whether the code is formatted (mend with `cargo fmt --all`).
+fmt:
+    cargo fmt --all --check
+
+# Clippy, no warning allowed.
+lint:
+    cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
+
+# The documentation, no warning and no broken link allowed; `just doc --open` shows it.
+doc *args:
+    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --all-features --no-deps {{ args }}
+
+# Core has no dependency: its tree is one line.
+core-tree:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    tree=$(cargo tree --locked -p evercore-core -e normal)
+    echo "$tree"
+    [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
+
+# All tests; no server needed. Arguments go to cargo: `just test -p evercore-memory`.
+test *args:
+    cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
+
+# The conformance suite on every engine of this version, none skipped.
+integration-test: integration-test-memory integration-test-sqlite
+
+# The conformance suite and the other tests of the memory engine.
+integration-test-memory:
+    EVERCORE_REQUIRE=memory cargo test --locked -p evercore-memory --all-features --tests
+
+# The conformance suite and the other tests of the SQLite engine.
+integration-test-sqlite:
+    EVERCORE_REQUIRE=sqlite cargo test --locked -p evercore-sqlite --all-features --tests
+
+# There is no PostgreSQL engine yet: nothing to run, and that is an error.
+integration-test-postgres:
+    @echo "There is no PostgreSQL engine in this version, so there is nothing to run." >&2
+    @exit 1
+
+# Long runs: random walks of many steps, and a writer killed twenty times at random moments.
+torture steps="200000" kills="20":
+    EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_REQUIRE=memory,sqlite \
+        cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
+
+# The benchmarks, each beside its floor. Arguments go to cargo: `just bench -- w3`.
+bench *args:
+    cargo bench --locked -p evercore-sqlite {{ args }}
+
+# Run scratch/src/main.rs, a private playground that git ignores; made on first use.
+scratch *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ -e scratch/Cargo.toml ] || scripts/make-scratch
+    cargo run --manifest-path scratch/Cargo.toml --target-dir target -- {{ args }}
+
+# Pack every crate as it would be published, and build it from its package.
+package *args:
+    cargo package --locked --workspace {{ args }}
