@@ -33,7 +33,7 @@ pub use json::Json;
 pub use metadata::{Headers, Metadata};
 pub use name::{AggregateType, CommandId, EventType, Key};
 #[cfg(feature = "json")]
-pub use state::{StateAggregate, Value};
+pub use state::{Patch, StateAggregate};
 pub use store::{AsOf, Decision, EventStore, IntoTarget, Loaded, RetryPolicy};
 pub use time::Timestamp;
 pub use unit_of_work::UnitOfWork;

@@ -3,15 +3,16 @@
 //! A batch that fails a check has written nothing, so the batches that share its transaction go on without a
 //! savepoint. A write that fails after the checks is not foreseen: it ends the whole transaction.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Append, Batch, CommandId, Error, Guard, Key, KeyChange, Metadata, NewEvent, Position, Receipt,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, Metadata, NewEvent, Position, Receipt,
     Sequence, Snapshot, Timestamp,
 };
-use rusqlite::{CachedStatement, Connection, OptionalExtension, params};
+use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 
-use crate::error::{Result, damaged};
+use crate::error::{Result, SqliteError, damaged};
 use crate::names::Registrar;
 
 const HEAD: &str = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1";
@@ -114,101 +115,72 @@ impl<'a> Writer<'a> {
     /// The inner result is the batch's own, and an error there has written nothing; the outer one is the
     /// transaction's, which must then be rolled back.
     pub(crate) fn batch(&mut self, batch: &Batch) -> Result<Result<Receipt, Error>> {
-        if let Some(outcome) = self.known_command(batch)? {
-            return Ok(outcome);
+        match self.check(batch) {
+            Ok(Checked::Write(limits)) => self.write(batch, &limits).map(Ok),
+            Ok(Checked::Done(receipt)) => Ok(Ok(receipt)),
+            Err(SqliteError::Core(refused)) => Ok(Err(refused)),
+            Err(failed) => Err(failed),
         }
-        let aggregates = match self.check(batch)? {
-            Ok(aggregates) => aggregates,
-            Err(refused) => return Ok(Err(refused)),
-        };
-        self.write(batch, &aggregates).map(Ok)
     }
 
-    fn known_command(&self, batch: &Batch) -> Result<Option<Result<Receipt, Error>>> {
+    /// The command id goes before everything else: what it did, it did, whatever has happened since.
+    fn known_command(&self, batch: &Batch) -> Result<Option<Receipt>> {
         let Some(id) = batch.command_id() else { return Ok(None) };
-        Ok(match Command::read(self.connection, id)? {
-            Command::Unknown => None,
-            Command::Abandoned => Some(Err(Error::command_abandoned())),
+        match Command::read(self.connection, id)? {
+            Command::Unknown => Ok(None),
+            Command::Abandoned => Err(Error::command_abandoned().into()),
             Command::Committed { fingerprint, receipt } if fingerprint == Some(batch.fingerprint()) => {
-                Some(Ok(receipt))
+                Ok(Some(receipt))
             }
-            Command::Committed { .. } => Some(Err(Error::command_reused())),
-        })
+            Command::Committed { .. } => Err(Error::command_reused().into()),
+        }
     }
 
-    /// Every reason to refuse the batch; what comes back are the sequences that the snapshots are held against.
-    fn check(&mut self, batch: &Batch) -> Result<Result<Vec<Sequence>, Error>> {
-        let made = Made::of(batch);
-        for append in batch.appends() {
-            if let Err(refused) = self.check_append(append, &made)? {
-                return Ok(Err(refused));
+    /// Every reason to refuse the batch. What comes back is where each aggregate with a snapshot will be.
+    fn check(&mut self, batch: &Batch) -> Result<Checked> {
+        if let Some(receipt) = self.known_command(batch)? {
+            return Ok(Checked::Done(receipt));
+        }
+        for growth in batch.growths() {
+            let found = self.find(batch, growth.aggregate)?;
+            self.check_type(growth.aggregate, &growth.aggregate_type, &found)?;
+            check_sequence(growth.aggregate, growth.expected, found.sequence)?;
+            // Beyond the largest number there is no sequence: nobody can be there, so it is a conflict too.
+            if growth.last == Sequence::MAX {
+                return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence).into());
             }
         }
         for guard in batch.guards() {
-            if let Err(refused) = self.check_guard(guard, &made)? {
-                return Ok(Err(refused));
-            }
+            check_sequence(guard.aggregate, guard.expected, self.find(batch, guard.aggregate)?.sequence)?;
         }
-        if let Err(refused) = self.check_keys(batch)? {
-            return Ok(Err(refused));
-        }
-        self.snapshot_limits(batch, &made)
+        let limits = batch.snapshots().iter().map(|(id, _)| self.sequence_after(batch, *id)).collect::<Result<_>>()?;
+        self.check_keys(batch)?;
+        Ok(Checked::Write(limits))
     }
 
-    fn check_append(&mut self, append: &Append, made: &Made) -> Result<Result<(), Error>> {
-        let (id, expected) = (append.aggregate, append.expected);
-        let actual = match self.aggregate(id, made)? {
-            None => return Ok(Err(Error::not_found(id))),
-            Some(Found::Made) => Sequence::ZERO,
-            Some(Found::Stored { type_id, sequence }) => {
-                if self.names.find(&append.aggregate_type)? != Some(type_id) {
-                    let actual = self.names.name_of(type_id)?;
-                    return Ok(Err(Error::wrong_type(id, append.aggregate_type.clone(), actual)));
-                }
-                sequence
-            }
-        };
-        // Sequences past the largest number there is are nowhere to be: a conflict too.
-        let fits = expected.get().checked_add_unsigned(append.events.len() as u64).is_some();
-        Ok(if actual == expected && fits { Ok(()) } else { Err(Error::conflict(id, expected, actual)) })
-    }
-
-    fn check_guard(&self, guard: &Guard, made: &Made) -> Result<Result<(), Error>> {
-        let actual = match self.aggregate(guard.aggregate, made)? {
-            None => return Ok(Err(Error::not_found(guard.aggregate))),
-            Some(Found::Made) => Sequence::ZERO,
-            Some(Found::Stored { sequence, .. }) => sequence,
-        };
-        let is_there = actual == guard.expected;
-        Ok(if is_there { Ok(()) } else { Err(Error::conflict(guard.aggregate, guard.expected, actual)) })
-    }
-
-    fn check_keys(&mut self, batch: &Batch) -> Result<Result<(), Error>> {
-        for change in batch.key_changes() {
-            if let Err(refused) = self.check_change(change)? {
-                return Ok(Err(refused));
-            }
+    fn sequence_after(&self, batch: &Batch, id: AggregateId) -> Result<Sequence> {
+        match batch.growth_of(id) {
+            Some(growth) => Ok(growth.last),
+            None => Ok(self.find(batch, id)?.sequence),
         }
+    }
+
+    /// A key is free if nobody holds it, or if its holder gets another in the same batch.
+    fn check_keys(&mut self, batch: &Batch) -> Result<()> {
+        let moving: HashSet<i64> = batch.key_changes().iter().map(|change| change.aggregate.get()).collect();
         let made = batch.creates().iter().filter_map(|made| Some((&made.aggregate_type, made.key.as_ref()?)));
         let changed = batch.key_changes().iter().map(|change| (&change.aggregate_type, &change.key));
         for (aggregate_type, key) in made.chain(changed) {
             let Some(type_id) = self.names.find(aggregate_type)? else { continue };
-            if self.holder(type_id, key)?.is_some_and(|holder| !gives_up_its_key(batch, holder)) {
-                return Ok(Err(Error::key_taken(aggregate_type.clone())));
+            if self.holder(type_id, key)?.is_some_and(|holder| !moving.contains(&holder)) {
+                return Err(Error::key_taken(aggregate_type.clone()).into());
             }
         }
-        Ok(Ok(()))
-    }
-
-    fn check_change(&mut self, change: &KeyChange) -> Result<Result<(), Error>> {
-        let Some(Found::Stored { type_id, .. }) = self.aggregate(change.aggregate, &Made::none())? else {
-            return Ok(Err(Error::not_found(change.aggregate)));
-        };
-        if self.names.find(&change.aggregate_type)? != Some(type_id) {
-            let actual = self.names.name_of(type_id)?;
-            return Ok(Err(Error::wrong_type(change.aggregate, change.aggregate_type.clone(), actual)));
+        for change in batch.key_changes() {
+            let found = self.find(batch, change.aggregate)?;
+            self.check_type(change.aggregate, &change.aggregate_type, &found)?;
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn holder(&self, type_id: i64, key: &Key) -> Result<Option<i64>> {
@@ -216,29 +188,26 @@ impl<'a> Writer<'a> {
         Ok(statement.query_row((type_id, key.as_str()), |row| row.get(0)).optional()?)
     }
 
-    /// Where each aggregate with a snapshot will be after the batch.
-    fn snapshot_limits(&self, batch: &Batch, made: &Made) -> Result<Result<Vec<Sequence>, Error>> {
-        let mut limits = Vec::with_capacity(batch.snapshots().len());
-        for (id, _) in batch.snapshots() {
-            limits.push(match (batch.append_to(*id), self.aggregate(*id, made)?) {
-                (_, None) => return Ok(Err(Error::not_found(*id))),
-                (Some(append), Some(_)) => append.last(),
-                (None, Some(Found::Made)) => Sequence::ZERO,
-                (None, Some(Found::Stored { sequence, .. })) => sequence,
-            });
-        }
-        Ok(Ok(limits))
-    }
-
-    fn aggregate(&self, id: AggregateId, made: &Made) -> Result<Option<Found>> {
-        if made.has(id) {
-            return Ok(Some(Found::Made));
+    /// An aggregate that exists, or that the batch makes.
+    fn find<'b>(&self, batch: &'b Batch, id: AggregateId) -> Result<Found<'b>> {
+        if let Some(made) = batch.created(id) {
+            return Ok(Found { aggregate_type: TypeOf::Made(&made.aggregate_type), sequence: Sequence::ZERO });
         }
         let mut statement = self.connection.prepare_cached(AGGREGATE)?;
         let row = statement.query_row([id.get()], |row| Ok((row.get(0)?, row.get::<_, Option<i64>>(1)?)));
-        let Some((type_id, sequence)) = row.optional()? else { return Ok(None) };
+        let (type_id, sequence) = row.optional()?.ok_or_else(|| Error::not_found(id))?;
         let sequence = Sequence::new(sequence.unwrap_or(0)).map_err(damaged)?;
-        Ok(Some(Found::Stored { type_id, sequence }))
+        Ok(Found { aggregate_type: TypeOf::Stored(type_id), sequence })
+    }
+
+    fn check_type(&mut self, id: AggregateId, expected: &AggregateType, found: &Found<'_>) -> Result<()> {
+        let actual = match found.aggregate_type {
+            TypeOf::Made(actual) if actual == expected => return Ok(()),
+            TypeOf::Made(actual) => actual.clone(),
+            TypeOf::Stored(type_id) if self.names.find(expected)? == Some(type_id) => return Ok(()),
+            TypeOf::Stored(type_id) => self.names.name_of(type_id)?,
+        };
+        Err(Error::wrong_type(id, expected.clone(), actual).into())
     }
 
     fn write(&mut self, batch: &Batch, snapshot_limits: &[Sequence]) -> Result<Receipt> {
@@ -247,7 +216,8 @@ impl<'a> Writer<'a> {
         for made in batch.creates() {
             let type_id = self.names.aggregate_type(&made.aggregate_type)?;
             let key = made.key.as_ref().map(Key::as_str);
-            self.connection.prepare_cached(INSERT_AGGREGATE)?.execute((made.id.get(), type_id, key))?;
+            let inserted = self.connection.prepare_cached(INSERT_AGGREGATE)?.execute((made.id.get(), type_id, key));
+            inserted.map_err(|error| created_twice(made.id, error))?;
         }
         self.set_keys(batch.key_changes(), |change| Some(&change.key))?;
         let receipt = Receipt::of(batch, self.head.position, self.head.recorded_at);
@@ -323,36 +293,39 @@ fn insert_event(
     Ok(())
 }
 
-/// A key change always gives another key: the holder's present one is free.
-fn gives_up_its_key(batch: &Batch, holder: i64) -> bool {
-    batch.key_changes().iter().any(|change| change.aggregate.get() == holder)
+fn check_sequence(id: AggregateId, expected: Sequence, actual: Sequence) -> Result<()> {
+    if actual == expected { Ok(()) } else { Err(Error::conflict(id, expected, actual).into()) }
+}
+
+/// Ids are reserved, so one that exists is a mistake of the caller's; the primary key finds it without a look before.
+fn created_twice(id: AggregateId, error: rusqlite::Error) -> SqliteError {
+    match error.sqlite_extended_error_code() {
+        Some(ffi::SQLITE_CONSTRAINT_PRIMARYKEY | ffi::SQLITE_CONSTRAINT_ROWID) => {
+            Error::invalid(format!("aggregate {id} exists already")).into()
+        }
+        _ => error.into(),
+    }
+}
+
+/// What the checks say of a batch that they do not refuse.
+enum Checked {
+    /// It was written before.
+    Done(Receipt),
+    /// It may be written; the sequences are those that its snapshots must not be ahead of.
+    Write(Vec<Sequence>),
 }
 
 /// An aggregate that a batch refers to.
-enum Found {
-    /// Made by the batch itself.
-    Made,
-    /// In the store before it.
-    Stored { type_id: i64, sequence: Sequence },
+struct Found<'a> {
+    aggregate_type: TypeOf<'a>,
+    sequence: Sequence,
 }
 
-/// The aggregates that a batch makes, sorted.
-struct Made(Vec<AggregateId>);
-
-impl Made {
-    fn none() -> Self {
-        Self(Vec::new())
-    }
-
-    fn of(batch: &Batch) -> Self {
-        let mut ids: Vec<AggregateId> = batch.creates().iter().map(|made| made.id).collect();
-        ids.sort_unstable();
-        Self(ids)
-    }
-
-    fn has(&self, id: AggregateId) -> bool {
-        self.0.binary_search(&id).is_ok()
-    }
+enum TypeOf<'a> {
+    /// Made by the batch itself.
+    Made(&'a AggregateType),
+    /// In the store before it.
+    Stored(i64),
 }
 
 /// Headers as JSON; events of one unit share their metadata, so the text is made once for all in a row.

@@ -1,0 +1,215 @@
+//! The recipes of the README, as a program; a test holds the two against each other.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use evercore_sqlite::{
+    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Error, ErrorKind, EventStore, Filter, Json,
+    LogQuery, Metadata, PageLimit, Position, Result, Sequence, SqliteEngine, Timestamp,
+};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Account {
+    balance: i64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum AccountEvent {
+    Deposited { amount: i64 },
+    Withdrawn { amount: i64 },
+}
+
+impl Aggregate for Account {
+    const TYPE: &'static str = "account";
+    const SNAPSHOT_EVERY: u32 = 100; // keep the state after every hundredth event
+    const SNAPSHOT_VERSION: u32 = 1; // raise it when the state changes its shape or its meaning
+    type Event = AccountEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, event: AccountEvent) {
+        match event {
+            AccountEvent::Deposited { amount } => self.balance += amount,
+            AccountEvent::Withdrawn { amount } => self.balance -= amount,
+        }
+    }
+
+    fn validate(&self) -> Result<(), BoxError> {
+        if self.balance < 0 { Err("an account is never overdrawn".into()) } else { Ok(()) }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct NotEnough {
+    missing: i64,
+}
+
+impl fmt::Display for NotEnough {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is missing", self.missing)
+    }
+}
+
+impl StdError for NotEnough {}
+
+impl Account {
+    fn withdraw(&self, amount: i64) -> Result<[AccountEvent; 1], NotEnough> {
+        if amount > self.balance {
+            return Err(NotEnough { missing: amount - self.balance });
+        }
+        Ok([AccountEvent::Withdrawn { amount }])
+    }
+}
+
+fn main() -> Result<()> {
+    smol::block_on(run())
+}
+
+pub(crate) async fn run() -> Result<()> {
+    let store = EventStore::new(SqliteEngine::open_in_memory().await?);
+    natural_keys(&store).await?;
+    decisions(&store).await?;
+    several_aggregates(&store).await?;
+    guards(&store).await?;
+    command_ids(&store).await?;
+    metadata(&store).await?;
+    as_of(&store).await?;
+    reading(&store).await?;
+    backwards(&store).await?;
+    under_smol(&store).await?;
+    under_tokio(&store).await
+}
+
+async fn natural_keys(store: &EventStore) -> Result<()> {
+    let mut work = store.begin();
+    let mut alice = work.load_or_create::<Account>("alice").await?;
+    work.record(&mut alice, AccountEvent::Deposited { amount: 100 })?;
+    work.change_key(&mut alice, "alice@example.org")?;
+    work.commit().await?;
+
+    let same = store.load::<Account>("alice@example.org").await?; // by key
+    let same = store.load::<Account>(same.id()).await?; // by id
+    assert_eq!(same.balance, 100);
+    assert!(store.find::<Account>("alice").await?.is_none()); // the old key is free
+    Ok(())
+}
+
+async fn decisions(store: &EventStore) -> Result<()> {
+    store.update_or_create::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 50 }]).await?;
+
+    let refused = store.update::<Account, _, _>("bob", |bob| bob.withdraw(80)).await.unwrap_err();
+    assert_eq!(*refused.kind(), ErrorKind::Rejected);
+    assert_eq!(refused.cause::<NotEnough>(), Some(&NotEnough { missing: 30 }));
+    Ok(())
+}
+
+async fn several_aggregates(store: &EventStore) -> Result<()> {
+    store
+        .retry(async || {
+            let mut work = store.begin();
+            let mut from = work.load::<Account>("alice@example.org").await?;
+            let mut to = work.load::<Account>("bob").await?;
+            let events = from.withdraw(25).map_err(Error::rejected)?;
+            work.record_all(&mut from, events)?;
+            work.record(&mut to, AccountEvent::Deposited { amount: 25 })?;
+            work.commit().await
+        })
+        .await?;
+    Ok(())
+}
+
+async fn guards(store: &EventStore) -> Result<()> {
+    let mut work = store.begin();
+    let rich = work.load::<Account>("alice@example.org").await?;
+    let mut poor = work.load::<Account>("bob").await?;
+    if rich.balance > 0 {
+        work.guard(&rich); // only read, but it must not have changed when this commits
+        work.record(&mut poor, AccountEvent::Deposited { amount: 5 })?;
+    }
+    match work.commit().await {
+        Err(error) if error.is_conflict() => println!("somebody was faster: load and decide again"),
+        result => println!("committed at {}", result?.last),
+    }
+    Ok(())
+}
+
+async fn command_ids(store: &EventStore) -> Result<()> {
+    let request = CommandId::new("request 7f3a")?;
+    let first = store.update_once::<Account, _, _>(request.clone(), "bob", |bob| bob.withdraw(10)).await?;
+    let again = store.update_once::<Account, _, _>(request.clone(), "bob", |bob| bob.withdraw(10)).await?;
+    assert_eq!(first, again); // one effect, one receipt
+
+    // After an answer that was lost (`OutcomeUnknown`): its receipt, or `None` for "never, and never will".
+    let receipt = store.settle(&request).await?;
+    assert_eq!(receipt, Some(first));
+    Ok(())
+}
+
+async fn metadata(store: &EventStore) -> Result<()> {
+    let mut work = store.begin();
+    work.set_metadata(Metadata::new().with_reference("clerk 112")?.with_correlation_id("request 7f3b")?);
+    let mut bob = work.load::<Account>("bob").await?;
+    work.record(&mut bob, AccountEvent::Deposited { amount: 1 })?;
+    let late = Metadata::new().with_time(Timestamp::from_micros(1_317_422_324_546_000)?).with_header("source", "mail")?;
+    work.record_with(&mut bob, AccountEvent::Deposited { amount: 2 }, late)?;
+    work.commit().await?;
+    Ok(())
+}
+
+async fn as_of(store: &EventStore) -> Result<()> {
+    let first = store.load_as_of::<Account>("bob", AsOf::Sequence(Sequence::new(1)?)).await?;
+    assert_eq!(first.balance, 50);
+    let today = store.load_as_of::<Account>("bob", AsOf::Recorded(Timestamp::now())).await?;
+    assert_eq!(today.state(), store.load::<Account>("bob").await?.state());
+    Ok(())
+}
+
+async fn reading(store: &EventStore) -> Result<()> {
+    let filter = Filter::all().with_aggregate_type(Account::TYPE.try_into()?);
+    let mut cursor = Position::ZERO;
+    loop {
+        let page = store.read_log(&LogQuery::after(cursor).with_filter(filter.clone())).await?;
+        for event in &page.events {
+            let what = event.decode::<Account>()?;
+            println!("{} {what:?} {:?}", event.position(), event.reference());
+        }
+        cursor = page.scanned; // also past what did not pass the filter
+        if cursor == page.head && store.wait(cursor, Duration::from_millis(10)).await? == cursor {
+            return Ok(()); // nothing new for a while
+        }
+    }
+}
+
+async fn backwards(store: &EventStore) -> Result<()> {
+    let bob = store.load::<Account>("bob").await?;
+    let last_three = AggregateQuery {
+        aggregate: bob.id(),
+        direction: Direction::Backward,
+        from: Sequence::MAX,
+        to: Sequence::ZERO,
+        limit: PageLimit::events(3)?,
+    };
+    assert_eq!(store.read_aggregate(last_three).await?.len(), 3);
+    Ok(())
+}
+
+async fn under_smol(store: &EventStore) -> Result<()> {
+    let task = smol::spawn({
+        let store = store.clone(); // cheap: all clones share one engine
+        async move { store.update::<Account, _, _>("bob", |bob| bob.withdraw(1)).await }
+    });
+    task.await?;
+    Ok(())
+}
+
+async fn under_tokio(store: &EventStore) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::rejected)?;
+    let task = runtime.spawn({
+        let store = store.clone();
+        async move { store.update::<Account, _, _>("bob", |bob| bob.withdraw(1)).await }
+    });
+    task.await.map_err(Error::rejected)??;
+    runtime.shutdown_background();
+    Ok(())
+}

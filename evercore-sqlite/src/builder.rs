@@ -1,0 +1,156 @@
+//! How a store is opened.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use evercore_core::{Error, ErrorKind, Result};
+
+use crate::engine::SqliteEngine;
+
+/// What an acknowledged commit survives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// A power cut and a crash of the operating system: each commit is flushed to the disk (`synchronous=FULL`).
+    #[default]
+    PowerLoss,
+    /// A crash of the process only; a power cut may take the last commits, never half of one
+    /// (`synchronous=NORMAL`).
+    ProcessCrash,
+}
+
+impl Durability {
+    /// SQLite's number for it.
+    pub(crate) const fn synchronous(self) -> i64 {
+        match self {
+            Self::PowerLoss => 2,
+            Self::ProcessCrash => 1,
+        }
+    }
+}
+
+/// How a store is opened; everything has a default.
+///
+/// ```
+/// # use evercore_sqlite::{Durability, Result, SqliteEngine, StorageEngine};
+/// # futures_lite::future::block_on(async {
+/// # let folder = tempfile::tempdir().map_err(|_| evercore_sqlite::Error::invalid("no folder"))?;
+/// # let path = folder.path().join("store.db");
+/// let engine = SqliteEngine::builder().durability(Durability::ProcessCrash).read_connections(2).open(path).await?;
+/// assert_eq!(engine.head().await?.get(), 0);
+/// # Result::Ok(()) })?;
+/// # Result::Ok(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Builder {
+    pub(crate) settings: Settings,
+}
+
+/// The settings of an engine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub(crate) durability: Durability,
+    pub(crate) read_connections: u32,
+    pub(crate) busy_timeout: Duration,
+    pub(crate) create: bool,
+    pub(crate) read_only: bool,
+    pub(crate) commit_on_caller_thread: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            durability: Durability::default(),
+            read_connections: 4,
+            busy_timeout: Duration::from_secs(5),
+            create: true,
+            read_only: false,
+            commit_on_caller_thread: false,
+        }
+    }
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Self { settings: Settings::default() }
+    }
+
+    /// What an acknowledged commit survives; [`Durability::PowerLoss`] unless set.
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.settings.durability = durability;
+        self
+    }
+
+    /// How many connections read at the same time, at least 1; 4 unless set.
+    pub fn read_connections(mut self, count: u32) -> Self {
+        self.settings.read_connections = count.max(1);
+        self
+    }
+
+    /// How long to wait for a lock that another process holds, and for a free read connection, before the call ends
+    /// as [`Unavailable`](ErrorKind::Unavailable); 5 seconds unless set.
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.busy_timeout = timeout;
+        self
+    }
+
+    /// Whether a store is made where there is none, which is so unless set; otherwise a missing or empty file is
+    /// [`NotAStore`](ErrorKind::NotAStore).
+    pub fn create(mut self, create: bool) -> Self {
+        self.settings.create = create;
+        self
+    }
+
+    /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly), and an older
+    /// schema is not migrated. SQLite still needs its files `-wal` and `-shm` beside a store, or leave to make them.
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.settings.read_only = read_only;
+        self
+    }
+
+    /// Runs commits and reads on the thread that polls them, instead of handing them to a thread that may block.
+    ///
+    /// A lone writer is then nearly as fast as SQLite itself. In exchange the executor's thread waits for the disk:
+    /// good for a command line tool or a thread of one's own, bad for a server.
+    pub fn commit_on_caller_thread(mut self, on_caller_thread: bool) -> Self {
+        self.settings.commit_on_caller_thread = on_caller_thread;
+        self
+    }
+
+    /// Opens the store in this file.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs;
+    /// [`NotAStore`](ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
+    /// missing one that is not to be created; [`SchemaTooNew`](ErrorKind::SchemaTooNew) for a store made by a newer
+    /// library; [`ReadOnly`](ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](ErrorKind::Unavailable) if
+    /// it stays locked. A file that is refused was not written to.
+    pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
+        let path = checked(path.as_ref())?;
+        SqliteEngine::open_with(self.settings, Some(path)).await
+    }
+
+    /// Opens a new store in memory, which ends with the engine. It has one connection for all.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) together with `read_only`.
+    pub async fn open_in_memory(self) -> Result<SqliteEngine> {
+        if self.settings.read_only {
+            return Err(Error::invalid("a store in memory is new, so it cannot be read-only"));
+        }
+        SqliteEngine::open_with(self.settings, None).await
+    }
+}
+
+/// SQLite gives some names a meaning of their own, in which several connections would not be one store.
+fn checked(path: &Path) -> Result<PathBuf> {
+    let text = path.as_os_str().as_encoded_bytes();
+    if text.is_empty() || text == b":memory:" || text.starts_with(b"file:") {
+        return Err(Error::invalid(format!("\"{}\" is no path of a file", path.display())));
+    }
+    // The engine outlives a change of the working directory.
+    std::path::absolute(path).map_err(|error| {
+        Error::new(ErrorKind::Backend, "the path has no absolute form").with_source(error)
+    })
+}
+
