@@ -55,9 +55,9 @@ torture steps="200000" kills="20":
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
 
-# The benchmarks, each beside its floor. Arguments go to cargo: `just bench -- w3`.
+# The benchmarks, each beside its floor. Arguments choose among them: `just bench w3`.
 bench *args:
-    cargo bench --locked -p evercore-sqlite {{ args }}
+    cargo bench --locked -p evercore-sqlite --bench workloads -- {{ args }}
 
 # Run scratch/src/main.rs, a private playground that git ignores; made on first use.
 scratch *args:

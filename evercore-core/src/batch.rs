@@ -163,7 +163,8 @@ impl Batch {
     /// [`limits::UNIT_BYTES`].
     pub fn append(&mut self, append: Append) -> Result<()> {
         let events = self.events + append.events.len();
-        let bytes = self.bytes + append.events.iter().map(|event| event.payload.as_bytes().len()).sum::<usize>();
+        let bytes =
+            self.bytes + append.events.iter().map(|event| event.payload.as_bytes().len()).sum::<usize>();
         check_limit("events", events, limits::UNIT_EVENTS)?;
         check_limit("bytes", bytes, limits::UNIT_BYTES)?;
         if append.events.is_empty() {

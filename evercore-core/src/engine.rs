@@ -268,8 +268,7 @@ impl Filter {
 
     /// Whether an event with these traits passes: the one meaning that all engines share.
     pub fn matches(&self, aggregate: AggregateId, aggregate_type: &AggregateType, event: &EventType) -> bool {
-        self.aggregate.is_none_or(|wanted| wanted == aggregate)
-            && self.matches_type(aggregate_type, event)
+        self.aggregate.is_none_or(|wanted| wanted == aggregate) && self.matches_type(aggregate_type, event)
     }
 
     /// Whether events of this type, in aggregates of this type, pass.

@@ -206,7 +206,8 @@ impl Error {
     }
 
     pub(crate) fn codec(event_type: Option<EventType>, position: Option<Position>, source: BoxError) -> Self {
-        let thing = event_type.as_ref().map_or_else(|| "a state".to_owned(), |name| format!("event \"{name}\""));
+        let thing =
+            event_type.as_ref().map_or_else(|| "a state".to_owned(), |name| format!("event \"{name}\""));
         let place = position.map_or_else(String::new, |position| format!(" at position {position}"));
         let kind = ErrorKind::Codec { event_type, position };
         Self::new(kind, format!("{thing}{place} does not fit its codec")).with_source(source)
@@ -251,7 +252,10 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error").field("kind", &self.0.kind).field("message", &self.0.message).finish_non_exhaustive()
+        f.debug_struct("Error")
+            .field("kind", &self.0.kind)
+            .field("message", &self.0.message)
+            .finish_non_exhaustive()
     }
 }
 

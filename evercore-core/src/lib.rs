@@ -22,8 +22,8 @@ mod unit_of_work;
 pub use aggregate::{Aggregate, Encoded, EventCodec, StateCodec};
 pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
 pub use engine::{
-    AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit,
-    StorageEngine, Target,
+    AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery,
+    PageLimit, StorageEngine, Target,
 };
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use event::{Event, EventRow, Events, EventsBuilder, EventsIter, NewEvent, Payload};

@@ -11,7 +11,8 @@ use std::time::Duration;
 use crate::aggregate::{Aggregate, EventCodec, StateCodec};
 use crate::batch::Receipt;
 use crate::engine::{
-    AggregateQuery, Direction, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine, Target,
+    AggregateQuery, Direction, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine,
+    Target,
 };
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{Event, Events};
@@ -57,7 +58,11 @@ pub struct RetryPolicy {
 impl Default for RetryPolicy {
     /// 20 attempts, pauses up to 1 ms at first and 100 ms at last: enough for 16 writers on one aggregate.
     fn default() -> Self {
-        Self { attempts: 20, first_pause: Duration::from_millis(1), longest_pause: Duration::from_millis(100) }
+        Self {
+            attempts: 20,
+            first_pause: Duration::from_millis(1),
+            longest_pause: Duration::from_millis(100),
+        }
     }
 }
 
@@ -188,7 +193,9 @@ impl<T> Loaded<T> {
 
     /// Whether the state has events in it that belong to another unit and are not committed.
     pub(crate) fn is_stale(&self, unit: &Arc<AtomicBool>) -> bool {
-        self.staged_in.as_ref().is_some_and(|other| !Arc::ptr_eq(other, unit) && !other.load(Ordering::Acquire))
+        self.staged_in
+            .as_ref()
+            .is_some_and(|other| !Arc::ptr_eq(other, unit) && !other.load(Ordering::Acquire))
     }
 
     pub(crate) fn set_key(&mut self, key: Key) {
@@ -252,7 +259,10 @@ impl<T: Clone> Clone for Loaded<T> {
 /// Shows id and sequence, not the state.
 impl<T> fmt::Debug for Loaded<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Loaded").field("id", &self.id).field("sequence", &self.sequence).finish_non_exhaustive()
+        f.debug_struct("Loaded")
+            .field("id", &self.id)
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
     }
 }
 
@@ -376,7 +386,12 @@ impl EventStore {
     /// # Errors
     /// As [`update`](Self::update), and [`CommandAbandoned`](ErrorKind::CommandAbandoned). After
     /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), call it again with the same id.
-    pub async fn update_once<T, F, D>(&self, command: CommandId, target: impl IntoTarget, decide: F) -> Result<Receipt>
+    pub async fn update_once<T, F, D>(
+        &self,
+        command: CommandId,
+        target: impl IntoTarget,
+        decide: F,
+    ) -> Result<Receipt>
     where
         T: Aggregate,
         F: FnMut(&T) -> D + Send,
@@ -535,7 +550,8 @@ impl EventStore {
     /// [`InvalidName`](ErrorKind::InvalidName) if one is no name; what the engine says when it is out of reach.
     pub async fn warmup<T: Aggregate>(&self) -> Result<()> {
         let names = T::Codec::event_types().iter().map(|name| EventType::from_static(name));
-        let known = KnownType { aggregate_type: aggregate_type::<T>()?, event_types: names.collect::<Result<_>>()? };
+        let known =
+            KnownType { aggregate_type: aggregate_type::<T>()?, event_types: names.collect::<Result<_>>()? };
         self.engine.warmup(&[known]).await
     }
 
@@ -575,7 +591,8 @@ impl EventStore {
             return Ok(id);
         }
         let mut block = self.engine.reserve(ID_BLOCK).await?;
-        let first = block.next().ok_or_else(|| Error::new(ErrorKind::Backend, "the engine reserved no id"))?;
+        let first =
+            block.next().ok_or_else(|| Error::new(ErrorKind::Backend, "the engine reserved no id"))?;
         *self.ids() = block; // what others left of a block is lost, and that is harmless
         Ok(first)
     }
@@ -585,7 +602,11 @@ impl EventStore {
     }
 
     /// The aggregate with all events up to this sequence, from the newest snapshot that can be used.
-    pub(crate) async fn fold<T: Aggregate>(&self, target: Target, up_to: Sequence) -> Result<Option<Loaded<T>>> {
+    pub(crate) async fn fold<T: Aggregate>(
+        &self,
+        target: Target,
+        up_to: Sequence,
+    ) -> Result<Option<Loaded<T>>> {
         let snapshot = (T::SNAPSHOT_EVERY > 0).then_some(T::SNAPSHOT_VERSION);
         let request = LoadRequest { target, snapshot, up_to, limit: PageLimit::FOLD };
         let Some(mut history) = self.engine.load(request.clone()).await? else { return Ok(None) };

@@ -145,7 +145,9 @@ impl UnitOfWork {
             if created.aggregate_type != wanted {
                 return Err(Error::wrong_type(id, wanted, created.aggregate_type.clone()));
             }
-            return self.replay_staged(Loaded::new(id, created.key.clone(), Sequence::ZERO, T::default())).map(Some);
+            return self
+                .replay_staged(Loaded::new(id, created.key.clone(), Sequence::ZERO, T::default()))
+                .map(Some);
         }
         let up_to = match &target {
             Target::Id(id) => self.heads.get(id).map(|head| head.base),
@@ -163,7 +165,11 @@ impl UnitOfWork {
         self.batch.holder_of(wanted, key).map_or(target, Target::Id)
     }
 
-    async fn with_staged<T: Aggregate>(&self, target: Target, mut loaded: Loaded<T>) -> Result<Option<Loaded<T>>> {
+    async fn with_staged<T: Aggregate>(
+        &self,
+        target: Target,
+        mut loaded: Loaded<T>,
+    ) -> Result<Option<Loaded<T>>> {
         let change = self.batch.key_changes().iter().find(|change| change.aggregate == loaded.id());
         match (change, &target) {
             (Some(_), Target::Key(..)) => return Ok(None), // found by the key that this unit takes away
@@ -188,7 +194,9 @@ impl UnitOfWork {
         for event in self.staged.iter().filter(|event| event.aggregate == id) {
             let decoded = T::Codec::decode(event.event_type.as_str(), event.payload.as_bytes())
                 .map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
-            loaded.advance(decoded).map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
+            loaded
+                .advance(decoded)
+                .map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
         }
         Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
     }
@@ -198,7 +206,11 @@ impl UnitOfWork {
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
     /// unit gives it to another aggregate.
-    pub fn change_key<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, key: impl AsRef<str>) -> Result<()> {
+    pub fn change_key<T: Aggregate>(
+        &mut self,
+        aggregate: &mut Loaded<T>,
+        key: impl AsRef<str>,
+    ) -> Result<()> {
         let key = Key::new(key)?;
         let aggregate_type = aggregate_type::<T>()?;
         self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
@@ -239,14 +251,14 @@ impl UnitOfWork {
         event: T::Event,
         metadata: Metadata,
     ) -> Result<()> {
-        self.stage(aggregate, [event], Some(metadata))
+        self.stage(aggregate, [event], Some(&metadata))
     }
 
     fn stage<T: Aggregate>(
         &mut self,
         aggregate: &mut Loaded<T>,
         events: impl IntoIterator<Item = T::Event>,
-        metadata: Option<Metadata>,
+        metadata: Option<&Metadata>,
     ) -> Result<()> {
         let head = self.head_for(aggregate)?;
         let aggregate_type = aggregate_type::<T>()?;
@@ -254,8 +266,9 @@ impl UnitOfWork {
         // A copy takes the events, so that a refused event, or a panic, leaves the aggregate as it was.
         let mut next = aggregate.clone();
         for event in events {
-            let staged = encode::<T>(&next, &event, &aggregate_type, metadata.clone());
-            let staged = staged.and_then(|staged| advance(&mut next, event, &staged.event_type).map(|()| staged));
+            let staged = encode::<T>(&next, &event, &aggregate_type, metadata);
+            let staged =
+                staged.and_then(|staged| advance(&mut next, event, &staged.event_type).map(|()| staged));
             match staged {
                 Ok(staged) => self.staged.push(staged),
                 Err(error) => {
@@ -280,7 +293,8 @@ impl UnitOfWork {
     fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
         let id = aggregate.id();
         if aggregate.is_stale(&self.committed) {
-            let message = format!("aggregate {id} carries events of a unit of work that did not commit; load it again");
+            let message =
+                format!("aggregate {id} carries events of a unit of work that did not commit; load it again");
             return Err(Error::invalid(message));
         }
         match self.heads.get(&id) {
@@ -298,9 +312,13 @@ impl UnitOfWork {
         if every == 0 || before.get() / every == after.sequence().get() / every {
             return Ok(());
         }
-        let state = T::Codec::encode_state(after.state()).map_err(|source| Error::codec(None, None, source))?;
-        let snapshot =
-            Snapshot { sequence: after.sequence(), version: T::SNAPSHOT_VERSION, state: Payload::new(state)? };
+        let state =
+            T::Codec::encode_state(after.state()).map_err(|source| Error::codec(None, None, source))?;
+        let snapshot = Snapshot {
+            sequence: after.sequence(),
+            version: T::SNAPSHOT_VERSION,
+            state: Payload::new(state)?,
+        };
         self.batch.snapshot(after.id(), snapshot);
         Ok(())
     }
@@ -368,7 +386,12 @@ impl UnitOfWork {
                 aggregate: staged.aggregate,
                 aggregate_type: staged.aggregate_type,
                 expected: staged.expected,
-                events: vec![NewEvent { event_type: staged.event_type, payload: staged.payload, time, metadata }],
+                events: vec![NewEvent {
+                    event_type: staged.event_type,
+                    payload: staged.payload,
+                    time,
+                    metadata,
+                }],
             })?;
         }
         Ok(())
@@ -379,7 +402,7 @@ fn encode<T: Aggregate>(
     aggregate: &Loaded<T>,
     event: &T::Event,
     aggregate_type: &AggregateType,
-    metadata: Option<Metadata>,
+    metadata: Option<&Metadata>,
 ) -> Result<Staged> {
     let encoded = T::Codec::encode(event).map_err(|source| Error::codec(None, None, source))?;
     let event_type = match encoded.event_type {
@@ -392,7 +415,7 @@ fn encode<T: Aggregate>(
         expected: aggregate.sequence(),
         event_type,
         payload: Payload::new(encoded.payload)?,
-        metadata,
+        metadata: metadata.cloned(),
     })
 }
 

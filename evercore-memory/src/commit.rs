@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, Receipt, Result, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, Receipt, Result, Sequence, Snapshot,
+    Timestamp,
 };
 
 use crate::state::{AggregateState, Outcome, State, Stored};
@@ -60,9 +61,12 @@ impl State {
 
     /// A key is free if nobody holds it, or if its holder gets another in the same batch.
     fn check_keys(&self, batch: &Batch) -> Result<()> {
-        let moving: HashSet<AggregateId> = batch.key_changes().iter().map(|change| change.aggregate).collect();
-        let created = batch.creates().iter().filter_map(|new| Some((new.id, &new.aggregate_type, new.key.as_ref()?)));
-        let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type, &change.key));
+        let moving: HashSet<AggregateId> =
+            batch.key_changes().iter().map(|change| change.aggregate).collect();
+        let created =
+            batch.creates().iter().filter_map(|new| Some((new.id, &new.aggregate_type, new.key.as_ref()?)));
+        let changed =
+            batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type, &change.key));
         for (id, aggregate_type, key) in created.chain(changed) {
             let holder = self.keys.get(&(aggregate_type.clone(), key.clone()));
             if holder.is_some_and(|holder| *holder != id && !moving.contains(holder)) {
@@ -89,12 +93,15 @@ impl State {
     fn write(&mut self, batch: Batch, receipt: &Receipt) {
         for new in batch.creates() {
             self.types.entry(new.aggregate_type.clone()).or_default();
-            self.aggregates.insert(new.id, AggregateState {
-                aggregate_type: new.aggregate_type.clone(),
-                key: None,
-                positions: Vec::new(),
-                snapshot: None,
-            });
+            self.aggregates.insert(
+                new.id,
+                AggregateState {
+                    aggregate_type: new.aggregate_type.clone(),
+                    key: None,
+                    positions: Vec::new(),
+                    snapshot: None,
+                },
+            );
         }
         self.write_keys(&batch);
         for append in batch.appends() {
@@ -160,8 +167,10 @@ impl State {
     fn write_snapshot(&mut self, id: AggregateId, new: &Snapshot) {
         let Some(known) = self.aggregates.get_mut(&id) else { return };
         let is_ahead = new.sequence > known.sequence();
-        let is_behind =
-            known.snapshot.as_ref().is_some_and(|old| old.version == new.version && old.sequence > new.sequence);
+        let is_behind = known
+            .snapshot
+            .as_ref()
+            .is_some_and(|old| old.version == new.version && old.sequence > new.sequence);
         if !is_ahead && !is_behind {
             known.snapshot = Some(new.clone());
         }

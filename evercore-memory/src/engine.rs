@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage, LogQuery,
-    Position, Receipt, Result, StorageEngine, Timestamp,
+    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage,
+    LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;

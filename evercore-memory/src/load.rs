@@ -1,6 +1,8 @@
 //! Reading one aggregate.
 
-use evercore_core::{AggregateId, AggregateQuery, Direction, Events, History, LoadRequest, Position, Sequence, Target};
+use evercore_core::{
+    AggregateId, AggregateQuery, Direction, Events, History, LoadRequest, Position, Sequence, Target,
+};
 
 use crate::state::State;
 
@@ -12,7 +14,8 @@ impl State {
         };
         let known = self.aggregates.get(&id)?;
         let end = known.sequence().min(request.up_to);
-        let usable = known.snapshot.as_ref().filter(|it| Some(it.version) == request.snapshot && it.sequence <= end);
+        let usable =
+            known.snapshot.as_ref().filter(|it| Some(it.version) == request.snapshot && it.sequence <= end);
         let from = usable.map_or(Sequence::ZERO, |snapshot| snapshot.sequence);
         let (events, _) = self.page(self.positions(id, from, end), request.limit);
         Some(History {
@@ -45,7 +48,8 @@ impl State {
         last: Sequence,
     ) -> impl DoubleEndedIterator<Item = Position> + '_ {
         let all = self.aggregates.get(&id).map_or(&[][..], |known| &known.positions);
-        let index = |sequence: Sequence| usize::try_from(sequence.get()).map_or(all.len(), |it| it.min(all.len()));
+        let index =
+            |sequence: Sequence| usize::try_from(sequence.get()).map_or(all.len(), |it| it.min(all.len()));
         all.get(index(after)..index(last)).unwrap_or_default().iter().copied()
     }
 }

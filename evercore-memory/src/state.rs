@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, CommandId, EventRow, EventType, Events, EventsBuilder, Key, KnownType, Metadata,
-    PageLimit, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, CommandId, EventRow, EventType, Events, EventsBuilder, Key, KnownType,
+    Metadata, PageLimit, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
 };
 
 /// Everything there is. Only [`commit`](crate::commit) changes it.
@@ -61,7 +61,11 @@ impl State {
     }
 
     /// A type name that is the same memory wherever it is used, so that pages find it at a glance.
-    pub(crate) fn intern(&mut self, aggregate_type: &AggregateType, event_type: &EventType) -> (AggregateType, EventType) {
+    pub(crate) fn intern(
+        &mut self,
+        aggregate_type: &AggregateType,
+        event_type: &EventType,
+    ) -> (AggregateType, EventType) {
         let events = self.types.entry(aggregate_type.clone()).or_default();
         let event_type = match events.get(event_type) {
             Some(known) => known.clone(),

@@ -5,8 +5,9 @@ use std::fmt;
 use std::time::Duration;
 
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Error, ErrorKind, EventStore, Filter, Json,
-    LogQuery, Metadata, PageLimit, Position, Result, Sequence, SqliteEngine, Timestamp,
+    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Durability, Error, ErrorKind,
+    EventStore, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, Sequence, SqliteEngine,
+    StateAggregate, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +63,23 @@ impl Account {
     }
 }
 
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Customer {
+    name: String,
+    phone: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum CustomerEvent {
+    Registered { name: String },
+    Changed { name: Option<String>, phone: Patch<String> }, // `None` leaves a field alone, a patch can clear one
+}
+
+impl StateAggregate for Customer {
+    const TYPE: &'static str = "customer";
+    type Event = CustomerEvent;
+}
+
 fn main() -> Result<()> {
     smol::block_on(run())
 }
@@ -77,8 +95,10 @@ pub(crate) async fn run() -> Result<()> {
     as_of(&store).await?;
     reading(&store).await?;
     backwards(&store).await?;
+    overwritten(&store).await?;
     under_smol(&store).await?;
-    under_tokio(&store).await
+    under_tokio(&store).await?;
+    files().await
 }
 
 async fn natural_keys(store: &EventStore) -> Result<()> {
@@ -151,7 +171,9 @@ async fn metadata(store: &EventStore) -> Result<()> {
     work.set_metadata(Metadata::new().with_reference("clerk 112")?.with_correlation_id("request 7f3b")?);
     let mut bob = work.load::<Account>("bob").await?;
     work.record(&mut bob, AccountEvent::Deposited { amount: 1 })?;
-    let late = Metadata::new().with_time(Timestamp::from_micros(1_317_422_324_546_000)?).with_header("source", "mail")?;
+    let late = Metadata::new()
+        .with_time(Timestamp::from_micros(1_317_422_324_546_000)?)
+        .with_header("source", "mail")?;
     work.record_with(&mut bob, AccountEvent::Deposited { amount: 2 }, late)?;
     work.commit().await?;
     Ok(())
@@ -194,6 +216,17 @@ async fn backwards(store: &EventStore) -> Result<()> {
     Ok(())
 }
 
+async fn overwritten(store: &EventStore) -> Result<()> {
+    let mut work = store.begin();
+    let mut ada = work.create_with_key::<Customer>("ada").await?;
+    work.record(&mut ada, CustomerEvent::Registered { name: "Ada".to_owned() })?;
+    work.record(&mut ada, CustomerEvent::Changed { name: None, phone: Patch::Set("0123".to_owned()) })?;
+    work.record(&mut ada, CustomerEvent::Changed { name: Some("Ada L.".to_owned()), phone: Patch::Clear })?;
+    work.commit().await?;
+    assert_eq!((ada.name.as_str(), ada.phone.as_ref()), ("Ada L.", None));
+    Ok(())
+}
+
 async fn under_smol(store: &EventStore) -> Result<()> {
     let task = smol::spawn({
         let store = store.clone(); // cheap: all clones share one engine
@@ -211,5 +244,26 @@ async fn under_tokio(store: &EventStore) -> Result<()> {
     });
     task.await.map_err(Error::rejected)??;
     runtime.shutdown_background();
+    Ok(())
+}
+
+async fn files() -> Result<()> {
+    let folder = tempfile::tempdir().map_err(Error::rejected)?;
+    let folder = folder.path();
+
+    let engine = SqliteEngine::builder()
+        .durability(Durability::ProcessCrash) // weaker than the default, which survives a power cut
+        .read_connections(2)
+        .open(folder.join("accounts.db"))
+        .await?;
+    let store = EventStore::new(engine.clone());
+    store.update_or_create::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 50 }]).await?;
+
+    engine.backup_to(folder.join("backup.db")).await?; // one moment of it, while others go on writing
+    engine.close().await?;
+
+    let backup = SqliteEngine::builder().read_only(true).open(folder.join("backup.db")).await?;
+    let bob = EventStore::new(backup).load::<Account>("bob").await?;
+    assert_eq!(bob.balance, 50);
     Ok(())
 }

@@ -149,8 +149,6 @@ fn checked(path: &Path) -> Result<PathBuf> {
         return Err(Error::invalid(format!("\"{}\" is no path of a file", path.display())));
     }
     // The engine outlives a change of the working directory.
-    std::path::absolute(path).map_err(|error| {
-        Error::new(ErrorKind::Backend, "the path has no absolute form").with_source(error)
-    })
+    std::path::absolute(path)
+        .map_err(|error| Error::new(ErrorKind::Backend, "the path has no absolute form").with_source(error))
 }
-

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, Metadata, NewEvent, Position, Receipt,
-    Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, Metadata, NewEvent, Position,
+    Receipt, Sequence, Snapshot, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 
@@ -26,7 +26,8 @@ const AGGREGATE: &str = "
 
 const HOLDER: &str = "SELECT id FROM aggregates WHERE aggregate_type_id = ?1 AND natural_key = ?2";
 
-const INSERT_AGGREGATE: &str = "INSERT INTO aggregates (id, aggregate_type_id, natural_key) VALUES (?1, ?2, ?3)";
+const INSERT_AGGREGATE: &str =
+    "INSERT INTO aggregates (id, aggregate_type_id, natural_key) VALUES (?1, ?2, ?3)";
 
 const SET_KEY: &str = "UPDATE aggregates SET natural_key = ?2 WHERE id = ?1";
 
@@ -82,15 +83,27 @@ impl Command {
         match row.optional()? {
             None => Ok(Self::Unknown),
             Some((_, None)) => Ok(Self::Abandoned),
-            Some((fingerprint, Some(receipt))) => Ok(Self::Committed { fingerprint, receipt: receipt.parse()? }),
+            Some((fingerprint, Some(receipt))) => {
+                Ok(Self::Committed { fingerprint, receipt: receipt.parse()? })
+            }
         }
     }
 
-    /// Writes that the command never took effect.
-    pub(crate) fn abandon(connection: &Connection, id: &CommandId) -> Result<()> {
-        let nothing = (id.as_str(), None::<i64>, None::<&str>);
-        connection.prepare_cached(INSERT_COMMAND)?.execute(nothing)?;
-        Ok(())
+    pub(crate) fn receipt(self) -> Option<Receipt> {
+        match self {
+            Self::Committed { receipt, .. } => Some(receipt),
+            Self::Unknown | Self::Abandoned => None,
+        }
+    }
+
+    /// The receipt; without one, it is written down that there never will be.
+    pub(crate) fn settle(connection: &Connection, id: &CommandId) -> Result<Option<Receipt>> {
+        let command = Self::read(connection, id)?;
+        if matches!(command, Self::Unknown) {
+            let nothing = (id.as_str(), None::<i64>, None::<&str>);
+            connection.prepare_cached(INSERT_COMMAND)?.execute(nothing)?;
+        }
+        Ok(command.receipt())
     }
 }
 
@@ -153,7 +166,8 @@ impl<'a> Writer<'a> {
         for guard in batch.guards() {
             check_sequence(guard.aggregate, guard.expected, self.find(batch, guard.aggregate)?.sequence)?;
         }
-        let limits = batch.snapshots().iter().map(|(id, _)| self.sequence_after(batch, *id)).collect::<Result<_>>()?;
+        let limits =
+            batch.snapshots().iter().map(|(id, _)| self.sequence_after(batch, *id)).collect::<Result<_>>()?;
         self.check_keys(batch)?;
         Ok(Checked::Write(limits))
     }
@@ -191,7 +205,10 @@ impl<'a> Writer<'a> {
     /// An aggregate that exists, or that the batch makes.
     fn find<'b>(&self, batch: &'b Batch, id: AggregateId) -> Result<Found<'b>> {
         if let Some(made) = batch.created(id) {
-            return Ok(Found { aggregate_type: TypeOf::Made(&made.aggregate_type), sequence: Sequence::ZERO });
+            return Ok(Found {
+                aggregate_type: TypeOf::Made(&made.aggregate_type),
+                sequence: Sequence::ZERO,
+            });
         }
         let mut statement = self.connection.prepare_cached(AGGREGATE)?;
         let row = statement.query_row([id.get()], |row| Ok((row.get(0)?, row.get::<_, Option<i64>>(1)?)));
@@ -216,7 +233,8 @@ impl<'a> Writer<'a> {
         for made in batch.creates() {
             let type_id = self.names.aggregate_type(&made.aggregate_type)?;
             let key = made.key.as_ref().map(Key::as_str);
-            let inserted = self.connection.prepare_cached(INSERT_AGGREGATE)?.execute((made.id.get(), type_id, key));
+            let inserted =
+                self.connection.prepare_cached(INSERT_AGGREGATE)?.execute((made.id.get(), type_id, key));
             inserted.map_err(|error| created_twice(made.id, error))?;
         }
         self.set_keys(batch.key_changes(), |change| Some(&change.key))?;

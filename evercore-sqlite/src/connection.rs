@@ -28,7 +28,8 @@ pub(crate) enum Role {
 /// Refuses a SQLite library with a known corruption bug.
 pub(crate) fn check_library() -> Result<()> {
     if rusqlite::version_number() < OLDEST_SQLITE {
-        let message = format!("SQLite {} can damage a store, 3.51.3 is the oldest to use", rusqlite::version());
+        let message =
+            format!("SQLite {} can damage a store, 3.51.3 is the oldest to use", rusqlite::version());
         return Err(Error::new(ErrorKind::Backend, message).into());
     }
     Ok(())
@@ -43,7 +44,12 @@ pub(crate) fn flags(role: Role, create: bool) -> OpenFlags {
     }
 }
 
-pub(crate) fn open(path: &Path, role: Role, create: bool, busy_timeout: Duration) -> rusqlite::Result<Connection> {
+pub(crate) fn open(
+    path: &Path,
+    role: Role,
+    create: bool,
+    busy_timeout: Duration,
+) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, flags(role, create))?;
     connection.busy_timeout(busy_timeout)?;
     Ok(connection)
@@ -67,7 +73,8 @@ fn set(connection: &Connection, pragma: &str, value: i64) -> rusqlite::Result<()
     let found: i64 = connection.pragma_query_value(None, pragma, |row| row.get(0))?;
     if found != value {
         let message = format!("SQLite has {pragma} = {found}, asked for {value}");
-        return Err(rusqlite::Error::UserFunctionError(message.into()));
+        // The pool's connections can only say it as an error of rusqlite; this one carries any.
+        return Err(rusqlite::Error::ToSqlConversionFailure(message.into()));
     }
     Ok(())
 }

@@ -35,7 +35,9 @@ impl From<SqliteError> for Error {
             SqliteError::Pool(_) => (ErrorKind::Unavailable, "no read connection became free in time"),
             SqliteError::Io(_) => (ErrorKind::Backend, "the file system refused"),
             SqliteError::Migration(source) => migration(source),
-            SqliteError::Damaged(_) => (ErrorKind::NotAStore, "the file has a value that is no value of a store"),
+            SqliteError::Damaged(_) => {
+                (ErrorKind::NotAStore, "the file has a value that is no value of a store")
+            }
             SqliteError::Core(_) => (ErrorKind::Backend, ""),
         };
         match error {

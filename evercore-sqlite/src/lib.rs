@@ -1,1 +1,23 @@
-//! In the making.
+//! The SQLite engine of evercore: one file, one writer, durable.
+#![doc = include_str!("../README.md")]
+
+mod backup;
+mod builder;
+mod commit;
+mod connection;
+mod engine;
+mod error;
+mod flight;
+mod load;
+mod log;
+mod migrate;
+mod names;
+mod pool;
+mod rows;
+mod store;
+mod transaction;
+mod wait;
+
+pub use builder::{Builder, Durability};
+pub use engine::SqliteEngine;
+pub use evercore_core::*;

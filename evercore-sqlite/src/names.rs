@@ -58,7 +58,11 @@ impl Names {
     }
 
     /// The number of this aggregate type, if it is registered.
-    pub(crate) fn aggregate_type_id(&self, connection: &Connection, name: &AggregateType) -> Result<Option<i64>> {
+    pub(crate) fn aggregate_type_id(
+        &self,
+        connection: &Connection,
+        name: &AggregateType,
+    ) -> Result<Option<i64>> {
         match self.table().aggregate_type_id(name) {
             Some(id) => Ok(Some(id)),
             None => find_aggregate_type(connection, name),
@@ -229,6 +233,16 @@ impl<'a> Registrar<'a> {
         let id = self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?;
         self.fresh.set_aggregate_type(checked(id)?, name);
         Ok(id)
+    }
+
+    pub(crate) fn all(&mut self, types: &[KnownType]) -> Result<()> {
+        for known in types {
+            self.aggregate_type(&known.aggregate_type)?;
+            for event_type in &known.event_types {
+                self.event_type(&known.aggregate_type, event_type)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn event_type(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<i64> {

@@ -73,7 +73,8 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 /// [`event_types`](EventCodec::event_types), content nested deeper than 127 levels, and content of more than
 /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), which is noticed while it is written.
 ///
-/// JSON has no word for `NaN` and the infinities; `serde_json` writes `null` for them. Keep them out of events.
+/// JSON has no word for `NaN` and the infinities; `serde_json` writes `null` for them, which is not a number when it is
+/// read again. Keep them out of events.
 ///
 /// # Errors and their content
 ///
@@ -128,7 +129,6 @@ impl Event {
     /// # use evercore_core::Event;
     /// #[derive(serde::Deserialize)]
     /// enum Mailing<'a> {
-    ///     #[serde(borrow)]
     ///     EmailChanged { email: &'a str },
     ///     #[serde(other)]
     ///     Other,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// A piece of work that people do for an application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum WorkItem {
+pub(crate) enum WorkItem {
     HandleLead,
     AssessFraud,
     CompleteApplication,
@@ -17,7 +17,7 @@ pub enum WorkItem {
 
 /// What happened: to the application, to an offer made for it, to a work item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ApplicationEvent {
+pub(crate) enum ApplicationEvent {
     Submitted { amount_requested: u64 },
     PartlySubmitted,
     PreAccepted,
@@ -42,14 +42,14 @@ pub enum ApplicationEvent {
 
 /// An application as its events left it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Application {
-    pub amount_requested: u64,
-    pub submitted: u32,
-    pub approved: u32,
-    pub declined: u32,
-    pub cancelled: u32,
-    pub offers_accepted: u32,
-    pub work_in_progress: i32,
+pub(crate) struct Application {
+    pub(crate) amount_requested: u64,
+    pub(crate) submitted: u32,
+    pub(crate) approved: u32,
+    pub(crate) declined: u32,
+    pub(crate) cancelled: u32,
+    pub(crate) offers_accepted: u32,
+    pub(crate) work_in_progress: i32,
 }
 
 impl Aggregate for Application {
@@ -70,7 +70,12 @@ impl Aggregate for Application {
             E::OfferAccepted => self.offers_accepted += 1,
             E::WorkStarted { .. } => self.work_in_progress += 1,
             E::WorkCompleted { .. } => self.work_in_progress -= 1,
-            E::PartlySubmitted | E::PreAccepted | E::Accepted | E::Finalized | E::Registered | E::Activated => {}
+            E::PartlySubmitted
+            | E::PreAccepted
+            | E::Accepted
+            | E::Finalized
+            | E::Registered
+            | E::Activated => {}
             E::OfferSelected | E::OfferCreated | E::OfferSent | E::OfferSentBack => {}
             E::OfferDeclined | E::OfferCancelled | E::WorkScheduled { .. } => {}
         }
@@ -109,7 +114,7 @@ const WORK: [(&str, WorkItem); 7] = [
 
 impl ApplicationEvent {
     /// The event that the source calls so; `None` if it is not known.
-    pub fn from_source(name: &str, transition: &str, amount_requested: u64) -> Option<Self> {
+    pub(crate) fn from_source(name: &str, transition: &str, amount_requested: u64) -> Option<Self> {
         if let Some((_, item)) = WORK.iter().find(|(known, _)| *known == name) {
             return match transition {
                 "SCHEDULE" => Some(Self::WorkScheduled { item: *item }),
@@ -126,14 +131,16 @@ impl ApplicationEvent {
     }
 
     /// What the source calls it: name and transition.
-    pub fn to_source(self) -> (&'static str, &'static str) {
+    pub(crate) fn to_source(self) -> (&'static str, &'static str) {
         let work = |wanted| WORK.iter().find(|(_, item)| *item == wanted).map_or("?", |(name, _)| name);
         match self {
             Self::Submitted { .. } => ("A_SUBMITTED", "COMPLETE"),
             Self::WorkScheduled { item } => (work(item), "SCHEDULE"),
             Self::WorkStarted { item } => (work(item), "START"),
             Self::WorkCompleted { item } => (work(item), "COMPLETE"),
-            step => (STEPS.iter().find(|(_, event)| *event == step).map_or("?", |(name, _)| name), "COMPLETE"),
+            step => {
+                (STEPS.iter().find(|(_, event)| *event == step).map_or("?", |(name, _)| name), "COMPLETE")
+            }
         }
     }
 }

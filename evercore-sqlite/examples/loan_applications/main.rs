@@ -12,7 +12,6 @@ mod application;
 mod source;
 
 use std::collections::{BTreeSet, HashMap};
-use std::error::Error;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -84,7 +83,8 @@ impl Import {
     async fn skip(&self, lines: &mut impl Iterator<Item = Result<Line, BoxError>>) -> Result<(), BoxError> {
         let Some(last) = usize::try_from(self.head.get())?.checked_sub(1) else { return Ok(()) };
         let line = lines.nth(last).ok_or("the file holds more events than the log has lines")??;
-        let page = self.store.read_log(&LogQuery::before(Position::MAX).with_limit(PageLimit::events(1)?)).await?;
+        let page =
+            self.store.read_log(&LogQuery::before(Position::MAX).with_limit(PageLimit::events(1)?)).await?;
         let event = page.events.first().ok_or("the log of the file has no end")?;
         let is_same = event.decode::<Application>()? == line.event && event.time() == line.time;
         if is_same { Ok(()) } else { Err("the file holds another log".into()) }
@@ -198,7 +198,8 @@ fn rate(events: i64, began: Instant) -> String {
 
 fn progress_bar(log: Option<&Path>) -> Result<ProgressBar, BoxError> {
     let lines = source::lines(log)?.count();
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(lines as u64) } else { ProgressBar::hidden() };
+    let bar =
+        if std::io::stderr().is_terminal() { ProgressBar::new(lines as u64) } else { ProgressBar::hidden() };
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} events, {per_sec}, {eta} left")?);
     Ok(bar)
 }

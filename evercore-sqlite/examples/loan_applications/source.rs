@@ -12,15 +12,17 @@ use crate::application::ApplicationEvent;
 
 /// One line: what happened to which application, when, and who did it.
 #[derive(Debug, PartialEq)]
-pub struct Line {
-    pub case: String,
-    pub time: Timestamp,
-    pub event: ApplicationEvent,
-    pub resource: String,
+pub(crate) struct Line {
+    pub(crate) case: String,
+    pub(crate) time: Timestamp,
+    pub(crate) event: ApplicationEvent,
+    pub(crate) resource: String,
 }
 
 /// The lines of a file, in the file's order. A line that does not read is an error that names its number.
-pub fn lines(path: Option<&Path>) -> Result<Box<dyn Iterator<Item = Result<Line, BoxError>>>, BoxError> {
+pub(crate) fn lines(
+    path: Option<&Path>,
+) -> Result<Box<dyn Iterator<Item = Result<Line, BoxError>>>, BoxError> {
     match path {
         Some(path) => {
             let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -44,7 +46,8 @@ fn read(source: impl Read) -> Result<impl Iterator<Item = Result<Line, BoxError>
 }
 
 fn parse(record: &csv::StringRecord) -> Result<Line, String> {
-    let [case, time, name, transition, resource, amount] = std::array::from_fn(|at| record.get(at).unwrap_or(""));
+    let [case, time, name, transition, resource, amount] =
+        std::array::from_fn(|at| record.get(at).unwrap_or(""));
     let time = OffsetDateTime::parse(time, &Rfc3339).map_err(|_| format!("\"{time}\" is no time"))?;
     let time = Timestamp::try_from(std::time::SystemTime::from(time)).map_err(|error| error.to_string())?;
     let amount = amount.parse().map_err(|_| format!("\"{amount}\" is no amount"))?;
@@ -65,7 +68,10 @@ fn made_up() -> String {
         for (hour, step) in steps.iter().enumerate() {
             let moment = OffsetDateTime::UNIX_EPOCH + time::Duration::hours(case + hour as i64);
             let time = moment.format(&Rfc3339).unwrap_or_default();
-            lines.push((moment, format!("{},{time},{step},11{},{}", 1000 + case, case % 10, 5_000 + 10 * case)));
+            lines.push((
+                moment,
+                format!("{},{time},{step},11{},{}", 1000 + case, case % 10, 5_000 + 10 * case),
+            ));
         }
     }
     lines.sort_by_key(|(moment, _)| *moment);

@@ -1,0 +1,232 @@
+//! The engine: each promise of the trait, handed to the room that keeps it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use evercore_core::{
+    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownType,
+    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+};
+
+use crate::builder::{Builder, Settings};
+use crate::commit::Command;
+use crate::error::{SqliteError, outcome_unknown, read_only};
+use crate::names::Registrar;
+use crate::store::Store;
+use crate::{backup, flight, load, log, wait};
+
+const RESERVE: &str = "
+    UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
+
+/// A store in a SQLite file; cheap to clone, all clones are one engine.
+///
+/// Several engines, also in several processes, may have the same file open: each commit sees the last.
+#[derive(Clone)]
+pub struct SqliteEngine(Arc<Store>);
+
+impl SqliteEngine {
+    /// Opens the store in this file, or makes it. All settings are those of [`SqliteEngine::builder`].
+    ///
+    /// # Errors
+    /// As [`Builder::open`].
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::builder().open(path).await
+    }
+
+    /// Opens a new store in memory, which ends with the engine.
+    ///
+    /// # Errors
+    /// As [`Builder::open_in_memory`].
+    pub async fn open_in_memory() -> Result<Self> {
+        Self::builder().open_in_memory().await
+    }
+
+    /// Says how to open a store.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    pub(crate) async fn open_with(settings: Settings, path: Option<PathBuf>) -> Result<Self> {
+        let open = move || Store::open(settings, path).map(|store| Self(Arc::new(store)));
+        if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await }
+    }
+
+    /// The file, with its whole path; `None` for a store in memory.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The id that this store got when it was made; a copy has the same.
+    pub fn store_id(&self) -> &str {
+        &self.0.store_id
+    }
+
+    /// How large the write-ahead log is. It grows while somebody reads one long transaction.
+    pub fn wal_bytes(&self) -> u64 {
+        self.0.wal_bytes()
+    }
+
+    /// Writes the write-ahead log back into the file and cuts it to nothing. The engine does so by itself when there
+    /// is much of it; this is for a moment of your choice, as before the file is moved.
+    ///
+    /// # Errors
+    /// [`Unavailable`](ErrorKind::Unavailable) if somebody still reads from it when the busy time-out ends.
+    pub async fn checkpoint(&self) -> Result<()> {
+        self.run(|store| {
+            if store.truncate_wal(&mut store.lock()?)? {
+                return Ok(());
+            }
+            Err(Error::new(ErrorKind::Unavailable, "somebody still reads from the write-ahead log"))
+        })
+        .await
+    }
+
+    /// Writes a copy of the store, as of one moment, while the store is in use. The copy is flushed and verified
+    /// before it gets its name. To copy the file by hand is no backup.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if there is something at `target` already.
+    pub async fn backup_to(&self, target: impl Into<PathBuf>) -> Result<()> {
+        let target = target.into();
+        self.run(move |store| store.read(|connection| backup::back_up(connection, &target))).await
+    }
+
+    /// Closes the file, for all clones, once the commits under way have ended. What is called later is
+    /// [`Closed`](ErrorKind::Closed). To drop all clones closes it as well.
+    ///
+    /// # Errors
+    /// [`Backend`](ErrorKind::Backend) if SQLite cannot close it.
+    pub async fn close(&self) -> Result<()> {
+        self.run(Store::close).await
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.0
+    }
+
+    /// Where the log ends, if that is past `after`; the file is looked at only if nobody here knows so yet.
+    pub(crate) async fn head_now(&self, after: Position) -> Result<Position> {
+        let seen = self.0.seen();
+        if seen > after {
+            return self.0.check_open().map(|()| seen);
+        }
+        self.run(Store::head).await
+    }
+
+    /// Runs what may block where blocking is allowed.
+    fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T>> {
+        let store = Arc::clone(&self.0);
+        Box::pin(async move {
+            if store.settings.commit_on_caller_thread {
+                return work(&store);
+            }
+            blocking::unblock(move || work(&store)).await
+        })
+    }
+
+    async fn commit_batch(&self, batch: Batch) -> Result<Receipt> {
+        self.0.check_open()?;
+        if self.0.settings.read_only {
+            return Err(read_only());
+        }
+        if batch.is_empty() {
+            return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
+        }
+        if self.0.settings.commit_on_caller_thread {
+            return flight::commit_here(&self.0, batch);
+        }
+        let (answer, is_leader) = self.0.queue.push(batch);
+        if is_leader {
+            // Detached: a caller who goes away loses the answer and leaves the flight alone.
+            let store = Arc::clone(&self.0);
+            blocking::unblock(move || flight::lead(&store)).detach();
+        }
+        answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
+    }
+}
+
+/// Shows where the store is and how it was opened, nothing that is in it.
+impl fmt::Debug for SqliteEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteEngine")
+            .field("path", &self.0.path)
+            .field("settings", &self.0.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl StorageEngine for SqliteEngine {
+    fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
+        self.run(move |store| {
+            let first = store.write(|connection| {
+                Ok(connection.prepare_cached(RESERVE)?.query_row([count], |row| row.get(0))?)
+            })?;
+            IdBlock::new(first, count)
+        })
+    }
+
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
+        Box::pin(self.commit_batch(batch))
+    }
+
+    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        let command = command.clone();
+        self.run(move |store| store.read(|connection| Ok(Command::read(connection, &command)?.receipt())))
+    }
+
+    fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        let command = command.clone();
+        self.run(move |store| store.write(|connection| Command::settle(connection, &command)))
+    }
+
+    fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
+        self.run(move |store| store.read(|connection| load::load(connection, &store.names, &request)))
+    }
+
+    fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
+        self.run(move |store| store.read(|connection| load::read(connection, &store.names, &query)))
+    }
+
+    fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
+        let query = query.clone();
+        self.run(move |store| store.read(|connection| log::read(connection, &store.names, &query)))
+    }
+
+    fn head(&self) -> BoxFuture<'_, Result<Position>> {
+        self.run(Store::head)
+    }
+
+    fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
+        self.run(move |store| store.read(|connection| log::position_at(connection, time)))
+    }
+
+    fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(wait::wait(self, after, at_most))
+    }
+
+    fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
+        Box::pin(futures_timer::Delay::new(time))
+    }
+
+    fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
+        let types = types.to_vec();
+        self.run(move |store| {
+            let fresh = store.write(|connection| {
+                let mut names = Registrar::new(connection, &store.names);
+                names.all(&types)?;
+                Ok::<_, SqliteError>(names.into_fresh())
+            })?;
+            store.names.learn(fresh);
+            Ok(())
+        })
+    }
+
+    fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
+        self.run(|store| store.read(|connection| store.names.list(connection)))
+    }
+}

@@ -1,0 +1,143 @@
+//! Reading the log of the whole store.
+
+use evercore_core::{AggregateId, Direction, Error, Events, LogPage, LogQuery, Position, Timestamp};
+use rusqlite::{Connection, params_from_iter};
+
+use crate::commit::Head;
+use crate::error::{Result, damaged};
+use crate::names::Names;
+use crate::rows::{Page, select_events};
+
+const ALL_FORWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position");
+const ALL_BACKWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position DESC");
+
+/// An aggregate's sequences grow as its positions do, so its index gives both orders.
+const AGGREGATE_FORWARD: &str =
+    select_events!("WHERE aggregate_id = ?3 AND sequence BETWEEN ?1 AND ?2 ORDER BY sequence");
+const AGGREGATE_BACKWARD: &str =
+    select_events!("WHERE aggregate_id = ?3 AND sequence BETWEEN ?1 AND ?2 ORDER BY sequence DESC");
+
+/// One event type's part of the log: a range of an index that ends with the position.
+macro_rules! of_type {
+    () => {
+        select_events!("INDEXED BY events_event_type WHERE event_type_id = ? AND position BETWEEN ? AND ?")
+    };
+}
+
+/// Up to this many event types are read from their index each and merged; with more of them the log itself is read.
+const MERGED_TYPES: usize = 24;
+
+const LAST_SEQUENCE: &str = "SELECT max(sequence) FROM events WHERE aggregate_id = ?1";
+const POSITION_OF: &str = "SELECT position FROM events WHERE aggregate_id = ?1 AND sequence = ?2";
+const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
+
+/// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
+pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> Result<LogPage> {
+    let head = Head::read(connection)?.position;
+    if query.direction == Direction::Forward && query.from > head {
+        return Err(Error::cursor_ahead(query.from, head).into());
+    }
+    let (events, is_full) = match query.limit.max_events() {
+        0 => (Events::default(), true),
+        _ => matching(connection, names, query, range(query, head))?,
+    };
+    Ok(LogPage { scanned: query.scanned(&events, is_full, head), events, head })
+}
+
+/// The first and the last position to read, whichever way.
+fn range(query: &LogQuery, head: Position) -> (i64, i64) {
+    match query.direction {
+        Direction::Forward => (query.from.next().get(), query.to.min(head).get()),
+        Direction::Backward => (query.to.get().max(1), (query.from.get() - 1).min(head.get())),
+    }
+}
+
+fn matching(
+    connection: &Connection,
+    names: &Names,
+    query: &LogQuery,
+    (first, last): (i64, i64),
+) -> Result<(Events, bool)> {
+    if first > last {
+        return Ok((Events::default(), false));
+    }
+    let filter = &query.filter;
+    let passing = match filter.aggregate_type.is_none() && filter.event_types.is_empty() {
+        true => None,
+        false => names.complete(connection)?.passing(filter),
+    };
+    let mut page = Page::new(connection, names, query.limit);
+    match (filter.aggregate, passing.as_deref()) {
+        (_, Some([])) => {}
+        (Some(aggregate), passing) => {
+            let range = sequences(connection, aggregate, (first, last))?;
+            let sql = either(query, AGGREGATE_FORWARD, AGGREGATE_BACKWARD);
+            let mut statement = connection.prepare_cached(sql)?;
+            page.fill(statement.query((range.0, range.1, aggregate.get()))?, passing)?;
+        }
+        (None, Some(ids)) if ids.len() <= MERGED_TYPES => {
+            let mut statement = connection.prepare_cached(&merged(ids.len(), query.direction))?;
+            let values = ids.iter().flat_map(|id| [*id, first, last]);
+            page.fill(statement.query(params_from_iter(values))?, None)?;
+        }
+        (None, passing) => {
+            let mut statement = connection.prepare_cached(either(query, ALL_FORWARD, ALL_BACKWARD))?;
+            page.fill(statement.query((first, last))?, passing)?;
+        }
+    }
+    Ok(page.finish())
+}
+
+fn either<'a>(query: &LogQuery, forward: &'a str, backward: &'a str) -> &'a str {
+    match query.direction {
+        Direction::Forward => forward,
+        Direction::Backward => backward,
+    }
+}
+
+/// SQLite merges the parts as it goes, since each comes from its index in this order.
+fn merged(types: usize, direction: Direction) -> String {
+    let order = match direction {
+        Direction::Forward => " ORDER BY position",
+        Direction::Backward => " ORDER BY position DESC",
+    };
+    vec![of_type!(); types].join(" UNION ALL ") + order
+}
+
+/// The sequences of the aggregate's events between two positions.
+fn sequences(
+    connection: &Connection,
+    aggregate: AggregateId,
+    (first, last): (i64, i64),
+) -> Result<(i64, i64)> {
+    let mut last_sequence = connection.prepare_cached(LAST_SEQUENCE)?;
+    let count: Option<i64> = last_sequence.query_row([aggregate.get()], |row| row.get(0))?;
+    let mut position_of = connection.prepare_cached(POSITION_OF)?;
+    let mut up_to = |position: i64| {
+        partition_point(count.unwrap_or(0), |sequence| {
+            let found: i64 = position_of.query_row((aggregate.get(), sequence), |row| row.get(0))?;
+            Ok(found <= position)
+        })
+    };
+    Ok((up_to(first - 1)? + 1, up_to(last)?))
+}
+
+/// The last position recorded at this time or before. `recorded_at` never goes back along the log.
+pub(crate) fn position_at(connection: &Connection, time: Timestamp) -> Result<Position> {
+    let head = Head::read(connection)?.position;
+    let mut recorded_at = connection.prepare_cached(RECORDED_AT)?;
+    let last = partition_point(head.get(), |position| {
+        Ok(recorded_at.query_row([position], |row| row.get::<_, i64>(0))? <= time.as_micros())
+    })?;
+    Position::new(last).map_err(damaged)
+}
+
+/// How many of the numbers 1 to `last` come before the first that is not `within`, found by halving.
+fn partition_point(last: i64, mut within: impl FnMut(i64) -> Result<bool>) -> Result<i64> {
+    let (mut below, mut above) = (0, last);
+    while below < above {
+        let middle = above - (above - below) / 2;
+        if within(middle)? { below = middle } else { above = middle - 1 }
+    }
+    Ok(below)
+}

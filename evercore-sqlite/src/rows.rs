@@ -1,0 +1,104 @@
+//! From rows of the log to a page of events, without a copy in between.
+
+use std::sync::Arc;
+
+use evercore_core::{
+    AggregateId, EventRow, Events, EventsBuilder, Headers, PageLimit, Position, Sequence, Timestamp,
+};
+use rusqlite::types::{FromSqlError, ValueRef};
+use rusqlite::{Connection, Row, Rows};
+
+use crate::error::{Result, damaged};
+use crate::names::{Names, Table};
+
+/// The columns of an event, in the order in which a page takes them.
+macro_rules! select_events {
+    ($($rest:expr),+) => {
+        concat!(
+            "SELECT position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, ",
+            "reference, correlation_id, causation_id, headers FROM events ",
+            $($rest),+
+        )
+    };
+}
+pub(crate) use select_events;
+
+const EVENT_TYPE: usize = 3;
+
+/// A page as it fills.
+pub(crate) struct Page<'a> {
+    names: &'a Names,
+    table: Arc<Table>,
+    connection: &'a Connection,
+    limit: PageLimit,
+    events: EventsBuilder,
+    is_full: bool,
+}
+
+impl<'a> Page<'a> {
+    pub(crate) fn new(connection: &'a Connection, names: &'a Names, limit: PageLimit) -> Self {
+        let is_full = limit.max_events() == 0;
+        Self { names, table: names.table(), connection, limit, events: EventsBuilder::new(), is_full }
+    }
+
+    /// Takes rows until the limit is met; SQLite reads no further than it is asked to. `passing` is sorted.
+    pub(crate) fn fill(&mut self, mut rows: Rows<'_>, passing: Option<&[i64]>) -> Result<()> {
+        while !self.is_full {
+            let Some(row) = rows.next()? else { break };
+            if passing
+                .is_some_and(|ids| !row.get(EVENT_TYPE).is_ok_and(|id: i64| ids.binary_search(&id).is_ok()))
+            {
+                continue;
+            }
+            self.take(row)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, row: &Row<'_>) -> Result<()> {
+        let payload = row.get_ref(6)?.as_blob().map_err(damaged)?;
+        if !self.limit.has_room(self.events.len(), self.events.bytes(), payload.len()) {
+            self.is_full = true;
+            return Ok(());
+        }
+        let event_type_id: i64 = row.get(EVENT_TYPE)?;
+        if self.table.event_type(event_type_id).is_none() {
+            // Another process has given a name since.
+            self.table = self.names.reload(self.connection)?;
+        }
+        let (aggregate_type, event_type) = self
+            .table
+            .event_type(event_type_id)
+            .ok_or_else(|| damaged(format!("an event has the unknown type {event_type_id}")))?;
+        let headers = headers(row.get_ref(10)?)?;
+        self.events.push(EventRow {
+            position: Position::new(row.get(0)?).map_err(damaged)?,
+            aggregate: AggregateId::new(row.get(1)?).map_err(damaged)?,
+            aggregate_type,
+            sequence: Sequence::new(row.get(2)?).map_err(damaged)?,
+            event_type,
+            time: Timestamp::from_micros(row.get(4)?).map_err(damaged)?,
+            recorded_at: Timestamp::from_micros(row.get(5)?).map_err(damaged)?,
+            payload,
+            reference: text(row.get_ref(7)?)?,
+            correlation_id: text(row.get_ref(8)?)?,
+            causation_id: text(row.get_ref(9)?)?,
+            headers: headers.as_ref(),
+        });
+        self.is_full = self.events.len() == self.limit.max_events();
+        Ok(())
+    }
+
+    /// The events, and whether the limit ended them.
+    pub(crate) fn finish(self) -> (Events, bool) {
+        (self.events.finish(), self.is_full)
+    }
+}
+
+fn text(value: ValueRef<'_>) -> Result<Option<&str>> {
+    value.as_str_or_null().map_err(|error: FromSqlError| damaged(error))
+}
+
+fn headers(value: ValueRef<'_>) -> Result<Option<Headers>> {
+    text(value)?.map(|json| serde_json::from_str(json).map_err(damaged)).transpose()
+}

@@ -1,0 +1,247 @@
+//! An open store: its one writer, its readers, and the end of both.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use event_listener::Event;
+use evercore_core::{Error, ErrorKind, Position, Result};
+use rusqlite::Connection;
+
+use crate::builder::Settings;
+use crate::commit::Head;
+use crate::connection::{self, Role};
+use crate::error::{self, SqliteError, closed};
+use crate::flight::Queue;
+use crate::migrate::{self, Identity, not_a_store};
+use crate::names::Names;
+use crate::pool::Pool;
+use crate::transaction::{self, Failure};
+
+/// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
+const LARGE_WAL: u64 = 16 * 1024 * 1024;
+
+/// After how many written events the WAL's length is looked at.
+const EVENTS_PER_LOOK: usize = 1_000;
+
+const OPEN: u8 = 0;
+const CLOSED: u8 = 1;
+const FAILED: u8 = 2;
+
+pub(crate) struct Store {
+    pub(crate) path: Option<PathBuf>,
+    pub(crate) settings: Settings,
+    pub(crate) store_id: String,
+    pub(crate) names: Names,
+    pub(crate) queue: Queue,
+    /// Rung after each flight that wrote events.
+    pub(crate) committed: Event,
+    /// The last position that this engine knows of.
+    head: AtomicI64,
+    state: AtomicU8,
+    /// Before the writer, and so dropped before it: who closes last tidies the WAL away, and only a writer can.
+    readers: RwLock<Option<Pool>>,
+    writer: Mutex<Option<Writer>>,
+}
+
+/// The one connection that writes; in memory the one connection there is.
+pub(crate) struct Writer {
+    pub(crate) connection: Connection,
+    events_since_look: usize,
+}
+
+impl Store {
+    pub(crate) fn open(settings: Settings, path: Option<PathBuf>) -> Result<Self> {
+        connection::check_library()?;
+        let writer = match &path {
+            Some(path) => open_file(path, &settings)?,
+            None => Some(open_memory(&settings)?),
+        };
+        let readers = path.as_deref().map(|path| Pool::open(path, &settings)).transpose()?;
+        let mut store = Self {
+            path,
+            settings,
+            store_id: String::new(),
+            names: Names::default(),
+            queue: Queue::default(),
+            committed: Event::new(),
+            head: AtomicI64::new(0),
+            state: AtomicU8::new(OPEN),
+            readers: RwLock::new(readers),
+            writer: Mutex::new(writer.map(|connection| Writer { connection, events_since_look: 0 })),
+        };
+        store.store_id = store.read(|connection| {
+            Ok(connection.query_row("SELECT store_id FROM store", [], |row| row.get(0))?)
+        })?;
+        store.read(|connection| store.names.reload(connection).map(drop))?;
+        store.head()?;
+        Ok(store)
+    }
+
+    pub(crate) fn check_open(&self) -> Result<()> {
+        match self.state.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            FAILED => {
+                let message = "the engine closed itself after the disk failed in a commit, open it again";
+                Err(Error::new(ErrorKind::Closed, message))
+            }
+            _ => Err(closed()),
+        }
+    }
+
+    /// Reads on a connection of the pool, or on the only one there is.
+    pub(crate) fn read<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+        self.check_open()?;
+        if self.path.is_none() {
+            return Ok(work(&self.lock()?.get()?.connection)?);
+        }
+        let readers = self.readers.read().map_err(error::poisoned)?.clone();
+        Ok(readers.ok_or_else(closed)?.with(work)?)
+    }
+
+    /// The writer, once whoever has it is done.
+    pub(crate) fn lock(&self) -> Result<Locked<'_>> {
+        if self.settings.read_only {
+            return Err(error::read_only());
+        }
+        let writer = self.writer.lock().map_err(error::poisoned)?;
+        self.check_open()?;
+        Ok(Locked(writer))
+    }
+
+    /// Writes in a transaction of its own.
+    pub(crate) fn write<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+        let mut writer = self.lock()?;
+        let outcome = transaction::write(&writer.get()?.connection, work);
+        outcome.map_err(|failure| match failure {
+            Failure::RolledBack(error) => error.into(),
+            Failure::Unknown => {
+                self.fail(&mut writer);
+                error::outcome_unknown()
+            }
+        })
+    }
+
+    /// Closes the engine after a failed flush. What SQLite has in memory and what is on the disk may differ from now
+    /// on, and a flush that is tried again may succeed without having written: only opening anew tells.
+    pub(crate) fn fail(&self, writer: &mut Locked<'_>) {
+        self.state.store(FAILED, Ordering::Release);
+        drop(self.readers.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(writer.0.take());
+        self.committed.notify(usize::MAX);
+    }
+
+    pub(crate) fn close(&self) -> Result<()> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.state.compare_exchange(OPEN, CLOSED, Ordering::AcqRel, Ordering::Acquire);
+        drop(self.readers.write().unwrap_or_else(PoisonError::into_inner).take());
+        self.committed.notify(usize::MAX);
+        let Some(writer) = writer.take() else { return Ok(()) };
+        writer.connection.close().map_err(|(_, error)| SqliteError::from(error).into())
+    }
+
+    /// Where the log ends.
+    pub(crate) fn head(&self) -> Result<Position> {
+        let head = self.read(Head::read)?.position;
+        Ok(self.saw(head))
+    }
+
+    /// Notes where the log ends; gives the furthest end that was seen by now.
+    pub(crate) fn saw(&self, head: Position) -> Position {
+        let before = self.head.fetch_max(head.get(), Ordering::AcqRel);
+        Position::new(before).unwrap_or_default().max(head)
+    }
+
+    /// The end of the log as this engine knows it, without a look at the file.
+    pub(crate) fn seen(&self) -> Position {
+        Position::new(self.head.load(Ordering::Acquire)).unwrap_or_default()
+    }
+
+    pub(crate) fn wal_bytes(&self) -> u64 {
+        let wal = self.path.as_deref().map(migrate::wal_path);
+        wal.and_then(|wal| std::fs::metadata(wal).ok()).map_or(0, |wal| wal.len())
+    }
+
+    /// Writes a large WAL back, unless somebody reads from it: then it is for a later flight.
+    pub(crate) fn tidy(&self, writer: &mut Locked<'_>, events: usize) -> Result<()> {
+        let state = writer.get()?;
+        state.events_since_look += events;
+        if state.events_since_look < EVENTS_PER_LOOK {
+            return Ok(());
+        }
+        state.events_since_look = 0;
+        if self.wal_bytes() < LARGE_WAL {
+            return Ok(());
+        }
+        state.connection.busy_timeout(std::time::Duration::ZERO).map_err(SqliteError::from)?;
+        let written_back = self.truncate_wal(writer);
+        let timeout = writer.get()?.connection.busy_timeout(self.settings.busy_timeout);
+        timeout.map_err(SqliteError::from)?;
+        written_back.map(drop)
+    }
+
+    /// Writes the whole WAL back and cuts it; `false` if somebody was in the way.
+    pub(crate) fn truncate_wal(&self, writer: &mut Locked<'_>) -> Result<bool> {
+        let connection = &writer.get()?.connection;
+        let outcome = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0));
+        match outcome {
+            Ok(busy) => Ok(busy == 0),
+            Err(error) if error::is_busy(&error) => Ok(false),
+            Err(error) => {
+                if error::is_io(&error) {
+                    self.fail(writer);
+                }
+                Err(SqliteError::from(error).into())
+            }
+        }
+    }
+}
+
+/// The writer, for as long as this is held.
+pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Writer>>);
+
+impl Locked<'_> {
+    pub(crate) fn get(&mut self) -> Result<&mut Writer> {
+        self.0.as_mut().ok_or_else(closed)
+    }
+}
+
+/// Opens the writer, after every look that must come before the first write; none for a store that is only read.
+fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connection>> {
+    let length = match std::fs::metadata(path) {
+        Ok(file) if file.is_dir() => return Err(not_a_store("the path is a folder")),
+        Ok(file) => Some(file.len()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error.into()),
+    };
+    let create = settings.create && !settings.read_only;
+    let identity = match length {
+        None if !create => return Err(not_a_store("there is no such file")),
+        None if !path.parent().is_some_and(Path::is_dir) => {
+            return Err(Error::new(ErrorKind::Backend, "the folder of the file does not exist").into());
+        }
+        Some(0) if !create => return Err(not_a_store("the file is empty")),
+        None | Some(0) => Identity::Empty,
+        Some(_) => migrate::identify(path, settings.busy_timeout)?,
+    };
+    if identity == Identity::Empty && !create {
+        return Err(not_a_store("the database is empty"));
+    }
+    if settings.read_only {
+        return Ok(None);
+    }
+    let mut connection = connection::open(path, Role::Writer, create, settings.busy_timeout)?;
+    if connection.is_readonly("main")? {
+        return Err(Error::new(ErrorKind::ReadOnly, "the file cannot be written").into());
+    }
+    connection::settle(&connection, Role::Writer, settings.durability)?;
+    migrate::migrate(&mut connection, Some(path), settings.busy_timeout)?;
+    Ok(Some(connection))
+}
+
+fn open_memory(settings: &Settings) -> error::Result<Connection> {
+    let mut connection = Connection::open_in_memory()?;
+    connection::settle(&connection, Role::Writer, settings.durability)?;
+    migrate::migrate(&mut connection, None, settings.busy_timeout)?;
+    Ok(connection)
+}
