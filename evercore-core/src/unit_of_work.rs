@@ -249,9 +249,9 @@ impl UnitOfWork {
         &mut self,
         aggregate: &mut Loaded<T>,
         event: T::Event,
-        metadata: Metadata,
+        metadata: &Metadata,
     ) -> Result<()> {
-        self.stage(aggregate, [event], Some(&metadata))
+        self.stage(aggregate, [event], Some(metadata))
     }
 
     fn stage<T: Aggregate>(

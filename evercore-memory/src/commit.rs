@@ -11,15 +11,15 @@ use evercore_core::{
 use crate::state::{AggregateState, Outcome, State, Stored};
 
 impl State {
-    pub(crate) fn commit(&mut self, batch: Batch, now: Timestamp) -> Result<Receipt> {
-        if let Some(first) = self.command_outcome(&batch)? {
+    pub(crate) fn commit(&mut self, batch: &Batch, now: Timestamp) -> Result<Receipt> {
+        if let Some(first) = self.command_outcome(batch)? {
             return Ok(first);
         }
-        self.check_creates(&batch)?;
-        self.check_sequences(&batch)?;
-        self.check_keys(&batch)?;
+        self.check_creates(batch)?;
+        self.check_sequences(batch)?;
+        self.check_keys(batch)?;
         let recorded_at = self.log.last().map_or(now, |last| last.recorded_at.max(now));
-        let receipt = Receipt::of(&batch, self.head(), recorded_at);
+        let receipt = Receipt::of(batch, self.head(), recorded_at);
         self.write(batch, &receipt);
         Ok(receipt)
     }
@@ -90,7 +90,7 @@ impl State {
     }
 
     /// Writes a batch that has passed every check; nothing here can fail.
-    fn write(&mut self, batch: Batch, receipt: &Receipt) {
+    fn write(&mut self, batch: &Batch, receipt: &Receipt) {
         for new in batch.creates() {
             self.types.entry(new.aggregate_type.clone()).or_default();
             self.aggregates.insert(
@@ -103,7 +103,7 @@ impl State {
                 },
             );
         }
-        self.write_keys(&batch);
+        self.write_keys(batch);
         for append in batch.appends() {
             self.write_events(append, receipt.recorded_at);
         }

@@ -39,7 +39,7 @@ impl MemoryEngine {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn commit_now(&self, batch: Batch) -> Result<Receipt> {
+    fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
         let writes_events = batch.events() > 0;
         let receipt = self.state().commit(batch, Timestamp::now())?;
         if writes_events {
@@ -74,7 +74,7 @@ impl StorageEngine for MemoryEngine {
     }
 
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
-        Box::pin(async move { self.commit_now(batch) })
+        Box::pin(async move { self.commit_now(&batch) })
     }
 
     fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {

@@ -97,7 +97,8 @@ pub(crate) async fn run() -> Result<()> {
     backwards(&store).await?;
     overwritten(&store).await?;
     under_smol(&store).await?;
-    under_tokio(&store).await?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::rejected)?;
+    runtime.block_on(under_tokio(store))?;
     files().await
 }
 
@@ -174,7 +175,7 @@ async fn metadata(store: &EventStore) -> Result<()> {
     let late = Metadata::new()
         .with_time(Timestamp::from_micros(1_317_422_324_546_000)?)
         .with_header("source", "mail")?;
-    work.record_with(&mut bob, AccountEvent::Deposited { amount: 2 }, late)?;
+    work.record_with(&mut bob, AccountEvent::Deposited { amount: 2 }, &late)?;
     work.commit().await?;
     Ok(())
 }
@@ -236,14 +237,17 @@ async fn under_smol(store: &EventStore) -> Result<()> {
     Ok(())
 }
 
-async fn under_tokio(store: &EventStore) -> Result<()> {
-    let runtime = tokio::runtime::Runtime::new().map_err(Error::rejected)?;
-    let task = runtime.spawn({
-        let store = store.clone();
-        async move { store.update::<Account, _, _>("bob", |bob| bob.withdraw(1)).await }
+async fn under_tokio(store: EventStore) -> Result<()> {
+    let task = tokio::spawn(async move {
+        let again = || async {
+            let mut work = store.begin();
+            let mut bob = work.load::<Account>("bob").await?;
+            work.record(&mut bob, AccountEvent::Withdrawn { amount: 1 })?;
+            work.commit().await
+        };
+        store.retry(again).await
     });
     task.await.map_err(Error::rejected)??;
-    runtime.shutdown_background();
     Ok(())
 }
 

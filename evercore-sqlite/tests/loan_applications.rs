@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use evercore_sqlite::{Direction, EventStore, LogQuery, Position, SqliteEngine};
@@ -10,11 +11,19 @@ use evercore_sqlite::{Direction, EventStore, LogQuery, Position, SqliteEngine};
 /// Lines in one unit of work of the example.
 const UNIT: i64 = 500;
 
+/// Builds the example, which `cargo test --tests` does not, and gives the command that runs it.
 fn example() -> Command {
-    let test = std::env::current_exe().unwrap();
-    let program = test.parent().unwrap().parent().unwrap().join("examples/loan_applications");
-    assert!(program.exists(), "build it first: cargo build -p evercore-sqlite --example loan_applications");
-    Command::new(program)
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    Command::new(PROGRAM.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--example", "loan_applications"]);
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success());
+        let test = std::env::current_exe().unwrap();
+        test.parent().unwrap().parent().unwrap().join("examples/loan_applications")
+    }))
 }
 
 fn run(log: &Path, file: &Path) -> Output {

@@ -126,7 +126,7 @@ impl Combined {
                     );
                 }
                 floor.run("COMMIT");
-                flight.into_iter().for_each(|request| drop(request.done.send(())));
+                flight.into_iter().for_each(|request| request.done.send(()).unwrap());
             }
         });
         Self(sender)

@@ -128,7 +128,7 @@ impl Import {
                     self.applications.entry(line.case).or_insert(application)
                 }
             };
-            work.record_with(application, line.event, metadata)?;
+            work.record_with(application, line.event, &metadata)?;
         }
         self.head = work.commit().await?.last;
         acknowledge(self.head);
