@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use evercore_core::Error;
 use rusqlite::backup::{Backup, StepResult};
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 use crate::commit::Head;
 use crate::error::{Result, damaged};
@@ -51,7 +51,7 @@ fn write(source: &Connection, path: &Path) -> Result<()> {
     let flags =
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut copy = Connection::open_with_flags(path, flags)?;
-    let moment = source.unchecked_transaction()?;
+    let moment = Transaction::new_unchecked(source, TransactionBehavior::Deferred)?;
     let head = Head::read(&moment)?;
     let outcome = Backup::new(&moment, &mut copy)?.step(-1)?;
     drop(moment);

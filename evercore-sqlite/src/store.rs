@@ -24,6 +24,9 @@ const LARGE_WAL: u64 = 16 * 1024 * 1024;
 /// After how many written events the WAL's length is looked at.
 const EVENTS_PER_LOOK: usize = 1_000;
 
+/// What every SQLite database begins with.
+const HEADER_BYTES: u64 = 100;
+
 const OPEN: u8 = 0;
 const CLOSED: u8 = 1;
 const FAILED: u8 = 2;
@@ -222,6 +225,8 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
         }
         Some(0) if !create => return Err(not_a_store("the file is empty")),
         None | Some(0) => Identity::Empty,
+        // SQLite takes a file of one byte for an empty one.
+        Some(..HEADER_BYTES) => return Err(not_a_store("the file is shorter than the header of a database")),
         Some(_) => migrate::identify(path, settings.busy_timeout)?,
     };
     if identity == Identity::Empty && !create {

@@ -1,1 +1,14 @@
-//! In the making.
+//! Says of an engine whether it keeps the promises of [`StorageEngine`](evercore_core::StorageEngine).
+#![doc = include_str!("../README.md")]
+
+pub mod broken;
+mod cases;
+mod fixture;
+mod given;
+mod model;
+mod tools;
+
+pub use cases::{CASES, Case};
+pub use fixture::{Fixture, Harness, run};
+pub use given::{Given, When};
+pub use tools::block_on;
