@@ -1,5 +1,7 @@
 //! The example that imports a log, as its user meets it: run, run again, stopped by kill -9, given a bad line.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
