@@ -50,9 +50,9 @@ integration-test-postgres:
     @echo "There is no PostgreSQL engine in this version, so there is nothing to run." >&2
     @exit 1
 
-# Long runs: random walks of many steps, and a writer killed twenty times at random moments.
-torture steps="200000" kills="20":
-    EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_REQUIRE=memory,sqlite \
+# Long runs: random walks of many steps with a seed of their own, and a writer killed twenty times at random moments.
+torture steps="20000" kills="20" seed=`echo $RANDOM`:
+    EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
 
 # The benchmarks, each beside its floor. Arguments choose among them: `just bench w3`.

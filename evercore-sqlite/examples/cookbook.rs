@@ -9,6 +9,7 @@ use evercore_sqlite::{
     Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, Sequence, SqliteEngine, StateAggregate,
     Timestamp,
 };
+use evercore_testkit::Given;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -85,6 +86,7 @@ fn main() -> Result<()> {
 }
 
 pub(crate) async fn run() -> Result<()> {
+    stories();
     let store = EventStore::new(SqliteEngine::open_in_memory().await?);
     natural_keys(&store).await?;
     decisions(&store).await?;
@@ -270,4 +272,13 @@ async fn files() -> Result<()> {
     let bob = EventStore::new(backup).load::<Account>("bob").await?;
     assert_eq!(bob.balance, 50);
     Ok(())
+}
+
+fn stories() {
+    Given::<Account>::events([AccountEvent::Deposited { amount: 50 }])
+        .when(|account| account.withdraw(20))
+        .then([AccountEvent::Withdrawn { amount: 20 }])
+        .then_state(|account| assert_eq!(account.balance, 30));
+
+    Given::<Account>::nothing().when(|account| account.withdraw(20)).then_rejected_with::<NotEnough>();
 }

@@ -4,7 +4,7 @@ use evercore_core::{
     AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, PageLimit, Payload, Sequence,
     Snapshot, Target,
 };
-use rusqlite::{Connection, OptionalExtension, Row};
+use rusqlite::{Connection, Row};
 
 use crate::error::{Result, damaged};
 use crate::names::Names;
@@ -32,9 +32,29 @@ const FORWARD: &str =
 const BACKWARD: &str =
     select_events!("WHERE aggregate_id = ?1 AND sequence < ?2 AND sequence >= ?3 ORDER BY sequence DESC");
 
-/// Events do not change: bounded by the sequence that was seen with the aggregate, they are as of the same moment.
+/// The first statement stays open until the events are read: so both see the store as of one moment, and SQLite takes
+/// its locks once.
 pub(crate) fn load(connection: &Connection, names: &Names, request: &LoadRequest) -> Result<Option<History>> {
-    let Some(found) = find(connection, names, request)? else { return Ok(None) };
+    let (version, up_to) = (request.snapshot, request.up_to.get());
+    let (mut by_id, mut by_key);
+    let mut rows = match &request.target {
+        Target::Id(id) => {
+            by_id = connection.prepare_cached(BY_ID)?;
+            by_id.query((version, up_to, id.get()))?
+        }
+        Target::Key(aggregate_type, key) => {
+            let Some(type_id) = names.aggregate_type_id(connection, aggregate_type)? else { return Ok(None) };
+            by_key = connection.prepare_cached(BY_KEY)?;
+            by_key.query((version, up_to, type_id, key.as_str()))?
+        }
+    };
+    match rows.next()? {
+        Some(row) => history(connection, names, request, Found::of(row)?).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn history(connection: &Connection, names: &Names, request: &LoadRequest, found: Found) -> Result<History> {
     let end = found.sequence.min(request.up_to);
     let snapshot = found.snapshot.filter(|snapshot| snapshot.sequence <= found.sequence);
     let from = snapshot.as_ref().map_or(Sequence::ZERO, |snapshot| snapshot.sequence);
@@ -43,22 +63,8 @@ pub(crate) fn load(connection: &Connection, names: &Names, request: &LoadRequest
     } else {
         Events::default()
     };
-    let aggregate_type = match names.table().aggregate_type(found.type_id) {
-        Some(name) => name.clone(),
-        None => names
-            .reload(connection)?
-            .aggregate_type(found.type_id)
-            .cloned()
-            .ok_or_else(|| damaged(format!("an aggregate has the unknown type {}", found.type_id)))?,
-    };
-    Ok(Some(History {
-        id: found.id,
-        aggregate_type,
-        key: found.key,
-        sequence: found.sequence,
-        snapshot,
-        events,
-    }))
+    let aggregate_type = names.aggregate_type(connection, found.type_id)?;
+    Ok(History { id: found.id, aggregate_type, key: found.key, sequence: found.sequence, snapshot, events })
 }
 
 /// A page of one aggregate's events.
@@ -90,24 +96,6 @@ struct Found {
     key: Option<Key>,
     sequence: Sequence,
     snapshot: Option<Snapshot>,
-}
-
-fn find(connection: &Connection, names: &Names, request: &LoadRequest) -> Result<Option<Found>> {
-    let (version, up_to) = (request.snapshot, request.up_to.get());
-    let found = match &request.target {
-        Target::Id(id) => connection
-            .prepare_cached(BY_ID)?
-            .query_row((version, up_to, id.get()), |row| Ok(Found::of(row)))
-            .optional()?,
-        Target::Key(aggregate_type, key) => {
-            let Some(type_id) = names.aggregate_type_id(connection, aggregate_type)? else { return Ok(None) };
-            connection
-                .prepare_cached(BY_KEY)?
-                .query_row((version, up_to, type_id, key.as_str()), |row| Ok(Found::of(row)))
-                .optional()?
-        }
-    };
-    found.transpose()
 }
 
 impl Found {

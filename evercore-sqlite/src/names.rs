@@ -69,6 +69,18 @@ impl Names {
         }
     }
 
+    /// The aggregate type that has this number in the file.
+    pub(crate) fn aggregate_type(&self, connection: &Connection, id: i64) -> Result<AggregateType> {
+        if let Some(name) = self.table().aggregate_type(id) {
+            return Ok(name.clone());
+        }
+        let table = self.reload(connection)?;
+        table
+            .aggregate_type(id)
+            .cloned()
+            .ok_or_else(|| damaged(format!("an aggregate has the unknown type {id}")))
+    }
+
     /// All names, ordered.
     pub(crate) fn list(&self, connection: &Connection) -> Result<Vec<KnownType>> {
         let table = self.reload(connection)?;

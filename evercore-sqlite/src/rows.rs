@@ -11,11 +11,13 @@ use rusqlite::{Connection, Row, Rows};
 use crate::error::{Result, damaged};
 use crate::names::{Names, Table};
 
-/// The columns of an event, in the order in which a page takes them.
+/// The columns of an event, in the order in which a page takes them. Most events have none of the last four, and to
+/// ask once for all is cheaper than to ask for each.
 macro_rules! select_events {
     ($($rest:expr),+) => {
         concat!(
             "SELECT position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, ",
+            "coalesce(reference, correlation_id, causation_id, headers) IS NOT NULL, ",
             "reference, correlation_id, causation_id, headers FROM events ",
             $($rest),+
         )
@@ -70,7 +72,10 @@ impl<'a> Page<'a> {
             .table
             .event_type(event_type_id)
             .ok_or_else(|| damaged(format!("an event has the unknown type {event_type_id}")))?;
-        let headers = headers(row.get_ref(10)?)?;
+        let has_more = row.get(7)?;
+        let more = |column| if has_more { text(row.get_ref(column)?) } else { Ok(None) };
+        let headers: Option<Headers> =
+            more(11)?.map(|json| serde_json::from_str(json).map_err(damaged)).transpose()?;
         self.events.push(EventRow {
             position: Position::new(row.get(0)?).map_err(damaged)?,
             aggregate: AggregateId::new(row.get(1)?).map_err(damaged)?,
@@ -80,9 +85,9 @@ impl<'a> Page<'a> {
             time: Timestamp::from_micros(row.get(4)?).map_err(damaged)?,
             recorded_at: Timestamp::from_micros(row.get(5)?).map_err(damaged)?,
             payload,
-            reference: text(row.get_ref(7)?)?,
-            correlation_id: text(row.get_ref(8)?)?,
-            causation_id: text(row.get_ref(9)?)?,
+            reference: more(8)?,
+            correlation_id: more(9)?,
+            causation_id: more(10)?,
             headers: headers.as_ref(),
         });
         self.is_full = self.events.len() == self.limit.max_events();
@@ -97,8 +102,4 @@ impl<'a> Page<'a> {
 
 fn text(value: ValueRef<'_>) -> Result<Option<&str>> {
     value.as_str_or_null().map_err(|error: FromSqlError| damaged(error))
-}
-
-fn headers(value: ValueRef<'_>) -> Result<Option<Headers>> {
-    text(value)?.map(|json| serde_json::from_str(json).map_err(damaged)).transpose()
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AsOf, CommandId, Direction, Error, EventStore, Json, LogQuery, PageLimit, Position,
-    Result, Sequence, SqliteEngine, Timestamp,
+    Aggregate, AggregateQuery, AsOf, CommandId, Direction, Error, EventStore, Json, LogQuery, PageLimit,
+    Position, Result, Sequence, SqliteEngine, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 

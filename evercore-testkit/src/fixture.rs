@@ -74,7 +74,12 @@ impl Fixture {
                 H::another(&guard).await.map(|engine| Arc::new(engine) as Arc<dyn StorageEngine>)
             })
         });
-        Some(Self { name: H::NAME, engine: Some(Arc::new(engine)), open, block_on: |future| H::block_on(future) })
+        Some(Self {
+            name: H::NAME,
+            engine: Some(Arc::new(engine)),
+            open,
+            block_on: |future| H::block_on(future),
+        })
     }
 
     /// The engine.
@@ -98,7 +103,11 @@ impl Fixture {
         let engine = (self.open)().await;
         if engine.is_none() {
             eprintln!("SKIPPED: \"{}\" gives no further engine on the same storage", self.name);
-            assert!(!is_required(self.name), "\"{}\" is required, and nothing of it may be skipped", self.name);
+            assert!(
+                !is_required(self.name),
+                "\"{}\" is required, and nothing of it may be skipped",
+                self.name
+            );
         }
         engine
     }
@@ -129,7 +138,10 @@ impl Fixture {
                 })
                 .collect();
             let ended = threads.into_iter().map(|thread| thread.join());
-            ended.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).flatten().collect()
+            ended
+                .map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .flatten()
+                .collect()
         })
     }
 }

@@ -10,9 +10,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use evercore_core::{
-    Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction, Event,
-    EventType, Events, Guard, History, Json, Key, KeyChange, KnownType, LoadRequest, LogQuery, Metadata, NewAggregate,
-    NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence, Snapshot, StorageEngine, Target, Timestamp,
+    Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
+    Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownType, LoadRequest, LogQuery,
+    Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence, Snapshot,
+    StorageEngine, Target, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +23,9 @@ pub(crate) type Engine = Arc<dyn StorageEngine>;
 macro_rules! assert_kind {
     ($result:expr, $kind:pat) => {
         match $result {
-            Err(error) => assert!(matches!(error.kind(), $kind), "expected {}, was {error:?}", stringify!($kind)),
+            Err(error) => {
+                assert!(matches!(error.kind(), $kind), "expected {}, was {error:?}", stringify!($kind))
+            }
             Ok(_) => panic!("expected {}, but it went well", stringify!($kind)),
         }
     };
@@ -67,7 +70,8 @@ pub(crate) async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) ->
 where
     F::Output: Unpin,
 {
-    let mut all: Vec<Joined<F>> = futures.into_iter().map(|future| Joined::Running(Box::pin(future))).collect();
+    let mut all: Vec<Joined<F>> =
+        futures.into_iter().map(|future| Joined::Running(Box::pin(future))).collect();
     poll_fn(move |context| {
         let mut is_done = true;
         for joined in &mut all {
@@ -188,7 +192,9 @@ impl Unit {
     }
 
     pub(crate) fn key(mut self, aggregate: AggregateId, of_type: &str, text: &str) -> Self {
-        self.0.change_key(KeyChange { aggregate, aggregate_type: type_named(of_type), key: key(text) }).unwrap();
+        self.0
+            .change_key(KeyChange { aggregate, aggregate_type: type_named(of_type), key: key(text) })
+            .unwrap();
         self
     }
 
@@ -205,7 +211,8 @@ impl Unit {
         expected: i64,
         events: Vec<NewEvent>,
     ) -> Self {
-        let append = Append { aggregate, aggregate_type: type_named(of_type), expected: at(expected), events };
+        let append =
+            Append { aggregate, aggregate_type: type_named(of_type), expected: at(expected), events };
         self.0.append(append).unwrap();
         self
     }
@@ -253,7 +260,12 @@ pub(crate) async fn keyed(engine: &Engine, of_type: &str, text: &str) -> Aggrega
     id
 }
 
-pub(crate) async fn load(engine: &Engine, target: Target, snapshot: Option<u32>, up_to: Sequence) -> Option<History> {
+pub(crate) async fn load(
+    engine: &Engine,
+    target: Target,
+    snapshot: Option<u32>,
+    up_to: Sequence,
+) -> Option<History> {
     let limit = PageLimit::events(10_000).unwrap();
     engine.load(LoadRequest { target, snapshot, up_to, limit }).await.unwrap()
 }

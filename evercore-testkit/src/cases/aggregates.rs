@@ -101,9 +101,11 @@ pub(crate) async fn an_aggregate_of_another_type_is_wrong_type(fixture: &mut Fix
     let engine = fixture.engine();
     let (user, other) = (grown(&engine, "user", 1).await, grown(&engine, "order", 1).await);
     let before = everything(&engine).await;
-    let error = unit().append(other, "order", 1, 1).append(user, "order", 1, 1).commit(&engine).await.unwrap_err();
+    let error =
+        unit().append(other, "order", 1, 1).append(user, "order", 1, 1).commit(&engine).await.unwrap_err();
     assert_is_wrong_type(&error, "order", "user");
-    let error = unit().append(other, "order", 1, 1).key(user, "order", "key").commit(&engine).await.unwrap_err();
+    let error =
+        unit().append(other, "order", 1, 1).key(user, "order", "key").commit(&engine).await.unwrap_err();
     assert_is_wrong_type(&error, "order", "user");
     assert_eq!(everything(&engine).await, before);
     assert_eq!(holder(&engine, "order", "key").await, None);

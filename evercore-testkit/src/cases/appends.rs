@@ -137,7 +137,8 @@ pub(crate) async fn all_of_a_unit_is_written(fixture: &mut Fixture) {
     let (first, second) = (grown(&engine, "user", 1).await, grown(&engine, "order", 1).await);
     let third = new_id(&engine).await;
     let batch = unit().append(first, "user", 1, 2).append(second, "order", 1, 1);
-    let batch = batch.create_keyed(third, "user", "third").append(third, "user", 0, 1).key(first, "user", "first");
+    let batch =
+        batch.create_keyed(third, "user", "third").append(third, "user", 0, 1).key(first, "user", "first");
     batch.commit(&engine).await.unwrap();
     assert_eq!(sequence_of(&engine, first).await, 3);
     assert_eq!(sequence_of(&engine, second).await, 2);
@@ -151,7 +152,8 @@ pub(crate) async fn or_nothing_of_it_keys_snapshots_and_command_included(fixture
     let (first, stale) = (grown(&engine, "user", 1).await, grown(&engine, "order", 2).await);
     let made = new_id(&engine).await;
     let before = everything(&engine).await;
-    let batch = unit().append(first, "user", 1, 2).create_keyed(made, "user", "made").append(made, "user", 0, 1);
+    let batch =
+        unit().append(first, "user", 1, 2).create_keyed(made, "user", "made").append(made, "user", 0, 1);
     let batch = batch.key(first, "user", "first").snapshot(first, 3, 1, b"state").command("command");
     assert_conflict(batch.append(stale, "order", 1, 1).commit(&engine).await, stale, 1, 2);
     assert_eq!(everything(&engine).await, before);
@@ -194,9 +196,14 @@ pub(crate) async fn units_of_three_aggregates_in_any_order_never_deadlock(fixtur
 pub(crate) async fn events_of_a_batch_lie_in_the_order_of_its_appends(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let (a, b) = (grown(&engine, "user", 0).await, grown(&engine, "user", 0).await);
-    let batch = unit().append(b, "user", 0, 1).append(a, "user", 0, 2).append(b, "user", 1, 1).append(a, "user", 2, 1);
+    let batch = unit()
+        .append(b, "user", 0, 1)
+        .append(a, "user", 0, 2)
+        .append(b, "user", 1, 1)
+        .append(a, "user", 2, 1);
     batch.commit(&engine).await.unwrap();
-    let order: Vec<_> = log(&engine).await.iter().map(|event| (event.aggregate(), event.sequence().get())).collect();
+    let order: Vec<_> =
+        log(&engine).await.iter().map(|event| (event.aggregate(), event.sequence().get())).collect();
     assert_eq!(order, [(b, 1), (a, 1), (a, 2), (b, 2), (a, 3)]);
 }
 
@@ -204,7 +211,8 @@ pub(crate) async fn the_receipt_tells_where_the_events_stand(fixture: &mut Fixtu
     let engine = fixture.engine();
     let old = grown(&engine, "user", 4).await;
     let (made, bare) = (new_id(&engine).await, new_id(&engine).await);
-    let batch = unit().append(old, "user", 4, 2).create(made, "user").append(made, "user", 0, 1).create(bare, "user");
+    let batch =
+        unit().append(old, "user", 4, 2).create(made, "user").append(made, "user", 0, 1).create(bare, "user");
     let receipt = batch.commit(&engine).await.unwrap();
     assert_eq!((receipt.first, receipt.last), (place(5), place(7)));
     assert_eq!(receipt.aggregates, [(made, at(1)), (bare, at(0)), (old, at(6))]);

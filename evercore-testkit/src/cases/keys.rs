@@ -20,7 +20,8 @@ pub(crate) async fn a_taken_key_is_key_taken_and_writes_nothing(fixture: &mut Fi
     let other = grown(&engine, "user", 1).await;
     let before = everything(&engine).await;
     let second = new_id(&engine).await;
-    let batch = unit().append(other, "user", 1, 1).create_keyed(second, "user", "ann").append(second, "user", 0, 1);
+    let batch =
+        unit().append(other, "user", 1, 1).create_keyed(second, "user", "ann").append(second, "user", 0, 1);
     match batch.commit(&engine).await.unwrap_err().kind() {
         ErrorKind::KeyTaken { aggregate_type, .. } => assert_eq!(aggregate_type.as_str(), "user"),
         kind => panic!("expected KeyTaken, was {kind:?}"),
@@ -118,8 +119,34 @@ pub(crate) async fn aggregates_change_keys_with_one_another(fixture: &mut Fixtur
 
 /// Pairs that collations and normal forms take for the same.
 const LOOK_ALIKES: &[&str] = &[
-    "caf\u{e9}", "cafe\u{301}", "CAF\u{c9}", "ann", "ann ", " ann", "Ann", "ANN", "i", "I", "\u{131}", "\u{130}", "ß", "ss",
-    "😀", "😁", "\u{feff}ann", "a\u{200d}nn", "a%", "a_", "'; DROP TABLE events; --", "\"", "\\", "$1", "?", "\u{1}", "\n", "\t",
+    "caf\u{e9}",
+    "cafe\u{301}",
+    "CAF\u{c9}",
+    "ann",
+    "ann ",
+    " ann",
+    "Ann",
+    "ANN",
+    "i",
+    "I",
+    "\u{131}",
+    "\u{130}",
+    "ß",
+    "ss",
+    "😀",
+    "😁",
+    "\u{feff}ann",
+    "a\u{200d}nn",
+    "a%",
+    "a_",
+    "'; DROP TABLE events; --",
+    "\"",
+    "\\",
+    "$1",
+    "?",
+    "\u{1}",
+    "\n",
+    "\t",
 ];
 
 pub(crate) async fn keys_compare_bytewise(fixture: &mut Fixture) {

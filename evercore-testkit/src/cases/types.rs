@@ -28,7 +28,8 @@ pub(crate) async fn case_matters(fixture: &mut Fixture) {
     let batch = batch.create(ids[1], "User").events(ids[1], "User", 0, vec![event("Made", b"2")]);
     batch.commit(&engine).await.unwrap();
     assert_eq!(engine.types().await.unwrap(), [known("User", &["Made"]), known("user", &["made"])]);
-    let names: Vec<_> = log(&engine).await.iter().map(|event| event.event_type().as_str().to_owned()).collect();
+    let names: Vec<_> =
+        log(&engine).await.iter().map(|event| event.event_type().as_str().to_owned()).collect();
     assert_eq!(names, ["made", "Made"]);
 }
 
@@ -89,7 +90,8 @@ pub(crate) async fn the_longest_name_is_kept(fixture: &mut Fixture) {
     let id = new_id(&engine).await;
     let batch = unit().create(id, &long).events(id, &long, 0, vec![event(&wide, b""), event(&long, b"")]);
     batch.commit(&engine).await.unwrap();
-    let names: Vec<_> = log(&engine).await.iter().map(|event| event.event_type().as_str().to_owned()).collect();
+    let names: Vec<_> =
+        log(&engine).await.iter().map(|event| event.event_type().as_str().to_owned()).collect();
     assert_eq!(names, [wide, long.clone()]);
     assert_eq!(history(&engine, id).await.aggregate_type.as_str(), long);
 }

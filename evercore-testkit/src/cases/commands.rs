@@ -1,0 +1,263 @@
+//! Command ids: one effect, however often and however late a command comes.
+
+use std::time::Duration;
+
+use evercore_core::{
+    AggregateId, AggregateQuery, CommandId, Direction, ErrorKind, LogQuery, Position, Sequence, limits,
+};
+
+use crate::fixture::Fixture;
+use crate::tools::*;
+
+fn ordered(id: AggregateId, expected: i64) -> Unit {
+    unit().append(id, "order", expected, 2).command("command")
+}
+
+pub(crate) async fn a_known_id_with_the_same_content_returns_the_first_receipt(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    let first = ordered(id, 0).commit(&engine).await.unwrap();
+    let before = everything(&engine).await;
+    assert_eq!(ordered(id, 0).commit(&engine).await.unwrap(), first);
+    assert_eq!(everything(&engine).await, before);
+    assert_eq!(sequence_of(&engine, id).await, 2);
+}
+
+pub(crate) async fn the_command_id_is_looked_at_before_everything_else(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = new_ids(&engine, 3).await;
+    let make = |id| unit().create_keyed(id, "order", "4711").append(id, "order", 0, 1).command("command");
+    let first = make(ids[0]).commit(&engine).await.unwrap();
+    unit().append(ids[0], "order", 1, 1).commit(&engine).await.unwrap();
+    // The key is taken by now, the id in use and the sequence stale; what it did, it did.
+    assert_eq!(make(ids[0]).commit(&engine).await.unwrap(), first);
+    assert_eq!(make(ids[1]).commit(&engine).await.unwrap(), first);
+    assert_eq!(make(ids[2]).guard(ids[0], 77).commit(&engine).await.unwrap(), first);
+    assert_eq!(log(&engine).await.len(), 2);
+}
+
+pub(crate) async fn a_known_id_with_other_content_is_command_reused(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    ordered(id, 0).commit(&engine).await.unwrap();
+    let before = everything(&engine).await;
+    let other = unit().append(id, "order", 2, 1).command("command");
+    assert_kind!(other.commit(&engine).await, ErrorKind::CommandReused);
+    let other =
+        unit().events(id, "order", 2, vec![event("Other", b"1"), event("Other", b"2")]).command("command");
+    assert_kind!(other.commit(&engine).await, ErrorKind::CommandReused);
+    assert_eq!(everything(&engine).await, before);
+}
+
+pub(crate) async fn an_id_takes_effect_once_when_sixteen_come_at_once(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    for round in 0..5 {
+        let name = format!("command {round}");
+        let make =
+            || unit().events(id, "order", round, vec![event("Ordered", name.as_bytes())]).command(&name);
+        let receipts = fixture.threads(16, async |_| make().commit(&engine).await.unwrap());
+        assert!(receipts.iter().all(|receipt| *receipt == receipts[0]), "equal receipts");
+        assert_eq!(sequence_of(&engine, id).await, round + 1);
+    }
+    let receipts = join_all((0..16).map(|_| ordered(id, 5).commit(&engine))).await;
+    let first = receipts[0].as_ref().unwrap();
+    assert!(receipts.iter().all(|receipt| receipt.as_ref().unwrap() == first), "equal receipts");
+    assert_no_holes(&log(&engine).await);
+    assert_eq!(log(&engine).await.len(), 7);
+}
+
+pub(crate) async fn an_id_takes_effect_once_also_after_reopening(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    let first = ordered(id, 0).commit(&engine).await.unwrap();
+    drop(engine);
+    let Some(engine) = fixture.reopen().await else { return };
+    assert_eq!(engine.receipt(&command("command")).await.unwrap().as_ref(), Some(&first));
+    assert_eq!(ordered(id, 0).commit(&engine).await.unwrap(), first);
+    assert_eq!(log(&engine).await.len(), 2);
+}
+
+pub(crate) async fn an_id_takes_effect_once_on_all_engines_of_one_storage(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let Some(other) = fixture.another().await else { return };
+    let id = grown(&engine, "order", 0).await;
+    let engines = [engine, other];
+    let receipts =
+        fixture.threads(8, async |number| ordered(id, 0).commit(&engines[number % 2]).await.unwrap());
+    assert!(receipts.iter().all(|receipt| *receipt == receipts[0]));
+    assert_eq!(log(&engines[0]).await.len(), 2);
+}
+
+pub(crate) async fn a_receipt_can_be_asked_for(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    assert_eq!(engine.receipt(&command("command")).await.unwrap(), None);
+    let first = ordered(id, 0).commit(&engine).await.unwrap();
+    assert_eq!(engine.receipt(&command("command")).await.unwrap(), Some(first));
+    assert_eq!(engine.receipt(&command("Command")).await.unwrap(), None);
+    assert_eq!(engine.receipt(&command("command ")).await.unwrap(), None);
+}
+
+pub(crate) async fn a_large_receipt_comes_back_equal(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = new_ids(&engine, 1_000).await;
+    let make = || {
+        let made = ids.iter().fold(unit(), |batch, id| batch.create(*id, "order").append(*id, "order", 0, 1));
+        made.command("command")
+    };
+    let first = make().commit(&engine).await.unwrap();
+    assert_eq!(make().commit(&engine).await.unwrap(), first);
+    assert_eq!(engine.settle(&command("command")).await.unwrap(), Some(first));
+}
+
+pub(crate) async fn a_command_that_writes_nothing_has_a_receipt_too(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let first = unit().command("command").commit(&engine).await.unwrap();
+    assert_eq!((first.first, first.last), (Position::ZERO, Position::ZERO));
+    assert_eq!(engine.receipt(&command("command")).await.unwrap(), Some(first.clone()));
+    assert_eq!(unit().command("command").commit(&engine).await.unwrap(), first);
+}
+
+pub(crate) async fn a_command_that_failed_can_be_tried_again(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 1).await;
+    assert_kind!(ordered(id, 0).commit(&engine).await, ErrorKind::Conflict { .. });
+    assert_eq!(engine.receipt(&command("command")).await.unwrap(), None);
+    ordered(id, 1).commit(&engine).await.unwrap();
+    assert_eq!(sequence_of(&engine, id).await, 3);
+}
+
+pub(crate) async fn settling_a_command_that_took_effect_gives_its_receipt(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    let first = ordered(id, 0).commit(&engine).await.unwrap();
+    assert_eq!(engine.settle(&command("command")).await.unwrap().as_ref(), Some(&first));
+    assert_eq!(ordered(id, 0).commit(&engine).await.unwrap(), first);
+}
+
+pub(crate) async fn a_late_original_cannot_land_after_it_was_settled(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    assert_eq!(engine.settle(&command("command")).await.unwrap(), None);
+    assert_eq!(engine.settle(&command("command")).await.unwrap(), None);
+    assert_eq!(engine.receipt(&command("command")).await.unwrap(), None);
+    let before = everything(&engine).await;
+    assert_kind!(ordered(id, 0).commit(&engine).await, ErrorKind::CommandAbandoned);
+    assert_kind!(ordered(id, 9).commit(&engine).await, ErrorKind::CommandAbandoned);
+    assert_eq!(everything(&engine).await, before);
+    assert_eq!(engine.settle(&command("command")).await.unwrap(), None);
+}
+
+pub(crate) async fn settled_is_settled_also_after_reopening(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 0).await;
+    assert_eq!(engine.settle(&command("command")).await.unwrap(), None);
+    drop(engine);
+    let Some(engine) = fixture.reopen().await else { return };
+    assert_kind!(ordered(id, 0).commit(&engine).await, ErrorKind::CommandAbandoned);
+}
+
+pub(crate) async fn a_race_of_commit_and_settle_ends_one_way(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    for round in 0..20 {
+        let id = grown(&engine, "order", 0).await;
+        let name = command(&format!("command {round}"));
+        let outcomes = fixture.threads(2, async |number| {
+            if number == 0 {
+                return engine.settle(&name).await.unwrap();
+            }
+            match unit().append(id, "order", 0, 1).command(name.as_str()).commit(&engine).await {
+                Ok(receipt) => Some(receipt),
+                Err(error) => {
+                    assert_eq!(error.kind(), &ErrorKind::CommandAbandoned);
+                    None
+                }
+            }
+        });
+        assert_eq!(outcomes[0], outcomes[1], "both tell the same");
+        assert_eq!(sequence_of(&engine, id).await, i64::from(outcomes[0].is_some()));
+    }
+}
+
+pub(crate) async fn command_ids_compare_bytewise_up_to_the_longest(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let long = "c".repeat(limits::COMMAND_ID_BYTES);
+    let names = ["c", "C", "c ", "\u{e9}", "e\u{301}", "'; --", long.as_str()];
+    for name in names {
+        let id = new_id(&engine).await;
+        unit().create(id, "order").append(id, "order", 0, 1).command(name).commit(&engine).await.unwrap();
+    }
+    assert_eq!(log(&engine).await.len(), names.len());
+    for (index, name) in names.iter().enumerate() {
+        let receipt = engine.receipt(&command(name)).await.unwrap().unwrap();
+        assert_eq!(receipt.first.get(), index as i64 + 1);
+    }
+    for bad in ["", "\0", &"c".repeat(limits::COMMAND_ID_BYTES + 1)] {
+        assert_kind!(CommandId::new(bad), ErrorKind::InvalidName);
+    }
+}
+
+pub(crate) async fn a_commit_dropped_at_any_await_is_whole_or_absent(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (first, second) = (grown(&engine, "order", 0).await, grown(&engine, "order", 0).await);
+    let mut expected = 0;
+    for polls in 0.. {
+        let name = format!("command {polls}");
+        let batch =
+            unit().append(first, "order", expected, 2).append(second, "order", expected, 2).command(&name);
+        let answer = poll_at_most(polls, batch.commit(&engine)).await;
+        // Whatever has become of it, it is settled from here on, and the next borrower is clean.
+        let outcome = engine.settle(&command(&name)).await.unwrap();
+        if outcome.is_some() {
+            expected += 2;
+        }
+        assert_eq!(sequence_of(&engine, first).await, expected, "dropped after {polls} polls");
+        assert_eq!(sequence_of(&engine, second).await, expected, "dropped after {polls} polls");
+        grown(&engine, "user", 1).await;
+        if let Some(answer) = answer {
+            assert_eq!(Some(answer.unwrap()), outcome);
+            break;
+        }
+        assert!(polls < 1_000, "the commit does not end");
+    }
+    assert_no_holes(&log(&engine).await);
+}
+
+pub(crate) async fn every_future_may_be_dropped_at_any_await(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "order", 5).await;
+    let query = LogQuery::after(Position::ZERO);
+    let limit = events_per_page(10);
+    let (direction, from, to) = (Direction::Forward, Sequence::ZERO, Sequence::MAX);
+    let of_order = AggregateQuery { aggregate: id, direction, from, to, limit };
+    for polls in 0..20 {
+        let ended = [
+            poll_at_most(polls, engine.reserve(3)).await.is_some(),
+            poll_at_most(polls, engine.head()).await.is_some(),
+            poll_at_most(polls, engine.read_log(&query)).await.is_some(),
+            poll_at_most(polls, engine.read_aggregate(of_order)).await.is_some(),
+            poll_at_most(polls, history(&engine, id)).await.is_some(),
+            poll_at_most(polls, engine.types()).await.is_some(),
+            poll_at_most(polls, engine.settle(&command("never"))).await.is_some(),
+            poll_at_most(polls, engine.wait(place(5), Duration::from_millis(5))).await.is_some(),
+        ];
+        grown(&engine, "user", 0).await;
+        assert_eq!(history(&engine, id).await.events.len(), 5);
+        if ended.iter().all(|ended| *ended) {
+            break;
+        }
+    }
+    assert_kind!(unit().command("never").commit(&engine).await, ErrorKind::CommandAbandoned);
+    assert_no_holes(&log(&engine).await);
+}
+
+pub(crate) async fn an_update_with_a_command_id_decides_once(fixture: &mut Fixture) {
+    let store = fixture.store();
+    store.load_or_create::<Account>("ann").await.unwrap();
+    let first = store.update_once::<Account, _, _>(command("pay"), "ann", |_| [deposited(1)]).await.unwrap();
+    let again = store.update_once::<Account, _, _>(command("pay"), "ann", |_| [deposited(9)]).await.unwrap();
+    assert_eq!(again, first);
+    assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 1);
+    assert_eq!(store.receipt(&command("pay")).await.unwrap(), Some(first));
+}

@@ -1,0 +1,247 @@
+//! The list of all cases, which is at once the table for runners and the macro that makes tests of them.
+
+// A case fails by a panic; and all are async, also those that have nothing to wait for.
+#![allow(clippy::unwrap_used, clippy::unused_async)]
+
+mod aggregates;
+mod appends;
+mod commands;
+mod keys;
+mod log;
+mod random;
+mod reading;
+mod snapshots;
+mod types;
+mod unit_of_work;
+mod values;
+
+use crate::fixture::{Fixture, LocalFuture};
+
+/// One case: a promise, and a function that panics if an engine breaks it.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Module and name, such as `keys::keys_compare_bytewise`.
+    pub name: &'static str,
+    /// The case itself, for a fixture with a fresh engine.
+    pub run: for<'a> fn(&'a mut Fixture) -> LocalFuture<'a, ()>,
+}
+
+/// Writes the table and the macro from one list, so that no case is in one of them only. A case that is in neither is
+/// dead code, and the compiler says so.
+macro_rules! cases {
+    (($d:tt) $($module:ident { $($case:ident,)* })*) => {
+        /// All cases, for a runner of your own.
+        pub const CASES: &[Case] = &[$($(
+            Case {
+                name: concat!(stringify!($module), "::", stringify!($case)),
+                run: |fixture| Box::pin($module::$case(fixture)),
+            },
+        )*)*];
+
+        /// Makes a `#[test]` of each case, for the engine of this [`Harness`](crate::Harness).
+        #[macro_export]
+        macro_rules! conformance {
+            ($d harness:ty) => {
+                $(mod $module {
+                    #[allow(unused_imports)]
+                    use super::*;
+
+                    $(#[test]
+                    fn $case() {
+                        $crate::run::<$d harness>(concat!(stringify!($module), "::", stringify!($case)));
+                    })*
+                })*
+            };
+        }
+    };
+}
+
+cases! {
+    ($)
+    types {
+        known_types_are_listed_in_order,
+        case_matters,
+        an_event_type_belongs_to_its_aggregate_type,
+        concurrent_first_uses_of_a_name_give_one_type,
+        an_interner_remembers_only_what_has_committed,
+        many_types_in_one_unit_keep_their_names,
+        the_longest_name_is_kept,
+        a_bad_name_is_refused_where_it_is_born,
+        warming_up_registers_names_and_again_is_harmless,
+        a_store_warms_up_with_the_names_of_its_codec,
+        warming_up_at_once_is_harmless,
+        two_engines_on_one_storage_agree,
+        names_survive_reopening,
+    }
+    aggregates {
+        a_new_aggregate_is_empty_and_not_missing,
+        a_missing_aggregate_differs_from_an_empty_one,
+        no_id_is_given_out_twice,
+        no_id_is_given_out_twice_by_any_engine_on_the_same_storage,
+        no_id_is_given_out_twice_also_after_reopening,
+        a_block_has_as_many_ids_as_asked_for,
+        ids_that_are_not_used_are_lost_and_that_is_harmless,
+        an_aggregate_that_does_not_exist_is_not_found,
+        an_aggregate_of_another_type_is_wrong_type,
+        an_aggregate_is_not_made_twice,
+        a_unit_may_make_many_aggregates,
+        aggregates_survive_reopening,
+    }
+    keys {
+        an_aggregate_is_found_by_its_key,
+        a_taken_key_is_key_taken_and_writes_nothing,
+        the_same_key_for_another_type_is_allowed,
+        a_changed_key_finds_and_the_old_one_is_free,
+        a_key_does_not_change_to_a_taken_one,
+        an_aggregate_without_a_key_can_get_one,
+        a_key_changes_to_itself,
+        a_key_comes_back_to_its_first_holder,
+        a_key_change_is_rolled_back_with_its_unit,
+        a_key_that_the_same_batch_takes_from_its_holder_is_free,
+        aggregates_change_keys_with_one_another,
+        keys_compare_bytewise,
+        the_longest_key_is_kept,
+        a_bad_key_is_refused_where_it_is_born,
+        racing_creations_of_one_key_leave_one_winner,
+        racing_load_or_create_makes_one_aggregate,
+        one_who_lost_a_key_can_go_on,
+        a_unit_sees_the_keys_it_gives,
+        keys_survive_reopening,
+    }
+    appends {
+        the_first_sequence_is_one_and_there_are_no_holes,
+        a_stale_append_is_a_conflict_and_writes_nothing,
+        an_expectation_from_the_future_is_a_conflict,
+        a_new_aggregate_is_at_zero,
+        a_conflict_names_the_aggregate_that_is_stale,
+        a_hot_aggregate_has_no_hole_and_no_double,
+        of_racing_appends_one_wins,
+        an_empty_unit_is_fine_and_writes_nothing,
+        a_thousand_events_go_in_one_unit,
+        the_largest_unit_is_written_and_a_larger_one_refused,
+        all_of_a_unit_is_written,
+        or_nothing_of_it_keys_snapshots_and_command_included,
+        units_of_three_aggregates_in_any_order_never_deadlock,
+        events_of_a_batch_lie_in_the_order_of_its_appends,
+        the_receipt_tells_where_the_events_stand,
+        one_stale_unit_among_fifty_fails_alone,
+        two_engines_on_one_storage_see_each_others_appends,
+        what_is_acknowledged_is_there_after_reopening,
+    }
+    unit_of_work {
+        nothing_is_visible_before_the_commit,
+        an_aggregate_loaded_twice_has_the_staged_events,
+        dropping_it_writes_nothing,
+        an_error_in_it_leaves_nothing,
+        a_panic_in_it_leaves_nothing_and_a_healthy_engine,
+        a_stale_guard_is_a_conflict_and_writes_nothing,
+        a_guard_that_holds_lets_the_unit_through,
+        a_guard_alone_is_checked,
+        a_guard_on_an_aggregate_that_the_batch_makes_is_at_zero,
+        write_skew_is_prevented_by_guards,
+        write_skew_is_possible_without_guards,
+        racing_guards_never_let_both_through,
+        a_retry_runs_again_on_fresh_state,
+        a_retry_is_bounded,
+        the_users_own_errors_are_not_tried_again,
+        an_invalid_state_is_not_staged_and_leaves_the_aggregate_as_before,
+        racing_updates_all_count,
+        a_decision_without_events_writes_nothing,
+        one_event_may_override_the_metadata_of_its_unit,
+    }
+    commands {
+        a_known_id_with_the_same_content_returns_the_first_receipt,
+        the_command_id_is_looked_at_before_everything_else,
+        a_known_id_with_other_content_is_command_reused,
+        an_id_takes_effect_once_when_sixteen_come_at_once,
+        an_id_takes_effect_once_also_after_reopening,
+        an_id_takes_effect_once_on_all_engines_of_one_storage,
+        a_receipt_can_be_asked_for,
+        a_large_receipt_comes_back_equal,
+        a_command_that_writes_nothing_has_a_receipt_too,
+        a_command_that_failed_can_be_tried_again,
+        settling_a_command_that_took_effect_gives_its_receipt,
+        a_late_original_cannot_land_after_it_was_settled,
+        settled_is_settled_also_after_reopening,
+        a_race_of_commit_and_settle_ends_one_way,
+        command_ids_compare_bytewise_up_to_the_longest,
+        a_commit_dropped_at_any_await_is_whole_or_absent,
+        every_future_may_be_dropped_at_any_await,
+        an_update_with_a_command_id_decides_once,
+    }
+    reading {
+        an_aggregate_is_read_behind_from_and_up_to_to,
+        an_aggregate_is_read_backward_too,
+        a_missing_aggregate_reads_empty,
+        the_log_is_read_behind_from_and_up_to_to,
+        a_page_ends_at_its_limit_of_events,
+        a_page_of_the_largest_limit_is_read_and_a_larger_one_refused,
+        a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least,
+        a_load_is_a_page_and_the_rest_is_read_behind_it,
+        a_load_ends_where_it_is_asked_to,
+        a_long_history_is_folded_whole,
+        a_load_by_key_equals_a_load_by_id,
+        reading_while_others_append_sees_a_prefix,
+        a_filter_means_the_same_to_every_engine,
+        a_name_that_no_event_has_yet_matches_as_soon_as_one_has_it,
+        a_filtered_page_tells_how_far_it_searched,
+        every_field_is_equal_on_every_read_path,
+        the_log_is_the_union_of_the_aggregates_events,
+        an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_time,
+        an_event_that_does_not_decode_is_named,
+    }
+    log {
+        an_empty_log_ends_at_zero,
+        positions_have_no_holes_after_conflicts_and_rollbacks,
+        the_events_of_a_batch_are_contiguous,
+        a_reader_that_follows_64_writers_skips_nothing_and_sees_nothing_twice,
+        a_commit_of_another_engine_is_never_skipped,
+        positions_survive_reopening,
+        reading_forward_from_past_the_head_is_cursor_ahead,
+        an_empty_log_knows_a_cursor_that_is_ahead,
+        recorded_at_is_the_engines_clock_and_never_goes_back,
+        a_position_is_found_by_the_time_of_recording,
+        waiting_ends_at_once_if_there_is_something,
+        waiting_ends_when_time_is_up,
+        a_commit_wakes_all_who_wait_at_once,
+        a_pause_lets_time_pass,
+        a_reader_that_stands_still_does_not_stall_writers,
+    }
+    snapshots {
+        a_snapshot_comes_with_the_events_behind_it,
+        a_later_one_takes_its_place,
+        an_earlier_one_does_not_take_its_place,
+        one_of_another_version_takes_its_place,
+        one_of_another_version_is_not_usable,
+        the_largest_version_is_kept,
+        one_ahead_of_the_aggregate_is_not_kept,
+        one_of_the_events_of_its_own_unit_is_kept,
+        one_behind_what_is_asked_for_is_usable_and_one_ahead_is_not,
+        one_is_rolled_back_with_its_unit,
+        one_of_a_missing_aggregate_is_not_found,
+        any_state_comes_back,
+        snapshots_survive_reopening,
+        a_load_equals_a_snapshot_and_the_rest_at_every_sequence,
+        a_changed_shape_is_read_from_the_events,
+        one_that_does_not_decode_is_ignored_and_counted,
+        writers_with_and_without_snapshots_agree,
+    }
+    values {
+        any_payload_comes_back,
+        the_largest_payload_comes_back,
+        a_payload_over_the_limit_is_refused_before_it_is_copied,
+        any_time_from_year_1_to_9999_comes_back,
+        a_time_out_of_range_is_refused_where_it_is_born,
+        nanoseconds_are_cut_the_same_everywhere,
+        negative_and_zero_numbers_are_refused_where_they_are_born,
+        hard_texts_come_back_in_every_field,
+        the_largest_metadata_comes_back,
+        bad_metadata_is_refused_where_it_is_born,
+        deep_json_comes_back,
+        nothing_shows_a_key_or_a_payload,
+    }
+    random {
+        a_random_walk_agrees_with_a_model,
+        random_walks_of_several_seeds_agree_with_a_model,
+    }
+}

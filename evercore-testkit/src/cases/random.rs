@@ -1,0 +1,22 @@
+//! Random walks: many small steps on an engine and on the model, which must agree after each.
+
+use crate::fixture::Fixture;
+use crate::model::walk;
+
+/// A number from the environment, for those who run a walk again or make it longer.
+fn from_environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+pub(crate) async fn a_random_walk_agrees_with_a_model(fixture: &mut Fixture) {
+    let seed = from_environment("EVERCORE_SEED", 1);
+    walk(&fixture.engine(), seed, from_environment("EVERCORE_STEPS", 400)).await;
+}
+
+pub(crate) async fn random_walks_of_several_seeds_agree_with_a_model(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    for seed in 2..6 {
+        // Each goes on where the one before stopped, with a model of what is there.
+        walk(&engine, seed, from_environment("EVERCORE_STEPS", 400) / 4).await;
+    }
+}

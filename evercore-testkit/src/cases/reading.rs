@@ -1,0 +1,378 @@
+//! Reading: exact at every boundary, equal on every path, and a prefix while others write.
+
+use evercore_core::{
+    AggregateId, AggregateQuery, AsOf, Direction, ErrorKind, Event, Filter, LoadRequest, LogQuery, Metadata,
+    PageLimit, Position, Sequence, Target, Timestamp, limits,
+};
+
+use crate::fixture::Fixture;
+use crate::tools::*;
+
+async fn sequences(
+    engine: &Engine,
+    aggregate: AggregateId,
+    direction: Direction,
+    (from, to): (i64, i64),
+    limit: usize,
+) -> Vec<i64> {
+    let limit = events_per_page(limit);
+    let query = AggregateQuery { aggregate, direction, from: at(from), to: at(to), limit };
+    engine.read_aggregate(query).await.unwrap().iter().map(|event| event.sequence().get()).collect()
+}
+
+pub(crate) async fn an_aggregate_is_read_behind_from_and_up_to_to(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 5).await;
+    let forward = Direction::Forward;
+    assert_eq!(sequences(&engine, id, forward, (0, i64::MAX), 100).await, [1, 2, 3, 4, 5]);
+    assert_eq!(sequences(&engine, id, forward, (2, 4), 100).await, [3, 4]);
+    assert_eq!(sequences(&engine, id, forward, (0, 1), 100).await, [1]);
+    assert_eq!(sequences(&engine, id, forward, (4, 4), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, forward, (4, 2), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, forward, (5, i64::MAX), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, forward, (i64::MAX, i64::MAX), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, forward, (1, 9), 2).await, [2, 3]);
+    assert_eq!(sequences(&engine, id, forward, (0, 9), 0).await, [0; 0]);
+}
+
+pub(crate) async fn an_aggregate_is_read_backward_too(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 5).await;
+    let backward = Direction::Backward;
+    assert_eq!(sequences(&engine, id, backward, (i64::MAX, 0), 100).await, [5, 4, 3, 2, 1]);
+    assert_eq!(sequences(&engine, id, backward, (4, 2), 100).await, [3, 2]);
+    assert_eq!(sequences(&engine, id, backward, (6, 5), 100).await, [5]);
+    assert_eq!(sequences(&engine, id, backward, (1, 0), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, backward, (0, 0), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, backward, (3, 3), 100).await, [0; 0]);
+    assert_eq!(sequences(&engine, id, backward, (i64::MAX, 1), 2).await, [5, 4]);
+}
+
+pub(crate) async fn a_missing_aggregate_reads_empty(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = new_id(&engine).await;
+    assert!(events_of(&engine, id).await.is_empty());
+    assert!(events_of(&engine, AggregateId::new(i64::MAX).unwrap()).await.is_empty());
+    let target = Target::Id(id);
+    assert!(load(&engine, target, Some(1), Sequence::MAX).await.is_none());
+}
+
+pub(crate) async fn the_log_is_read_behind_from_and_up_to_to(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    grown(&engine, "user", 6).await;
+    let forward = LogQuery::after(place(2)).up_to(place(5));
+    assert_eq!(numbers(&read_all(&engine, forward).await), [3, 4, 5]);
+    let backward = LogQuery::before(place(5)).up_to(place(2));
+    assert_eq!(numbers(&read_all(&engine, backward).await), [4, 3, 2]);
+    assert_eq!(numbers(&read_all(&engine, LogQuery::before(Position::MAX)).await), [6, 5, 4, 3, 2, 1]);
+    assert_eq!(numbers(&read_all(&engine, LogQuery::before(place(1))).await), [0; 0]);
+    assert_eq!(numbers(&read_all(&engine, LogQuery::before(Position::ZERO)).await), [0; 0]);
+    assert_eq!(numbers(&read_all(&engine, LogQuery::after(place(4)).up_to(place(4))).await), [0; 0]);
+    assert_eq!(numbers(&read_all(&engine, LogQuery::after(place(4)).up_to(place(2))).await), [0; 0]);
+}
+
+pub(crate) async fn a_page_ends_at_its_limit_of_events(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    grown(&engine, "user", 10).await;
+    for limit in 0..=12 {
+        let page =
+            engine.read_log(&LogQuery::after(place(0)).with_limit(events_per_page(limit))).await.unwrap();
+        assert_eq!(page.events.len(), limit.min(10));
+        assert_eq!((page.scanned.get(), page.head), (limit.min(10) as i64, place(10)));
+    }
+    for limit in 1..=10 {
+        let forward = LogQuery::after(Position::ZERO).with_limit(events_per_page(limit));
+        assert_eq!(numbers(&read_all(&engine, forward).await), (1..=10).collect::<Vec<_>>());
+        let backward = LogQuery::before(Position::MAX).with_limit(events_per_page(limit));
+        assert_eq!(numbers(&read_all(&engine, backward).await), (1..=10).rev().collect::<Vec<_>>());
+    }
+}
+
+pub(crate) async fn a_page_of_the_largest_limit_is_read_and_a_larger_one_refused(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    assert_kind!(PageLimit::events(limits::PAGE_EVENTS + 1), ErrorKind::Invalid);
+    assert_kind!(PageLimit::default().and_bytes(limits::PAGE_BYTES + 1), ErrorKind::Invalid);
+    for _ in 0..3 {
+        grown(&engine, "user", 4_000).await;
+    }
+    let limit = events_per_page(limits::PAGE_EVENTS).and_bytes(limits::PAGE_BYTES).unwrap();
+    let page = engine.read_log(&LogQuery::after(Position::ZERO).with_limit(limit)).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned), (10_000, place(10_000)));
+    assert_no_holes(&log(&engine).await);
+}
+
+pub(crate) async fn a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = new_id(&engine).await;
+    let sizes = [100, 100, 100, 1_000, 0, 0, 50];
+    let events = sizes.iter().map(|size| event("Sized", &vec![b'x'; *size])).collect();
+    unit().create(id, "user").events(id, "user", 0, events).commit(&engine).await.unwrap();
+    for (bytes, first_page) in [
+        (0, 1),
+        (99, 1),
+        (100, 1),
+        (199, 1),
+        (200, 2),
+        (300, 3),
+        (1_299, 3),
+        (1_300, 6),
+        (1_349, 6),
+        (1_350, 7),
+    ] {
+        let limit = PageLimit::default().and_bytes(bytes).unwrap();
+        let query = LogQuery::after(Position::ZERO).with_limit(limit);
+        assert_eq!(engine.read_log(&query).await.unwrap().events.len(), first_page, "{bytes} bytes");
+        assert_eq!(numbers(&read_all(&engine, query).await), [1, 2, 3, 4, 5, 6, 7]);
+        let (direction, from, to) = (Direction::Forward, Sequence::ZERO, Sequence::MAX);
+        let page = AggregateQuery { aggregate: id, direction, from, to, limit };
+        assert_eq!(engine.read_aggregate(page).await.unwrap().len(), first_page, "{bytes} bytes");
+        let request = LoadRequest { target: Target::Id(id), snapshot: None, up_to: Sequence::MAX, limit };
+        let found = engine.load(request).await.unwrap().unwrap();
+        assert_eq!((found.events.len(), found.sequence), (first_page, at(7)), "{bytes} bytes");
+    }
+}
+
+pub(crate) async fn a_load_is_a_page_and_the_rest_is_read_behind_it(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 10).await;
+    let limit = events_per_page(4);
+    let request = LoadRequest { target: Target::Id(id), snapshot: None, up_to: Sequence::MAX, limit };
+    let found = engine.load(request).await.unwrap().unwrap();
+    assert_eq!((found.events.len(), found.sequence), (4, at(10)));
+    assert_eq!(sequences(&engine, id, Direction::Forward, (4, 10), 100).await, [5, 6, 7, 8, 9, 10]);
+}
+
+pub(crate) async fn a_load_ends_where_it_is_asked_to(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 5).await;
+    for up_to in 0..8 {
+        let found = load(&engine, Target::Id(id), None, at(up_to)).await.unwrap();
+        assert_eq!((found.events.len() as i64, found.sequence), (up_to.min(5), at(5)), "up to {up_to}");
+    }
+}
+
+pub(crate) async fn a_long_history_is_folded_whole(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let id = new_id(&engine).await;
+    let batch = (0..3).fold(unit().create(id, "tally"), |batch, nth| {
+        batch.events(id, "tally", nth * 3_000, vec![event("Counted", b"1"); 3_000])
+    });
+    batch.commit(&engine).await.unwrap();
+    unit().events(id, "tally", 9_000, vec![event("Counted", b"1"); 3_000]).commit(&engine).await.unwrap();
+    let tally = store.load::<Tally<0, 1>>(id).await.unwrap();
+    assert_eq!((tally.total, tally.sequence()), (12_000, at(12_000)));
+}
+
+pub(crate) async fn a_load_by_key_equals_a_load_by_id(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = keyed(&engine, "user", "ann").await;
+    unit().append(id, "user", 0, 3).snapshot(id, 2, 1, b"two").commit(&engine).await.unwrap();
+    let by_id = load(&engine, Target::Id(id), Some(1), at(3)).await.unwrap();
+    let by_key = load(&engine, Target::Key(type_named("user"), key("ann")), Some(1), at(3)).await.unwrap();
+    assert_eq!((by_id.id, by_id.key, by_id.sequence), (by_key.id, by_key.key, by_key.sequence));
+    assert_eq!((by_id.snapshot, by_id.aggregate_type), (by_key.snapshot, by_key.aggregate_type));
+    assert!(by_id.events.iter().eq(by_key.events.iter()));
+}
+
+pub(crate) async fn reading_while_others_append_sees_a_prefix(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 0).await;
+    fixture.threads(5, async |number| {
+        if number == 0 {
+            for expected in 0..60 {
+                unit().append(id, "user", expected * 2, 2).commit(&engine).await.unwrap();
+            }
+            return;
+        }
+        let began = std::time::Instant::now();
+        while began.elapsed() < std::time::Duration::from_secs(30) {
+            let found = history(&engine, id).await;
+            let seen: Vec<_> = found.events.iter().map(|event| event.sequence().get()).collect();
+            assert_eq!(seen, (1..=found.sequence.get()).collect::<Vec<_>>(), "as of one moment");
+            assert_eq!(found.sequence.get() % 2, 0, "units are whole");
+            let page = engine.read_log(&LogQuery::after(Position::ZERO)).await.unwrap();
+            assert_eq!(
+                numbers(&page.events.iter().collect::<Vec<_>>()),
+                (1..=page.head.get()).collect::<Vec<_>>()
+            );
+            if found.sequence == at(120) {
+                return;
+            }
+        }
+    });
+}
+
+/// A log of three aggregates of two types with four event types.
+async fn mixed(engine: &Engine) -> [AggregateId; 3] {
+    let ids = [grown(engine, "a", 0).await, grown(engine, "a", 0).await, grown(engine, "b", 0).await];
+    let mut random = Random(7);
+    let mut next = [0; 3];
+    for _ in 0..60 {
+        let which = random.below(3);
+        let name = ["X", "Y", "Z", "x"][random.below(4)];
+        let batch = unit().events(ids[which], ["a", "a", "b"][which], next[which], vec![event(name, b"")]);
+        batch.commit(engine).await.unwrap();
+        next[which] += 1;
+    }
+    ids
+}
+
+pub(crate) async fn a_filter_means_the_same_to_every_engine(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = mixed(&engine).await;
+    let all = log(&engine).await;
+    let missing = new_id(&engine).await;
+    let event_types: &[&[&str]] =
+        &[&[], &["X"], &["x"], &["X", "Z"], &["X", "X"], &["X", "Y", "Z", "x"], &["never"], &["X", "never"]];
+    for aggregate_type in [None, Some("a"), Some("b"), Some("A"), Some("never")] {
+        for names in event_types {
+            for aggregate in [None, Some(ids[0]), Some(ids[2]), Some(missing)] {
+                let filter = Filter {
+                    aggregate_type: aggregate_type.map(type_named),
+                    event_types: names.iter().map(|name| event_named(name)).collect(),
+                    aggregate,
+                };
+                let passes = |event: &&Event| {
+                    filter.matches(event.aggregate(), event.aggregate_type(), event.event_type())
+                };
+                let expected: Vec<Event> = all.iter().filter(passes).cloned().collect();
+                let query = LogQuery::after(Position::ZERO).with_filter(filter.clone());
+                assert_eq!(read_all(&engine, query).await, expected, "{filter:?}");
+                let query = LogQuery::before(place(50)).up_to(place(10)).with_filter(filter.clone());
+                let found = read_all(&engine, query.with_limit(events_per_page(3))).await;
+                let expected =
+                    expected.iter().rev().filter(|event| (10..50).contains(&event.position().get()));
+                assert!(found.iter().eq(expected), "{filter:?} backward");
+            }
+        }
+    }
+}
+
+pub(crate) async fn a_name_that_no_event_has_yet_matches_as_soon_as_one_has_it(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 3).await;
+    let by_event =
+        LogQuery::after(Position::ZERO).with_filter(Filter::all().with_event_type(event_named("Later")));
+    let by_type =
+        LogQuery::after(Position::ZERO).with_filter(Filter::all().with_aggregate_type(type_named("later")));
+    for query in [&by_event, &by_type] {
+        let page = engine.read_log(query).await.unwrap();
+        assert_eq!((page.events.len(), page.scanned), (0, place(3)));
+    }
+    let other = new_id(&engine).await;
+    let batch = unit().events(id, "user", 3, vec![event("Later", b"")]).create(other, "later");
+    batch.append(other, "later", 0, 1).commit(&engine).await.unwrap();
+    assert_eq!(numbers(&read_all(&engine, by_event).await), [4]);
+    assert_eq!(numbers(&read_all(&engine, by_type).await), [5]);
+}
+
+pub(crate) async fn a_filtered_page_tells_how_far_it_searched(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let rare = grown(&engine, "rare", 1).await;
+    grown(&engine, "common", 50).await;
+    unit().append(rare, "rare", 1, 1).commit(&engine).await.unwrap();
+    grown(&engine, "common", 50).await;
+    let filter = Filter::all().with_aggregate_type(type_named("rare"));
+    let query = LogQuery::after(Position::ZERO).with_filter(filter);
+    let page = engine.read_log(&query).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned, page.head), (2, place(102), place(102)));
+    let page = engine.read_log(&query.clone().with_limit(events_per_page(1))).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned), (1, place(1)));
+    let page = engine.read_log(&query.clone().up_to(place(40))).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned, page.head), (1, place(40), place(102)));
+    let from_rest = LogQuery { from: place(60), ..query };
+    assert_eq!(engine.read_log(&from_rest).await.unwrap().scanned, place(102));
+}
+
+pub(crate) async fn every_field_is_equal_on_every_read_path(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = keyed(&engine, "user", "ann").await;
+    let time = |micros| Timestamp::from_micros(micros).unwrap();
+    let full = Metadata::new().with_reference("clerk 112").unwrap().with_correlation_id("talk").unwrap();
+    let full = full.with_causation_id("cause").unwrap().with_header("tenant", "north").unwrap();
+    let full = full.with_header("Tenant", "").unwrap();
+    let one = Metadata::new().with_causation_id("only this").unwrap();
+    let blank = Metadata::new().with_reference("").unwrap();
+    let written = [
+        event_with("First", b"1", time(1_234_567), full),
+        event_with("Second", b"2", time(-1), Metadata::new()),
+        event_with("Third", b"3", time(0), one),
+        event_with("Fourth", b"4", time(5), blank),
+    ];
+    let receipt = unit().events(id, "user", 0, written.to_vec()).commit(&engine).await.unwrap();
+    let from_log = log(&engine).await;
+    for (index, (event, new)) in from_log.iter().zip(&written).enumerate() {
+        assert_eq!((event.position().get(), event.sequence().get()), (index as i64 + 1, index as i64 + 1));
+        assert_eq!((event.aggregate(), event.aggregate_type().as_str()), (id, "user"));
+        assert_eq!((event.event_type(), event.payload()), (&new.event_type, new.payload.as_bytes()));
+        assert_eq!((event.time(), event.recorded_at()), (new.time, receipt.recorded_at));
+        assert_eq!(event.reference(), new.metadata.reference(), "reference of {index}");
+        assert_eq!(event.correlation_id(), new.metadata.correlation_id(), "correlation id of {index}");
+        assert_eq!(event.causation_id(), new.metadata.causation_id(), "causation id of {index}");
+        assert_eq!(event.headers(), new.metadata.headers(), "headers of {index}");
+    }
+    let backward = read_all(&engine, LogQuery::before(Position::MAX)).await;
+    assert!(backward.iter().rev().eq(&from_log), "the log read backward");
+    let filtered = LogQuery::after(Position::ZERO).with_filter(Filter::all().with_aggregate(id));
+    assert_eq!(read_all(&engine, filtered).await, from_log, "the log, filtered");
+    assert!(events_of(&engine, id).await.iter().eq(from_log.iter().cloned()), "the aggregate");
+    assert!(history(&engine, id).await.events.iter().eq(from_log.iter().cloned()), "loaded by id");
+    let by_key =
+        load(&engine, Target::Key(type_named("user"), key("ann")), None, Sequence::MAX).await.unwrap();
+    assert!(by_key.events.iter().eq(from_log.iter().cloned()), "loaded by key");
+}
+
+pub(crate) async fn the_log_is_the_union_of_the_aggregates_events(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = mixed(&engine).await;
+    let mut union: Vec<Event> = Vec::new();
+    for id in ids {
+        union.extend(events_of(&engine, id).await);
+    }
+    union.sort_by_key(Event::position);
+    assert_eq!(union, log(&engine).await);
+}
+
+pub(crate) async fn an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_time(fixture: &mut Fixture) {
+    let store = fixture.store();
+    let time = |micros| Timestamp::from_micros(micros).unwrap();
+    // Event times need not grow: the third event happened before the second.
+    for (nth, micros) in [(1, 100), (2, 300), (4, 200), (8, 400)] {
+        let mut work = store.begin();
+        let mut account = work.load_or_create::<Account>("ann").await.unwrap();
+        work.record(&mut account, deposited(nth)).unwrap();
+        work.set_metadata(Metadata::new().with_time(time(micros)));
+        work.commit().await.unwrap();
+        store.update_or_create::<Account, _, _>("other", |_| [deposited(1)]).await.unwrap();
+    }
+    let balance = async |as_of| store.load_as_of::<Account>("ann", as_of).await.unwrap().balance;
+    for (sequence, expected) in [(0, 0), (1, 1), (3, 7), (4, 15), (9, 15)] {
+        assert_eq!(balance(AsOf::Sequence(at(sequence))).await, expected, "as of sequence {sequence}");
+    }
+    for (position, expected) in [(0, 0), (1, 1), (2, 1), (3, 3), (5, 7), (7, 15), (100, 15)] {
+        assert_eq!(balance(AsOf::Position(place(position))).await, expected, "as of position {position}");
+    }
+    for (micros, expected) in [(99, 0), (100, 1), (250, 1), (300, 7), (399, 7), (400, 15)] {
+        assert_eq!(balance(AsOf::Time(time(micros))).await, expected, "as of time {micros}");
+    }
+    let second = log(&fixture.engine()).await[2].recorded_at();
+    assert!(balance(AsOf::Recorded(second)).await >= 3);
+    assert_eq!(balance(AsOf::Recorded(Timestamp::MIN)).await, 0);
+    assert_eq!(balance(AsOf::Recorded(Timestamp::MAX)).await, 15);
+    assert_kind!(store.load_as_of::<Account>("nobody", AsOf::Time(time(1))).await, ErrorKind::NotFound);
+}
+
+pub(crate) async fn an_event_that_does_not_decode_is_named(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let id = new_id(&engine).await;
+    let events = vec![event("Deposited", br#"{"amount":1}"#), event("Unheard", b"{}")];
+    unit().create(id, "account").events(id, "account", 0, events).commit(&engine).await.unwrap();
+    let error = store.load::<Account>(id).await.unwrap_err();
+    match error.kind() {
+        ErrorKind::Codec { event_type, position, .. } => {
+            assert_eq!((event_type, position), (&Some(event_named("Unheard")), &Some(place(2))));
+        }
+        _ => panic!("expected Codec, was {error:?}"),
+    }
+    assert_eq!(store.load_as_of::<Account>(id, AsOf::Sequence(at(1))).await.unwrap().balance, 1);
+}

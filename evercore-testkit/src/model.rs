@@ -1,0 +1,370 @@
+//! What a store is, as naively as can be said, and a random walk that compares an engine with it.
+
+#![allow(clippy::unwrap_used, reason = "a case fails by a panic")]
+
+use std::collections::{BTreeMap, HashMap};
+
+use evercore_core::{
+    AggregateId, AggregateQuery, Batch, CommandId, Direction, Error, ErrorKind, Event, Filter, LoadRequest,
+    LogQuery, Position, Receipt, Result, Sequence, Snapshot, Target, limits,
+};
+
+use crate::tools::*;
+
+const TYPES: [&str; 3] = ["a", "b", "B"];
+const EVENTS: [&str; 4] = ["X", "Y", "Z", "x"];
+
+#[derive(Clone, Default)]
+struct Known {
+    of_type: String,
+    key: Option<String>,
+    sequence: i64,
+    snapshot: Option<Snapshot>,
+}
+
+/// An event: aggregate, sequence, aggregate type, event type, payload.
+type Row = (AggregateId, i64, String, String, Vec<u8>);
+
+#[derive(Default)]
+struct Model {
+    aggregates: BTreeMap<AggregateId, Known>,
+    log: Vec<Row>,
+    /// With fingerprint and receipt; without: settled as never committed.
+    commands: HashMap<CommandId, Option<(i64, Receipt)>>,
+}
+
+impl Model {
+    /// Everything that is wrong with a batch; an engine may name any of it.
+    fn faults(&self, batch: &Batch) -> Vec<&'static str> {
+        let mut faults = Vec::new();
+        let mut after = self.aggregates.clone();
+        for new in batch.creates() {
+            after.insert(
+                new.id,
+                Known { of_type: new.aggregate_type.as_str().to_owned(), ..Known::default() },
+            );
+        }
+        let typed = batch.growths().iter().map(|growth| (growth.aggregate, &growth.aggregate_type));
+        let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
+        for (id, of_type) in typed.chain(changed) {
+            if after.get(&id).is_some_and(|known| known.of_type != of_type.as_str()) {
+                faults.push("wrong type");
+            }
+        }
+        let guards = batch.guards().iter().map(|guard| (guard.aggregate, guard.expected));
+        for (id, expected) in
+            batch.growths().iter().map(|growth| (growth.aggregate, growth.expected)).chain(guards)
+        {
+            match after.get(&id) {
+                None => faults.push("not found"),
+                Some(known) if known.sequence != expected.get() => faults.push("conflict"),
+                Some(_) => {}
+            }
+        }
+        let created = batch.creates().iter().filter_map(|new| Some((new.id, new.key.as_ref()?)));
+        let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.key));
+        for (id, key) in created.chain(changed) {
+            match after.get_mut(&id) {
+                None => faults.push("not found"),
+                Some(known) => known.key = Some(key.as_str().to_owned()),
+            }
+        }
+        let mut keys: Vec<_> =
+            after.values().filter_map(|it| Some((&it.of_type, it.key.as_ref()?))).collect();
+        keys.sort();
+        if keys.windows(2).any(|pair| pair[0] == pair[1]) {
+            faults.push("key taken");
+        }
+        if batch.snapshots().iter().any(|(id, _)| !after.contains_key(id)) {
+            faults.push("not found");
+        }
+        faults
+    }
+
+    /// What a commit must do; the receipt is believed where it tells the time.
+    fn commit(&mut self, batch: &Batch, answer: Result<Receipt>) {
+        if let Some(known) = batch.command_id().and_then(|id| self.commands.get(id)) {
+            match known {
+                None => assert_eq!(kind_of(&answer), "abandoned"),
+                Some((fingerprint, first)) if *fingerprint == batch.fingerprint() => {
+                    assert_eq!(&answer.unwrap(), first, "the first receipt");
+                }
+                Some(_) => assert_eq!(kind_of(&answer), "reused"),
+            }
+            return;
+        }
+        let faults = self.faults(batch);
+        if !faults.is_empty() {
+            assert!(faults.contains(&kind_of(&answer)), "expected one of {faults:?}, was {answer:?}");
+            return;
+        }
+        let receipt = answer.unwrap();
+        let head = Position::ZERO.plus(self.log.len());
+        assert_eq!(receipt, Receipt::of(batch, head, receipt.recorded_at));
+        self.write(batch);
+        if let Some(id) = batch.command_id() {
+            self.commands.insert(id.clone(), Some((batch.fingerprint(), receipt)));
+        }
+    }
+
+    fn write(&mut self, batch: &Batch) {
+        for new in batch.creates() {
+            let (of_type, key) = (new.aggregate_type.as_str().to_owned(), new.key.as_ref());
+            let key = key.map(|key| key.as_str().to_owned());
+            self.aggregates.insert(new.id, Known { of_type, key, ..Known::default() });
+        }
+        for change in batch.key_changes() {
+            self.aggregates.get_mut(&change.aggregate).unwrap().key = Some(change.key.as_str().to_owned());
+        }
+        for append in batch.appends() {
+            let known = self.aggregates.get_mut(&append.aggregate).unwrap();
+            for event in &append.events {
+                known.sequence += 1;
+                let (name, payload) =
+                    (event.event_type.as_str().to_owned(), event.payload.as_bytes().to_vec());
+                self.log.push((append.aggregate, known.sequence, known.of_type.clone(), name, payload));
+            }
+        }
+        for (id, snapshot) in batch.snapshots() {
+            let known = self.aggregates.get_mut(id).unwrap();
+            let old = known.snapshot.as_ref();
+            let is_earlier =
+                old.is_some_and(|old| old.version == snapshot.version && old.sequence > snapshot.sequence);
+            if snapshot.sequence.get() <= known.sequence && !is_earlier {
+                known.snapshot = Some(snapshot.clone());
+            }
+        }
+    }
+
+    /// The positions that a query finds, all pages together.
+    fn found(&self, query: &LogQuery) -> Vec<i64> {
+        let (from, to) = (query.from.get(), query.to.get());
+        let passes = |position: &i64| {
+            let (id, _, of_type, name, _) = &self.log[*position as usize - 1];
+            query.filter.matches(*id, &type_named(of_type), &event_named(name))
+        };
+        let all = 1..=self.log.len() as i64;
+        match query.direction {
+            Direction::Forward => all.filter(|it| *it > from && *it <= to).filter(passes).collect(),
+            Direction::Backward => all.rev().filter(|it| *it < from && *it >= to).filter(passes).collect(),
+        }
+    }
+
+    fn check(&self, event: &Event) {
+        let (id, sequence, of_type, name, payload) = &self.log[event.position().get() as usize - 1];
+        assert_eq!((event.aggregate(), event.sequence().get()), (*id, *sequence));
+        assert_eq!(
+            (event.aggregate_type().as_str(), event.event_type().as_str()),
+            (of_type.as_str(), name.as_str())
+        );
+        assert_eq!(event.payload(), payload);
+    }
+}
+
+fn kind_of<T>(answer: &Result<T>) -> &'static str {
+    match answer.as_ref().err().map(Error::kind) {
+        None => "done",
+        Some(ErrorKind::NotFound) => "not found",
+        Some(ErrorKind::WrongType { .. }) => "wrong type",
+        Some(ErrorKind::Conflict { .. }) => "conflict",
+        Some(ErrorKind::KeyTaken { .. }) => "key taken",
+        Some(ErrorKind::CommandReused) => "reused",
+        Some(ErrorKind::CommandAbandoned) => "abandoned",
+        Some(_) => "something else",
+    }
+}
+
+/// Tells the seed if the walk ends in a panic.
+struct Seed(u64, u64);
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the walk failed at step {}; again with EVERCORE_SEED={}", self.1, self.0);
+        }
+    }
+}
+
+/// Walks; the engine may hold what earlier walks of another seed left, as long as it holds no other aggregates.
+pub(crate) async fn walk(engine: &Engine, seed: u64, steps: u64) {
+    let (mut model, mut random, mut told) = (Model::default(), Random(seed), Seed(seed, 0));
+    adopt(engine, &mut model).await;
+    for step in 0..steps {
+        told.1 = step;
+        match random.below(8) {
+            0..=3 => {
+                let batch = random_batch(engine, &model, &mut random, seed).await;
+                model.commit(&batch, engine.commit(batch.clone()).await);
+            }
+            4 => settle(engine, &mut model, &mut random, seed).await,
+            5 => read_log(engine, &model, &mut random).await,
+            6 => load_one(engine, &model, &mut random).await,
+            _ => read_one(engine, &model, &mut random).await,
+        }
+        assert_eq!(engine.head().await.unwrap().get(), model.log.len() as i64);
+    }
+    for (event, position) in log(engine).await.iter().zip(1..) {
+        assert_eq!(event.position().get(), position);
+        model.check(event);
+    }
+}
+
+/// Takes over what is in the engine already.
+async fn adopt(engine: &Engine, model: &mut Model) {
+    for event in log(engine).await {
+        let (of_type, name) =
+            (event.aggregate_type().as_str().to_owned(), event.event_type().as_str().to_owned());
+        let row = (event.aggregate(), event.sequence().get(), of_type, name, event.payload().to_vec());
+        model.log.push(row);
+    }
+    let last = new_id(engine).await.get();
+    for id in (1..last).map(|id| AggregateId::new(id).unwrap()) {
+        // Only the version says which snapshot there is.
+        for version in [None, Some(1), Some(2)] {
+            let Some(found) = load(engine, Target::Id(id), version, Sequence::MAX).await else { break };
+            let known = model.aggregates.entry(id).or_default();
+            known.of_type = found.aggregate_type.as_str().to_owned();
+            known.key = found.key.map(|key| key.as_str().to_owned());
+            known.sequence = found.sequence.get();
+            known.snapshot = found.snapshot.or(known.snapshot.take());
+        }
+    }
+}
+
+fn any_id(model: &Model, random: &mut Random) -> AggregateId {
+    let count = model.aggregates.len().max(1);
+    let known = model.aggregates.keys().nth(random.below(count)).copied();
+    known.filter(|_| !random.one_in(20)).unwrap_or_else(|| AggregateId::new(i64::MAX - 1).unwrap())
+}
+
+fn any_command(random: &mut Random, seed: u64) -> String {
+    format!("{seed} {}", random.below(12))
+}
+
+async fn random_batch(engine: &Engine, model: &Model, random: &mut Random, seed: u64) -> Batch {
+    let mut batch = unit();
+    let mut at_now: HashMap<AggregateId, i64> = HashMap::new();
+    for _ in 0..=random.below(3) {
+        let is_new = model.aggregates.len() < 3 || random.one_in(4);
+        let id = if is_new { new_id(engine).await } else { any_id(model, random) };
+        let known = model.aggregates.get(&id).cloned();
+        let mut of_type =
+            known.as_ref().map_or(TYPES[random.below(3)].to_owned(), |known| known.of_type.clone());
+        if is_new {
+            batch = batch.create(id, &of_type);
+        } else if random.one_in(25) {
+            TYPES[random.below(3)].clone_into(&mut of_type);
+        }
+        let sequence = *at_now.entry(id).or_insert_with(|| known.map_or(0, |known| known.sequence));
+        if random.one_in(3) {
+            let text = format!("key {}", random.below(8));
+            if batch.0.holder_of(&type_named(&of_type), &key(&text)).is_none() {
+                batch = batch.key(id, &of_type, &text);
+            }
+        }
+        if random.one_in(8) {
+            batch = batch.guard(id, (sequence - i64::from(random.one_in(4))).max(0));
+        }
+        if batch.0.growth_of(id).is_none() && !random.one_in(5) {
+            let wrong = if random.one_in(8) { 1 } else { 0 };
+            let events: Vec<_> = (0..=random.below(3))
+                .map(|_| event(EVENTS[random.below(4)], random.below(1_000).to_string().as_bytes()))
+                .collect();
+            at_now.insert(id, sequence + events.len() as i64);
+            batch = batch.events(id, &of_type, sequence + wrong, events);
+        }
+        if random.one_in(4) {
+            let (sequence, version) = (random.below(8) as i64, 1 + random.below(2) as u32);
+            batch = batch.snapshot(id, sequence, version, sequence.to_string().as_bytes());
+        }
+    }
+    if random.one_in(4) {
+        batch = batch.command(&any_command(random, seed));
+    }
+    batch.0
+}
+
+async fn settle(engine: &Engine, model: &mut Model, random: &mut Random, seed: u64) {
+    let id = command(&any_command(random, seed));
+    let known = model.commands.get(&id).cloned();
+    let receipt = known.clone().flatten().map(|(_, receipt)| receipt);
+    assert_eq!(engine.receipt(&id).await.unwrap(), receipt);
+    if random.one_in(4) {
+        assert_eq!(engine.settle(&id).await.unwrap(), receipt);
+        model.commands.entry(id).or_insert(None);
+    }
+}
+
+async fn read_log(engine: &Engine, model: &Model, random: &mut Random) {
+    let place_in = |random: &mut Random| place(random.below(model.log.len() + 1) as i64);
+    let mut query = match random.below(4) {
+        0 => LogQuery::after(Position::ZERO),
+        1 => LogQuery::before(Position::MAX),
+        2 => LogQuery::after(place_in(random)).up_to(place_in(random)),
+        _ => LogQuery::before(place_in(random)).up_to(place_in(random)),
+    };
+    let mut filter = Filter::all();
+    if random.one_in(2) {
+        filter = filter.with_aggregate_type(type_named(TYPES[random.below(3)]));
+    }
+    for _ in 0..random.below(3) {
+        filter = filter.with_event_type(event_named(EVENTS[random.below(4)]));
+    }
+    if random.one_in(4) {
+        filter = filter.with_aggregate(any_id(model, random));
+    }
+    let limit = 1 + random.below(10);
+    query = query.with_filter(filter).with_limit(events_per_page(limit));
+    let page = engine.read_log(&query).await.unwrap();
+    let expected = model.found(&query);
+    let events: Vec<Event> = page.events.iter().collect();
+    assert_eq!(numbers(&events), expected[..limit.min(expected.len())], "{query:?}");
+    events.iter().for_each(|event| model.check(event));
+    query.from = page.scanned;
+    assert_eq!(model.found(&query), expected[events.len()..], "scanned is {} after {query:?}", page.scanned);
+    assert_eq!(numbers(&read_all(engine, query).await), expected[events.len()..]);
+}
+
+async fn load_one(engine: &Engine, model: &Model, random: &mut Random) {
+    let id = any_id(model, random);
+    let known = model.aggregates.get(&id);
+    let target = match known.and_then(|known| Some((type_named(&known.of_type), known.key.as_deref()?))) {
+        Some((of_type, text)) if random.one_in(2) => Target::Key(of_type, key(text)),
+        _ => Target::Id(id),
+    };
+    let up_to = if random.one_in(2) { Sequence::MAX } else { at(random.below(10) as i64) };
+    let snapshot = [None, Some(1), Some(2)][random.below(3)];
+    let limit = events_per_page(limits::PAGE_EVENTS);
+    let found = engine.load(LoadRequest { target, snapshot, up_to, limit }).await.unwrap();
+    let (Some(known), Some(found)) = (known, &found) else {
+        assert_eq!((known.is_some(), found.is_some()), (false, false), "aggregate {id}");
+        return;
+    };
+    assert_eq!((found.id, found.sequence.get()), (id, known.sequence));
+    assert_eq!(found.aggregate_type.as_str(), known.of_type);
+    assert_eq!(found.key.as_ref().map(AsRef::as_ref), known.key.as_deref());
+    let usable = known.snapshot.as_ref().filter(|it| Some(it.version) == snapshot && it.sequence <= up_to);
+    assert_eq!(found.snapshot.as_ref(), usable);
+    let from = usable.map_or(0, |snapshot| snapshot.sequence.get());
+    let sequences: Vec<_> = found.events.iter().map(|event| event.sequence().get()).collect();
+    assert_eq!(sequences, (from + 1..=known.sequence.min(up_to.get())).collect::<Vec<_>>());
+    found.events.iter().for_each(|event| model.check(&event));
+}
+
+async fn read_one(engine: &Engine, model: &Model, random: &mut Random) {
+    let aggregate = any_id(model, random);
+    let last = model.aggregates.get(&aggregate).map_or(0, |known| known.sequence);
+    let (from, to) = (random.below(8) as i64, random.below(8) as i64);
+    let direction = if random.one_in(2) { Direction::Forward } else { Direction::Backward };
+    let count = random.below(6);
+    let limit = events_per_page(count);
+    let query = AggregateQuery { aggregate, direction, from: at(from), to: at(to), limit };
+    let found = engine.read_aggregate(query).await.unwrap();
+    let expected: Vec<i64> = match direction {
+        Direction::Forward => (1..=last).filter(|it| *it > from && *it <= to).take(count).collect(),
+        Direction::Backward => (1..=last).rev().filter(|it| *it < from && *it >= to).take(count).collect(),
+    };
+    let sequences: Vec<_> = found.iter().map(|event| event.sequence().get()).collect();
+    assert_eq!(sequences, expected, "{query:?}");
+    found.iter().for_each(|event| model.check(&event));
+}
