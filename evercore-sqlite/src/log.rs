@@ -141,3 +141,53 @@ fn partition_point(last: i64, mut within: impl FnMut(i64) -> Result<bool>) -> Re
     }
     Ok(below)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What SQLite plans to do, step by step.
+    fn plan(sql: &str) -> Vec<String> {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(include_str!("../migrations/V1__event_store.sql")).unwrap();
+        let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+        let count = statement.parameter_count();
+        let rows = statement.query_map(params_from_iter(vec![1; count]), |row| row.get(3)).unwrap();
+        rows.map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn no_query_sorts_or_reads_more_of_the_log_than_it_must() {
+        for direction in [Direction::Forward, Direction::Backward] {
+            for types in [1, 2, MERGED_TYPES] {
+                let plan = plan(&merged(types, direction));
+                let searches = plan.iter().filter(|step| {
+                    *step == "SEARCH events USING INDEX events_event_type (event_type_id=? AND rowid>? AND rowid<?)"
+                });
+                assert_eq!(searches.count(), types, "{plan:#?}");
+                assert!(!plan.iter().any(|step| step.contains("B-TREE")), "{plan:#?}");
+            }
+        }
+        for sql in [ALL_FORWARD, ALL_BACKWARD] {
+            assert_eq!(plan(sql), ["SEARCH events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]);
+        }
+        for sql in [AGGREGATE_FORWARD, AGGREGATE_BACKWARD] {
+            let search = "SEARCH events USING INDEX events_aggregate_sequence \
+                          (aggregate_id=? AND sequence>? AND sequence<?)";
+            assert_eq!(plan(sql), [search]);
+        }
+        assert_eq!(
+            plan(LAST_SEQUENCE),
+            ["SEARCH events USING COVERING INDEX events_aggregate_sequence (aggregate_id=?)"]
+        );
+    }
+
+    #[test]
+    fn halving_finds_the_border_wherever_it_is() {
+        for last in 0..20 {
+            for border in 0..=last {
+                assert_eq!(partition_point(last, |number| Ok(number <= border)).unwrap(), border);
+            }
+        }
+    }
+}

@@ -35,6 +35,8 @@ pub(crate) enum Identity {
 pub(crate) fn identify(path: &Path, busy_timeout: Duration) -> Result<Identity> {
     let look = |role| {
         let connection = connection::open(path, role, false, busy_timeout)?;
+        // All looks at one moment: another process may be making the store.
+        connection.execute_batch("BEGIN")?;
         identity(&connection, path)
     };
     match look(Role::Reader) {

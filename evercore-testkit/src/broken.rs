@@ -1,1 +1,446 @@
-//! x
+//! Engines that are broken on purpose, one fault each: a suite that lets one of them pass proves nothing.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use evercore_core::{
+    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Direction, ErrorKind, Event, EventRow, Events,
+    EventsBuilder, History, IdBlock, Key, KeyChange, KnownType, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate,
+    NewEvent, PageLimit, Position, Receipt, Result, Sequence, StorageEngine, Target, Timestamp, limits,
+};
+
+/// What is wrong with an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A stale append is written behind whatever is there.
+    ForgetsConflicts,
+    /// The last append of a batch of several is lost.
+    CommitsHalf,
+    /// Guards are not looked at.
+    ForgetsGuards,
+    /// Command ids are not looked at.
+    ForgetsCommands,
+    /// Two appends of one batch change places.
+    MixesUpAppends,
+    /// Settling a command asks for it, and does not keep the late original out.
+    ForgetsToSettle,
+    /// A key that is taken is left out, and the aggregate is made without it.
+    LosesTakenKeys,
+    /// Keys are compared without case and spaces.
+    FoldsKeys,
+    /// Key changes are lost.
+    ForgetsKeyChanges,
+    /// Snapshots are never kept.
+    LosesSnapshots,
+    /// A snapshot of another version is given out as if it had the one asked for.
+    IgnoresSnapshotVersions,
+    /// The first event behind a snapshot is lost.
+    SkipsBehindSnapshots,
+    /// Loads do not end where they are asked to.
+    LoadsTooMuch,
+    /// Pages hold one event more than asked for.
+    OverfillsPages,
+    /// Pages are not bounded in bytes.
+    IgnoresByteLimits,
+    /// The page after a full one begins one event too late.
+    SkipsBetweenPages,
+    /// The page after a full one begins one event too early.
+    RepeatsBetweenPages,
+    /// A page that found nothing tells that nothing was searched.
+    ForgetsWhatWasSearched,
+    /// The naive rule: reads on from the last position seen, past a commit that is slower than its position.
+    SkipsSlowCommits,
+    /// A cursor past the head reads as "nothing new".
+    IgnoresCursorsAhead,
+    /// The log's filter forgets the aggregate type.
+    ForgetsTheTypeFilter,
+    /// Event types match without case.
+    FoldsEventTypes,
+    /// An aggregate's events come back without reference.
+    LosesReferences,
+    /// An aggregate's events come back without headers.
+    LosesHeaders,
+    /// Texts that are empty come back as none.
+    LosesEmptyTexts,
+    /// Payloads end at the first NUL.
+    CutsPayloads,
+    /// Event times are kept in milliseconds.
+    CutsTimes,
+    /// The time of recording is taken from the writer's clock.
+    BelievesWriters,
+    /// Ids are given out twice.
+    RepeatsIds,
+    /// A commit wakes nobody.
+    WakesNobody,
+    /// Names of commits that failed are remembered.
+    RemembersLostNames,
+    /// `Debug` shows natural keys.
+    ShowsKeys,
+}
+
+impl Fault {
+    /// All faults there are.
+    pub const ALL: &[Self] = &[
+        Self::ForgetsConflicts,
+        Self::CommitsHalf,
+        Self::ForgetsGuards,
+        Self::ForgetsCommands,
+        Self::MixesUpAppends,
+        Self::ForgetsToSettle,
+        Self::LosesTakenKeys,
+        Self::FoldsKeys,
+        Self::ForgetsKeyChanges,
+        Self::LosesSnapshots,
+        Self::IgnoresSnapshotVersions,
+        Self::SkipsBehindSnapshots,
+        Self::LoadsTooMuch,
+        Self::OverfillsPages,
+        Self::IgnoresByteLimits,
+        Self::SkipsBetweenPages,
+        Self::RepeatsBetweenPages,
+        Self::ForgetsWhatWasSearched,
+        Self::SkipsSlowCommits,
+        Self::IgnoresCursorsAhead,
+        Self::ForgetsTheTypeFilter,
+        Self::FoldsEventTypes,
+        Self::LosesReferences,
+        Self::LosesHeaders,
+        Self::LosesEmptyTexts,
+        Self::CutsPayloads,
+        Self::CutsTimes,
+        Self::BelievesWriters,
+        Self::RepeatsIds,
+        Self::WakesNobody,
+        Self::RemembersLostNames,
+        Self::ShowsKeys,
+    ];
+}
+
+/// An engine that passes everything on to another one, with one fault.
+pub struct Broken {
+    inner: Arc<dyn StorageEngine>,
+    fault: Fault,
+    notes: Mutex<Notes>,
+}
+
+#[derive(Default)]
+struct Notes {
+    first_id: Option<i64>,
+    lost_names: BTreeSet<KnownType>,
+    keys: Vec<String>,
+    seen: HashSet<Position>,
+}
+
+impl Broken {
+    /// Breaks an engine.
+    pub fn new(inner: Arc<dyn StorageEngine>, fault: Fault) -> Self {
+        Self { inner, fault, notes: Mutex::default() }
+    }
+
+    fn has(&self, fault: Fault) -> bool {
+        self.fault == fault
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The batch as this engine understands it.
+    fn misread(&self, batch: &Batch) -> Result<Batch> {
+        let is_half = self.has(Fault::CommitsHalf) && batch.appends().len() > 1;
+        let left = batch.appends().len() - usize::from(is_half);
+        let mut read = Batch::new();
+        for new in batch.creates() {
+            read.create(NewAggregate { key: new.key.as_ref().map(|key| self.fold(key)), ..new.clone() })?;
+        }
+        for change in batch.key_changes().iter().filter(|_| !self.has(Fault::ForgetsKeyChanges)) {
+            read.change_key(KeyChange { key: self.fold(&change.key), ..change.clone() })?;
+        }
+        let mut appends: Vec<Append> = batch.appends()[..left].to_vec();
+        if self.has(Fault::MixesUpAppends) {
+            appends.sort_by_key(|append| append.aggregate);
+        }
+        for append in appends {
+            let events = append.events.iter().map(|event| self.spoil(event)).collect();
+            read.append(Append { events, ..append })?;
+        }
+        if !self.has(Fault::ForgetsGuards) {
+            batch.guards().iter().for_each(|guard| read.guard(*guard));
+        }
+        if !self.has(Fault::LosesSnapshots) {
+            batch.snapshots().iter().for_each(|(id, snapshot)| read.snapshot(*id, snapshot.clone()));
+        }
+        if let Some(id) = batch.command_id().filter(|_| !self.has(Fault::ForgetsCommands)) {
+            read.set_command_id(id.clone());
+        }
+        Ok(read)
+    }
+
+    fn fold(&self, key: &Key) -> Key {
+        let folded = key.as_str().trim().to_lowercase();
+        let folded = Key::new(folded).ok().filter(|_| self.has(Fault::FoldsKeys));
+        folded.unwrap_or_else(|| key.clone())
+    }
+
+    fn spoil(&self, event: &NewEvent) -> NewEvent {
+        let mut event = event.clone();
+        if self.has(Fault::CutsTimes) {
+            let micros = event.time.as_micros().div_euclid(1_000) * 1_000;
+            event.time = Timestamp::from_micros(micros).unwrap_or(event.time);
+        }
+        if self.has(Fault::CutsPayloads) {
+            let text = event.payload.as_bytes().split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
+            event.payload = evercore_core::Payload::new(text).unwrap_or_default();
+        }
+        if self.has(Fault::LosesEmptyTexts) && event.metadata.reference() == Some("") {
+            event.metadata = Arc::new(Metadata::new());
+        }
+        event
+    }
+
+    async fn commit_badly(&self, batch: Batch) -> Result<Receipt> {
+        let keys = batch.creates().iter().filter_map(|new| new.key.as_ref());
+        self.notes().keys.extend(keys.map(|key| key.as_str().to_owned()));
+        let result = self.inner.commit(self.misread(&batch)?).await;
+        let Err(error) = result else { return result };
+        match error.kind() {
+            ErrorKind::Conflict { aggregate, actual, .. } if self.has(Fault::ForgetsConflicts) => {
+                let moved = rebased(&batch, *aggregate, *actual)?;
+                self.inner.commit(moved).await
+            }
+            ErrorKind::KeyTaken { .. } if self.has(Fault::LosesTakenKeys) => {
+                self.inner.commit(without_keys(&batch)?).await
+            }
+            _ => {
+                let names = batch.appends().iter().map(|append| KnownType {
+                    aggregate_type: append.aggregate_type.clone(),
+                    event_types: append.events.iter().map(|event| event.event_type.clone()).collect(),
+                });
+                self.notes().lost_names.extend(names);
+                Err(error)
+            }
+        }
+    }
+
+    async fn load_badly(&self, mut request: LoadRequest) -> Result<Option<History>> {
+        if let Target::Key(aggregate_type, key) = &request.target {
+            request.target = Target::Key(aggregate_type.clone(), self.fold(key));
+        }
+        if self.has(Fault::LoadsTooMuch) {
+            request.up_to = Sequence::MAX;
+        }
+        request.limit = self.stretch(request.limit);
+        let versions = if self.has(Fault::IgnoresSnapshotVersions) { vec![1, 2] } else { Vec::new() };
+        let mut found = self.inner.load(request.clone()).await?;
+        for version in versions {
+            let is_bare = found.as_ref().is_some_and(|history| history.snapshot.is_none());
+            if is_bare && request.snapshot.is_some() {
+                found = self.inner.load(LoadRequest { snapshot: Some(version), ..request.clone() }).await?;
+            }
+        }
+        if let Some(history) = &mut found {
+            let skipped = usize::from(self.has(Fault::SkipsBehindSnapshots) && history.snapshot.is_some());
+            history.events = self.rewrite(history.events.iter().skip(skipped), true);
+        }
+        Ok(found)
+    }
+
+    fn stretch(&self, limit: PageLimit) -> PageLimit {
+        let more = usize::from(self.has(Fault::OverfillsPages));
+        let bytes = if self.has(Fault::IgnoresByteLimits) { limits::PAGE_BYTES } else { limit.max_bytes() };
+        PageLimit::events(limit.max_events() + more).and_then(|it| it.and_bytes(bytes)).unwrap_or(limit)
+    }
+
+    async fn read_log_badly(&self, query: &LogQuery) -> Result<LogPage> {
+        let mut wider = query.clone();
+        wider.limit = self.stretch(query.limit);
+        if self.has(Fault::ForgetsTheTypeFilter) {
+            wider.filter.aggregate_type = None;
+        }
+        if self.has(Fault::FoldsEventTypes) && !wider.filter.event_types.is_empty() {
+            let known = self.inner.types().await?.into_iter().flat_map(|known| known.event_types);
+            let asked: Vec<String> =
+                wider.filter.event_types.iter().map(|name| name.as_str().to_lowercase()).collect();
+            wider.filter.event_types.extend(known.filter(|name| asked.contains(&name.as_str().to_lowercase())));
+        }
+        let result = self.inner.read_log(&wider).await;
+        let mut page = match result {
+            Err(error) if self.has(Fault::IgnoresCursorsAhead) => {
+                let ErrorKind::CursorAhead { cursor, head, .. } = error.kind() else { return Err(error) };
+                return Ok(LogPage { events: Events::default(), scanned: *cursor, head: *head });
+            }
+            result => result?,
+        };
+        self.move_cursor(query, &mut page);
+        page.events = self.rewrite(page.events.iter().filter(|event| !self.is_missed(event, page.head)), false);
+        Ok(page)
+    }
+
+    fn move_cursor(&self, query: &LogQuery, page: &mut LogPage) {
+        let is_forward = query.direction == Direction::Forward;
+        let is_full = page.events.len() >= query.limit.max_events() && !page.events.is_empty();
+        if is_forward && is_full && self.has(Fault::SkipsBetweenPages) && page.scanned < page.head {
+            page.scanned = page.scanned.next();
+        }
+        if is_forward && page.events.len() > 1 && is_full && self.has(Fault::RepeatsBetweenPages) {
+            page.scanned = Position::new(page.scanned.get() - 1).unwrap_or_default();
+        }
+        if self.has(Fault::ForgetsWhatWasSearched) {
+            page.scanned = page.events.last().map_or(query.from, |event| event.position());
+        }
+    }
+
+    /// An event just behind the head is not yet to be seen when it is first looked for, as if its commit were slow.
+    fn is_missed(&self, event: &Event, head: Position) -> bool {
+        let is_young = event.position().next() == head && event.position().get() % 3 == 0;
+        self.has(Fault::SkipsSlowCommits) && is_young && self.notes().seen.insert(event.position())
+    }
+
+    /// Copies events; `of_aggregate` are those faults that only reads of one aggregate have.
+    fn rewrite(&self, events: impl Iterator<Item = Event>, of_aggregate: bool) -> Events {
+        let mut page = EventsBuilder::new();
+        for event in events {
+            let loses = |fault| of_aggregate && self.has(fault);
+            page.push(EventRow {
+                position: event.position(),
+                aggregate: event.aggregate(),
+                aggregate_type: event.aggregate_type(),
+                sequence: event.sequence(),
+                event_type: event.event_type(),
+                time: event.time(),
+                recorded_at: if self.has(Fault::BelievesWriters) { event.time() } else { event.recorded_at() },
+                payload: event.payload(),
+                reference: event.reference().filter(|_| !loses(Fault::LosesReferences)),
+                correlation_id: event.correlation_id(),
+                causation_id: event.causation_id(),
+                headers: Some(event.headers()).filter(|_| !loses(Fault::LosesHeaders)),
+            });
+        }
+        page.finish()
+    }
+}
+
+/// The same batch, with the appends to one aggregate behind what is there.
+fn rebased(batch: &Batch, aggregate: AggregateId, actual: Sequence) -> Result<Batch> {
+    let mut moved = Batch::new();
+    let mut next = actual;
+    for new in batch.creates() {
+        moved.create(new.clone())?;
+    }
+    for append in batch.appends() {
+        let is_stale = append.aggregate == aggregate;
+        let expected = if is_stale { next } else { append.expected };
+        if is_stale {
+            next = expected.plus(append.events.len());
+        }
+        moved.append(Append { expected, ..append.clone() })?;
+    }
+    Ok(moved)
+}
+
+fn without_keys(batch: &Batch) -> Result<Batch> {
+    let mut bare = Batch::new();
+    for new in batch.creates() {
+        bare.create(NewAggregate { key: None, ..new.clone() })?;
+    }
+    for append in batch.appends() {
+        bare.append(append.clone())?;
+    }
+    Ok(bare)
+}
+
+impl StorageEngine for Broken {
+    fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
+        Box::pin(async move {
+            let block = self.inner.reserve(count).await?;
+            if !self.has(Fault::RepeatsIds) {
+                return Ok(block);
+            }
+            let mut block = block;
+            let first = block.next().map_or(1, AggregateId::get);
+            let again = *self.notes().first_id.get_or_insert(first);
+            IdBlock::new(again.max(first - 1), count)
+        })
+    }
+
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
+        Box::pin(self.commit_badly(batch))
+    }
+
+    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        self.inner.receipt(command)
+    }
+
+    fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        if self.has(Fault::ForgetsToSettle) { self.inner.receipt(command) } else { self.inner.settle(command) }
+    }
+
+    fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
+        Box::pin(self.load_badly(request))
+    }
+
+    fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
+        Box::pin(async move {
+            let limit = self.stretch(query.limit);
+            let events = self.inner.read_aggregate(AggregateQuery { limit, ..query }).await?;
+            Ok(self.rewrite(events.iter(), true))
+        })
+    }
+
+    fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
+        Box::pin(self.read_log_badly(query))
+    }
+
+    fn head(&self) -> BoxFuture<'_, Result<Position>> {
+        self.inner.head()
+    }
+
+    fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
+        self.inner.position_at(time)
+    }
+
+    fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
+        if !self.has(Fault::WakesNobody) {
+            return self.inner.wait(after, at_most);
+        }
+        Box::pin(async move {
+            let head = self.inner.head().await?;
+            if head > after {
+                return Ok(head);
+            }
+            self.inner.pause(at_most.min(Duration::from_secs(11))).await;
+            self.inner.head().await
+        })
+    }
+
+    fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
+        self.inner.pause(time)
+    }
+
+    fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
+        self.inner.warmup(types)
+    }
+
+    fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
+        Box::pin(async move {
+            let mut types = self.inner.types().await?;
+            if self.has(Fault::RemembersLostNames) {
+                types.extend(self.notes().lost_names.iter().cloned());
+            }
+            Ok(types)
+        })
+    }
+}
+
+impl fmt::Debug for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Broken");
+        shown.field("fault", &self.fault);
+        if self.has(Fault::ShowsKeys) {
+            shown.field("keys", &self.notes().keys);
+        }
+        shown.finish_non_exhaustive()
+    }
+}
