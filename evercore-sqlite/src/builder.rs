@@ -32,13 +32,12 @@ impl Durability {
 ///
 /// ```
 /// # use evercore_sqlite::{Durability, Result, SqliteEngine, StorageEngine};
-/// # futures_lite::future::block_on(async {
+/// # fn main() -> Result<()> { futures_lite::future::block_on(async {
 /// # let folder = tempfile::tempdir().map_err(|_| evercore_sqlite::Error::invalid("no folder"))?;
 /// # let path = folder.path().join("store.db");
 /// let engine = SqliteEngine::builder().durability(Durability::ProcessCrash).read_connections(2).open(path).await?;
 /// assert_eq!(engine.head().await?.get(), 0);
-/// # Result::Ok(()) })?;
-/// # Result::Ok(())
+/// # Ok(()) }) }
 /// ```
 #[derive(Clone, Debug)]
 #[must_use]

@@ -1,5 +1,7 @@
 //! A full disk, a failed write, a long reader, a busy neighbour, a backup.
 
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
 mod common;
 
 use std::path::Path;

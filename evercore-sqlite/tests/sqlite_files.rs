@@ -1,5 +1,7 @@
 //! What may be opened and what may not.
 
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
 mod common;
 
 use std::fs;

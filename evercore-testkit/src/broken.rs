@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Direction, ErrorKind, Event, EventRow, Events,
-    EventsBuilder, History, IdBlock, Key, KeyChange, KnownType, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate,
-    NewEvent, PageLimit, Position, Receipt, Result, Sequence, StorageEngine, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Direction, Error, ErrorKind, Event,
+    EventRow, Events, EventsBuilder, History, IdBlock, Key, KeyChange, KnownType, LoadRequest, LogPage,
+    LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Position, Receipt, Result, Sequence,
+    StorageEngine, Target, Timestamp, limits,
 };
 
 /// What is wrong with an engine.
@@ -18,6 +19,8 @@ pub enum Fault {
     ForgetsConflicts,
     /// The last append of a batch of several is lost.
     CommitsHalf,
+    /// The appends of a batch are written one after the other, and between them anything can happen.
+    CommitsInPieces,
     /// Guards are not looked at.
     ForgetsGuards,
     /// Command ids are not looked at.
@@ -28,6 +31,8 @@ pub enum Fault {
     ForgetsToSettle,
     /// A key that is taken is left out, and the aggregate is made without it.
     LosesTakenKeys,
+    /// A key is taken for all types when one type has it.
+    SharesKeysAmongTypes,
     /// Keys are compared without case and spaces.
     FoldsKeys,
     /// Key changes are lost.
@@ -85,11 +90,13 @@ impl Fault {
     pub const ALL: &[Self] = &[
         Self::ForgetsConflicts,
         Self::CommitsHalf,
+        Self::CommitsInPieces,
         Self::ForgetsGuards,
         Self::ForgetsCommands,
         Self::MixesUpAppends,
         Self::ForgetsToSettle,
         Self::LosesTakenKeys,
+        Self::SharesKeysAmongTypes,
         Self::FoldsKeys,
         Self::ForgetsKeyChanges,
         Self::LosesSnapshots,
@@ -201,8 +208,10 @@ impl Broken {
     }
 
     async fn commit_badly(&self, batch: Batch) -> Result<Receipt> {
-        let keys = batch.creates().iter().filter_map(|new| new.key.as_ref());
-        self.notes().keys.extend(keys.map(|key| key.as_str().to_owned()));
+        self.note_keys(&batch)?;
+        if self.has(Fault::CommitsInPieces) && batch.appends().len() > 1 {
+            return self.commit_in_pieces(&batch).await;
+        }
         let result = self.inner.commit(self.misread(&batch)?).await;
         let Err(error) = result else { return result };
         match error.kind() {
@@ -222,6 +231,39 @@ impl Broken {
                 Err(error)
             }
         }
+    }
+
+    fn note_keys(&self, batch: &Batch) -> Result<()> {
+        let mut notes = self.notes();
+        for new in batch.creates() {
+            let Some(key) = &new.key else { continue };
+            if self.has(Fault::SharesKeysAmongTypes) && notes.keys.iter().any(|known| known == key.as_str()) {
+                return Err(Error::key_taken(new.aggregate_type.clone()));
+            }
+            notes.keys.push(key.as_str().to_owned());
+        }
+        Ok(())
+    }
+
+    async fn commit_in_pieces(&self, batch: &Batch) -> Result<Receipt> {
+        let mut first = Batch::new();
+        for new in batch.creates() {
+            first.create(new.clone())?;
+        }
+        self.inner.commit(first).await?;
+        let (last, rest) = batch.appends().split_last().unwrap_or_else(|| unreachable!("there are several"));
+        for append in rest {
+            let mut piece = Batch::new();
+            piece.append(append.clone())?;
+            self.inner.commit(piece).await?;
+            self.inner.pause(Duration::from_micros(100)).await;
+        }
+        let mut piece = Batch::new();
+        piece.append(last.clone())?;
+        if let Some(id) = batch.command_id() {
+            piece.set_command_id(id.clone());
+        }
+        self.inner.commit(piece).await
     }
 
     async fn load_badly(&self, mut request: LoadRequest) -> Result<Option<History>> {
@@ -263,7 +305,10 @@ impl Broken {
             let known = self.inner.types().await?.into_iter().flat_map(|known| known.event_types);
             let asked: Vec<String> =
                 wider.filter.event_types.iter().map(|name| name.as_str().to_lowercase()).collect();
-            wider.filter.event_types.extend(known.filter(|name| asked.contains(&name.as_str().to_lowercase())));
+            wider
+                .filter
+                .event_types
+                .extend(known.filter(|name| asked.contains(&name.as_str().to_lowercase())));
         }
         let result = self.inner.read_log(&wider).await;
         let mut page = match result {
@@ -274,7 +319,8 @@ impl Broken {
             result => result?,
         };
         self.move_cursor(query, &mut page);
-        page.events = self.rewrite(page.events.iter().filter(|event| !self.is_missed(event, page.head)), false);
+        page.events =
+            self.rewrite(page.events.iter().filter(|event| !self.is_missed(event, page.head)), false);
         Ok(page)
     }
 
@@ -310,7 +356,11 @@ impl Broken {
                 sequence: event.sequence(),
                 event_type: event.event_type(),
                 time: event.time(),
-                recorded_at: if self.has(Fault::BelievesWriters) { event.time() } else { event.recorded_at() },
+                recorded_at: if self.has(Fault::BelievesWriters) {
+                    event.time()
+                } else {
+                    event.recorded_at()
+                },
                 payload: event.payload(),
                 reference: event.reference().filter(|_| !loses(Fault::LosesReferences)),
                 correlation_id: event.correlation_id(),
@@ -374,7 +424,11 @@ impl StorageEngine for Broken {
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        if self.has(Fault::ForgetsToSettle) { self.inner.receipt(command) } else { self.inner.settle(command) }
+        if self.has(Fault::ForgetsToSettle) {
+            self.inner.receipt(command)
+        } else {
+            self.inner.settle(command)
+        }
     }
 
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {

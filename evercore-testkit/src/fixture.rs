@@ -139,8 +139,7 @@ impl Fixture {
                 .collect();
             let ended = threads.into_iter().map(|thread| thread.join());
             ended
-                .map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .flatten()
+                .filter_map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect()
         })
     }

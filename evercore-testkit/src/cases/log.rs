@@ -147,7 +147,7 @@ pub(crate) async fn reading_forward_from_past_the_head_is_cursor_ahead(fixture: 
         let error = engine.read_log(&LogQuery::after(place(ahead))).await.unwrap_err();
         match error.kind() {
             ErrorKind::CursorAhead { cursor, head, .. } => {
-                assert_eq!((*cursor, *head), (place(ahead), place(3)))
+                assert_eq!((*cursor, *head), (place(ahead), place(3)));
             }
             _ => panic!("expected CursorAhead, was {error:?}"),
         }
