@@ -1,5 +1,7 @@
 //! The same program inside `tokio::spawn`, under smol, and under a bare `block_on`: every future is `Send`.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use evercore_sqlite::{

@@ -1,5 +1,7 @@
 //! The README's programs are the examples, word for word, and the examples run.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 #[allow(dead_code)]

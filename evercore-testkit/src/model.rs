@@ -61,13 +61,17 @@ impl Model {
                 Some(_) => {}
             }
         }
-        let created = batch.creates().iter().filter_map(|new| Some((new.id, new.key.as_ref()?)));
-        let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.key));
-        for (id, key) in created.chain(changed) {
-            match after.get_mut(&id) {
-                None => faults.push("not found"),
-                Some(known) => known.key = Some(key.as_str().to_owned()),
+        let created =
+            batch.creates().iter().filter_map(|new| Some((new.id, &new.aggregate_type, new.key.as_ref()?)));
+        let changed =
+            batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type, &change.key));
+        for (id, of_type, key) in created.chain(changed) {
+            if !after.contains_key(&id) {
+                faults.push("not found");
             }
+            // Its key may be taken besides: an engine may look at either first.
+            let known = after.entry(id).or_default();
+            (known.of_type, known.key) = (of_type.as_str().to_owned(), Some(key.as_str().to_owned()));
         }
         let mut keys: Vec<_> =
             after.values().filter_map(|it| Some((&it.of_type, it.key.as_ref()?))).collect();
