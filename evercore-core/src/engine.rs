@@ -43,11 +43,12 @@ pub trait StorageEngine: Debug + Send + Sync + 'static {
     ///   commit order; the events of a batch are contiguous, in the order of its appends;
     /// * a key held by another aggregate of the same type is `KeyTaken`; a key that the same batch takes from its
     ///   holder is free;
-    /// * an aggregate that does not exist is `NotFound`, one of another type is `WrongType`;
+    /// * an aggregate that does not exist is `NotFound`, whether appended to, guarded, renamed or given a snapshot; one
+    ///   of another type is `WrongType`; an aggregate to be made whose id is in use is `Invalid`;
     /// * the command id is looked at before everything else: known with the same fingerprint, the first receipt comes
     ///   back and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
-    /// * an aggregate has one snapshot: a later one, or one of another version, takes its place; one that is ahead
-    ///   of the aggregate after the batch is not kept;
+    /// * an aggregate has one snapshot: a later one, or one of another version, takes its place, an earlier one of the
+    ///   same version does not; one that is ahead of the aggregate after the batch is not kept;
     /// * `recorded_at` is the engine's clock, never less than that of the event before.
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>>;
 
