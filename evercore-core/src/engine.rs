@@ -178,8 +178,9 @@ pub struct PageLimit {
 }
 
 impl PageLimit {
-    /// How a history is read to be folded: a page is as long as may be.
-    pub(crate) const FOLD: Self = Self { events: limits::PAGE_EVENTS, bytes: limits::DEFAULT_PAGE_BYTES };
+    /// How a history is read to be folded: pages small enough to lie in memory that was used a moment before.
+    /// Measured on SQLite with histories of 10,000 events: pages of 10,000 are slower by a third.
+    pub(crate) const FOLD: Self = Self { events: 1_000, bytes: 512 * 1024 };
 
     /// At most this many events, and the default number of bytes.
     ///

@@ -111,7 +111,7 @@ impl EventsBuilder {
             reference: page.keep(row.reference),
             correlation_id: page.keep(row.correlation_id),
             causation_id: page.keep(row.causation_id),
-            headers: row.headers.map(|headers| page.keep_headers(headers)),
+            headers: row.headers.map_or(NONE, |headers| page.keep_headers(headers)),
         };
         page.bytes.extend_from_slice(row.payload);
         page.rows.push(stored);
@@ -250,7 +250,7 @@ impl Event {
 
     /// The type of that aggregate.
     pub fn aggregate_type(&self) -> &AggregateType {
-        &self.page.0.aggregate_types[self.row().aggregate_type]
+        &self.page.0.aggregate_types[self.row().aggregate_type as usize]
     }
 
     /// Its number within the aggregate.
@@ -260,7 +260,7 @@ impl Event {
 
     /// What happened.
     pub fn event_type(&self) -> &EventType {
-        &self.page.0.event_types[self.row().event_type]
+        &self.page.0.event_types[self.row().event_type as usize]
     }
 
     /// When it happened, as the writer said.
@@ -295,8 +295,8 @@ impl Event {
 
     /// The headers; empty if there are none.
     pub fn headers(&self) -> &Headers {
-        static NONE: Headers = Headers::new();
-        self.row().headers.map_or(&NONE, |index| &self.page.0.headers[index])
+        static EMPTY: Headers = Headers::new();
+        self.page.0.headers.get(self.row().headers as usize).unwrap_or(&EMPTY)
     }
 }
 
@@ -344,62 +344,81 @@ struct Page {
     event_types: Vec<EventType>,
 }
 
+/// Kept small: a page holds up to [`limits::PAGE_EVENTS`] of them, and its buffers stay far below 4 GiB.
 struct Row {
     position: Position,
     aggregate: AggregateId,
     sequence: Sequence,
     time: Timestamp,
     recorded_at: Timestamp,
-    aggregate_type: usize,
-    event_type: usize,
+    aggregate_type: u32,
+    event_type: u32,
     payload: Span,
-    reference: Option<Span>,
-    correlation_id: Option<Span>,
-    causation_id: Option<Span>,
-    headers: Option<usize>,
+    reference: Span,
+    correlation_id: Span,
+    causation_id: Span,
+    headers: u32,
 }
 
 /// A piece of a page's buffer.
 #[derive(Clone, Copy)]
 struct Span {
-    start: usize,
-    end: usize,
+    start: u32,
+    length: u32,
 }
 
+/// An index that stands for "there is none".
+const NONE: u32 = u32::MAX;
+
 impl Span {
+    const NONE: Self = Self { start: NONE, length: 0 };
+
     fn after(start: usize, length: usize) -> Self {
-        Self { start, end: start + length }
+        Self { start: small(start), length: small(length) }
     }
 
     fn range(self) -> std::ops::Range<usize> {
-        self.start..self.end
+        let start = self.start as usize;
+        start..start + self.length as usize
+    }
+}
+
+/// A length or index within a page.
+///
+/// # Panics
+/// From 4 GiB on, which is beyond what the limits of a page and of an event leave room for.
+fn small(number: usize) -> u32 {
+    match u32::try_from(number) {
+        Ok(small) if small != NONE => small,
+        _ => panic!("a page of events cannot hold {number} bytes"),
     }
 }
 
 impl Page {
-    fn keep(&mut self, text: Option<&str>) -> Option<Span> {
-        let span = Span::after(self.text.len(), text?.len());
-        self.text.push_str(text?);
-        Some(span)
+    fn keep(&mut self, text: Option<&str>) -> Span {
+        let Some(text) = text else { return Span::NONE };
+        let span = Span::after(self.text.len(), text.len());
+        self.text.push_str(text);
+        span
     }
 
-    fn keep_headers(&mut self, headers: &Headers) -> usize {
+    fn keep_headers(&mut self, headers: &Headers) -> u32 {
         self.headers.push(headers.clone());
-        self.headers.len() - 1
+        small(self.headers.len() - 1)
     }
 
-    fn text(&self, span: Option<Span>) -> Option<&str> {
-        Some(&self.text[span?.range()])
+    fn text(&self, span: Span) -> Option<&str> {
+        (span.start != NONE).then(|| &self.text[span.range()])
     }
 }
 
 /// The place of a name in a page's table. Names come from an engine's interner, so the same name is the same memory;
 /// where it is not, or lies far back, the name is simply noted once more.
-fn index_of<T: Clone>(table: &mut Vec<T>, name: &T, is_same: fn(&T, &T) -> bool) -> usize {
+fn index_of<T: Clone>(table: &mut Vec<T>, name: &T, is_same: fn(&T, &T) -> bool) -> u32 {
     let looked_at = table.len().saturating_sub(32);
     if let Some(back) = table[looked_at..].iter().rev().position(|known| is_same(known, name)) {
-        return table.len() - 1 - back;
+        return small(table.len() - 1 - back);
     }
     table.push(name.clone());
-    table.len() - 1
+    small(table.len() - 1)
 }
