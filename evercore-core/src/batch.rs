@@ -1,7 +1,7 @@
 //! What one commit carries, and what it gives back.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use crate::error::{Error, Result};
@@ -67,7 +67,7 @@ pub struct Growth {
 }
 
 /// An aggregate that was read and must not have changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Guard {
     /// The aggregate.
     pub aggregate: AggregateId,
@@ -101,6 +101,9 @@ pub struct Batch {
     created: HashMap<AggregateId, usize>,
     growth_of: HashMap<AggregateId, usize>,
     given_keys: HashMap<(AggregateType, Key), AggregateId>,
+    key_change_of: HashMap<AggregateId, usize>,
+    snapshot_of: HashMap<AggregateId, usize>,
+    known_guards: HashSet<Guard>,
     events: usize,
     bytes: usize,
 }
@@ -138,8 +141,13 @@ impl Batch {
             self.creates[*index].key = Some(change.key);
             return Ok(());
         }
-        self.key_changes.retain(|known| known.aggregate != change.aggregate);
-        self.key_changes.push(change);
+        match self.key_change_of.entry(change.aggregate) {
+            Entry::Occupied(place) => self.key_changes[*place.get()] = change,
+            Entry::Vacant(place) => {
+                place.insert(self.key_changes.len());
+                self.key_changes.push(change);
+            }
+        }
         Ok(())
     }
 
@@ -148,8 +156,11 @@ impl Batch {
         if self.given_keys.get(&name).is_some_and(|holder| *holder != id) {
             return Err(Error::key_taken(aggregate_type.clone()));
         }
-        if self.created.contains_key(&id) || self.key_changes.iter().any(|known| known.aggregate == id) {
-            self.given_keys.retain(|_, holder| *holder != id);
+        let created = self.created.get(&id).and_then(|index| self.creates[*index].key.clone());
+        let earlier =
+            self.key_change_of.get(&id).map(|index| self.key_changes[*index].key.clone()).or(created);
+        if let Some(earlier) = earlier {
+            self.given_keys.remove(&(aggregate_type.clone(), earlier));
         }
         self.given_keys.insert(name, id);
         Ok(())
@@ -203,15 +214,20 @@ impl Batch {
 
     /// Demands that an aggregate is still at this sequence when the batch is written.
     pub fn guard(&mut self, guard: Guard) {
-        if !self.guards.contains(&guard) {
+        if self.known_guards.insert(guard) {
             self.guards.push(guard);
         }
     }
 
     /// Keeps a snapshot, in place of an earlier one of the same aggregate.
     pub fn snapshot(&mut self, aggregate: AggregateId, snapshot: Snapshot) {
-        self.snapshots.retain(|(known, _)| *known != aggregate);
-        self.snapshots.push((aggregate, snapshot));
+        match self.snapshot_of.entry(aggregate) {
+            Entry::Occupied(place) => self.snapshots[*place.get()].1 = snapshot,
+            Entry::Vacant(place) => {
+                place.insert(self.snapshots.len());
+                self.snapshots.push((aggregate, snapshot));
+            }
+        }
     }
 
     /// Names the command, so that it takes effect once.
@@ -292,14 +308,17 @@ impl Batch {
     pub fn fingerprint(&self) -> i64 {
         let mut hash = Fnv::new();
         for created in &self.creates {
+            hash.part(b"create");
             hash.part(created.aggregate_type.as_str().as_bytes());
             hash.part(created.key.as_ref().map_or(&[], |key| key.as_str().as_bytes()));
         }
         for change in &self.key_changes {
+            hash.part(b"key");
             hash.part(change.aggregate_type.as_str().as_bytes());
             hash.part(change.key.as_str().as_bytes());
         }
         for append in &self.appends {
+            hash.part(b"append");
             hash.part(append.aggregate_type.as_str().as_bytes());
             for event in &append.events {
                 hash.part(event.event_type.as_str().as_bytes());

@@ -93,9 +93,13 @@ impl Metadata {
             return Err(Error::invalid("a header has a NUL"));
         }
         self.headers.insert(name, value);
+        self.check_headers()
+    }
+
+    fn check_headers(self) -> Result<Self> {
+        let limit = limits::HEADERS_BYTES;
         let bytes: usize = self.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
-        if bytes > limits::HEADERS_BYTES {
-            let limit = limits::HEADERS_BYTES;
+        if bytes > limit {
             return Err(Error::invalid(format!("headers have {bytes} bytes, the limit is {limit}")));
         }
         Ok(self)
@@ -127,8 +131,7 @@ impl Metadata {
     }
 
     /// This metadata where it says something, `base` where it does not; headers are joined by name.
-    #[must_use]
-    pub(crate) fn over(mut self, base: &Self) -> Self {
+    pub(crate) fn over(mut self, base: &Self) -> Result<Self> {
         self.time = self.time.or(base.time);
         self.reference = self.reference.or_else(|| base.reference.clone());
         self.correlation_id = self.correlation_id.or_else(|| base.correlation_id.clone());
@@ -136,7 +139,7 @@ impl Metadata {
         for (name, value) in &base.headers {
             self.headers.entry(name.clone()).or_insert_with(|| value.clone());
         }
-        self
+        self.check_headers()
     }
 }
 
@@ -172,7 +175,7 @@ mod tests {
     fn what_an_event_says_goes_before_what_its_unit_says() {
         let unit = Metadata::new().with_reference("unit").unwrap().with_header("a", "unit").unwrap();
         let event = Metadata::new().with_header("a", "event").unwrap().with_header("b", "event").unwrap();
-        let both = event.over(&unit);
+        let both = event.over(&unit).unwrap();
         assert_eq!(both.reference(), Some("unit"));
         assert_eq!(both.headers()["a"], "event");
         assert_eq!(both.headers()["b"], "event");

@@ -52,6 +52,8 @@ pub struct UnitOfWork {
     committed: Arc<AtomicBool>,
     /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
     raced: Vec<AggregateId>,
+    /// Why this unit cannot commit, for a fault that could not be told at once.
+    refused: Option<Error>,
 }
 
 struct Staged {
@@ -79,6 +81,7 @@ impl UnitOfWork {
             metadata: Metadata::new(),
             committed: Arc::new(AtomicBool::new(false)),
             raced: Vec::new(),
+            refused: None,
         }
     }
 
@@ -203,6 +206,9 @@ impl UnitOfWork {
 
     /// Gives the aggregate another natural key, or its first; whether it is free is seen at the commit.
     ///
+    /// A key is no event: of two units that rename one aggregate, the later one counts, unless they also record
+    /// events or guard.
+    ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
     /// unit gives it to another aggregate.
@@ -214,6 +220,7 @@ impl UnitOfWork {
         let key = Key::new(key)?;
         let aggregate_type = aggregate_type::<T>()?;
         self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
+        self.raced.retain(|raced| *raced != aggregate.id());
         aggregate.set_key(key);
         Ok(())
     }
@@ -262,28 +269,18 @@ impl UnitOfWork {
     ) -> Result<()> {
         let head = self.head_for(aggregate)?;
         let aggregate_type = aggregate_type::<T>()?;
-        let before = self.staged.len();
-        // A copy takes the events, so that a refused event, or a panic, leaves the aggregate as it was.
-        let mut next = aggregate.clone();
+        // A copy takes the events, so that a refused event, or a panic, leaves aggregate and unit as they were.
+        let (mut next, mut staged) = (aggregate.clone(), Vec::new());
         for event in events {
-            let staged = encode::<T>(&next, &event, &aggregate_type, metadata);
-            let staged =
-                staged.and_then(|staged| advance(&mut next, event, &staged.event_type).map(|()| staged));
-            match staged {
-                Ok(staged) => self.staged.push(staged),
-                Err(error) => {
-                    self.staged.truncate(before);
-                    return Err(error);
-                }
-            }
+            let encoded = encode::<T>(&next, &event, &aggregate_type, metadata)?;
+            advance(&mut next, event, &encoded.event_type)?;
+            staged.push(encoded);
         }
-        if self.staged.len() == before {
+        if staged.is_empty() {
             return Ok(());
         }
-        if let Err(error) = self.snapshot(aggregate.sequence(), &next) {
-            self.staged.truncate(before);
-            return Err(error);
-        }
+        self.snapshot(aggregate.sequence(), &next)?;
+        self.staged.append(&mut staged);
         *aggregate = next.staged_in(&self.committed);
         self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
         Ok(())
@@ -293,9 +290,7 @@ impl UnitOfWork {
     fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
         let id = aggregate.id();
         if aggregate.is_stale(&self.committed) {
-            let message =
-                format!("aggregate {id} carries events of a unit of work that did not commit; load it again");
-            return Err(Error::invalid(message));
+            return Err(stale(id));
         }
         match self.heads.get(&id) {
             Some(head) if head.staged != aggregate.sequence() => {
@@ -325,10 +320,19 @@ impl UnitOfWork {
 
     /// Demands that the aggregate, which was only read, has not changed when this unit commits.
     ///
-    /// Without it two units that each read what the other writes can both commit (write skew).
+    /// Without it two units that each read what the other writes can both commit (write skew). A handle that carries
+    /// events of another unit that did not commit has read what never was: the commit is then
+    /// [`Invalid`](ErrorKind::Invalid).
     pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) {
-        let base = self.heads.get(&aggregate.id()).map_or(aggregate.sequence(), |head| head.base);
-        self.batch.guard(Guard { aggregate: aggregate.id(), expected: base });
+        if aggregate.is_stale(&self.committed) {
+            self.refused.get_or_insert(stale(aggregate.id()));
+        }
+        let read = aggregate.sequence();
+        let expected = match self.heads.get(&aggregate.id()) {
+            Some(head) if (head.base..=head.staged).contains(&read) => head.base,
+            _ => read,
+        };
+        self.batch.guard(Guard { aggregate: aggregate.id(), expected });
     }
 
     /// Sets what all events of this unit carry, also those recorded before, in place of what was set earlier.
@@ -356,6 +360,9 @@ impl UnitOfWork {
     /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which it may be written or not; what the engine says when
     /// it is out of reach, out of space or closed. After every other error nothing is written.
     pub async fn commit(mut self) -> Result<Receipt> {
+        if let Some(error) = self.refused.take() {
+            return Err(error);
+        }
         self.fill_batch()?;
         let created = std::mem::take(&mut self.raced);
         let batch = std::mem::take(&mut self.batch);
@@ -364,7 +371,10 @@ impl UnitOfWork {
             && batch.creates().iter().all(|new| new.key.is_none() || created.contains(&new.id));
         match self.store.engine().commit(batch).await {
             Ok(receipt) => {
-                self.committed.store(true, Ordering::Release);
+                // The first receipt of a repeated command is about what another unit wrote.
+                let is_ours =
+                    |(id, head): (&AggregateId, &Head)| receipt.sequence_of(*id) == Some(head.staged);
+                self.committed.store(self.heads.iter().all(is_ours), Ordering::Release);
                 Ok(receipt)
             }
             Err(error) if only_raced && matches!(error.kind(), ErrorKind::KeyTaken { .. }) => {
@@ -380,7 +390,7 @@ impl UnitOfWork {
         for staged in self.staged.drain(..) {
             let (time, metadata) = match staged.metadata {
                 None => (now, Arc::clone(&shared)),
-                Some(own) => (own.time().unwrap_or(now), Arc::new(own.over(&shared))),
+                Some(own) => (own.time().unwrap_or(now), Arc::new(own.over(&shared)?)),
             };
             self.batch.append(Append {
                 aggregate: staged.aggregate,
@@ -417,6 +427,12 @@ fn encode<T: Aggregate>(
         payload: Payload::new(encoded.payload)?,
         metadata: metadata.cloned(),
     })
+}
+
+fn stale(id: AggregateId) -> Error {
+    Error::invalid(format!(
+        "aggregate {id} carries events of a unit of work that did not commit; load it again"
+    ))
 }
 
 fn advance<T: Aggregate>(aggregate: &mut Loaded<T>, event: T::Event, event_type: &EventType) -> Result<()> {

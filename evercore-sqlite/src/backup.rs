@@ -20,8 +20,20 @@ pub(crate) fn back_up(source: &Connection, target: &Path) -> Result<()> {
     write(source, &copy.0)?;
     // SQLite has closed it; now it can be opened as a plain file.
     File::open(&copy.0)?.sync_all()?;
-    fs::rename(&copy.0, target)?;
+    arrive(&copy.0, target)?;
     sync_folder(target)
+}
+
+/// Gives the copy its name, unless a file with that name has come meanwhile: a link, unlike a rename, replaces nothing.
+fn arrive(copy: &Path, target: &Path) -> Result<()> {
+    match fs::hard_link(copy, target) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Err(Error::invalid("the target of the backup exists already").into())
+        }
+        // A file system without links.
+        Err(_) => Ok(fs::rename(copy, target)?),
+    }
 }
 
 /// A file that is on its way, and goes when it does not arrive.

@@ -87,9 +87,11 @@ impl Builder {
     }
 
     /// How long to wait for a lock that another process holds, and for a free read connection, before the call ends
-    /// as [`Unavailable`](ErrorKind::Unavailable); 5 seconds unless set.
+    /// as [`Unavailable`](ErrorKind::Unavailable); 5 seconds unless set, at least 1 millisecond, at most 24 days (what
+    /// SQLite can count).
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.busy_timeout = timeout;
+        const DAY: Duration = Duration::from_secs(86_400);
+        self.settings.busy_timeout = timeout.clamp(Duration::from_millis(1), 24 * DAY);
         self
     }
 

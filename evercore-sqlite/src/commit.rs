@@ -121,6 +121,11 @@ impl<'a> Writer<'a> {
         Ok(Self { connection, names, head })
     }
 
+    /// Where the log ends, with what was written by now.
+    pub(crate) fn head(&self) -> Head {
+        self.head
+    }
+
     pub(crate) fn finish(self) -> (Head, Registrar<'a>) {
         (self.head, self.names)
     }

@@ -131,11 +131,11 @@ impl SqliteEngine {
 
     async fn commit_batch(&self, batch: Batch) -> Result<Receipt> {
         self.0.check_open()?;
-        if self.0.settings.read_only {
-            return Err(read_only());
-        }
         if batch.is_empty() {
             return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
+        }
+        if self.0.settings.read_only {
+            return Err(read_only());
         }
         if self.0.settings.commit_on_caller_thread {
             return flight::commit_here(&self.0, batch);

@@ -1,7 +1,7 @@
 //! Combining: commits that arrive while one is under way are written together, in one transaction.
 //!
 //! The flush is what costs, so everything that is queued when a flight begins goes with it, each batch with its own
-//! outcome. The first caller in leads; nobody else is needed while nobody else is there.
+//! outcome. The first caller in sees to it that somebody leads: a thread that may block, or itself if the user said so.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +9,7 @@ use evercore_core::{Batch, Error, Receipt, Result};
 use futures_channel::oneshot;
 use rusqlite::Connection;
 
-use crate::commit::{Head, Writer};
+use crate::commit::Writer;
 use crate::error::{self, SqliteError, again, closed, outcome_unknown};
 use crate::names::Registrar;
 use crate::store::{Locked, Store};
@@ -147,21 +147,18 @@ fn together(
     connection: &Connection,
     batches: &[&Batch],
 ) -> Result<Vec<Result<Receipt>>, Failure> {
-    let (outcomes, head, fresh) = transaction::write(connection, |connection| {
+    let (outcomes, before, head, fresh) = transaction::write(connection, |connection| {
         let mut writer = Writer::new(connection, Registrar::new(connection, &store.names))?;
+        let before = writer.head();
         let outcomes = batches.iter().map(|batch| writer.batch(batch)).collect::<error::Result<Vec<_>>>()?;
         let (head, names) = writer.finish();
-        Ok((outcomes, head, names.into_fresh()))
+        Ok((outcomes, before, head, names.into_fresh()))
     })?;
     store.names.learn(fresh);
-    tell(store, head);
-    Ok(outcomes)
-}
-
-/// Wakes those who wait for events, if there are new ones.
-fn tell(store: &Store, head: Head) {
-    if store.seen() < head.position {
+    // Whether somebody has looked and seen the new head meanwhile does not matter: others may still sleep.
+    if before.position < head.position {
         store.saw(head.position);
         store.committed.notify(usize::MAX);
     }
+    Ok(outcomes)
 }

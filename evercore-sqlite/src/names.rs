@@ -13,8 +13,9 @@ const AGGREGATE_TYPE_BY_ID: &str = "SELECT name FROM aggregate_types WHERE id = 
 const EVENT_TYPE_BY_NAME: &str = "SELECT id FROM event_types WHERE aggregate_type_id = ?1 AND name = ?2";
 const INSERT_AGGREGATE_TYPE: &str = "INSERT INTO aggregate_types (name) VALUES (?1)";
 const INSERT_EVENT_TYPE: &str = "INSERT INTO event_types (aggregate_type_id, name) VALUES (?1, ?2)";
-const ALL_AGGREGATE_TYPES: &str = "SELECT id, name FROM aggregate_types";
-const ALL_EVENT_TYPES: &str = "SELECT id, aggregate_type_id, name FROM event_types";
+/// One statement, so that what it gives is of one moment: a table that is complete up to a number has all below it.
+const ALL_NAMES: &str = "SELECT a.id, a.name, e.id, e.name
+    FROM aggregate_types a LEFT JOIN event_types e ON e.aggregate_type_id = a.id";
 const LAST_EVENT_TYPE: &str = "SELECT coalesce(max(id), 0) FROM event_types";
 
 /// No store has this many names; a file that says otherwise is damaged, and must not fill the memory.
@@ -145,18 +146,16 @@ impl Table {
 
     fn read(connection: &Connection) -> Result<Self> {
         let mut table = Self::default();
-        let mut statement = connection.prepare_cached(ALL_AGGREGATE_TYPES)?;
+        let mut statement = connection.prepare_cached(ALL_NAMES)?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
-            let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
-            table.set_aggregate_type(checked(row.get(0)?)?, &name);
-        }
-        let mut statement = connection.prepare_cached(ALL_EVENT_TYPES)?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            let (id, aggregate_type_id) = (checked(row.get(0)?)?, row.get(1)?);
-            let name = EventType::new(row.get_ref(2)?.as_str().map_err(damaged)?).map_err(damaged)?;
-            // A type that committed between the two statements; whoever meets it reads the names again.
+            let aggregate_type_id = checked(row.get(0)?)?;
+            if table.aggregate_type(aggregate_type_id).is_none() {
+                let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
+                table.set_aggregate_type(aggregate_type_id, &name);
+            }
+            let Some(id) = row.get::<_, Option<i64>>(2)?.map(checked).transpose()? else { continue };
+            let name = EventType::new(row.get_ref(3)?.as_str().map_err(damaged)?).map_err(damaged)?;
             let Some(aggregate_type) = table.aggregate_type(aggregate_type_id).cloned() else { continue };
             table.set_event_type(id, &aggregate_type, &name);
             table.complete_to = table.complete_to.max(id);

@@ -107,7 +107,15 @@ impl Store {
         if self.settings.read_only {
             return Err(error::read_only());
         }
-        let writer = self.writer.lock().map_err(error::poisoned)?;
+        let writer = match self.writer.lock() {
+            Ok(writer) => writer,
+            Err(poisoned) => {
+                // A panic in mid-transaction: dropping the connection rolls it back and frees the file for others.
+                self.fail(&mut Locked(poisoned.into_inner()));
+                self.writer.clear_poison();
+                return Err(closed());
+            }
+        };
         self.check_open()?;
         Ok(Locked(writer))
     }
@@ -135,8 +143,9 @@ impl Store {
     }
 
     pub(crate) fn close(&self) -> Result<()> {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        // First, so that no new commit gets in before this call.
         let _ = self.state.compare_exchange(OPEN, CLOSED, Ordering::AcqRel, Ordering::Acquire);
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.readers.write().unwrap_or_else(PoisonError::into_inner).take());
         self.committed.notify(usize::MAX);
         let Some(writer) = writer.take() else { return Ok(()) };

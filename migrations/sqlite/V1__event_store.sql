@@ -13,7 +13,7 @@ CREATE TABLE store (
 ) STRICT;
 INSERT INTO store VALUES (1, lower(hex(randomblob(16))), 1);
 
--- AUTOINCREMENT: the id of a name that was rolled back is never given to another name.
+-- AUTOINCREMENT: an id that has committed is never given to another name, whatever becomes of its row.
 CREATE TABLE aggregate_types (
     id   INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT    NOT NULL UNIQUE
