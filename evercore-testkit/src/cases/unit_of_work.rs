@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use evercore_core::{BoxError, Error, ErrorKind, EventStore, Metadata, RetryPolicy, Timestamp};
+use evercore_core::{BoxError, CommandId, Error, ErrorKind, EventStore, Metadata, RetryPolicy, Timestamp};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -327,4 +327,63 @@ pub(crate) async fn one_event_may_override_the_metadata_of_its_unit(fixture: &mu
         events.iter().all(|event| event.correlation_id() == Some("talk") && event.causation_id().is_none())
     );
     assert_eq!(second.decode::<Account>().unwrap(), deposited(2));
+}
+
+pub(crate) async fn a_handle_of_a_repeated_command_is_not_committed(fixture: &mut Fixture) {
+    let store = fixture.store();
+    store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let mut handles = Vec::new();
+    for _ in 0..2 {
+        let mut work = store.begin();
+        work.set_command_id(CommandId::new("request 1").unwrap());
+        let mut account = work.load::<Account>("ann").await.unwrap();
+        work.record(&mut account, deposited(10)).unwrap();
+        work.commit().await.unwrap();
+        handles.push(account);
+    }
+    let mut work = store.begin();
+    work.record(&mut handles[0], deposited(100)).unwrap();
+    work.commit().await.unwrap();
+    // The second handle has the deposit of 10 twice; now that the sequences agree, only its unit can tell.
+    let mut work = store.begin();
+    assert_kind!(work.record(&mut handles[1], deposited(1_000)), ErrorKind::Invalid);
+}
+
+pub(crate) async fn a_guard_on_what_never_was_does_not_hold(fixture: &mut Fixture) {
+    let store = fixture.store();
+    store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let mut failed = store.begin();
+    let mut phantom = failed.load::<Account>("ann").await.unwrap();
+    failed.record(&mut phantom, deposited(1_000)).unwrap();
+    store.update::<Account, _, _>("ann", |_| [deposited(2)]).await.unwrap();
+    assert!(failed.commit().await.unwrap_err().is_conflict());
+
+    let mut work = store.begin();
+    work.guard(&phantom);
+    assert_kind!(work.commit().await, ErrorKind::Invalid);
+}
+
+pub(crate) async fn a_guard_on_an_older_read_is_a_conflict(fixture: &mut Fixture) {
+    let store = fixture.store();
+    store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let old = store.load::<Account>("ann").await.unwrap();
+    store.update::<Account, _, _>("ann", |_| [deposited(2)]).await.unwrap();
+    let mut work = store.begin();
+    let mut fresh = work.load::<Account>("ann").await.unwrap();
+    work.record(&mut fresh, deposited(4)).unwrap();
+    work.guard(&old);
+    assert!(work.commit().await.unwrap_err().is_conflict());
+    assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 3);
+}
+
+pub(crate) async fn joined_headers_keep_their_limit(fixture: &mut Fixture) {
+    let store = fixture.store();
+    let half = "x".repeat(evercore_core::limits::HEADERS_BYTES / 2);
+    let mut work = store.begin();
+    work.set_metadata(Metadata::new().with_header("unit", half.as_str()).unwrap());
+    let mut account = work.create::<Account>().await.unwrap();
+    let own = Metadata::new().with_header("event", half).unwrap();
+    work.record_with(&mut account, deposited(1), &own).unwrap();
+    assert_kind!(work.commit().await, ErrorKind::Invalid);
+    assert_eq!(everything(&fixture.engine()).await, (vec![], vec![]));
 }
