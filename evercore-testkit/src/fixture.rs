@@ -169,6 +169,6 @@ pub fn run<H: Harness>(name: &str) {
     });
 }
 
-fn is_required(name: &str) -> bool {
+pub(crate) fn is_required(name: &str) -> bool {
     std::env::var("EVERCORE_REQUIRE").is_ok_and(|names| names.split(',').any(|known| known.trim() == name))
 }

@@ -6,6 +6,8 @@ mod cases;
 mod fixture;
 mod given;
 mod model;
+#[cfg(all(feature = "postgres", unix))]
+pub mod postgres;
 mod tools;
 
 pub use cases::{CASES, Case};

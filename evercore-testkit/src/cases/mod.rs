@@ -8,6 +8,7 @@ mod appends;
 mod commands;
 mod keys;
 mod log;
+mod log_reader;
 mod random;
 mod reading;
 mod snapshots;
@@ -210,6 +211,13 @@ cases! {
         a_commit_wakes_all_who_wait_at_once,
         a_pause_lets_time_pass,
         a_reader_that_stands_still_does_not_stall_writers,
+    }
+    log_reader {
+        it_gives_what_page_after_page_gives,
+        at_the_end_it_looks_again_for_what_came_later,
+        two_that_follow_writers_skip_nothing_and_see_nothing_twice,
+        its_next_may_be_dropped_at_any_await,
+        a_cursor_past_the_head_is_an_error_each_time,
     }
     snapshots {
         a_snapshot_comes_with_the_events_behind_it,

@@ -1,0 +1,98 @@
+//! Moves bytes from one end to the other, each direction by a thread that reads and one that writes.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Shared;
+use super::link::Link;
+use super::replies::Replies;
+use super::requests::Requests;
+
+/// Decides what passes in one direction.
+pub(super) trait Filter {
+    /// Takes what has arrived; gives what is to be passed on now, and what then.
+    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Then {
+    GoOn,
+    Cut,
+}
+
+/// What is under way, and when it is to arrive. The queue has no bound: a reader that waited would lessen what passes.
+enum Item {
+    Bytes(Vec<u8>),
+    Cut,
+    End,
+}
+
+type Due = (Instant, Item);
+
+/// Until both ends are closed.
+pub(super) fn run(shared: &Shared, link: &Link) {
+    thread::scope(|scope| {
+        let (requests, requests_due) = channel();
+        let (replies, replies_due) = channel();
+        scope.spawn(move || read(shared, &link.client, Requests::new(shared, link), &requests));
+        scope.spawn(move || write(shared, link, &link.server, &requests_due));
+        scope.spawn(move || read(shared, &link.server, Replies::new(link), &replies));
+        write(shared, link, &link.client, &replies_due);
+    });
+}
+
+fn read(shared: &Shared, mut from: &TcpStream, mut filter: impl Filter, queue: &Sender<Due>) {
+    // If the writer has gone, so has the connection.
+    let send = |item| drop(queue.send((Instant::now() + shared.delay(), item)));
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = match from.read(&mut buffer) {
+            Ok(0) | Err(_) => return send(Item::End),
+            Ok(length) => length,
+        };
+        let (bytes, then) = filter.take(&buffer[..length]);
+        if !bytes.is_empty() {
+            send(Item::Bytes(bytes));
+        }
+        if then == Then::Cut {
+            return send(Item::Cut);
+        }
+    }
+}
+
+fn write(shared: &Shared, link: &Link, mut to: &TcpStream, queue: &Receiver<Due>) {
+    for (due, item) in queue {
+        if !sleep_until(due, link) {
+            break;
+        }
+        match item {
+            Item::Bytes(bytes) if to.write_all(&bytes).is_ok() => {}
+            Item::Bytes(_) | Item::End => break,
+            Item::Cut => {
+                // Counted first: who sees the connection end sees the count. Both directions may come to this.
+                let is_first = !link.is_cut.swap(true, Ordering::SeqCst);
+                shared.cuts.fetch_add(usize::from(is_first), Ordering::SeqCst);
+                break;
+            }
+        }
+    }
+    link.close();
+}
+
+/// False if the connection was closed meanwhile.
+fn sleep_until(due: Instant, link: &Link) -> bool {
+    loop {
+        if link.is_closed.load(Ordering::SeqCst) {
+            return false;
+        }
+        let left = due.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return true;
+        }
+        thread::sleep(left.min(Duration::from_millis(50)));
+    }
+}
