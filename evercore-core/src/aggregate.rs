@@ -2,7 +2,8 @@
 
 use std::borrow::Cow;
 
-use crate::error::BoxError;
+use crate::error::{BoxError, Result};
+use crate::name::AggregateType;
 
 /// An aggregate: a state that changes by events, and by nothing else.
 ///
@@ -117,4 +118,9 @@ pub trait StateCodec<S> {
     /// # Errors
     /// Any; the snapshot is then ignored, counted, and the events are replayed.
     fn decode_state(bytes: &[u8]) -> Result<S, BoxError>;
+}
+
+/// The name of this type, checked.
+pub(crate) fn aggregate_type<T: Aggregate>() -> Result<AggregateType> {
+    AggregateType::from_static(T::TYPE)
 }

@@ -291,6 +291,11 @@ impl Batch {
         self.events
     }
 
+    /// How many payload bytes the events have.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Whether there is nothing to write and nothing to check.
     pub fn is_empty(&self) -> bool {
         self.creates.is_empty()

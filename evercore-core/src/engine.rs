@@ -1,5 +1,6 @@
 //! The contract between evercore and its storage: one trait, object safe, in terms of `std` alone.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::future::Future;
 use std::pin::Pin;
@@ -27,7 +28,9 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// * bad input never arrives here: names, keys, payloads and batches were checked where they were born;
 /// * nothing it says, logs or shows by `Debug` has a payload, a natural key or a password in it;
 /// * type names are the engine's to intern, and an interner remembers only what has committed.
-pub trait StorageEngine: Debug + Send + Sync + 'static {
+///
+/// [`Any`] is here so that an engine can tell whether a unit of work is its own; it is implemented by itself.
+pub trait StorageEngine: Any + Debug + Send + Sync {
     /// Reserves `count` ids for aggregates to be made, at least 1 and at most [`limits::RESERVE_IDS`].
     ///
     /// * no id is given out twice, by any engine on the same storage, also after reopening;

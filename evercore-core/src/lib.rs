@@ -2,7 +2,9 @@
 #![doc = include_str!("../README.md")]
 
 mod aggregate;
+mod ahead;
 mod batch;
+mod decision;
 mod engine;
 mod error;
 mod event;
@@ -10,17 +12,24 @@ mod ids;
 #[cfg(feature = "json")]
 mod json;
 pub mod limits;
+mod loaded;
+mod log_reader;
 mod metadata;
 mod name;
+mod name_table;
+mod replay;
+mod retry;
 #[cfg(feature = "json")]
 mod state;
 mod store;
+mod target;
 mod text;
 mod time;
 mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, StateCodec};
 pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use decision::Decision;
 pub use engine::{
     AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery,
     PageLimit, StorageEngine, Target,
@@ -30,10 +39,16 @@ pub use event::{Event, EventRow, Events, EventsBuilder, EventsIter, NewEvent, Pa
 pub use ids::{AggregateId, IdBlock, Position, Sequence};
 #[cfg(feature = "json")]
 pub use json::Json;
+pub use loaded::Loaded;
+pub use log_reader::LogReader;
 pub use metadata::{Headers, Metadata};
 pub use name::{AggregateType, CommandId, EventType, Key};
+pub use name_table::NameTable;
+pub use replay::AsOf;
+pub use retry::RetryPolicy;
 #[cfg(feature = "json")]
 pub use state::{Patch, StateAggregate};
-pub use store::{AsOf, Decision, EventStore, IntoTarget, Loaded, RetryPolicy};
+pub use store::EventStore;
+pub use target::IntoTarget;
 pub use time::Timestamp;
 pub use unit_of_work::UnitOfWork;

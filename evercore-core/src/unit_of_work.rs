@@ -2,18 +2,21 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::aggregate::{Aggregate, EventCodec, StateCodec};
+use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
-use crate::engine::Target;
+use crate::engine::{StorageEngine, Target};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
+use crate::loaded::Loaded;
 use crate::metadata::Metadata;
 use crate::name::{AggregateType, CommandId, EventType, Key};
-use crate::store::{EventStore, IntoTarget, Loaded, aggregate_type};
+use crate::store::EventStore;
+use crate::target::IntoTarget;
 use crate::time::Timestamp;
 
 /// Collects new aggregates, events, keys, guards and snapshots, and commits them together.
@@ -359,7 +362,24 @@ impl UnitOfWork {
     /// [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES);
     /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which it may be written or not; what the engine says when
     /// it is out of reach, out of space or closed. After every other error nothing is written.
-    pub async fn commit(mut self) -> Result<Receipt> {
+    pub async fn commit(self) -> Result<Receipt> {
+        let engine = Arc::clone(self.store.engine());
+        self.commit_by(|batch| engine.commit(batch)).await
+    }
+
+    /// Does all that [`commit`](Self::commit) does, but hands the batch to this function instead of
+    /// [`StorageEngine::commit`], whose promises it must keep.
+    ///
+    /// For engines that can commit in a way of their own, for instance with the user's SQL in the same transaction;
+    /// their users call the engine's method. Look first whether [`engine`](Self::engine) is the engine itself.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit), and what the function returns.
+    pub async fn commit_by<F, C>(mut self, commit: F) -> Result<Receipt>
+    where
+        F: FnOnce(Batch) -> C + Send,
+        C: Future<Output = Result<Receipt>> + Send,
+    {
         if let Some(error) = self.refused.take() {
             return Err(error);
         }
@@ -369,7 +389,7 @@ impl UnitOfWork {
         let only_raced = !created.is_empty()
             && batch.key_changes().is_empty()
             && batch.creates().iter().all(|new| new.key.is_none() || created.contains(&new.id));
-        match self.store.engine().commit(batch).await {
+        match commit(batch).await {
             Ok(receipt) => {
                 // The first receipt of a repeated command is about what another unit wrote.
                 let is_ours =
@@ -382,6 +402,19 @@ impl UnitOfWork {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// The engine to which this unit belongs. An engine recognises itself by [`Any`](std::any::Any):
+    ///
+    /// ```
+    /// # use evercore_core::{StorageEngine, UnitOfWork};
+    /// fn own<E: StorageEngine>(work: &UnitOfWork) -> Option<&E> {
+    ///     let engine: &dyn std::any::Any = work.engine();
+    ///     engine.downcast_ref()
+    /// }
+    /// ```
+    pub fn engine(&self) -> &dyn StorageEngine {
+        self.store.engine().as_ref()
     }
 
     fn fill_batch(&mut self) -> Result<()> {

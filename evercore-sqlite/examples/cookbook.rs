@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
+use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
     Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Durability, Error, EventStore, Filter,
     Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, Sequence, SqliteEngine, StateAggregate,
@@ -87,12 +88,14 @@ fn main() -> Result<()> {
 
 pub(crate) async fn run() -> Result<()> {
     stories();
-    let store = EventStore::new(SqliteEngine::open_in_memory().await?);
+    let engine = SqliteEngine::open_in_memory().await?;
+    let store = EventStore::new(engine.clone());
     natural_keys(&store).await?;
     decisions(&store).await?;
     several_aggregates(&store).await?;
     guards(&store).await?;
     command_ids(&store).await?;
+    own_sql(&engine, &store).await?;
     metadata(&store).await?;
     as_of(&store).await?;
     reading(&store).await?;
@@ -166,6 +169,23 @@ async fn command_ids(store: &EventStore) -> Result<()> {
     // After an answer that was lost (`OutcomeUnknown`): its receipt, or `None` for "never, and never will".
     let receipt = store.settle(&request).await?;
     assert_eq!(receipt, Some(first));
+    Ok(())
+}
+
+async fn own_sql(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
+    let table = "CREATE TABLE bank_outbox (id INTEGER PRIMARY KEY, message TEXT NOT NULL) STRICT";
+    engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
+
+    let mut work = store.begin();
+    work.set_command_id(CommandId::new("request 7f3c")?); // for a repeated command the SQL is not run again
+    let mut bob = work.load::<Account>("bob").await?;
+    work.record(&mut bob, AccountEvent::Deposited { amount: 3 })?;
+    let message = format!("tell {} of 3", bob.id());
+    let send = move |sql: &Connection| {
+        sql.prepare_cached("INSERT INTO bank_outbox (message) VALUES (?1)")?.execute([message])?;
+        Ok(())
+    };
+    engine.commit_with(work, send).await?; // the event and the row, or neither
     Ok(())
 }
 

@@ -51,6 +51,7 @@ pub(crate) struct Settings {
     pub(crate) durability: Durability,
     pub(crate) read_connections: u32,
     pub(crate) busy_timeout: Duration,
+    pub(crate) sql_timeout: Duration,
     pub(crate) create: bool,
     pub(crate) read_only: bool,
     pub(crate) commit_on_caller_thread: bool,
@@ -62,6 +63,7 @@ impl Default for Settings {
             durability: Durability::default(),
             read_connections: 4,
             busy_timeout: Duration::from_secs(5),
+            sql_timeout: Duration::from_secs(5),
             create: true,
             read_only: false,
             commit_on_caller_thread: false,
@@ -92,6 +94,13 @@ impl Builder {
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         const DAY: Duration = Duration::from_secs(86_400);
         self.settings.busy_timeout = timeout.clamp(Duration::from_millis(1), 24 * DAY);
+        self
+    }
+
+    /// How long SQL of your own may take that is [committed with](SqliteEngine::commit_with) a unit of work, since
+    /// nobody else writes meanwhile; 5 seconds unless set, at least 1 millisecond.
+    pub fn sql_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.sql_timeout = timeout.max(Duration::from_millis(1));
         self
     }
 

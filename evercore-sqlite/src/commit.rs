@@ -62,6 +62,12 @@ impl Head {
         let position = Position::new(position).map_err(damaged)?;
         Ok(Self { position, recorded_at: Timestamp::from_micros(recorded_at).map_err(damaged)? })
     }
+
+    /// The end of the log, with the time that the next event gets.
+    fn now(connection: &Connection) -> Result<Self> {
+        let head = Self::read(connection)?;
+        Ok(Self { recorded_at: head.recorded_at.max(Timestamp::now()), ..head })
+    }
 }
 
 /// What is known of a command id.
@@ -116,9 +122,7 @@ pub(crate) struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     pub(crate) fn new(connection: &'a Connection, names: Registrar<'a>) -> Result<Self> {
-        let mut head = Head::read(connection)?;
-        head.recorded_at = head.recorded_at.max(Timestamp::now());
-        Ok(Self { connection, names, head })
+        Ok(Self { connection, names, head: Head::now(connection)? })
     }
 
     /// Where the log ends, with what was written by now.
@@ -139,6 +143,21 @@ impl<'a> Writer<'a> {
             Err(SqliteError::Core(refused)) => Ok(Err(refused)),
             Err(failed) => Err(failed),
         }
+    }
+
+    /// A batch after the user's own SQL, which is not run for a command that took effect before. Whatever refuses
+    /// either of them ends the transaction.
+    pub(crate) fn batch_after(
+        &mut self,
+        sql: impl FnOnce(&Connection) -> Result<()>,
+        batch: &Batch,
+    ) -> Result<Receipt> {
+        if let Some(first) = self.known_command(batch)? {
+            return Ok(first);
+        }
+        sql(self.connection)?;
+        self.head = Head::now(self.connection)?; // the SQL took its time
+        Ok(self.batch(batch)??)
     }
 
     /// The command id goes before everything else: what it did, it did, whatever has happened since.

@@ -14,6 +14,7 @@ use crate::builder::{Builder, Settings};
 use crate::commit::Command;
 use crate::error::{SqliteError, outcome_unknown, read_only};
 use crate::names::Registrar;
+use crate::own_sql::OwnSql;
 use crate::store::Store;
 use crate::{backup, flight, load, log, wait};
 
@@ -129,18 +130,19 @@ impl SqliteEngine {
         })
     }
 
-    async fn commit_batch(&self, batch: Batch) -> Result<Receipt> {
+    /// Commits a batch, and with it the user's own SQL if there is some.
+    pub(crate) async fn commit_batch(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
         self.0.check_open()?;
-        if batch.is_empty() {
+        if batch.is_empty() && sql.is_none() {
             return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
         }
         if self.0.settings.read_only {
             return Err(read_only());
         }
         if self.0.settings.commit_on_caller_thread {
-            return flight::commit_here(&self.0, batch);
+            return flight::commit_here(&self.0, batch, sql);
         }
-        let (answer, is_leader) = self.0.queue.push(batch);
+        let (answer, is_leader) = self.0.queue.push(batch, sql);
         if is_leader {
             // Detached: a caller who goes away loses the answer and leaves the flight alone.
             let store = Arc::clone(&self.0);
@@ -171,7 +173,7 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
-        Box::pin(self.commit_batch(batch))
+        Box::pin(self.commit_batch(batch, None))
     }
 
     fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {

@@ -12,13 +12,15 @@ use rusqlite::Connection;
 use crate::commit::Writer;
 use crate::error::{self, SqliteError, again, closed, outcome_unknown};
 use crate::names::Registrar;
+use crate::own_sql::OwnSql;
 use crate::store::{Locked, Store};
 use crate::transaction::{self, Failure};
 
-/// A batch on its way, and who waits for it.
+/// A batch on its way, with the user's own SQL if there is some, and who waits for it.
 #[derive(Debug)]
 struct Job {
     batch: Batch,
+    sql: Option<OwnSql>,
     reply: oneshot::Sender<Result<Receipt>>,
 }
 
@@ -37,10 +39,10 @@ pub(crate) type Answer = oneshot::Receiver<Result<Receipt>>;
 
 impl Queue {
     /// Queues a batch; `true` if the caller is to lead.
-    pub(crate) fn push(&self, batch: Batch) -> (Answer, bool) {
+    pub(crate) fn push(&self, batch: Batch, sql: Option<OwnSql>) -> (Answer, bool) {
         let (reply, answer) = oneshot::channel();
         let mut waiting = self.lock();
-        waiting.jobs.push(Job { batch, reply });
+        waiting.jobs.push(Job { batch, sql, reply });
         (answer, !std::mem::replace(&mut waiting.has_leader, true))
     }
 
@@ -73,8 +75,8 @@ pub(crate) fn lead(store: &Store) {
 
 /// Commits on this thread. Whoever gets the writer flies everything that is queued, so the answer may be there
 /// already.
-pub(crate) fn commit_here(store: &Store, batch: Batch) -> Result<Receipt> {
-    let (mut answer, _) = store.queue.push(batch);
+pub(crate) fn commit_here(store: &Store, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
+    let (mut answer, _) = store.queue.push(batch, sql);
     match store.lock() {
         Ok(mut writer) => {
             if let Ok(Some(outcome)) = answer.try_recv() {
@@ -109,15 +111,32 @@ impl Job {
 
 /// Writes all jobs, answers them, and then does what nobody waits for.
 fn fly(store: &Store, writer: &mut Locked<'_>, jobs: Vec<Job>) {
-    let batches: Vec<&Batch> = jobs.iter().map(|job| &job.batch).collect();
-    let outcomes = outcomes(store, writer, &batches);
     let events = jobs.iter().map(|job| job.batch.events()).sum();
-    jobs.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
+    let (alone, together): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.sql.is_some());
+    let batches: Vec<&Batch> = together.iter().map(|job| &job.batch).collect();
+    let outcomes = outcomes(store, writer, &batches);
+    together.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
+    for mut job in alone {
+        let Some(sql) = job.sql.take() else { continue };
+        let outcome = with_sql(store, writer, &job.batch, sql);
+        job.answer(outcome);
+    }
     // What fails here fails a later call too, and is told there.
     let _ = store.tidy(writer, events);
 }
 
+/// Whoever brings SQL has a transaction of their own: nobody else is to be rolled back with it.
+fn with_sql(store: &Store, writer: &mut Locked<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
+    let connection = &writer.get()?.connection;
+    let run = |connection: &Connection| sql.run(connection, store.settings.sql_timeout);
+    let outcome = transact(store, connection, |writer| writer.batch_after(run, batch));
+    outcome.map_err(|failure| store.told(writer, failure))
+}
+
 fn outcomes(store: &Store, writer: &mut Locked<'_>, batches: &[&Batch]) -> Vec<Result<Receipt>> {
+    if batches.is_empty() {
+        return Vec::new();
+    }
     let Ok(open) = writer.get() else { return all(batches, &closed()) };
     match together(store, &open.connection, batches) {
         Ok(outcomes) => outcomes,
@@ -141,18 +160,27 @@ fn all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
     batches.iter().map(|_| Err(again(error))).collect()
 }
 
-/// One transaction for all; names and head are taken over only after it has committed.
+/// One transaction for all.
 fn together(
     store: &Store,
     connection: &Connection,
     batches: &[&Batch],
 ) -> Result<Vec<Result<Receipt>>, Failure> {
-    let (outcomes, before, head, fresh) = transaction::write(connection, |connection| {
+    transact(store, connection, |writer| batches.iter().map(|batch| writer.batch(batch)).collect())
+}
+
+/// A transaction of the log; names and head are taken over only after it has committed.
+fn transact<T>(
+    store: &Store,
+    connection: &Connection,
+    work: impl FnOnce(&mut Writer<'_>) -> error::Result<T>,
+) -> Result<T, Failure> {
+    let (outcome, before, head, fresh) = transaction::write(connection, |connection| {
         let mut writer = Writer::new(connection, Registrar::new(connection, &store.names))?;
         let before = writer.head();
-        let outcomes = batches.iter().map(|batch| writer.batch(batch)).collect::<error::Result<Vec<_>>>()?;
+        let outcome = work(&mut writer)?;
         let (head, names) = writer.finish();
-        Ok((outcomes, before, head, names.into_fresh()))
+        Ok((outcome, before, head, names.into_fresh()))
     })?;
     store.names.learn(fresh);
     // Whether somebody has looked and seen the new head meanwhile does not matter: others may still sleep.
@@ -160,5 +188,5 @@ fn together(
         store.saw(head.position);
         store.committed.notify(usize::MAX);
     }
-    Ok(outcomes)
+    Ok(outcome)
 }

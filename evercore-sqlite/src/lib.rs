@@ -12,6 +12,7 @@ mod load;
 mod log;
 mod migrate;
 mod names;
+mod own_sql;
 mod pool;
 mod rows;
 mod store;
@@ -21,3 +22,5 @@ mod wait;
 pub use builder::{Builder, Durability};
 pub use engine::SqliteEngine;
 pub use evercore_core::*;
+/// For [`SqliteEngine::commit_with`]: the version that the engine is built with.
+pub use rusqlite;

@@ -124,13 +124,18 @@ impl Store {
     pub(crate) fn write<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         let mut writer = self.lock()?;
         let outcome = transaction::write(&writer.get()?.connection, work);
-        outcome.map_err(|failure| match failure {
+        outcome.map_err(|failure| self.told(&mut writer, failure))
+    }
+
+    /// What to tell the one whose transaction it was.
+    pub(crate) fn told(&self, writer: &mut Locked<'_>, failure: Failure) -> Error {
+        match failure {
             Failure::RolledBack(error) => error.into(),
             Failure::Unknown => {
-                self.fail(&mut writer);
+                self.fail(writer);
                 error::outcome_unknown()
             }
-        })
+        }
     }
 
     /// Closes the engine after a failed flush. What SQLite has in memory and what is on the disk may differ from now

@@ -87,7 +87,7 @@ fn a_second_run_changes_nothing_and_says_so() {
     let second = run(&log, &file);
     let text = String::from_utf8_lossy(&second.stdout);
     assert!(second.status.success());
-    assert!(text.contains("nothing new, 2300 events are in the file already"), "{text}");
+    assert!(text.contains("nothing new, 2300 events are in the store already"), "{text}");
     assert_eq!(head(&file), 2_300);
 }
 
@@ -113,7 +113,7 @@ fn another_log_is_refused() {
     let other = std::fs::read_to_string(&log).unwrap().replace("2011-10-01", "2012-10-01");
     std::fs::write(&log, other).unwrap();
     let output = run(&log, &file);
-    assert!(String::from_utf8_lossy(&output.stderr).contains("the file holds another log"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the store holds another log"));
     assert_eq!(head(&file), 600);
 }
 

@@ -586,18 +586,15 @@ async fn append(store: &EventStore, counter: &mut Loaded<Counter>, events: i64) 
 }
 
 async fn read_all(store: &EventStore) -> i64 {
-    let mut query = LogQuery::after(Position::ZERO).with_limit(PageLimit::events(1_000).unwrap());
+    let query = LogQuery::after(Position::ZERO).with_limit(PageLimit::events(1_000).unwrap());
+    let mut log = store.log_reader(query);
     let mut counter = Counter::default();
-    loop {
-        let page = store.read_log(&query).await.unwrap();
+    while let Some(page) = log.next().await.unwrap() {
         for event in &page.events {
             evercore_sqlite::Aggregate::apply(&mut counter, event.decode::<Counter>().unwrap());
         }
-        query.from = page.scanned;
-        if page.scanned == page.head {
-            return counter.events;
-        }
     }
+    counter.events
 }
 
 /// Runs one task for each input on two threads, and gives back what they return.

@@ -1,6 +1,6 @@
 //! A loan application: what can happen to it, and what it is after that.
 
-use evercore_sqlite::{Aggregate, Json};
+use crate::evercore::{Aggregate, Json};
 use serde::{Deserialize, Serialize};
 
 /// A piece of work that people do for an application.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use evercore_sqlite::{BoxError, Timestamp};
+use crate::evercore::{BoxError, Timestamp};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 

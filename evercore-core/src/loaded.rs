@@ -1,0 +1,111 @@
+//! An aggregate in the hands of the application.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::aggregate::Aggregate;
+use crate::error::{BoxError, Result};
+use crate::ids::{AggregateId, Sequence};
+use crate::name::Key;
+
+/// An aggregate with what the store knows of it: id, natural key, sequence. Reads like the state itself.
+pub struct Loaded<T> {
+    id: AggregateId,
+    key: Option<Key>,
+    sequence: Sequence,
+    state: T,
+    /// Set if the state has events of a unit of work in it; true once that unit has committed.
+    staged_in: Option<Arc<AtomicBool>>,
+}
+
+impl<T> Loaded<T> {
+    pub(crate) fn new(id: AggregateId, key: Option<Key>, sequence: Sequence, state: T) -> Self {
+        Self { id, key, sequence, state, staged_in: None }
+    }
+
+    /// The same aggregate, as a snapshot has it.
+    pub(crate) fn at(self, sequence: Sequence, state: T) -> Self {
+        Self { sequence, state, ..self }
+    }
+
+    pub(crate) fn staged_in(mut self, unit: &Arc<AtomicBool>) -> Self {
+        self.staged_in = Some(Arc::clone(unit));
+        self
+    }
+
+    /// Whether the state has events in it that belong to another unit and are not committed.
+    pub(crate) fn is_stale(&self, unit: &Arc<AtomicBool>) -> bool {
+        self.staged_in
+            .as_ref()
+            .is_some_and(|other| !Arc::ptr_eq(other, unit) && !other.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn set_key(&mut self, key: Key) {
+        self.key = Some(key);
+    }
+
+    /// The aggregate's id.
+    pub fn id(&self) -> AggregateId {
+        self.id
+    }
+
+    /// Its natural key, if it has one.
+    pub fn key(&self) -> Option<&Key> {
+        self.key.as_ref()
+    }
+
+    /// The sequence of the last event in the state, those staged in a unit of work included.
+    pub fn sequence(&self) -> Sequence {
+        self.sequence
+    }
+
+    /// The state.
+    pub fn state(&self) -> &T {
+        &self.state
+    }
+
+    /// The state alone.
+    pub fn into_state(self) -> T {
+        self.state
+    }
+}
+
+impl<T: Aggregate> Loaded<T> {
+    pub(crate) fn advance(&mut self, event: T::Event) -> Result<(), BoxError> {
+        self.state.try_apply(event)?;
+        self.sequence = self.sequence.next();
+        Ok(())
+    }
+}
+
+impl<T> Deref for Loaded<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.state
+    }
+}
+
+impl<T: Clone> Clone for Loaded<T> {
+    fn clone(&self) -> Self {
+        Self {
+            id: self.id,
+            key: self.key.clone(),
+            sequence: self.sequence,
+            state: self.state.clone(),
+            staged_in: self.staged_in.clone(),
+        }
+    }
+}
+
+/// Shows id and sequence, not the state.
+impl<T> fmt::Debug for Loaded<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loaded")
+            .field("id", &self.id)
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
+    }
+}

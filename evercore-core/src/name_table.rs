@@ -1,0 +1,170 @@
+//! Type names and the numbers that an engine stores instead of them.
+
+use std::collections::HashMap;
+
+use crate::engine::{Filter, KnownType};
+use crate::name::{AggregateType, EventType};
+
+/// Type names and their numbers, looked up both ways; for engines that store numbers instead of names.
+///
+/// Numbers are small and begin at 1. A table is filled from what has committed, and only from that.
+#[derive(Clone, Debug, Default)]
+pub struct NameTable {
+    by_name: HashMap<AggregateType, EventTypes>,
+    aggregate_types: Vec<Option<AggregateType>>,
+    event_types: Vec<Option<(AggregateType, EventType)>>,
+    complete_to: u32,
+}
+
+#[derive(Clone, Debug, Default)]
+struct EventTypes {
+    number: u32,
+    by_name: HashMap<EventType, u32>,
+}
+
+impl NameTable {
+    /// An empty table.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether no name is known.
+    pub fn is_empty(&self) -> bool {
+        self.by_name.is_empty()
+    }
+
+    /// The number of this aggregate type.
+    pub fn aggregate_type_number(&self, name: &AggregateType) -> Option<u32> {
+        Some(self.by_name.get(name)?.number)
+    }
+
+    /// The aggregate type with this number.
+    pub fn aggregate_type(&self, number: u32) -> Option<&AggregateType> {
+        self.aggregate_types.get(number as usize)?.as_ref()
+    }
+
+    /// The number of this event type within this aggregate type.
+    pub fn event_type_number(&self, aggregate_type: &AggregateType, name: &EventType) -> Option<u32> {
+        self.by_name.get(aggregate_type)?.by_name.get(name).copied()
+    }
+
+    /// The numbers of all event types of this aggregate type, in no order.
+    pub fn event_type_numbers(&self, aggregate_type: &AggregateType) -> impl Iterator<Item = u32> {
+        self.by_name.get(aggregate_type).into_iter().flat_map(|known| known.by_name.values().copied())
+    }
+
+    /// The event type with this number, and the aggregate type it belongs to.
+    pub fn event_type(&self, number: u32) -> Option<&(AggregateType, EventType)> {
+        self.event_types.get(number as usize)?.as_ref()
+    }
+
+    /// The largest number up to which no event type is missing.
+    pub fn complete_to(&self) -> u32 {
+        self.complete_to
+    }
+
+    /// The number behind all aggregate types that are known.
+    pub fn next_aggregate_type(&self) -> u32 {
+        next(&self.aggregate_types)
+    }
+
+    /// The number behind all event types that are known.
+    pub fn next_event_type(&self) -> u32 {
+        next(&self.event_types)
+    }
+
+    /// The numbers of the event types that pass, in order; `None` if all of them do.
+    pub fn passing(&self, filter: &Filter) -> Option<Vec<u32>> {
+        let known = || self.event_types.iter().zip(0..).filter_map(|(entry, id)| Some((entry.as_ref()?, id)));
+        let passes = |(aggregate_type, event_type): &(AggregateType, EventType)| {
+            filter.matches_type(aggregate_type, event_type)
+        };
+        if known().all(|(entry, _)| passes(entry)) {
+            return None;
+        }
+        Some(known().filter(|(entry, _)| passes(entry)).map(|(_, number)| number).collect())
+    }
+
+    /// All names, ordered.
+    pub fn list(&self) -> Vec<KnownType> {
+        let mut types: Vec<KnownType> = self.by_name.iter().map(|(name, known)| known.list(name)).collect();
+        types.sort();
+        types
+    }
+
+    /// Takes in an aggregate type.
+    pub fn set_aggregate_type(&mut self, number: u32, name: &AggregateType) {
+        self.by_name.entry(name.clone()).or_default().number = number;
+        set(&mut self.aggregate_types, number, name.clone());
+    }
+
+    /// Takes in an event type of an aggregate type; that one must be set as well.
+    pub fn set_event_type(&mut self, number: u32, aggregate_type: &AggregateType, name: &EventType) {
+        self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), number);
+        set(&mut self.event_types, number, (aggregate_type.clone(), name.clone()));
+        while self.event_type(self.complete_to + 1).is_some() {
+            self.complete_to += 1;
+        }
+    }
+
+    /// Takes in all of another table.
+    pub fn add(&mut self, other: Self) {
+        for (number, name) in (0..).zip(other.aggregate_types) {
+            name.into_iter().for_each(|name| self.set_aggregate_type(number, &name));
+        }
+        for (number, entry) in (0..).zip(other.event_types) {
+            entry.into_iter().for_each(|(of, name)| self.set_event_type(number, &of, &name));
+        }
+    }
+}
+
+impl EventTypes {
+    fn list(&self, name: &AggregateType) -> KnownType {
+        let mut event_types: Vec<EventType> = self.by_name.keys().cloned().collect();
+        event_types.sort();
+        KnownType { aggregate_type: name.clone(), event_types }
+    }
+}
+
+/// Place 0 stays empty.
+fn next<T>(places: &[T]) -> u32 {
+    u32::try_from(places.len().max(1)).unwrap_or(u32::MAX)
+}
+
+fn set<T: Clone>(places: &mut Vec<Option<T>>, number: u32, value: T) {
+    let place = number as usize;
+    if places.len() <= place {
+        places.resize(place + 1, None);
+    }
+    places[place] = Some(value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_complete_up_to_its_first_gap() {
+        let user = AggregateType::new("user").unwrap();
+        let mut table = NameTable::new();
+        table.set_aggregate_type(1, &user);
+        for (number, complete_to) in [(2, 0), (1, 2), (4, 2), (3, 4)] {
+            table.set_event_type(number, &user, &EventType::new(format!("e{number}")).unwrap());
+            assert_eq!(table.complete_to(), complete_to);
+        }
+    }
+
+    #[test]
+    fn a_filter_that_all_pass_needs_no_numbers() {
+        let (user, order) = (AggregateType::new("user").unwrap(), AggregateType::new("order").unwrap());
+        let created = EventType::new("Created").unwrap();
+        let mut table = NameTable::new();
+        for (number, name) in [(1, &user), (2, &order)] {
+            table.set_aggregate_type(number, name);
+            table.set_event_type(number, name, &created);
+        }
+        assert_eq!(table.passing(&Filter::all().with_event_type(created)), None);
+        assert_eq!(table.passing(&Filter::all().with_aggregate_type(order)), Some(vec![2]));
+        assert_eq!(table.list().len(), 2);
+    }
+}

@@ -1,0 +1,175 @@
+//! From a history to a state: the snapshot, the events behind it, up to the moment that was asked for.
+
+use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
+use crate::ahead::Ahead;
+use crate::engine::{AggregateQuery, BoxFuture, Direction, History, LoadRequest, PageLimit, Target};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Events};
+use crate::ids::{AggregateId, Position, Sequence};
+use crate::loaded::Loaded;
+use crate::store::EventStore;
+use crate::target::IntoTarget;
+use crate::time::Timestamp;
+
+/// A moment in the life of an aggregate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AsOf {
+    /// After the event with this sequence.
+    Sequence(Sequence),
+    /// When the log ended at this position.
+    Position(Position),
+    /// Before the first event that happened later than this, by event time. Event times are the writer's and need
+    /// not grow; history is cut at the first that is later, so that what comes back is a state that was.
+    Time(Timestamp),
+    /// When nothing later than this was recorded, by the engine's clock.
+    Recorded(Timestamp),
+}
+
+impl AsOf {
+    fn includes(self, event: &Event) -> bool {
+        match self {
+            Self::Sequence(sequence) => event.sequence() <= sequence,
+            Self::Position(position) => event.position() <= position,
+            Self::Time(time) => event.time() <= time,
+            Self::Recorded(time) => event.recorded_at() <= time,
+        }
+    }
+}
+
+impl EventStore {
+    /// Loads an aggregate as it was. Before its first event, that is the default state.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub async fn load_as_of<T: Aggregate>(&self, target: impl IntoTarget, as_of: AsOf) -> Result<Loaded<T>> {
+        let target = target.into_target(&aggregate_type::<T>()?)?;
+        let missing = Error::missing(&target);
+        if let AsOf::Sequence(sequence) = as_of {
+            return self.fold(target, sequence).await?.ok_or(missing);
+        }
+        let request = LoadRequest { target, snapshot: None, up_to: Sequence::MAX, limit: PageLimit::FOLD };
+        let history = self.engine().load(request).await?.ok_or(missing)?;
+        self.replay(begin::<T>(&history)?, history, Sequence::MAX, |event| as_of.includes(event)).await
+    }
+
+    /// The aggregate with all events up to this sequence, from the newest snapshot that can be used.
+    pub(crate) async fn fold<T: Aggregate>(
+        &self,
+        target: Target,
+        up_to: Sequence,
+    ) -> Result<Option<Loaded<T>>> {
+        let snapshot = (T::SNAPSHOT_EVERY > 0).then_some(T::SNAPSHOT_VERSION);
+        let request = LoadRequest { target, snapshot, up_to, limit: PageLimit::FOLD };
+        let Some(mut history) = self.engine().load(request.clone()).await? else { return Ok(None) };
+        let mut start = begin::<T>(&history)?;
+        if let Some(snapshot) = &history.snapshot {
+            match T::Codec::decode_state(snapshot.state.as_bytes()) {
+                Ok(state) => start = start.at(snapshot.sequence, state),
+                Err(_) => {
+                    self.note_ignored_snapshot();
+                    let request = LoadRequest { snapshot: None, target: Target::Id(history.id), ..request };
+                    let again = self.engine().load(request).await?;
+                    history = again.ok_or_else(|| Error::not_found(start.id()))?;
+                }
+            }
+        }
+        self.replay(start, history, up_to, |_| true).await.map(Some)
+    }
+
+    /// Applies the history's events, and the pages behind them, up to `up_to` or the first event not wanted.
+    async fn replay<T: Aggregate>(
+        &self,
+        mut aggregate: Loaded<T>,
+        history: History,
+        up_to: Sequence,
+        wanted: impl Fn(&Event) -> bool + Send,
+    ) -> Result<Loaded<T>> {
+        let end = up_to.min(history.sequence);
+        let (mut page, mut reads_ahead) = (history.events, true);
+        loop {
+            let reached = page.last().map_or(aggregate.sequence(), |event| event.sequence());
+            if reached >= end {
+                apply_all(&mut aggregate, &page, &wanted)?;
+                return Ok(aggregate);
+            }
+            let mut next = Ahead::new(self.events_of(aggregate.id(), reached, end));
+            if reads_ahead {
+                // On its way while this page is applied. An engine that reads in the caller's time is not hurried.
+                next = next.begun().await;
+                reads_ahead = !next.is_done();
+            }
+            if !apply_all(&mut aggregate, &page, &wanted)? {
+                return Ok(aggregate);
+            }
+            page = next.await?;
+            if page.is_empty() {
+                return Err(hole(&aggregate));
+            }
+        }
+    }
+
+    /// A page of what lies between two sequences of an aggregate.
+    fn events_of(
+        &self,
+        aggregate: AggregateId,
+        from: Sequence,
+        to: Sequence,
+    ) -> BoxFuture<'_, Result<Events>> {
+        let (direction, limit) = (Direction::Forward, PageLimit::FOLD);
+        self.engine().read_aggregate(AggregateQuery { aggregate, direction, from, to, limit })
+    }
+}
+
+fn begin<T: Aggregate>(history: &History) -> Result<Loaded<T>> {
+    let wanted = aggregate_type::<T>()?;
+    if history.aggregate_type != wanted {
+        return Err(Error::wrong_type(history.id, wanted, history.aggregate_type.clone()));
+    }
+    Ok(Loaded::new(history.id, history.key.clone(), Sequence::ZERO, T::default()))
+}
+
+/// Applies the events up to the first that is not wanted; `false` if there was one.
+fn apply_all<T: Aggregate>(
+    aggregate: &mut Loaded<T>,
+    events: &Events,
+    wanted: impl Fn(&Event) -> bool,
+) -> Result<bool> {
+    for event in events {
+        if !wanted(&event) {
+            return Ok(false);
+        }
+        apply(aggregate, &event)?;
+    }
+    Ok(true)
+}
+
+fn apply<T: Aggregate>(aggregate: &mut Loaded<T>, event: &Event) -> Result<()> {
+    if event.sequence() != aggregate.sequence().next() {
+        return Err(hole(aggregate));
+    }
+    let codec = |source| Error::codec(Some(event.event_type().clone()), Some(event.position()), source);
+    let decoded = T::Codec::decode(event.event_type().as_str(), event.payload()).map_err(codec)?;
+    aggregate.advance(decoded).map_err(codec)
+}
+
+/// A history with a hole was not written by evercore; better no state than a wrong one.
+fn hole<T>(aggregate: &Loaded<T>) -> Error {
+    let next = aggregate.sequence().next();
+    Error::new(ErrorKind::NotAStore, format!("event {next} of aggregate {} is missing", aggregate.id()))
+}
+
+impl Event {
+    /// What happened, as an event of `T`.
+    ///
+    /// # Errors
+    /// [`WrongType`](ErrorKind::WrongType) if it belongs to another type of aggregate;
+    /// [`Codec`](ErrorKind::Codec) if it does not decode.
+    pub fn decode<T: Aggregate>(&self) -> Result<T::Event> {
+        let wanted = aggregate_type::<T>()?;
+        if *self.aggregate_type() != wanted {
+            return Err(Error::wrong_type(self.aggregate(), wanted, self.aggregate_type().clone()));
+        }
+        T::Codec::decode(self.event_type().as_str(), self.payload())
+            .map_err(|source| Error::codec(Some(self.event_type().clone()), Some(self.position()), source))
+    }
+}

@@ -1,0 +1,117 @@
+//! Running work again: how often, and after which pauses.
+
+use std::future::Future;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::store::EventStore;
+
+/// How often, and after which pauses, work is run again after a conflict or when the engine is unavailable.
+///
+/// Pauses double from `first_pause` to `longest_pause`; each is a random part of that (full jitter), so that those who
+/// met do not meet again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// How often the work is run at most, the first time included; 0 counts as 1.
+    pub attempts: u32,
+    /// The upper bound of the first pause.
+    pub first_pause: Duration,
+    /// The upper bound of all pauses.
+    pub longest_pause: Duration,
+}
+
+impl Default for RetryPolicy {
+    /// 20 attempts, pauses up to 1 ms at first and 100 ms at last: enough for 16 writers on one aggregate.
+    fn default() -> Self {
+        Self {
+            attempts: 20,
+            first_pause: Duration::from_millis(1),
+            longest_pause: Duration::from_millis(100),
+        }
+    }
+}
+
+impl EventStore {
+    /// Runs the work, and again while it meets conflicts or an engine that is unavailable, as the policy says.
+    ///
+    /// ```
+    /// # use evercore_core::{Aggregate, EventStore, Json, Result};
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Clone, Default, Serialize, Deserialize)] struct Doctor { on_call: bool }
+    /// # #[derive(Serialize, Deserialize)] enum DoctorEvent { WentHome }
+    /// # impl Aggregate for Doctor {
+    /// #     const TYPE: &'static str = "doctor"; type Event = DoctorEvent; type Codec = Json;
+    /// #     fn apply(&mut self, _: DoctorEvent) { self.on_call = false }
+    /// # }
+    /// async fn go_home(store: &EventStore) -> Result<()> {
+    ///     store.retry(async || {
+    ///         let mut work = store.begin();
+    ///         let mut alice = work.load::<Doctor>("alice").await?;
+    ///         let bob = work.load::<Doctor>("bob").await?;
+    ///         if bob.on_call {
+    ///             work.guard(&bob);
+    ///             work.record(&mut alice, DoctorEvent::WentHome)?;
+    ///         }
+    ///         work.commit().await?;
+    ///         Ok(())
+    ///     }).await
+    /// }
+    /// ```
+    ///
+    /// Where the future must be `Send` in a generic place (`tokio::spawn`), write `|| async { … }` or
+    /// `|| { let store = store.clone(); async move { … } }`.
+    ///
+    /// # Errors
+    /// The work's own error, if it is not [retryable](Error::is_retryable) or the last attempt had it. The user's own
+    /// refusals, made with [`Error::rejected`], are not tried again.
+    pub async fn retry<R, F, W>(&self, mut work: F) -> Result<R>
+    where
+        F: FnMut() -> W,
+        W: Future<Output = Result<R>>,
+    {
+        let mut attempts = Attempts::new(self.retry_policy());
+        loop {
+            match work().await {
+                Err(error) if error.is_retryable() => {
+                    if !attempts.pause(self).await {
+                        return Err(error);
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+/// Counts attempts and pauses between them.
+pub(crate) struct Attempts {
+    policy: RetryPolicy,
+    made: u32,
+}
+
+impl Attempts {
+    pub(crate) fn new(policy: RetryPolicy) -> Self {
+        Self { policy, made: 1 }
+    }
+
+    /// Pauses before the next attempt; false if there is none.
+    pub(crate) async fn pause(&mut self, store: &EventStore) -> bool {
+        if self.made >= self.policy.attempts {
+            return false;
+        }
+        let doubled = self.policy.first_pause.saturating_mul(1 << (self.made - 1).min(20));
+        self.made += 1;
+        let pause = doubled.min(self.policy.longest_pause).mul_f64(random_fraction());
+        if !pause.is_zero() {
+            store.engine().pause(pause).await;
+        }
+        true
+    }
+}
+
+/// From 0 to 1. The standard library seeds every `RandomState` anew, which is random enough to part two writers.
+fn random_fraction() -> f64 {
+    let bits = RandomState::new().build_hasher().finish() >> 11;
+    bits as f64 / (1_u64 << 53) as f64
+}

@@ -1,0 +1,51 @@
+//! What names an aggregate.
+
+use crate::engine::Target;
+use crate::error::Result;
+use crate::ids::AggregateId;
+use crate::name::{AggregateType, Key};
+
+/// What names an aggregate: its id, or its natural key as text or [`Key`].
+pub trait IntoTarget: Send {
+    /// The target, for an aggregate of this type.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) if a text is no natural key.
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target>;
+}
+
+impl IntoTarget for AggregateId {
+    fn into_target(self, _: &AggregateType) -> Result<Target> {
+        Ok(Target::Id(self))
+    }
+}
+
+impl IntoTarget for Key {
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target> {
+        Ok(Target::Key(aggregate_type.clone(), self))
+    }
+}
+
+impl IntoTarget for &Key {
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target> {
+        self.clone().into_target(aggregate_type)
+    }
+}
+
+impl IntoTarget for &str {
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target> {
+        Key::new(self)?.into_target(aggregate_type)
+    }
+}
+
+impl IntoTarget for &String {
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target> {
+        self.as_str().into_target(aggregate_type)
+    }
+}
+
+impl IntoTarget for String {
+    fn into_target(self, aggregate_type: &AggregateType) -> Result<Target> {
+        self.as_str().into_target(aggregate_type)
+    }
+}

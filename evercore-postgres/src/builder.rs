@@ -1,0 +1,260 @@
+//! How an engine is connected to its server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use evercore_core::Result;
+use tokio_postgres::config::Host;
+
+use crate::connect::Address;
+use crate::engine::PostgresEngine;
+use crate::sql::Schema;
+
+/// What an acknowledged commit survives: PostgreSQL's setting `synchronous_commit`, by its own words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SynchronousCommit {
+    /// A crash of the server's machine: the commit is flushed to its disk, and to that of a synchronous standby if one
+    /// is configured.
+    #[default]
+    On,
+    /// A crash of the server's machine, without waiting for any standby.
+    Local,
+    /// As [`On`](Self::On), and the standby's operating system has it.
+    RemoteWrite,
+    /// As [`On`](Self::On), and who reads from the synchronous standby sees it.
+    RemoteApply,
+    /// A crash of this process only: a crash of the server may take the last commits, never half of one.
+    Off,
+}
+
+impl SynchronousCommit {
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Local => "local",
+            Self::RemoteWrite => "remote_write",
+            Self::RemoteApply => "remote_apply",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// How an engine is connected to its server; everything has a default.
+///
+/// ```no_run
+/// # use evercore_postgres::{PostgresEngine, Result};
+/// # async fn connect() -> Result<()> {
+/// let engine = PostgresEngine::builder()
+///     .schema("orders")?
+///     .pool_size(16)
+///     .connect("postgres://app:secret@db.example.org/shop")
+///     .await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Builder {
+    pub(crate) settings: Settings,
+}
+
+/// The settings of an engine.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) schema: Schema,
+    pub(crate) synchronous_commit: SynchronousCommit,
+    pub(crate) pool_size: usize,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) statement_timeout: Duration,
+    pub(crate) sql_timeout: Duration,
+    pub(crate) poll_interval: Duration,
+    pub(crate) migrate: bool,
+    pub(crate) read_only: bool,
+    pub(crate) pooler: bool,
+    /// Whether each of our connections was set up by us, so that its settings are known.
+    pub(crate) own_sessions: bool,
+    pub(crate) plain_text: bool,
+    pub(crate) root_certificate: Option<PathBuf>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            schema: Schema::default(),
+            synchronous_commit: SynchronousCommit::default(),
+            pool_size: 8,
+            connect_timeout: Duration::from_secs(5),
+            statement_timeout: Duration::from_secs(30),
+            sql_timeout: Duration::from_secs(5),
+            poll_interval: Duration::from_millis(50),
+            migrate: true,
+            read_only: false,
+            pooler: false,
+            own_sessions: true,
+            plain_text: false,
+            root_certificate: None,
+        }
+    }
+}
+
+impl Settings {
+    /// Whether the settings of a session stay what they were when it began.
+    pub(crate) const fn has_sessions(&self) -> bool {
+        self.own_sessions && !self.pooler
+    }
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Self { settings: Settings::default() }
+    }
+
+    /// The PostgreSQL schema in which the store lies; `evercore` unless set. Several stores may share a database, each
+    /// in a schema of its own.
+    ///
+    /// # Errors
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) unless it is a lower case letter or underscore followed by at
+    /// most 62 lower case letters, digits and underscores; nor may it begin with `pg_`.
+    pub fn schema(mut self, name: &str) -> Result<Self> {
+        self.settings.schema = Schema::new(name)?;
+        Ok(self)
+    }
+
+    /// What an acknowledged commit survives; [`SynchronousCommit::On`] unless set, whatever the server's own default.
+    pub fn synchronous_commit(mut self, level: SynchronousCommit) -> Self {
+        self.settings.synchronous_commit = level;
+        self
+    }
+
+    /// How many connections there may be, at least 2; 8 unless set. Commits are combined, so they need one at a time.
+    /// One more listens for the commits of other processes as soon as somebody waits.
+    pub fn pool_size(mut self, connections: usize) -> Self {
+        self.settings.pool_size = connections.max(2);
+        self
+    }
+
+    /// How long to wait for a connection, a new one or a free one, before the call ends as
+    /// [`Unavailable`](crate::ErrorKind::Unavailable); 5 seconds unless set.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.connect_timeout = timeout.max(Duration::from_millis(1));
+        self
+    }
+
+    /// How long one statement may take, the wait for other writers included; 30 seconds unless set. A commit that is
+    /// over it is rolled back; the same time without an answer from the server makes it
+    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
+    pub fn statement_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.statement_timeout = at_least_a_millisecond(timeout);
+        self
+    }
+
+    /// How long the SQL of [`PostgresEngine::commit_with`] may take altogether, and how long a transaction may idle
+    /// while it holds what others wait for; 5 seconds unless set.
+    pub fn sql_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.sql_timeout = at_least_a_millisecond(timeout);
+        self
+    }
+
+    /// How often to look for the commits of other processes where nothing tells of them: on a standby, behind a
+    /// pooler, and on a pool that was handed in; 50 milliseconds unless set. Only while somebody waits.
+    pub fn poll_interval(mut self, interval: Duration) -> Self {
+        self.settings.poll_interval = at_least_a_millisecond(interval);
+        self
+    }
+
+    /// Whether connecting makes the store or brings it to the newest schema, which is so unless set. Without it a
+    /// store that is not there is [`NotAStore`](crate::ErrorKind::NotAStore); see [`Builder::migrate`].
+    pub fn migrate_on_connect(mut self, migrate: bool) -> Self {
+        self.settings.migrate = migrate;
+        self
+    }
+
+    /// Whether there is a pooler in transaction mode (PgBouncer and its like) between here and the server. Nothing is
+    /// kept in the session then: no named prepared statements, no start-up settings, no LISTEN; what a commit needs is
+    /// set in its own transaction.
+    pub fn pooler(mut self, pooler: bool) -> Self {
+        self.settings.pooler = pooler;
+        self
+    }
+
+    /// Allows plain text to hosts that are not this computer, as `sslmode=disable` in the URL does. Without it the
+    /// connection to a remote host is encrypted and the host's certificate verified, whatever weaker `sslmode` the URL
+    /// asks for.
+    pub fn plain_text(mut self) -> Self {
+        self.settings.plain_text = true;
+        self
+    }
+
+    /// A file with the root certificates (PEM) to trust instead of those of the operating system, as `sslrootcert` in
+    /// the URL does.
+    pub fn root_certificate(mut self, file: impl Into<PathBuf>) -> Self {
+        self.settings.root_certificate = Some(file.into());
+        self
+    }
+
+    /// Connects, and makes or migrates the store unless told otherwise.
+    ///
+    /// The URL is PostgreSQL's, with several hosts if there are: `postgres://user:password@one,two/database`. The
+    /// host that takes writes is used unless `target_session_attrs` says otherwise. `sslmode` is `disable` for plain
+    /// text; every other value means the same: verified TLS to remote hosts, plain text to this computer unless it is
+    /// `require`, `verify-ca` or `verify-full`.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the URL does not read (it is not shown);
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) if no host can be reached;
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the schema holds something else, or nothing and may not be
+    /// made; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store of a newer library;
+    /// [`ReadOnly`](crate::ErrorKind::ReadOnly) if the role may not make what is missing;
+    /// [`Backend`](crate::ErrorKind::Backend) if the server refuses the login, or the database is not in UTF-8.
+    pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
+        let address = Address::parse(url, &self.settings)?;
+        PostgresEngine::open(self.settings, address.pool()?, Some(address)).await
+    }
+
+    /// Connects for reading only, to any server that answers: a standby as well as a primary. What writes is
+    /// [`ReadOnly`](crate::ErrorKind::ReadOnly), and nothing is migrated.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn read_from(mut self, url: &str) -> Result<PostgresEngine> {
+        self.settings.read_only = true;
+        self.connect(url).await
+    }
+
+    /// Uses a pool that the application has already. Nothing is expected of its connections: what a commit needs is
+    /// set in its own transaction, which costs a little. Commits of other processes are polled for.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn with_pool(mut self, pool: deadpool_postgres::Pool) -> Result<PostgresEngine> {
+        self.settings.own_sessions = false;
+        PostgresEngine::open(self.settings, pool, None).await
+    }
+
+    /// Makes the store or brings it to the newest schema, and does nothing else: for a role that may create tables,
+    /// where the application's own may not. Again is harmless, also from several processes at once.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn migrate(mut self, url: &str) -> Result<()> {
+        self.settings.migrate = true;
+        self.settings.read_only = false;
+        self.connect(url).await?.close().await
+    }
+}
+
+fn at_least_a_millisecond(time: Duration) -> Duration {
+    // PostgreSQL counts in milliseconds with 32 bits, and takes 0 for "no limit".
+    time.clamp(Duration::from_millis(1), Duration::from_millis(i32::MAX.unsigned_abs().into()))
+}
+
+/// Whether this host is the computer we are on.
+pub(crate) fn is_local(host: &Host) -> bool {
+    match host {
+        #[cfg(unix)]
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+        }
+    }
+}

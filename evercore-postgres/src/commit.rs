@@ -1,0 +1,421 @@
+//! Committing some batches together: at once if nothing speaks against it, otherwise after a look under the lock.
+//!
+//! The quick way is one statement in a transaction of its own. It trusts that nobody was faster, and the constraints
+//! find it out if somebody was: then it has written nothing. The careful way takes the lock of the log's end, reads what
+//! the batches touch, drops those that are stale, each with its own error, and writes the others.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use evercore_core::{
+    AggregateId, Batch, CommandId, Error, Growth, IdBlock, NameTable, NewAggregate, Receipt,
+    Result as CoreResult, Sequence,
+};
+use futures_lite::future::zip;
+use tokio_postgres::Row;
+use tokio_postgres::types::Type;
+
+use crate::check::{Checked, Command, Known, Questions};
+use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back};
+use crate::names::{self, stored};
+use crate::pool::Lent;
+use crate::sql::{Schema, Sender, Sql, begin};
+use crate::store::Store;
+use crate::write::{WriteSql, Writing};
+
+/// With the number of the newest event type, to know whether names are missing here.
+const LOCK: &str =
+    "SELECT (SELECT coalesce(max(t.id), 0) FROM @event_types t) FROM @log_end WHERE one = 1 FOR UPDATE";
+
+const AGGREGATES: &str = "
+    SELECT a.id, a.aggregate_type_id, a.natural_key,
+           coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = a.id), 0)
+    FROM @aggregates a WHERE a.id = ANY ($1)";
+
+const HOLDERS: &str = "
+    SELECT a.id, a.aggregate_type_id, a.natural_key
+    FROM unnest($1::int[], $2::text[]) AS k (type_id, natural_key)
+    JOIN @aggregates a ON a.aggregate_type_id = k.type_id AND a.natural_key = k.natural_key";
+
+const COMMANDS: &str = "SELECT command_id, fingerprint, receipt FROM @commands WHERE command_id = ANY ($1)";
+
+/// It waits for a commit with the same id that is on its way; the index makes them come one after the other.
+const ABANDON: &str = "INSERT INTO @commands (command_id) VALUES ($1) ON CONFLICT (command_id) DO NOTHING";
+
+const RESERVE: &str = "
+    UPDATE @store SET next_aggregate_id = next_aggregate_id + $1 WHERE one = 1 RETURNING next_aggregate_id - $1";
+
+/// The statements of this room.
+#[derive(Debug)]
+pub(crate) struct CommitSql {
+    lock: Sql,
+    aggregates: Sql,
+    holders: Sql,
+    commands: Sql,
+    abandon: Sql,
+    reserve: Sql,
+    write: WriteSql,
+}
+
+impl CommitSql {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        Self {
+            lock: Sql::new(schema, LOCK, &[]),
+            aggregates: Sql::new(schema, AGGREGATES, &[Type::INT8_ARRAY]),
+            holders: Sql::new(schema, HOLDERS, &[Type::INT4_ARRAY, Type::TEXT_ARRAY]),
+            commands: Sql::new(schema, COMMANDS, &[Type::TEXT_ARRAY]),
+            abandon: Sql::new(schema, ABANDON, &[Type::TEXT]),
+            reserve: Sql::new(schema, RESERVE, &[Type::INT8]),
+            write: WriteSql::new(schema),
+        }
+    }
+}
+
+/// How a commit of several batches ended.
+pub(crate) enum Flown {
+    /// Each with its outcome.
+    Done(Vec<CoreResult<Receipt>>),
+    /// Nothing was written, for sure.
+    RolledBack(PostgresError),
+    /// Nothing was written, and a look under the lock will tell why.
+    Look,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// One statement, one round trip.
+pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable) -> Flown {
+    let writing = match optimistic(batches, table) {
+        Ok(Some(writing)) => writing,
+        Ok(None) => return Flown::Look,
+        Err(error) => return Flown::RolledBack(error),
+    };
+    let lent = match Lent::to_write(store).await {
+        Ok(lent) => lent,
+        Err(error) => return Flown::RolledBack(error),
+    };
+    let written = store.in_time(write_alone(store, &lent, &writing)).await;
+    conclude(lent, &writing, batches.len(), written)
+}
+
+/// How the statement's transaction ended. `Err` inside: before it was sent.
+type Written = Result<Vec<Row>, Failure>;
+
+/// Why a statement that writes did not say that it has.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// It was not sent.
+    Before(PostgresError),
+    /// It was sent.
+    After(PostgresError),
+}
+
+fn conclude(lent: Lent, writing: &Writing<'_>, batches: usize, written: Result<Written>) -> Flown {
+    match written {
+        Ok(Ok(rows)) => {
+            lent.put_back();
+            match rows.first().map(|row| writing.receipts(row)) {
+                Some(Ok(receipts)) => Flown::Done(in_place(batches, receipts)),
+                Some(Err(_)) => Flown::Unknown,
+                None => Flown::Look,
+            }
+        }
+        Ok(Err(Failure::Before(error))) => Flown::RolledBack(error),
+        Ok(Err(Failure::After(error))) if is_rolled_back(&error) => {
+            lent.put_back();
+            if is_ours(&error) { Flown::Look } else { Flown::RolledBack(error) }
+        }
+        Ok(Err(Failure::After(_))) | Err(_) => Flown::Unknown,
+    }
+}
+
+async fn write_alone(store: &Store, lent: &Lent, writing: &Writing<'_>) -> Result<Written> {
+    let sql = store.sql.commit.write.form(writing.form());
+    let sender = lent.sender()?;
+    let ready = match sender.ready(sql).await {
+        Ok(ready) => ready,
+        Err(error) => return Ok(Err(Failure::Before(error))),
+    };
+    let columns = writing.columns();
+    let values = columns.values();
+    Ok(ready.write(&store.settings, &values).await.map_err(Failure::After))
+}
+
+/// What can be written without a look, if nobody was faster; `None` if something calls for one.
+fn optimistic<'a>(batches: &[&'a Batch], table: &NameTable) -> Result<Option<Writing<'a>>> {
+    let mut flight = Flight::default();
+    let mut writing = Writing::default();
+    for (index, batch) in batches.iter().enumerate() {
+        if !flight.takes(batch, table, &mut writing) {
+            return Ok(None);
+        }
+        let limit = |id| batch.growth_of(id).map_or(Sequence::ZERO, |growth| growth.last);
+        match writing.add(index, batch, table, limit) {
+            // A new name is registered under the lock, together with what bears it.
+            Err(PostgresError::UnknownName(_)) => return Ok(None),
+            added => added?,
+        }
+    }
+    Ok(Some(writing))
+}
+
+/// What the batches of a flight do, to find those that depend on each other.
+#[derive(Default)]
+struct Flight<'a> {
+    reached: HashMap<AggregateId, (u32, Sequence)>,
+    keys: HashSet<(&'a str, &'a str)>,
+}
+
+impl<'a> Flight<'a> {
+    /// Whether the batch may go without a look; notes down what the statement must look at by itself.
+    fn takes(&mut self, batch: &'a Batch, table: &NameTable, writing: &mut Writing<'a>) -> bool {
+        let is_plain = batch.guards().is_empty() && batch.key_changes().is_empty();
+        let has = |id| batch.growth_of(id).is_some() || batch.created(id).is_some();
+        is_plain
+            && batch.snapshots().iter().all(|(id, _)| has(*id))
+            && batch.creates().iter().all(|made| self.makes(made, table))
+            && batch.growths().iter().all(|growth| self.grows(growth, table, writing))
+    }
+
+    fn makes(&mut self, made: &'a NewAggregate, table: &NameTable) -> bool {
+        let Some(number) = table.aggregate_type_number(&made.aggregate_type) else { return false };
+        let key = made.key.as_ref().map(|key| (made.aggregate_type.as_str(), key.as_str()));
+        self.reached.insert(made.id, (number, Sequence::ZERO)).is_none()
+            && key.is_none_or(|key| self.keys.insert(key))
+    }
+
+    /// What this flight has made or grown before is where that left it; of the others the store must tell.
+    fn grows(&mut self, growth: &Growth, table: &NameTable, writing: &mut Writing<'a>) -> bool {
+        let Some(number) = table.aggregate_type_number(&growth.aggregate_type) else { return false };
+        let follows = match self.reached.insert(growth.aggregate, (number, growth.last)) {
+            Some(reached) => reached == (number, growth.expected),
+            None => {
+                writing.expect(growth, number, table);
+                true
+            }
+        };
+        follows && growth.last < Sequence::MAX
+    }
+}
+
+fn in_place(batches: usize, receipts: Vec<(usize, Receipt)>) -> Vec<CoreResult<Receipt>> {
+    let mut places: Vec<Option<CoreResult<Receipt>>> = (0..batches).map(|_| None).collect();
+    for (index, receipt) in receipts {
+        places[index] = Some(Ok(receipt));
+    }
+    let missing = || Err(Error::from(damaged("a batch of a flight has no outcome")));
+    places.into_iter().map(|place| place.unwrap_or_else(missing)).collect()
+}
+
+/// A look under the lock, and what it leaves to be written. Two round trips, in which the lock is held; should this
+/// process stand still between them, the server ends the transaction after the time-out for idling.
+pub(crate) async fn carefully(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
+    let lent = match Lent::to_write(store).await {
+        Ok(lent) => lent,
+        Err(error) => return Flown::RolledBack(error),
+    };
+    let flown = store.in_time(look_and_write(store, &lent, batches, table)).await;
+    match flown {
+        Ok((flown, is_clean)) => {
+            if is_clean {
+                lent.put_back();
+            }
+            flown
+        }
+        // Nothing was sent that writes, or it says so itself.
+        Err(PostgresError::Silent(_)) => Flown::Unknown,
+        Err(error) => Flown::RolledBack(error),
+    }
+}
+
+async fn look_and_write(
+    store: &Store,
+    lent: &Lent,
+    batches: &[&Batch],
+    table: &Arc<NameTable>,
+) -> Result<(Flown, bool)> {
+    let sender = lent.sender()?;
+    let begin = begin(&store.settings);
+    let (known, table) = look(store, sender, batches, table, Some(&begin)).await?;
+    let Sorted { mut outcomes, writing, fresh } = sort_out(store, sender, batches, known, &table).await?;
+    if writing.is_empty() {
+        let is_clean = sender.client.batch_execute("ROLLBACK").await.is_ok();
+        return Ok((Flown::Done(outcomes.into_iter().flatten().collect()), is_clean));
+    }
+    let ready = sender.ready(store.sql.commit.write.form(writing.form())).await?;
+    let columns = writing.columns();
+    let values = columns.values();
+    let (rows, committed) = zip(ready.rows(&values), sender.client.batch_execute("COMMIT")).await;
+    // COMMIT after an error is a rollback, and answers as if all were well.
+    let committed = committed.map_err(PostgresError::from);
+    let is_clean = committed.is_ok();
+    let flown = match (rows, committed) {
+        (Ok(rows), Ok(())) => match rows.first().map(|row| writing.receipts(row)) {
+            Some(Ok(receipts)) => {
+                receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
+                fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
+                Flown::Done(outcomes.into_iter().flatten().collect())
+            }
+            _ => Flown::Unknown,
+        },
+        (Err(error), _) if is_rolled_back(&error) && is_ours(&error) => Flown::Look,
+        (Err(error), _) if is_rolled_back(&error) => Flown::RolledBack(error),
+        (Ok(_), Err(error)) if is_rolled_back(&error) => Flown::Look,
+        _ => Flown::Unknown,
+    };
+    Ok((flown, is_clean))
+}
+
+/// Takes the lock and reads what the batches touch, in one round trip; each statement sees what had committed when the
+/// lock was given.
+pub(crate) async fn look(
+    store: &Store,
+    sender: Sender<'_>,
+    batches: &[&Batch],
+    table: &Arc<NameTable>,
+    begin: Option<&str>,
+) -> Result<(Known, Arc<NameTable>)> {
+    let sql = &store.sql.commit;
+    let ask = Questions::about(batches, table);
+    let (lock, aggregates) = (sender.ready(&sql.lock).await?, sender.ready(&sql.aggregates).await?);
+    let (holders, commands) = (sender.ready(&sql.holders).await?, sender.ready(&sql.commands).await?);
+    let begun = async {
+        match begin {
+            Some(begin) => sender.client.batch_execute(begin).await,
+            None => Ok(()),
+        }
+    };
+    let (begun, (locked, (aggregates, (holders, commands)))) = zip(
+        begun,
+        zip(
+            lock.rows(&[]),
+            zip(
+                aggregates.rows(&[&ask.aggregates]),
+                zip(holders.rows(&[&ask.key_types, &ask.keys]), commands.rows(&[&ask.commands])),
+            ),
+        ),
+    )
+    .await;
+    begun?;
+    let locked = locked?;
+    let newest: i32 = locked.first().ok_or_else(|| damaged("the end of the log is missing"))?.try_get(0)?;
+    let known = Known::read(&aggregates?, &holders?, &commands?)?;
+    let is_behind = stored(table.complete_to()) < newest || known.has_unknown_type(table);
+    let table = if is_behind { store.names.reload(sender).await? } else { Arc::clone(table) };
+    Ok((known, table))
+}
+
+/// What the checks say of the batches of a flight.
+pub(crate) struct Sorted<'a> {
+    /// The outcomes that are clear already.
+    pub(crate) outcomes: Vec<Option<CoreResult<Receipt>>>,
+    /// What is to be written for the others.
+    pub(crate) writing: Writing<'a>,
+    /// The names that are registered with them.
+    pub(crate) fresh: Option<NameTable>,
+}
+
+/// Tells those that are refused from those that are to be written, and registers the names of these.
+pub(crate) async fn sort_out<'a>(
+    store: &Store,
+    sender: Sender<'_>,
+    batches: &[&'a Batch],
+    known: Known,
+    table: &NameTable,
+) -> Result<Sorted<'a>> {
+    let unknown = names::unknown(table, batches.iter().copied());
+    if unknown.is_empty() {
+        let outcomes = check_all(batches, known.clone(), table);
+        let writing = write_rest(batches, &outcomes, known, table)?;
+        return Ok(Sorted { outcomes, writing, fresh: None });
+    }
+    let mut fresh = store.names.lock(sender).await?;
+    let outcomes = check_all(batches, known.clone(), &names::suppose(&fresh, &unknown));
+    let rest = batches.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_none());
+    let needed = names::unknown(&fresh, rest.map(|(batch, _)| *batch));
+    store.names.insert(sender, &mut fresh, &needed).await?;
+    let writing = write_rest(batches, &outcomes, known, &fresh)?;
+    Ok(Sorted { outcomes, writing, fresh: Some(fresh) })
+}
+
+fn check_all(batches: &[&Batch], mut known: Known, table: &NameTable) -> Vec<Option<CoreResult<Receipt>>> {
+    let mut outcomes = Vec::with_capacity(batches.len());
+    for batch in batches {
+        outcomes.push(match known.check(batch, table) {
+            Ok(Checked::Done(receipt)) => Some(Ok(receipt)),
+            Err(refused) => Some(Err(refused)),
+            Ok(Checked::Write) => {
+                known.apply(batch, table);
+                None
+            }
+        });
+    }
+    outcomes
+}
+
+fn write_rest<'a>(
+    batches: &[&'a Batch],
+    outcomes: &[Option<CoreResult<Receipt>>],
+    mut known: Known,
+    table: &NameTable,
+) -> Result<Writing<'a>> {
+    let mut writing = Writing::default();
+    for (index, batch) in batches.iter().enumerate().filter(|(index, _)| outcomes[*index].is_none()) {
+        writing.add(index, batch, table, |id| known.sequence_after(batch, id))?;
+        known.apply(batch, table);
+    }
+    Ok(writing)
+}
+
+/// Writes what [`sort_out`] has left, within a transaction that is open and holds the lock.
+pub(crate) async fn write_within(
+    store: &Store,
+    sender: Sender<'_>,
+    writing: &Writing<'_>,
+) -> Result<Option<Receipt>> {
+    let ready = sender.ready(store.sql.commit.write.form(writing.form())).await?;
+    let columns = writing.columns();
+    let rows = ready.rows(&columns.values()).await?;
+    let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
+    Ok(writing.receipts(row)?.into_iter().next().map(|(_, receipt)| receipt))
+}
+
+/// What is known of a command id.
+pub(crate) async fn command(store: &Store, id: &CommandId) -> Result<Option<Command>> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(async { command_on(store, lent.sender()?, id).await }).await;
+    lent.after(outcome)
+}
+
+pub(crate) async fn command_on(store: &Store, sender: Sender<'_>, id: &CommandId) -> Result<Option<Command>> {
+    let row = sender.row(&store.sql.commit.commands, &[&[id.as_str()].as_slice()]).await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(Command::of(row.try_get(1)?, row.try_get(2)?)?))
+}
+
+/// The receipt; without one, it is written down that there never will be.
+pub(crate) async fn settle(store: &Store, id: &CommandId) -> Result<Option<Receipt>> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(settle_on(store, &lent, id)).await;
+    lent.after(outcome)
+}
+
+async fn settle_on(store: &Store, lent: &Lent, id: &CommandId) -> Result<Option<Receipt>> {
+    let sender = lent.sender()?;
+    sender.ready(&store.sql.commit.abandon).await?.write(&store.settings, &[&id.as_str()]).await?;
+    Ok(command_on(store, sender, id).await?.and_then(Command::receipt))
+}
+
+/// Ids that nobody else gets.
+pub(crate) async fn reserve(store: &Store, count: u32) -> Result<IdBlock> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(reserve_on(store, &lent, count)).await;
+    lent.after(outcome)
+}
+
+async fn reserve_on(store: &Store, lent: &Lent, count: u32) -> Result<IdBlock> {
+    let ready = lent.sender()?.ready(&store.sql.commit.reserve).await?;
+    let rows = ready.write(&store.settings, &[&i64::from(count)]).await?;
+    let row = rows.first().ok_or_else(|| damaged("the table of the store is empty"))?;
+    Ok(IdBlock::new(row.try_get(0)?, count)?)
+}

@@ -1,0 +1,173 @@
+//! The engine: each promise of the trait, handed to the room that keeps it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::Pool;
+use evercore_core::{
+    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage,
+    LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+};
+
+use crate::builder::{Builder, Settings};
+use crate::check::Command;
+use crate::connect::Address;
+use crate::pool::Lent;
+use crate::store::Store;
+use crate::{commit, flight, load, log, names, wait};
+
+/// A store in a schema of a PostgreSQL database; cheap to clone, all clones are one engine.
+///
+/// Several engines, in several processes, may use the same store: each commit sees the last. All futures run on tokio.
+#[derive(Clone)]
+pub struct PostgresEngine(Arc<Store>);
+
+impl PostgresEngine {
+    /// Connects to the store at this URL, or makes it. All settings are those of [`PostgresEngine::builder`].
+    ///
+    /// # Errors
+    /// As [`Builder::connect`].
+    pub async fn connect(url: &str) -> Result<Self> {
+        Self::builder().connect(url).await
+    }
+
+    /// Connects for reading only, to any server that answers, a standby as well.
+    ///
+    /// # Errors
+    /// As [`Builder::read_from`].
+    pub async fn read_from(url: &str) -> Result<Self> {
+        Self::builder().read_from(url).await
+    }
+
+    /// Says how to connect to a store.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
+        Ok(Self(Arc::new(Store::open(settings, pool, address).await?)))
+    }
+
+    /// The id that this store got when it was made; a copy has the same.
+    pub fn store_id(&self) -> &str {
+        self.0.store_id()
+    }
+
+    /// The schema in which the store lies.
+    pub fn schema(&self) -> &str {
+        self.0.settings.schema.as_str()
+    }
+
+    /// The pool of the engine's connections, for SQL of your own. A connection must come back as it was: without an
+    /// open transaction, its settings unchanged.
+    pub fn pool(&self) -> &Pool {
+        &self.0.pool
+    }
+
+    /// Closes the engine, for all clones, once the commits under way have ended. What is called later is
+    /// [`Closed`](crate::ErrorKind::Closed), and so is what still waits for its turn. A pool that was handed in stays
+    /// open. To drop all clones closes the engine as well.
+    ///
+    /// # Errors
+    /// None of its own; it is a `Result` as with the other engines.
+    pub async fn close(&self) -> Result<()> {
+        self.0.close();
+        self.0.queue.idle().await;
+        self.0.close_pool();
+        Ok(())
+    }
+
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.0
+    }
+
+    async fn commit_batch(&self, batch: Batch) -> Result<Receipt> {
+        self.0.check_open()?;
+        if batch.is_empty() {
+            return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
+        }
+        flight::commit(&self.0, batch).await
+    }
+
+    /// In a task of its own: nothing is left half done by a caller who goes away.
+    async fn register(&self, types: Vec<KnownType>) -> Result<()> {
+        self.0.check_writable()?;
+        let store = Arc::clone(&self.0);
+        let registered = tokio::spawn(async move { names::register(&store, &types).await.map(drop) }).await;
+        Ok(registered.unwrap_or_else(|_| Err(crate::error::outcome_unknown().into()))?)
+    }
+
+    async fn list_types(&self) -> Result<Vec<KnownType>> {
+        let lent = Lent::to_read(&self.0).await?;
+        let table = self.0.in_time(async { self.0.names.reload(lent.sender()?).await }).await;
+        Ok(lent.after(table)?.list())
+    }
+}
+
+/// Shows the schema and the settings, nothing of the URL and nothing that is in the store.
+impl fmt::Debug for PostgresEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresEngine").field("settings", &self.0.settings).finish_non_exhaustive()
+    }
+}
+
+impl StorageEngine for PostgresEngine {
+    fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
+        Box::pin(async move {
+            self.0.check_writable()?;
+            Ok(commit::reserve(&self.0, count).await?)
+        })
+    }
+
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
+        Box::pin(self.commit_batch(batch))
+    }
+
+    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        Box::pin(async move { Ok(commit::command(&self.0, command).await?.and_then(Command::receipt)) })
+    }
+
+    fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
+        Box::pin(async move {
+            self.0.check_writable()?;
+            Ok(commit::settle(&self.0, command).await?)
+        })
+    }
+
+    fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
+        Box::pin(async move { Ok(load::load(&self.0, &request).await?) })
+    }
+
+    fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
+        Box::pin(async move { Ok(load::read(&self.0, &query).await?) })
+    }
+
+    fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
+        Box::pin(async move { Ok(log::read(&self.0, query).await?) })
+    }
+
+    fn head(&self) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(async move { Ok(log::head(&self.0).await?) })
+    }
+
+    fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(async move { Ok(log::position_at(&self.0, time).await?) })
+    }
+
+    fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
+        Box::pin(wait::wait(&self.0, after, at_most))
+    }
+
+    fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
+        Box::pin(tokio::time::sleep(time))
+    }
+
+    fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.register(types.to_vec()))
+    }
+
+    fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
+        Box::pin(self.list_types())
+    }
+}

@@ -1,0 +1,208 @@
+//! What PostgreSQL and its helpers can say, and what it means to the caller.
+
+use deadpool_postgres::PoolError;
+use evercore_core::{BoxError, Error, ErrorKind};
+use tokio_postgres::error::{DbError, Severity, SqlState};
+use tokio_postgres::types::{WasNull, WrongType};
+
+/// An error from below, before it is named by what the caller can do.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PostgresError {
+    /// The server or the driver.
+    #[error("PostgreSQL: {0}")]
+    Postgres(#[from] tokio_postgres::Error),
+    /// No connection in time.
+    #[error("no connection: {0}")]
+    Pool(#[from] PoolError),
+    /// The migrations.
+    #[error("migration: {0}")]
+    Migration(#[from] refinery::Error),
+    /// A value in the store that evercore cannot have written.
+    #[error("damaged: {0}")]
+    Damaged(#[from] BoxError),
+    /// The server did not answer in time.
+    #[error("the server did not answer in time")]
+    Silent(#[from] tokio::time::error::Elapsed),
+    /// Another process has registered this type since the names were read.
+    #[error("a type has the unknown number {0}")]
+    UnknownName(u32),
+    /// Already an error of evercore.
+    #[error(transparent)]
+    Core(#[from] Error),
+}
+
+/// A pooler in between, which would mix up sessions.
+pub(crate) const UNTOLD_POOLER: &str =
+    "the session is not what was asked for: if a pooler is in between, name it by `Builder::pooler`";
+
+const NO_VALUE: &str = "the store has a value that is no value of a store";
+
+pub(crate) type Result<T, E = PostgresError> = std::result::Result<T, E>;
+
+impl From<PostgresError> for Error {
+    fn from(error: PostgresError) -> Self {
+        let (kind, message) = match &error {
+            PostgresError::Postgres(source) => meaning(source),
+            PostgresError::Pool(source) => pool_meaning(source),
+            PostgresError::Migration(source) => migration_meaning(source),
+            PostgresError::Damaged(_) | PostgresError::UnknownName(_) => (ErrorKind::NotAStore, NO_VALUE),
+            PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
+            PostgresError::Core(_) => (ErrorKind::Backend, ""),
+        };
+        match error {
+            PostgresError::Core(error) => error,
+            other => Self::new(kind, with_code(message, &other)).with_source(other),
+        }
+    }
+}
+
+/// SQLSTATE and constraint are what one looks up; neither shows a value.
+fn with_code(message: &str, error: &PostgresError) -> String {
+    let Some(spoken) = spoken(error) else { return message.to_owned() };
+    let constraint = spoken.constraint().map_or_else(String::new, |name| format!(", constraint \"{name}\""));
+    format!("{message} (SQLSTATE {}{constraint})", spoken.code().code())
+}
+
+/// A value in the store that evercore cannot have written.
+pub(crate) fn damaged(error: impl Into<BoxError>) -> PostgresError {
+    PostgresError::Damaged(error.into())
+}
+
+/// The engine is closed.
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the engine is closed, connect again")
+}
+
+/// A commit of which nobody can say whether it lasts.
+pub(crate) fn outcome_unknown() -> Error {
+    Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
+}
+
+/// The engine was connected for reading only.
+pub(crate) fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "the store was connected to for reading only")
+}
+
+/// The same error once more, for the next of several callers who share it; without its source.
+pub(crate) fn again(error: &Error) -> Error {
+    Error::new(error.kind().clone(), error.to_string())
+}
+
+/// By SQLSTATE alone: messages come in the server's language and change from release to release.
+fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
+    let Some(code) = error.code() else { return without_code(error) };
+    match *code {
+        SqlState::READ_ONLY_SQL_TRANSACTION => {
+            (ErrorKind::ReadOnly, "the server takes no writes: a standby, or a read-only database")
+        }
+        SqlState::INSUFFICIENT_PRIVILEGE => (ErrorKind::ReadOnly, "the role may not do this"),
+        SqlState::DISK_FULL => (ErrorKind::Full, "the server's disk is full, nothing was written"),
+        SqlState::UNDEFINED_TABLE | SqlState::UNDEFINED_COLUMN | SqlState::INVALID_SCHEMA_NAME => {
+            (ErrorKind::NotAStore, "the schema holds no store")
+        }
+        SqlState::DATA_CORRUPTED | SqlState::INDEX_CORRUPTED => {
+            (ErrorKind::NotAStore, "the server says that its files are damaged")
+        }
+        SqlState::T_R_SERIALIZATION_FAILURE
+        | SqlState::T_R_DEADLOCK_DETECTED
+        | SqlState::LOCK_NOT_AVAILABLE
+        | SqlState::QUERY_CANCELED
+        | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT
+        | SqlState::ADMIN_SHUTDOWN
+        | SqlState::CRASH_SHUTDOWN
+        | SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is busy or restarting"),
+        // So says PgBouncer to settings for a session.
+        SqlState::PROTOCOL_VIOLATION => (ErrorKind::Backend, UNTOLD_POOLER),
+        _ => match code.code().get(..2) {
+            Some("08" | "53" | "57") => {
+                (ErrorKind::Unavailable, "the server is out of reach or of resources")
+            }
+            Some("28") => (ErrorKind::Backend, "the server refused the login"),
+            Some("3D") => (ErrorKind::Backend, "there is no such database"),
+            Some("23") => (ErrorKind::Backend, "a constraint was broken that is none of the store's"),
+            _ => (ErrorKind::Backend, "PostgreSQL refused"),
+        },
+    }
+}
+
+fn without_code(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
+    let source = std::error::Error::source(error);
+    let io = source.and_then(|source| source.downcast_ref::<std::io::Error>());
+    // What rustls refuses comes so; it will not pass by itself.
+    if io.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData) {
+        return (ErrorKind::Backend, "the server's certificate was refused, or its TLS was not understood");
+    }
+    if error.is_closed() || io.is_some() {
+        return (ErrorKind::Unavailable, "the connection to the server broke, or none could be made");
+    }
+    if source.is_some_and(|source| source.is::<WrongType>() || source.is::<WasNull>()) {
+        return (ErrorKind::NotAStore, NO_VALUE);
+    }
+    if source.is_some() {
+        return (ErrorKind::Backend, "the server was not understood, or it speaks no TLS");
+    }
+    // A time-out of connecting has neither a code nor a source.
+    (ErrorKind::Unavailable, "the server could not be reached")
+}
+
+fn pool_meaning(error: &PoolError) -> (ErrorKind, &'static str) {
+    match error {
+        PoolError::Backend(source) => meaning(source),
+        PoolError::Timeout(_) => (ErrorKind::Unavailable, "no connection became free in time"),
+        PoolError::Closed => (ErrorKind::Closed, "the engine is closed, connect again"),
+        PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
+            (ErrorKind::Backend, "the pool does not work")
+        }
+    }
+}
+
+/// refinery hides PostgreSQL's error one step down.
+fn migration_meaning(error: &refinery::Error) -> (ErrorKind, &'static str) {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(postgres) = cause.downcast_ref::<tokio_postgres::Error>() {
+            return match postgres.code() {
+                Some(&SqlState::DUPLICATE_TABLE) => {
+                    (ErrorKind::NotAStore, "the schema has a table of something else")
+                }
+                _ => meaning(postgres),
+            };
+        }
+        source = cause.source();
+    }
+    (ErrorKind::NotAStore, "the schema has the migrations of something else")
+}
+
+/// The server's own word, if it was the server that spoke: to a statement, or to a login.
+fn spoken(error: &PostgresError) -> Option<&DbError> {
+    match error {
+        PostgresError::Postgres(error) => error.as_db_error(),
+        PostgresError::Pool(PoolError::Backend(error)) => error.as_db_error(),
+        _ => None,
+    }
+}
+
+/// Whether a statement that failed so has left nothing behind, for sure: the server said ERROR and goes on. What ends
+/// the session, or the answer's way, may have come after the commit.
+pub(crate) fn is_rolled_back(error: &PostgresError) -> bool {
+    let ended_well = |spoken: &DbError| spoken.parsed_severity() == Some(Severity::Error);
+    matches!(error, PostgresError::Postgres(_)) && spoken(error).is_some_and(ended_well)
+}
+
+/// Whether the statement met one of the store's own constraints, which calls for a look. Matched by prefix: a
+/// distributed PostgreSQL adds the number of a shard to the name.
+pub(crate) fn is_ours(error: &PostgresError) -> bool {
+    const OURS: [&str; 4] =
+        ["events_aggregate_sequence", "aggregates_id", "aggregates_natural_key", "commands_command_id"];
+    spoken(error).is_some_and(|spoken| {
+        *spoken.code() == SqlState::UNIQUE_VIOLATION
+            && spoken.constraint().is_some_and(|name| OURS.iter().any(|ours| name.starts_with(ours)))
+    })
+}
+
+/// Whether the server undid a transaction for a reason that passes by itself.
+pub(crate) fn passes(error: &PostgresError) -> bool {
+    spoken(error).is_some_and(|spoken| {
+        [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(spoken.code())
+    })
+}

@@ -1,0 +1,28 @@
+//! The PostgreSQL engine of evercore: for production, with a log that never skips an event.
+#![doc = include_str!("../README.md")]
+
+mod builder;
+mod check;
+mod commit;
+mod connect;
+mod engine;
+mod error;
+mod flight;
+mod load;
+mod log;
+mod migrate;
+mod names;
+mod own_sql;
+mod pool;
+mod rows;
+mod sql;
+mod store;
+#[cfg(feature = "rustls")]
+mod tls;
+mod wait;
+mod write;
+
+pub use builder::{Builder, SynchronousCommit};
+pub use engine::PostgresEngine;
+pub use evercore_core::*;
+pub use {deadpool_postgres, tokio_postgres};

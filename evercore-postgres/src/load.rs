@@ -1,0 +1,182 @@
+//! Loading one aggregate.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use evercore_core::{
+    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Payload, Position, Sequence,
+    Snapshot, Target,
+};
+use futures_lite::StreamExt;
+use tokio_postgres::types::Type;
+use tokio_postgres::{Row, RowStream};
+
+use crate::error::{Result, damaged};
+use crate::pool::Lent;
+use crate::rows::{Order, Page, Range, event_columns};
+use crate::sql::{Schema, Sql};
+use crate::store::Store;
+
+/// What there is to know of an aggregate, its newest usable snapshot and the events behind it, in one statement: so
+/// all is of one moment. The first row is the aggregate, with the snapshot in the places of times and payload; the
+/// others are its events.
+macro_rules! select_history {
+    ($which:literal) => {
+        concat!(
+            "WITH a AS MATERIALIZED (
+                SELECT a.id, a.aggregate_type_id, a.natural_key,
+                       coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = a.id), 0) AS sequence,
+                       s.sequence AS snapshot_sequence, s.version, s.state
+                FROM @aggregates a
+                LEFT JOIN @snapshots s ON s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2
+                WHERE ",
+            $which,
+            "), usable AS MATERIALIZED (
+                SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
+            )
+            SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
+                   natural_key, NULL, NULL, NULL
+            FROM a
+            UNION ALL
+            (SELECT ",
+            event_columns!(),
+            " FROM @events
+             WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
+             ORDER BY sequence LIMIT $3)"
+        )
+    };
+}
+
+const BY_ID: &str = select_history!("a.id = $4");
+
+const BY_KEY: &str = select_history!(
+    "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $4) AND a.natural_key = $5"
+);
+
+const FORWARD: &str = concat!(
+    "SELECT ",
+    event_columns!(),
+    " FROM @events WHERE aggregate_id = $4 AND sequence > $1 AND sequence <= $2 ORDER BY sequence LIMIT $3"
+);
+
+const BACKWARD: &str = concat!(
+    "SELECT ",
+    event_columns!(),
+    " FROM @events WHERE aggregate_id = $4 AND sequence < $1 AND sequence >= $2 ORDER BY sequence DESC LIMIT $3"
+);
+
+/// The statements of this room.
+#[derive(Debug)]
+pub(crate) struct LoadSql {
+    by_id: Sql,
+    by_key: Sql,
+    forward: Arc<Sql>,
+    backward: Arc<Sql>,
+}
+
+impl LoadSql {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
+        let by_key = [Type::INT8, Type::INT8, Type::INT8, Type::TEXT, Type::TEXT];
+        Self {
+            by_id: Sql::new(schema, BY_ID, &NUMBERS),
+            by_key: Sql::new(schema, BY_KEY, &by_key),
+            forward: Arc::new(Sql::new(schema, FORWARD, &NUMBERS)),
+            backward: Arc::new(Sql::new(schema, BACKWARD, &NUMBERS)),
+        }
+    }
+
+    fn range(&self, direction: Direction, id: AggregateId, (from, to): (Sequence, Sequence)) -> Range {
+        let sql = match direction {
+            Direction::Forward => Arc::clone(&self.forward),
+            Direction::Backward => Arc::clone(&self.backward),
+        };
+        Range { sql, order: Order::Sequence, from: from.get(), to: to.get(), rest: vec![Box::new(id.get())] }
+    }
+}
+
+/// An aggregate as of one moment.
+pub(crate) async fn load(store: &Store, request: &LoadRequest) -> Result<Option<History>> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(store.names.retry(&lent, || load_on(store, &lent, request))).await;
+    lent.after(outcome)
+}
+
+async fn load_on(store: &Store, lent: &Lent, request: &LoadRequest) -> Result<Option<History>> {
+    let mut page = Page::new(store, lent, request.limit);
+    let asked = page.ask();
+    let mut rows = send(store, lent, request, asked).await?;
+    let Some(row) = rows.try_next().await? else { return Ok(None) };
+    let found = Found::of(&row)?;
+    let count = page.take_all(rows, asked, Position::MAX).await?;
+    let end = found.sequence.min(request.up_to);
+    page.go_on(store.sql.load.range(Direction::Forward, found.id, (Sequence::ZERO, end)), asked, count)
+        .await?;
+    let (events, _) = page.finish();
+    let aggregate_type = store.names.aggregate_type(lent.sender()?, found.type_number).await?;
+    let Found { id, key, sequence, snapshot, .. } = found;
+    let snapshot = snapshot.filter(|snapshot| snapshot.sequence <= sequence);
+    Ok(Some(History { id, aggregate_type, key, sequence, snapshot, events }))
+}
+
+async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> Result<Pin<Box<RowStream>>> {
+    // No version: a number that no snapshot has.
+    let (version, up_to) = (request.snapshot.map_or(-1, i64::from), request.up_to.get());
+    let sender = lent.sender()?;
+    match &request.target {
+        Target::Id(id) => {
+            let ready = sender.ready(&store.sql.load.by_id).await?;
+            ready.stream(&[&version, &up_to, &asked, &id.get()]).await
+        }
+        Target::Key(aggregate_type, key) => {
+            let ready = sender.ready(&store.sql.load.by_key).await?;
+            ready.stream(&[&version, &up_to, &asked, &aggregate_type.as_str(), &key.as_str()]).await
+        }
+    }
+}
+
+/// A page of one aggregate's events.
+pub(crate) async fn read(store: &Store, query: &AggregateQuery) -> Result<Events> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(store.names.retry(&lent, || read_on(store, &lent, query))).await;
+    lent.after(outcome)
+}
+
+async fn read_on(store: &Store, lent: &Lent, query: &AggregateQuery) -> Result<Events> {
+    let mut page = Page::new(store, lent, query.limit);
+    page.fill(store.sql.load.range(query.direction, query.aggregate, (query.from, query.to))).await?;
+    Ok(page.finish().0)
+}
+
+/// An aggregate without its events.
+struct Found {
+    id: AggregateId,
+    type_number: i32,
+    key: Option<Key>,
+    sequence: Sequence,
+    snapshot: Option<Snapshot>,
+}
+
+impl Found {
+    fn of(row: &Row) -> Result<Self> {
+        if row.try_get::<_, i64>(0)? != 0 {
+            return Err(damaged("the server gave the rows of a history in another order"));
+        }
+        Ok(Self {
+            id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
+            type_number: row.try_get(3)?,
+            key: row.try_get::<_, Option<&str>>(7)?.map(Key::new).transpose().map_err(damaged)?,
+            sequence: Sequence::new(row.try_get(2)?).map_err(damaged)?,
+            snapshot: snapshot(row)?,
+        })
+    }
+}
+
+fn snapshot(row: &Row) -> Result<Option<Snapshot>> {
+    let Some(sequence) = row.try_get::<_, Option<i64>>(4)? else { return Ok(None) };
+    Ok(Some(Snapshot {
+        sequence: Sequence::new(sequence).map_err(damaged)?,
+        version: u32::try_from(row.try_get::<_, i64>(5)?).map_err(damaged)?,
+        state: Payload::new(row.try_get::<_, &[u8]>(6)?).map_err(damaged)?,
+    }))
+}

@@ -1,0 +1,282 @@
+//! Reading the log of the whole store.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use evercore_core::{Direction, Error, LogPage, LogQuery, NameTable, Position, Timestamp};
+use futures_lite::future::zip;
+use tokio_postgres::Row;
+use tokio_postgres::types::Type;
+
+use crate::error::{PostgresError, Result, damaged};
+use crate::names::{checked, stored};
+use crate::pool::Lent;
+use crate::rows::{Order, Page, Range, Rest, event_columns};
+use crate::sql::{Schema, Sender, Sql};
+use crate::store::Store;
+
+/// Where the log ends, and the number of the newest event type: who knows as many names knows all that are in the log
+/// up to there.
+const HEAD: &str = "SELECT l.position, coalesce((SELECT max(t.id) FROM @event_types t), 0)
+    FROM @log_end l WHERE l.one = 1";
+
+/// The columns of an event, filtered and in the order of a direction.
+macro_rules! select_log {
+    (forward $with:literal, $where:literal) => {
+        select_log!($with, $where, "position > $1 AND position <= $2 ORDER BY position")
+    };
+    (backward $with:literal, $where:literal) => {
+        select_log!($with, $where, "position < $1 AND position >= $2 ORDER BY position DESC")
+    };
+    ($with:literal, $where:literal, $range:literal) => {
+        concat!($with, "SELECT ", event_columns!(), " FROM @events WHERE ", $where, $range, " LIMIT $3")
+    };
+}
+
+const ALL_FORWARD: &str = select_log!(forward "", "");
+const ALL_BACKWARD: &str = select_log!(backward "", "");
+
+/// With many event types the log itself is read.
+const TYPES_FORWARD: &str = select_log!(forward "", "event_type_id = ANY ($4) AND ");
+const TYPES_BACKWARD: &str = select_log!(backward "", "event_type_id = ANY ($4) AND ");
+
+/// Up to this many event types are read from their index each and merged.
+const MERGED_TYPES: usize = 24;
+
+/// An aggregate's sequences grow as its positions do, so its index gives both orders; where to begin in it is found by
+/// halving, in as many steps as the number of its events has bits.
+macro_rules! select_aggregate {
+    ($read:literal, $range:literal) => {
+        concat!(
+            "WITH RECURSIVE halving (border, position, below, above) AS (
+                SELECT border, p, 0::bigint,
+                       coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = $4), 0)
+                FROM (VALUES (1, $1 - ",
+            $read,
+            "), (2, $2 - ",
+            $read,
+            ")) AS v (border, p)
+                UNION ALL
+                SELECT h.border, h.position, CASE WHEN w.within THEN m.middle ELSE h.below END,
+                       CASE WHEN w.within THEN h.above ELSE m.middle - 1 END
+                FROM halving h
+                CROSS JOIN LATERAL (SELECT h.above - (h.above - h.below) / 2 AS middle) AS m
+                CROSS JOIN LATERAL (SELECT e.position <= h.position AS within FROM @events e
+                                    WHERE e.aggregate_id = $4 AND e.sequence = m.middle) AS w
+                WHERE h.below < h.above
+            ), up_to AS MATERIALIZED (SELECT border, max(below) AS sequence FROM halving GROUP BY border)
+            SELECT ",
+            event_columns!(),
+            " FROM @events WHERE aggregate_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND ",
+            $range,
+            " LIMIT $3"
+        )
+    };
+}
+
+const AGGREGATE_FORWARD: &str = select_aggregate!(
+    "0::bigint",
+    "sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 1)
+     AND sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence"
+);
+
+/// Going backward the first border is not read and the second is: each lies one position lower.
+const AGGREGATE_BACKWARD: &str = select_aggregate!(
+    "1::bigint",
+    "sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 1)
+     AND sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence DESC"
+);
+
+/// How many positions come before the first that was recorded later. `recorded_at` never goes back along the log.
+const POSITION_AT: &str = "
+    WITH RECURSIVE halving (below, above) AS (
+        SELECT 0::bigint, l.position FROM @log_end l WHERE l.one = 1
+        UNION ALL
+        SELECT CASE WHEN w.within THEN m.middle ELSE h.below END, CASE WHEN w.within THEN h.above ELSE m.middle - 1 END
+        FROM halving h
+        CROSS JOIN LATERAL (SELECT h.above - (h.above - h.below) / 2 AS middle) AS m
+        CROSS JOIN LATERAL (SELECT e.recorded_at <= $1 AS within FROM @events e WHERE e.position = m.middle) AS w
+        WHERE h.below < h.above
+    )
+    SELECT max(below) FROM halving";
+
+/// The statements of this room; of two, the first goes forward and the second backward.
+#[derive(Debug)]
+pub(crate) struct LogSql {
+    schema: Schema,
+    head: Sql,
+    position_at: Sql,
+    all: [Arc<Sql>; 2],
+    types: [Arc<Sql>; 2],
+    aggregate: [Arc<Sql>; 2],
+    /// By direction and number of types; made when first asked for.
+    merged: RwLock<HashMap<(usize, usize), Arc<Sql>>>,
+}
+
+const NUMBERS: [Type; 3] = [Type::INT8, Type::INT8, Type::INT8];
+
+impl LogSql {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        let sql = |text: &str, more: &[Type]| Arc::new(Sql::new(schema, text, &[&NUMBERS, more].concat()));
+        let of_aggregate = [Type::INT8, Type::INT4_ARRAY];
+        Self {
+            schema: schema.clone(),
+            head: Sql::new(schema, HEAD, &[]),
+            position_at: Sql::new(schema, POSITION_AT, &[Type::INT8]),
+            all: [sql(ALL_FORWARD, &[]), sql(ALL_BACKWARD, &[])],
+            types: [sql(TYPES_FORWARD, &[Type::INT4_ARRAY]), sql(TYPES_BACKWARD, &[Type::INT4_ARRAY])],
+            aggregate: [sql(AGGREGATE_FORWARD, &of_aggregate), sql(AGGREGATE_BACKWARD, &of_aggregate)],
+            merged: RwLock::default(),
+        }
+    }
+
+    pub(crate) async fn head(&self, sender: Sender<'_>) -> Result<Position> {
+        Ok(Head::of(&sender.rows(&self.head, &[]).await?)?.position)
+    }
+
+    /// What to read for a query, of which only events of the types `passing` pass, if that is known.
+    fn range(&self, query: &LogQuery, passing: Option<Vec<i32>>) -> Range {
+        let direction = usize::from(query.direction == Direction::Backward);
+        let (sql, rest): (_, Rest) = match (query.filter.aggregate, passing) {
+            (Some(id), passing) => (&self.aggregate[direction], vec![Box::new(id.get()), Box::new(passing)]),
+            (None, Some(numbers)) if numbers.len() <= MERGED_TYPES => {
+                let sql = self.merged(direction, numbers.len());
+                let rest = numbers.into_iter().map(|number| Box::new(number) as _).collect();
+                return Range {
+                    sql,
+                    order: Order::Position,
+                    from: query.from.get(),
+                    to: query.to.get(),
+                    rest,
+                };
+            }
+            (None, Some(numbers)) => (&self.types[direction], vec![Box::new(numbers)]),
+            (None, None) => (&self.all[direction], Vec::new()),
+        };
+        let sql = Arc::clone(sql);
+        Range { sql, order: Order::Position, from: query.from.get(), to: query.to.get(), rest }
+    }
+
+    fn merged(&self, direction: usize, types: usize) -> Arc<Sql> {
+        let known = self.merged.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sql) = known.get(&(direction, types)) {
+            return Arc::clone(sql);
+        }
+        drop(known);
+        let made = Arc::new(merged(&self.schema, direction, types));
+        let mut known = self.merged.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(known.entry((direction, types)).or_insert(made))
+    }
+}
+
+/// One event type's part of the log is a range of an index that ends with the position; the server merges the parts as
+/// it goes.
+fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
+    let (range, order) = [
+        ("position > $1 AND position <= $2", "ORDER BY position LIMIT $3"),
+        ("position < $1 AND position >= $2", "ORDER BY position DESC LIMIT $3"),
+    ][direction];
+    let part = |number: usize| {
+        let columns = event_columns!();
+        format!("(SELECT {columns} FROM @events WHERE event_type_id = ${number} AND {range} {order})")
+    };
+    let parts: Vec<String> = (4..4 + types).map(part).collect();
+    let text = match &parts[..] {
+        [one] => one.clone(),
+        several => format!("{} {order}", several.join(" UNION ALL ")),
+    };
+    Sql::new(schema, &text, &[&NUMBERS[..], &vec![Type::INT4; types]].concat())
+}
+
+/// What the log is up to.
+struct Head {
+    position: Position,
+    newest_type: u32,
+}
+
+impl Head {
+    fn of(rows: &[Row]) -> Result<Self> {
+        let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
+        let newest: i32 = row.try_get(1)?;
+        let newest_type = if newest == 0 { 0 } else { checked(newest)? };
+        Ok(Self { position: Position::new(row.try_get(0)?).map_err(damaged)?, newest_type })
+    }
+
+    /// Whether the query can be answered, with the names that are in the table.
+    fn check(&self, query: &LogQuery, table: &NameTable) -> Result<()> {
+        if query.direction == Direction::Forward && query.from > self.position {
+            return Err(Error::cursor_ahead(query.from, self.position).into());
+        }
+        if is_by_name(query) && table.complete_to() < self.newest_type {
+            return Err(PostgresError::UnknownName(self.newest_type));
+        }
+        Ok(())
+    }
+}
+
+fn is_by_name(query: &LogQuery) -> bool {
+    query.filter.aggregate_type.is_some() || !query.filter.event_types.is_empty()
+}
+
+/// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
+pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(store.names.retry(&lent, || read_on(store, &lent, query))).await;
+    lent.after(outcome)
+}
+
+/// The head and the first rows go over the wire together.
+async fn read_on(store: &Store, lent: &Lent, query: &LogQuery) -> Result<LogPage> {
+    let (known, table) = (store.watch.seen(), store.names.table());
+    let check = |rows: &[Row]| {
+        let head = Head::of(rows)?;
+        store.watch.found(known, head.position);
+        head.check(query, &table).map(|()| head)
+    };
+    let mut page = Page::new(store, lent, query.limit);
+    let passing = if is_by_name(query) { table.passing(&query.filter) } else { None };
+    let passing: Option<Vec<i32>> = passing.map(|numbers| numbers.into_iter().map(stored).collect());
+    let head = lent.sender()?.ready(&store.sql.log.head).await?;
+    let head = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {
+        check(&head.rows(&[]).await?)?
+    } else {
+        let mut range = store.sql.log.range(query, passing);
+        let asked = page.ask();
+        let ready = lent.sender()?.ready(&range.sql).await?;
+        let values = range.values(&asked);
+        let (head, rows) = zip(head.rows(&[]), ready.stream(&values)).await;
+        drop(values);
+        let head = check(&head?)?;
+        let count = page.take_all(rows?, asked, head.position).await?;
+        if query.direction == Direction::Forward {
+            range.to = range.to.min(head.position.get());
+        }
+        page.go_on(range, asked, count).await?;
+        head
+    };
+    let (events, is_full) = page.finish();
+    Ok(LogPage { scanned: query.scanned(&events, is_full, head.position), events, head: head.position })
+}
+
+/// Where the log ends, told to those who wait for it too.
+pub(crate) async fn head(store: &Store) -> Result<Position> {
+    let known = store.watch.seen();
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(async { store.sql.log.head(lent.sender()?).await }).await;
+    let head = lent.after(outcome)?;
+    store.watch.found(known, head);
+    Ok(head)
+}
+
+/// The last position recorded at this time or before.
+pub(crate) async fn position_at(store: &Store, time: Timestamp) -> Result<Position> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(position_at_on(store, &lent, time)).await;
+    lent.after(outcome)
+}
+
+async fn position_at_on(store: &Store, lent: &Lent, time: Timestamp) -> Result<Position> {
+    let row = lent.sender()?.row(&store.sql.log.position_at, &[&time.as_micros()]).await?;
+    let row = row.ok_or_else(|| damaged("the end of the log is missing"))?;
+    Position::new(row.try_get(0)?).map_err(damaged)
+}

@@ -1,0 +1,150 @@
+//! Whether the schema holds a store of ours, and how it becomes one.
+
+use evercore_core::{Error, ErrorKind};
+use refinery::AsyncMigrate;
+use refinery::{Migration, Runner};
+use refinery_core::traits::r#async::{AsyncQuery, AsyncTransaction};
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, GenericClient, IsolationLevel, Row, Transaction};
+
+use crate::error::{Result, UNTOLD_POOLER};
+use crate::pool::Lent;
+use crate::store::{Store, not_a_store};
+
+mod embedded {
+    refinery::embed_migrations!("migrations");
+}
+
+/// The schema version that this library writes; the migrations end with it.
+const SCHEMA_VERSION: u32 = 1;
+
+/// What lies in the schema: the server's encoding, whether the schema is there, whether it has a table `store`; and one
+/// setting of ours, by which to see whether they have arrived.
+const LOOK: &str = "SELECT current_setting('server_encoding'), n.oid IS NOT NULL, c.oid IS NOT NULL,
+        current_setting('plan_cache_mode')
+    FROM (SELECT 1) AS one
+    LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = $1
+    LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'store'";
+
+/// What a schema is before it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Store(u32),
+    EmptySchema,
+    NoSchema,
+}
+
+/// Sees to it that there is a store of the version that this library knows.
+pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(async { look(store, lent.sender()?.client).await }).await;
+    let found = lent.after(outcome)?;
+    let may_migrate = store.settings.migrate && !store.settings.read_only;
+    match found {
+        Found::Store(version) if version > SCHEMA_VERSION => {
+            Err(Error::schema_too_new(version, SCHEMA_VERSION))
+        }
+        Found::Store(SCHEMA_VERSION) => Ok(()),
+        _ if may_migrate => Ok(migrate(store).await?),
+        Found::Store(version) => Err(not_a_store(format!(
+            "the store has schema version {version}, this library needs {SCHEMA_VERSION}: migrate it first"
+        ))),
+        Found::EmptySchema | Found::NoSchema => {
+            Err(not_a_store(format!("the schema \"{}\" holds no store", store.settings.schema.as_str())))
+        }
+    }
+}
+
+/// Plain, unnamed statements: this runs once, on any kind of connection.
+async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
+    let schema = store.settings.schema.as_str();
+    let name = [(&schema as &(dyn ToSql + Sync), Type::TEXT)];
+    let row = client.query_typed(LOOK, &name).await?;
+    let row = row.first().ok_or_else(|| not_a_store("the server's catalogue is empty"))?;
+    let encoding: String = row.try_get(0)?;
+    if encoding != "UTF8" {
+        let message = format!("the database is encoded in {encoding}, a store needs UTF8");
+        return Err(Error::new(ErrorKind::Backend, message).into());
+    }
+    if store.settings.has_sessions() && row.try_get::<_, &str>(3)? != "force_generic_plan" {
+        return Err(Error::new(ErrorKind::Backend, UNTOLD_POOLER).into());
+    }
+    if !row.try_get::<_, bool>(1)? {
+        return Ok(Found::NoSchema);
+    }
+    if !row.try_get::<_, bool>(2)? {
+        return Ok(Found::EmptySchema);
+    }
+    let version = store.settings.schema.fill("SELECT schema_version FROM @store WHERE one = 1");
+    let row = client.query_typed(&version, &[]).await?;
+    let row = row.first().ok_or_else(|| not_a_store("the table of the store is empty"))?;
+    let version: i32 = row.try_get(0)?;
+    Ok(Found::Store(u32::try_from(version).unwrap_or(u32::MAX)))
+}
+
+/// All of it in one transaction, which holds a lock: refinery itself takes none, and several hosts start at once.
+async fn migrate(store: &Store) -> Result<()> {
+    let mut lent = Lent::to_write(store).await?;
+    let outcome = store.in_time(run(store, lent.client_mut()?)).await;
+    outcome.map(|()| lent.put_back())
+}
+
+async fn run(store: &Store, client: &mut Client) -> Result<()> {
+    let schema = store.settings.schema.as_str();
+    // Guarded: dropped half-way it is rolled back.
+    let transaction =
+        client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    let lock = format!("SELECT pg_advisory_xact_lock(hashtextextended('evercore {schema}', 0))");
+    transaction.batch_execute(&lock).await?;
+    match look(store, &transaction).await? {
+        Found::Store(version) if version >= SCHEMA_VERSION => {}
+        found => {
+            if found == Found::NoSchema {
+                transaction.batch_execute(&format!("CREATE SCHEMA \"{schema}\"")).await?;
+            }
+            transaction.batch_execute(&format!("SET LOCAL search_path TO \"{schema}\"")).await?;
+            let runner = embedded::migrations::runner();
+            Runner::new(runner.get_migrations())
+                .set_grouped(true)
+                .run_async(&mut InOne(&transaction))
+                .await?;
+        }
+    }
+    Ok(transaction.commit().await?)
+}
+
+/// Runs what refinery asks for within a transaction that is open already.
+struct InOne<'a>(&'a Transaction<'a>);
+
+impl AsyncTransaction for InOne<'_> {
+    type Error = tokio_postgres::Error;
+
+    async fn execute<'a, T: Iterator<Item = &'a str> + Send + 'a>(
+        &'a mut self,
+        queries: T,
+    ) -> Result<usize, Self::Error> {
+        let mut count = 0;
+        for query in queries {
+            self.0.batch_execute(query).await?;
+            count += 1;
+        }
+        Ok(count)
+    }
+}
+
+impl AsyncQuery<Vec<Migration>> for InOne<'_> {
+    async fn query<'a>(&'a mut self, query: &'a str) -> Result<Vec<Migration>, Self::Error> {
+        let rows = self.0.query_typed(query, &[]).await?;
+        rows.iter().map(applied).collect()
+    }
+}
+
+impl AsyncMigrate for InOne<'_> {}
+
+/// A line of refinery's own table. When it was applied is not asked; a checksum that does not read fits no migration.
+fn applied(row: &Row) -> Result<Migration, tokio_postgres::Error> {
+    let (version, name, checksum): (i32, String, String) =
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(3)?);
+    let checksum = checksum.parse().unwrap_or_default();
+    Ok(Migration::applied(version, name, time::OffsetDateTime::UNIX_EPOCH, checksum))
+}

@@ -1,0 +1,256 @@
+//! Type names and the numbers they have in the store: an interner that remembers only what has committed.
+//!
+//! Names are registered under the lock of the one row in `store`: so they commit in the order of their numbers, and a
+//! table that knows the largest has all.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use evercore_core::{AggregateType, Batch, EventType, KnownType, NameTable};
+use tokio_postgres::Row;
+use tokio_postgres::types::Type;
+
+use crate::error::{PostgresError, Result, damaged};
+use crate::pool::Lent;
+use crate::sql::{Schema, Sender, Sql, begin};
+use crate::store::Store;
+
+/// One statement, so that what it gives is of one moment.
+const ALL: &str = "SELECT a.id, a.name, e.id, e.name
+    FROM @aggregate_types a LEFT JOIN @event_types e ON e.aggregate_type_id = a.id";
+
+const LOCK: &str = "SELECT one FROM @store WHERE one = 1 FOR UPDATE";
+
+const INSERT_AGGREGATE_TYPES: &str =
+    "INSERT INTO @aggregate_types (id, name) SELECT * FROM unnest($1::int[], $2::text[])";
+
+const INSERT_EVENT_TYPES: &str = "INSERT INTO @event_types (id, aggregate_type_id, name)
+    SELECT * FROM unnest($1::int[], $2::int[], $3::text[])";
+
+/// No store has this many names; one that says otherwise is damaged, and must not fill the memory.
+const MOST_NAMES: u32 = 1 << 24;
+
+/// The names known by now. A reader takes the table as it is and keeps it while it reads.
+#[derive(Debug)]
+pub(crate) struct Names {
+    table: RwLock<Arc<NameTable>>,
+    all: Sql,
+    lock: Sql,
+    insert_aggregate_types: Sql,
+    insert_event_types: Sql,
+}
+
+impl Names {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        Self {
+            table: RwLock::default(),
+            all: Sql::new(schema, ALL, &[]),
+            lock: Sql::new(schema, LOCK, &[]),
+            insert_aggregate_types: Sql::new(
+                schema,
+                INSERT_AGGREGATE_TYPES,
+                &[Type::INT4_ARRAY, Type::TEXT_ARRAY],
+            ),
+            insert_event_types: Sql::new(
+                schema,
+                INSERT_EVENT_TYPES,
+                &[Type::INT4_ARRAY, Type::INT4_ARRAY, Type::TEXT_ARRAY],
+            ),
+        }
+    }
+
+    pub(crate) fn table(&self) -> Arc<NameTable> {
+        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads all names there are; not inside a transaction that registers some.
+    pub(crate) async fn reload(&self, sender: Sender<'_>) -> Result<Arc<NameTable>> {
+        let fresh = read(&sender.rows(&self.all, &[]).await?)?;
+        Ok(self.learn(fresh))
+    }
+
+    /// Runs a read; once more with all names, should it meet one that is not known here yet.
+    pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
+        &self,
+        lent: &Lent,
+        read: impl Fn() -> W,
+    ) -> Result<T> {
+        match read().await {
+            Err(PostgresError::UnknownName(_)) => {
+                self.reload(lent.sender()?).await?;
+                read().await
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Takes in what has committed.
+    pub(crate) fn learn(&self, mut fresh: NameTable) -> Arc<NameTable> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        // Keep the memory that pages know already, so that equal names stay the same memory.
+        fresh.add(NameTable::clone(&table));
+        *table = Arc::new(fresh);
+        Arc::clone(&table)
+    }
+
+    /// The name of an aggregate type that was just read from the store.
+    pub(crate) async fn aggregate_type(&self, sender: Sender<'_>, number: i32) -> Result<AggregateType> {
+        let number = checked(number)?;
+        if let Some(name) = self.table().aggregate_type(number) {
+            return Ok(name.clone());
+        }
+        let table = self.reload(sender).await?;
+        let name = table.aggregate_type(number).cloned();
+        name.ok_or_else(|| damaged(format!("an aggregate has the unknown type {number}")))
+    }
+}
+
+fn read(rows: &[Row]) -> Result<NameTable> {
+    let mut table = NameTable::new();
+    for row in rows {
+        let of = checked(row.try_get(0)?)?;
+        if table.aggregate_type(of).is_none() {
+            table.set_aggregate_type(of, &AggregateType::new(row.try_get::<_, &str>(1)?).map_err(damaged)?);
+        }
+        let Some(number) = row.try_get::<_, Option<i32>>(2)? else { continue };
+        let name = EventType::new(row.try_get::<_, &str>(3)?).map_err(damaged)?;
+        let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
+        table.set_event_type(checked(number)?, &aggregate_type, &name);
+    }
+    Ok(table)
+}
+
+/// A number that the store gave to a name.
+pub(crate) fn checked(number: i32) -> Result<u32> {
+    u32::try_from(number)
+        .ok()
+        .filter(|number| (1..MOST_NAMES).contains(number))
+        .ok_or_else(|| damaged(format!("a name has the number {number}")))
+}
+
+/// A number as it goes to the server.
+pub(crate) fn stored(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// The names of these batches that are not known yet.
+pub(crate) fn unknown<'a>(table: &NameTable, batches: impl Iterator<Item = &'a Batch>) -> Vec<KnownType> {
+    let mut unknown = NameList::default();
+    for batch in batches {
+        for made in batch.creates() {
+            if table.aggregate_type_number(&made.aggregate_type).is_none() {
+                unknown.add(&made.aggregate_type, None);
+            }
+        }
+        for append in batch.appends() {
+            for event in &append.events {
+                if table.event_type_number(&append.aggregate_type, &event.event_type).is_none() {
+                    unknown.add(&append.aggregate_type, Some(&event.event_type));
+                }
+            }
+        }
+    }
+    unknown.0
+}
+
+#[derive(Default)]
+struct NameList(Vec<KnownType>);
+
+impl NameList {
+    fn add(&mut self, aggregate_type: &AggregateType, event_type: Option<&EventType>) {
+        let found = self.0.iter().position(|known| known.aggregate_type == *aggregate_type);
+        let place = found.unwrap_or_else(|| {
+            self.0.push(KnownType { aggregate_type: aggregate_type.clone(), event_types: Vec::new() });
+            self.0.len() - 1
+        });
+        let event_types = &mut self.0[place].event_types;
+        if let Some(name) = event_type
+            && !event_types.contains(name)
+        {
+            event_types.push(name.clone());
+        }
+    }
+}
+
+/// Registers the names that are not there yet, in a transaction of its own, and learns all that are.
+pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
+    let lent = Lent::to_write(store).await?;
+    let table = store.in_time(register_on(store, lent.sender()?, types)).await?;
+    lent.put_back();
+    store.names.learn(table);
+    Ok(())
+}
+
+async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> Result<NameTable> {
+    sender.client.batch_execute(&begin(&store.settings)).await?;
+    let mut table = store.names.lock(sender).await?;
+    store.names.insert(sender, &mut table, types).await?;
+    sender.client.batch_execute("COMMIT").await?;
+    Ok(table)
+}
+
+impl Names {
+    /// Keeps all others from registering names until the transaction ends; all names there are.
+    pub(crate) async fn lock(&self, sender: Sender<'_>) -> Result<NameTable> {
+        sender.rows(&self.lock, &[]).await?;
+        read(&sender.rows(&self.all, &[]).await?)
+    }
+
+    /// Registers what `table` lacks, under the lock; to be learned once the transaction has committed.
+    pub(crate) async fn insert(
+        &self,
+        sender: Sender<'_>,
+        table: &mut NameTable,
+        types: &[KnownType],
+    ) -> Result<()> {
+        let new = Numbered::of(table, types);
+        if !new.aggregate_types.0.is_empty() {
+            let (numbers, texts) = &new.aggregate_types;
+            sender.rows(&self.insert_aggregate_types, &[numbers, texts]).await?;
+        }
+        if !new.event_types.0.is_empty() {
+            let (numbers, of, texts) = &new.event_types;
+            sender.rows(&self.insert_event_types, &[numbers, of, texts]).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Numbers names as if they were registered, to see what would become of the batches that have them.
+pub(crate) fn suppose(table: &NameTable, types: &[KnownType]) -> NameTable {
+    let mut table = table.clone();
+    Numbered::of(&mut table, types);
+    table
+}
+
+/// Names with the numbers they get.
+#[derive(Default)]
+struct Numbered<'a> {
+    aggregate_types: (Vec<i32>, Vec<&'a str>),
+    event_types: (Vec<i32>, Vec<i32>, Vec<&'a str>),
+}
+
+impl<'a> Numbered<'a> {
+    /// Numbers what `table` lacks, behind what it has.
+    fn of(table: &mut NameTable, types: &'a [KnownType]) -> Self {
+        let mut new = Self::default();
+        for known in types {
+            let of = table.aggregate_type_number(&known.aggregate_type).unwrap_or_else(|| {
+                let number = table.next_aggregate_type();
+                table.set_aggregate_type(number, &known.aggregate_type);
+                new.aggregate_types.0.push(stored(number));
+                new.aggregate_types.1.push(known.aggregate_type.as_str());
+                number
+            });
+            for name in &known.event_types {
+                if table.event_type_number(&known.aggregate_type, name).is_none() {
+                    let number = table.next_event_type();
+                    table.set_event_type(number, &known.aggregate_type, name);
+                    new.event_types.0.push(stored(number));
+                    new.event_types.1.push(stored(of));
+                    new.event_types.2.push(name.as_str());
+                }
+            }
+        }
+        new
+    }
+}

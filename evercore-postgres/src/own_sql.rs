@@ -1,0 +1,261 @@
+//! The user's own SQL in the transaction of a commit: held to a time-out, and done before the log is locked.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use evercore_core::{
+    Batch, BoxError, BoxFuture, Error, ErrorKind, NameTable, Position, Receipt, Timestamp, UnitOfWork,
+};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_postgres::{IsolationLevel, Transaction};
+
+use crate::builder::Settings;
+use crate::commit::{self, Flown};
+use crate::engine::PostgresEngine;
+use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown};
+use crate::pool::Lent;
+use crate::sql::{Sender, set_local};
+use crate::store::Store;
+use crate::wait;
+
+/// For the user's SQL: as PostgreSQL comes, but for what the engine promises in its place.
+const AS_IT_COMES: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable_bitmapscan TO DEFAULT; \
+     SET LOCAL plan_cache_mode TO DEFAULT; SET LOCAL jit TO DEFAULT";
+
+/// A transaction that was ended and begun again has another time.
+const WHICH: &str = "SELECT (extract(epoch FROM transaction_timestamp()) * 1000000)::bigint";
+
+impl PostgresEngine {
+    /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in
+    /// an outbox. All of it is written, or nothing of it.
+    ///
+    /// The SQL runs first, on a connection of the pool, while other commits go on; then the log is locked, the unit
+    /// checked and written, and the transaction committed. With a [command id](UnitOfWork::set_command_id) it takes
+    /// effect once: for a command that took effect before, the SQL is not run. A unit that holds nothing is fine.
+    ///
+    /// ```no_run
+    /// # use evercore_postgres::{Aggregate, EventStore, Json, PostgresEngine, Result};
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Clone, Default, Serialize, Deserialize)] struct Order { placed: bool }
+    /// # #[derive(Serialize, Deserialize)] enum OrderEvent { Placed }
+    /// # impl Aggregate for Order {
+    /// #     const TYPE: &'static str = "order"; type Event = OrderEvent; type Codec = Json;
+    /// #     fn apply(&mut self, _: OrderEvent) { self.placed = true }
+    /// # }
+    /// # async fn order(engine: PostgresEngine) -> Result<()> {
+    /// let store = EventStore::new(engine.clone());
+    /// let mut work = store.begin();
+    /// let mut order = work.create_with_key::<Order>("order 7").await?;
+    /// work.record(&mut order, OrderEvent::Placed)?;
+    /// let message = format!("confirm order {}", order.id());
+    /// engine
+    ///     .commit_with(work, move |sql| {
+    ///         Box::pin(async move {
+    ///             sql.execute("INSERT INTO shop.outbox (message) VALUES ($1)", &[&message]).await?;
+    ///             Ok(())
+    ///         })
+    ///     })
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// It may take [`sql_timeout`](crate::Builder::sql_timeout) altogether, then it is rolled back. It holds up nobody
+    /// but those who want the rows that it has locked itself; that the tables of evercore are read at most is part of
+    /// the bargain. It runs in a task: a caller who goes away does not stop it. Give it plain names with a schema,
+    /// since the search path is the role's.
+    ///
+    /// # Errors
+    /// [`Rejected`](ErrorKind::Rejected) with the SQL's own error as its source, or if it took too long;
+    /// [`Invalid`](ErrorKind::Invalid) if the unit belongs to another engine, or if the SQL ended the transaction;
+    /// otherwise as [`UnitOfWork::commit`].
+    pub async fn commit_with<F>(&self, work: UnitOfWork, sql: F) -> Result<Receipt, Error>
+    where
+        F: for<'t> FnOnce(&'t Transaction<'t>) -> BoxFuture<'t, Result<(), BoxError>> + Send + 'static,
+    {
+        let engine: &dyn Any = work.engine();
+        if !engine.downcast_ref::<Self>().is_some_and(|other| Arc::ptr_eq(self.store(), other.store())) {
+            return Err(Error::invalid("the unit of work belongs to another engine"));
+        }
+        self.store().check_writable()?;
+        let store = Arc::clone(self.store());
+        let sql = OwnSql(Box::new(sql));
+        work.commit_by(|batch| async move {
+            // A task of its own, so that a panic or a caller who goes away leaves nothing open.
+            let flight = tokio::spawn(async move { fly(&store, batch, sql).await });
+            match flight.await {
+                Ok(outcome) => outcome,
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_) => Err(outcome_unknown()),
+                },
+            }
+        })
+        .await
+    }
+}
+
+type Run = Box<dyn for<'t> FnOnce(&'t Transaction<'t>) -> BoxFuture<'t, Result<(), BoxError>> + Send>;
+
+/// What the user wants to run in the transaction of a commit.
+struct OwnSql(Run);
+
+impl fmt::Debug for OwnSql {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnSql").finish_non_exhaustive()
+    }
+}
+
+/// How much SQL of users may run at once: one connection less than there are, so that it never has them all and other
+/// commits go on.
+#[derive(Debug)]
+pub(crate) struct Turns(Semaphore);
+
+impl Turns {
+    pub(crate) fn new(connections: usize) -> Self {
+        Self(Semaphore::new(connections.saturating_sub(1).max(1)))
+    }
+
+    async fn take(&self, at_most: Duration) -> Result<SemaphorePermit<'_>, Error> {
+        let turn = tokio::time::timeout(at_most, self.0.acquire()).await;
+        turn.ok().and_then(Result::ok).ok_or_else(|| {
+            let message = "no connection became free in time: too much SQL runs beside commits";
+            Error::new(ErrorKind::Unavailable, message)
+        })
+    }
+}
+
+async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, Error> {
+    let _turn = store.turns.take(store.settings.connect_timeout).await?;
+    let mut lent = Lent::to_write(store).await?;
+    let (flown, is_clean) = together(store, &mut lent, &batch, sql).await?;
+    if is_clean {
+        lent.put_back();
+    }
+    let outcome = match flown {
+        Flown::Done(outcomes) => outcomes.into_iter().next().unwrap_or_else(|| Err(outcome_unknown())),
+        Flown::RolledBack(error) => Err(error.into()),
+        Flown::Look => Err(Error::new(ErrorKind::Unavailable, "the commit met another, nothing was written")),
+        Flown::Unknown => Err(outcome_unknown()),
+    }?;
+    if outcome.last > store.watch.seen() {
+        store.watch.saw(outcome.last);
+        wait::announce(store);
+    }
+    Ok(outcome)
+}
+
+/// The whole transaction; whether the connection is as it was goes along.
+async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) -> Result<(Flown, bool)> {
+    let named = lent.is_named();
+    let client = lent.client_mut()?;
+    let transaction =
+        client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
+    sender.client.batch_execute(&settings_for_own_sql(&store.settings)).await?;
+    if let Some(id) = batch.command_id()
+        && let Some(known) = commit::command_on(store, sender, id).await?
+    {
+        let outcome = known.repeated(batch);
+        return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
+    }
+    if let Err(refused) = run(sender, &transaction, sql, store.settings.sql_timeout).await {
+        return Err(refused.into());
+    }
+    sender.client.batch_execute(&settings_for_the_commit(&store.settings)).await?;
+    let (receipt, fresh) = match write(store, sender, batch).await? {
+        Wrote::Unit(receipt, fresh) => (receipt, fresh),
+        Wrote::Nothing(outcome) => {
+            return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
+        }
+    };
+    match transaction.commit().await.map_err(PostgresError::from) {
+        Ok(()) => {
+            fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
+            Ok((Flown::Done(vec![Ok(receipt)]), true))
+        }
+        // A constraint of the user's that is checked at the end.
+        Err(error) if is_rolled_back(&error) => {
+            Err(rejected("failed when it was committed").with_source(error).into())
+        }
+        Err(_) => Ok((Flown::Unknown, false)),
+    }
+}
+
+/// What became of the unit in the transaction.
+enum Wrote {
+    /// It is there, with the names that were registered for it.
+    Unit(Receipt, Option<NameTable>),
+    /// It was refused, or the same command has taken effect while the SQL ran: what the SQL did must not last.
+    Nothing(Result<Receipt, Error>),
+}
+
+/// The lock, the checks, the writes. After an error nothing is written, since nothing was committed.
+async fn write(store: &Store, sender: Sender<'_>, batch: &Batch) -> Result<Wrote> {
+    if batch.is_empty() {
+        return Ok(Wrote::Unit(Receipt::of(batch, Position::ZERO, Timestamp::now()), None));
+    }
+    let batches = [batch];
+    let (known, table) = commit::look(store, sender, &batches, &store.names.table(), None).await?;
+    let sorted = commit::sort_out(store, sender, &batches, known, &table).await?;
+    if let Some(outcome) = sorted.outcomes.into_iter().flatten().next() {
+        return Ok(Wrote::Nothing(outcome));
+    }
+    match commit::write_within(store, sender, &sorted.writing).await {
+        Ok(Some(receipt)) => Ok(Wrote::Unit(receipt, sorted.fresh)),
+        Ok(None) => Err(damaged("the end of the log is missing")),
+        Err(error) if is_ours(&error) => {
+            let message = "the commit met another, and nothing was written";
+            Ok(Wrote::Nothing(Err(Error::new(ErrorKind::Unavailable, message).with_source(error))))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Runs the user's SQL, and sees to it that the transaction is still the one it was, and well.
+async fn run(
+    sender: Sender<'_>,
+    transaction: &Transaction<'_>,
+    sql: OwnSql,
+    at_most: Duration,
+) -> Result<(), Error> {
+    let which = || async {
+        sender.client.query_typed(WHICH, &[]).await?.first().map(|row| row.try_get(0)).transpose()
+    };
+    let before: Option<i64> = which().await.map_err(PostgresError::from)?;
+    let began = Instant::now();
+    let outcome = tokio::time::timeout(at_most, (sql.0)(transaction)).await;
+    // The server's clock may have ended a statement just before ours did; code that blocks stops neither.
+    let is_late = outcome.is_err() || began.elapsed() >= at_most;
+    match outcome {
+        Ok(Err(source)) if !is_late => return Err(rejected("said no").with_source(source)),
+        Ok(Err(source)) => return Err(too_long(at_most).with_source(source)),
+        _ if is_late => return Err(too_long(at_most)),
+        _ => {}
+    }
+    match which().await {
+        Ok(after) if after == before => Ok(()),
+        Ok(_) => Err(Error::invalid("the SQL beside the commit ended the transaction, which is not its own")),
+        Err(error) => Err(rejected("had an error and went on").with_source(error)),
+    }
+}
+
+fn rejected(what: &str) -> Error {
+    Error::new(ErrorKind::Rejected, format!("the SQL beside the commit {what}"))
+}
+
+fn too_long(at_most: Duration) -> Error {
+    rejected(&format!("took longer than {at_most:?}"))
+}
+
+/// What the user's SQL has set goes back to what it was, also for those who get the connection next: what was set without
+/// LOCAL would stay. On other people's connections, settings are other people's.
+fn settings_for_the_commit(settings: &Settings) -> String {
+    if settings.has_sessions() { "RESET ALL".to_owned() } else { set_local(settings) }
+}
+
+fn settings_for_own_sql(settings: &Settings) -> String {
+    let timeout = settings.sql_timeout.as_millis();
+    format!("{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}", set_local(settings))
+}

@@ -1,0 +1,200 @@
+//! From rows of the log to a page of events, in bounded memory and without a copy in between.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use evercore_core::{
+    AggregateId, EventRow, Events, EventsBuilder, Headers, NameTable, PageLimit, Position, Sequence,
+    Timestamp,
+};
+use futures_lite::StreamExt;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Row, RowStream};
+
+use crate::error::{PostgresError, Result, damaged};
+use crate::names::checked;
+use crate::pool::Lent;
+use crate::sql::Sql;
+use crate::store::Store;
+
+/// The columns of an event, in the order in which a page takes them.
+macro_rules! event_columns {
+    () => {
+        "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
+         reference, correlation_id, causation_id, headers"
+    };
+}
+pub(crate) use event_columns;
+
+/// How large payloads were in the last page, in bytes: how many rows to ask for so that a page limited in bytes fills
+/// and little more is sent.
+#[derive(Debug, Default)]
+pub(crate) struct UsualSize(AtomicUsize);
+
+impl UsualSize {
+    fn learn(&self, events: usize, bytes: usize) {
+        if let Some(usual) = bytes.checked_div(events) {
+            self.0.store(usual, Ordering::Relaxed);
+        }
+    }
+
+    fn rows_for(&self, bytes: usize) -> usize {
+        match self.0.load(Ordering::Relaxed) {
+            0 => usize::MAX,
+            usual => bytes / usual + bytes / usual / 4 + 8,
+        }
+    }
+}
+
+/// A page as it fills.
+pub(crate) struct Page<'a> {
+    store: &'a Store,
+    lent: &'a Lent,
+    table: Arc<NameTable>,
+    limit: PageLimit,
+    events: EventsBuilder,
+    last: (i64, i64),
+    is_full: bool,
+}
+
+/// What a range of events is ordered by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    Position,
+    Sequence,
+}
+
+/// Which events to read: the first three parameters of the statement are where to begin (itself not read), where to end
+/// (read) and how many rows.
+pub(crate) struct Range {
+    pub(crate) sql: Arc<Sql>,
+    pub(crate) order: Order,
+    pub(crate) from: i64,
+    pub(crate) to: i64,
+    pub(crate) rest: Rest,
+}
+
+/// The parameters behind the third.
+pub(crate) type Rest = Vec<Box<dyn ToSql + Sync + Send>>;
+
+impl Range {
+    pub(crate) fn values<'v>(&'v self, asked: &'v i64) -> Vec<&'v (dyn ToSql + Sync)> {
+        let mut values: Vec<&(dyn ToSql + Sync)> = vec![&self.from, &self.to, asked];
+        values.extend(self.rest.iter().map(|value| &**value as &(dyn ToSql + Sync)));
+        values
+    }
+}
+
+impl<'a> Page<'a> {
+    pub(crate) fn new(store: &'a Store, lent: &'a Lent, limit: PageLimit) -> Self {
+        let (table, events, is_full) = (store.names.table(), EventsBuilder::new(), limit.max_events() == 0);
+        Self { store, lent, table, limit, events, last: (0, 0), is_full }
+    }
+
+    /// How many rows to ask for next.
+    pub(crate) fn ask(&self) -> i64 {
+        let events = self.limit.max_events() - self.events.len();
+        let bytes = self.limit.max_bytes().saturating_sub(self.events.bytes());
+        let rows = events.min(self.store.usual_size.rows_for(bytes)).max(1);
+        i64::try_from(rows).unwrap_or(i64::MAX)
+    }
+
+    /// Reads the range until it ends or the page is full.
+    pub(crate) async fn fill(&mut self, range: Range) -> Result<()> {
+        if self.is_full {
+            return Ok(());
+        }
+        let asked = self.ask();
+        let count = self.take_next(&range, asked).await?;
+        self.go_on(range, asked, count).await
+    }
+
+    /// Reads on after some rows of the range: where fewer came than were asked for, there are no more.
+    pub(crate) async fn go_on(&mut self, mut range: Range, mut asked: i64, mut count: i64) -> Result<()> {
+        while !self.is_full && count == asked {
+            range.from = match range.order {
+                Order::Position => self.last.0,
+                Order::Sequence => self.last.1,
+            };
+            asked = self.ask();
+            count = self.take_next(&range, asked).await?;
+        }
+        Ok(())
+    }
+
+    async fn take_next(&mut self, range: &Range, asked: i64) -> Result<i64> {
+        let ready = self.lent.sender()?.ready(&range.sql).await?;
+        let rows = ready.stream(&range.values(&asked)).await?;
+        self.take_all(rows, asked, Position::MAX).await
+    }
+
+    /// Takes rows until the page is full; tells how many came. What lies past `head` is left out.
+    pub(crate) async fn take_all(
+        &mut self,
+        mut rows: Pin<Box<RowStream>>,
+        asked: i64,
+        head: Position,
+    ) -> Result<i64> {
+        let mut count = 0;
+        while !self.is_full {
+            let Some(row) = rows.try_next().await? else { break };
+            count += 1;
+            self.last = (row.try_get(0)?, row.try_get(2)?);
+            if self.last.0 <= head.get() {
+                self.take(&row)?;
+            }
+        }
+        self.spoil_if_much_is_left(asked - count);
+        self.store.usual_size.learn(self.events.len(), self.events.bytes());
+        Ok(count)
+    }
+
+    /// What is left of an answer is thrown away before the next statement; where that would take longer than to
+    /// connect anew, the connection goes.
+    fn spoil_if_much_is_left(&self, rows: i64) {
+        if !self.is_full {
+            return;
+        }
+        let usual = self.events.bytes() / self.events.len().max(1);
+        if usize::try_from(rows).unwrap_or(0).saturating_mul(usual) > self.limit.max_bytes() {
+            self.lent.spoil();
+        }
+    }
+
+    fn take(&mut self, row: &Row) -> Result<()> {
+        let payload: &[u8] = row.try_get(6)?;
+        if !self.limit.has_room(self.events.len(), self.events.bytes(), payload.len()) {
+            self.is_full = true;
+            return Ok(());
+        }
+        let number = checked(row.try_get(3)?)?;
+        let (aggregate_type, event_type) =
+            self.table.event_type(number).ok_or(PostgresError::UnknownName(number))?;
+        let headers: Option<Headers> = row
+            .try_get::<_, Option<&str>>(10)?
+            .map(|json| serde_json::from_str(json).map_err(damaged))
+            .transpose()?;
+        self.events.push(EventRow {
+            position: Position::new(self.last.0).map_err(damaged)?,
+            aggregate: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
+            aggregate_type,
+            sequence: Sequence::new(self.last.1).map_err(damaged)?,
+            event_type,
+            time: Timestamp::from_micros(row.try_get(4)?).map_err(damaged)?,
+            recorded_at: Timestamp::from_micros(row.try_get(5)?).map_err(damaged)?,
+            payload,
+            reference: row.try_get(7)?,
+            correlation_id: row.try_get(8)?,
+            causation_id: row.try_get(9)?,
+            headers: headers.as_ref(),
+        });
+        self.is_full = self.events.len() == self.limit.max_events();
+        Ok(())
+    }
+
+    /// The events, and whether the limit ended them.
+    pub(crate) fn finish(self) -> (Events, bool) {
+        (self.events.finish(), self.is_full)
+    }
+}

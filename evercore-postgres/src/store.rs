@@ -1,0 +1,121 @@
+//! An open store: its connections, its names, what it has seen of the log, and the end of it.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use deadpool_postgres::Pool;
+use evercore_core::{Error, ErrorKind, Result};
+
+use crate::builder::Settings;
+use crate::commit::CommitSql;
+use crate::connect::Address;
+use crate::error::{self, closed, damaged};
+use crate::flight::Queue;
+use crate::load::LoadSql;
+use crate::log::LogSql;
+use crate::migrate;
+use crate::names::Names;
+use crate::own_sql::Turns;
+use crate::pool::Lent;
+use crate::rows::UsualSize;
+use crate::sql::{Schema, Sql};
+use crate::wait::Watch;
+
+pub(crate) struct Store {
+    pub(crate) settings: Settings,
+    pub(crate) pool: Pool,
+    /// Where the server is, if we connect ourselves.
+    pub(crate) address: Option<Address>,
+    pub(crate) sql: Statements,
+    pub(crate) names: Names,
+    pub(crate) queue: Queue,
+    pub(crate) turns: Turns,
+    pub(crate) watch: Watch,
+    pub(crate) usual_size: UsualSize,
+    store_id: OnceLock<String>,
+    closed: AtomicBool,
+}
+
+/// The text of every statement, with the schema's name in it.
+#[derive(Debug)]
+pub(crate) struct Statements {
+    pub(crate) commit: CommitSql,
+    pub(crate) load: LoadSql,
+    pub(crate) log: LogSql,
+    store_id: Sql,
+}
+
+impl Statements {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        Self {
+            commit: CommitSql::new(schema),
+            load: LoadSql::new(schema),
+            log: LogSql::new(schema),
+            store_id: Sql::new(schema, "SELECT store_id FROM @store WHERE one = 1", &[]),
+        }
+    }
+}
+
+impl Store {
+    pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
+        let store = Self {
+            sql: Statements::new(&settings.schema),
+            names: Names::new(&settings.schema),
+            watch: Watch::new(&settings.schema),
+            queue: Queue::default(),
+            turns: Turns::new(pool.status().max_size),
+            usual_size: UsualSize::default(),
+            store_id: OnceLock::new(),
+            closed: AtomicBool::new(false),
+            settings,
+            pool,
+            address,
+        };
+        migrate::prepare(&store).await?;
+        let lent = Lent::to_read(&store).await?;
+        let outcome = store.in_time(store.look_around(&lent)).await;
+        lent.after(outcome)?;
+        Ok(store)
+    }
+
+    async fn look_around(&self, lent: &Lent) -> error::Result<()> {
+        let sender = lent.sender()?;
+        let row = sender.row(&self.sql.store_id, &[]).await?;
+        let row = row.ok_or_else(|| damaged("the table of the store is empty"))?;
+        let _ = self.store_id.set(row.try_get(0)?);
+        self.names.reload(sender).await?;
+        self.watch.saw(self.sql.log.head(sender).await?);
+        Ok(())
+    }
+
+    pub(crate) fn store_id(&self) -> &str {
+        self.store_id.get().map_or("", String::as_str)
+    }
+
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) { Err(closed()) } else { Ok(()) }
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        self.check_open()?;
+        if self.settings.read_only { Err(error::read_only()) } else { Ok(()) }
+    }
+
+    /// What is called later is `Closed`.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.watch.close();
+    }
+
+    /// A pool that was handed in stays as it is.
+    pub(crate) fn close_pool(&self) {
+        if self.address.is_some() {
+            self.pool.close();
+        }
+    }
+}
+
+/// A store that lacks what it must have.
+pub(crate) fn not_a_store(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::NotAStore, message)
+}

@@ -1,0 +1,244 @@
+//! Waiting for events, and telling other processes of them.
+//!
+//! A notification is a hint: what counts is the look at the end of the log that it causes. So a lost one costs a second,
+//! and a false one costs a look.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use evercore_core::{Position, Result as CoreResult};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use crate::error::Result;
+use crate::log;
+use crate::pool::Lent;
+use crate::sql::{Schema, Sql};
+use crate::store::Store;
+
+/// How often to look although notifications come: one may have been lost with the process that owed it.
+const FALLBACK: Duration = Duration::from_secs(1);
+
+/// The least time between two notifications of one process.
+const DEBOUNCE: Duration = Duration::from_millis(5);
+
+/// How long to go on watching after the last who waited.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// Longer than anyone waits.
+const FOREVER: Duration = Duration::from_secs(365 * 86_400);
+
+/// What this engine has seen of the log's end, and who waits for more.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    seen: watch::Sender<i64>,
+    channel: String,
+    notify: Sql,
+    waiting: AtomicUsize,
+    is_watched: AtomicBool,
+    is_announced: AtomicBool,
+    hint: Arc<Notify>,
+}
+
+impl Watch {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        Self {
+            seen: watch::Sender::new(0),
+            channel: format!("evercore.{}", schema.as_str()).chars().take(63).collect(),
+            notify: Sql::new(schema, "SELECT pg_notify($1, $2)", &[Type::TEXT, Type::TEXT]),
+            waiting: AtomicUsize::new(0),
+            is_watched: AtomicBool::new(false),
+            is_announced: AtomicBool::new(false),
+            hint: Arc::new(Notify::new()),
+        }
+    }
+
+    /// Notes where the log ends, and wakes those who wait for it.
+    pub(crate) fn saw(&self, head: Position) {
+        self.seen.send_if_modified(|seen| {
+            let is_further = *seen < head.get();
+            *seen = head.get().max(*seen);
+            is_further
+        });
+    }
+
+    /// Notes where a look found the end, which began when `known` had been seen. An end before that is no old news: the
+    /// log has lost its tail, as a failover may do, and who goes on from here must not be told of what is gone.
+    pub(crate) fn found(&self, known: Position, head: Position) {
+        self.seen.send_if_modified(|seen| {
+            let is_other = *seen < head.get() || (head < known && *seen == known.get());
+            if is_other {
+                *seen = head.get();
+            }
+            is_other
+        });
+    }
+
+    pub(crate) fn seen(&self) -> Position {
+        Position::new(*self.seen.borrow()).unwrap_or_default()
+    }
+
+    /// Wakes all who wait, so that they see the end.
+    pub(crate) fn close(&self) {
+        self.seen.send_modify(|_| {});
+        self.hint.notify_waiters();
+    }
+}
+
+/// Whoever waits is subscribed before the look at the log: a commit between the two is not missed.
+pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration) -> CoreResult<Position> {
+    store.check_open()?;
+    let mut seen = store.watch.seen.subscribe();
+    if store.watch.seen() > after {
+        return Ok(store.watch.seen());
+    }
+    let until = Instant::now() + at_most.min(FOREVER);
+    let _waiting = Waiting::new(store);
+    log::head(store).await?;
+    loop {
+        store.check_open()?;
+        let head = Position::new(*seen.borrow_and_update()).unwrap_or_default();
+        if head > after || timeout_at(until, seen.changed()).await.is_err() {
+            return Ok(head);
+        }
+    }
+}
+
+/// Somebody waits, so somebody must watch.
+struct Waiting<'a>(&'a Watch);
+
+impl<'a> Waiting<'a> {
+    fn new(store: &'a Arc<Store>) -> Self {
+        store.watch.waiting.fetch_add(1, Ordering::SeqCst);
+        if !store.watch.is_watched.swap(true, Ordering::SeqCst) {
+            tokio::spawn(keep_watch(Watching(Arc::downgrade(store))));
+        }
+        Self(&store.watch)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The one task that watches for an engine; however it ends, the next who waits starts another.
+struct Watching(Weak<Store>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(store) = self.0.upgrade() {
+            store.watch.is_watched.store(false, Ordering::Release);
+        }
+    }
+}
+
+async fn keep_watch(mut watching: Watching) {
+    let mut last_wanted = Instant::now();
+    let mut listener = None;
+    let mut listen_again = Instant::now();
+    loop {
+        let Some(store) = watching.0.upgrade() else { return };
+        if store.check_open().is_err() {
+            return;
+        }
+        if store.watch.waiting.load(Ordering::Acquire) > 0 {
+            last_wanted = Instant::now();
+        } else if last_wanted.elapsed() > LINGER {
+            store.watch.is_watched.store(false, Ordering::SeqCst);
+            // Who came between the look and the store counts on this watch.
+            if store.watch.waiting.load(Ordering::SeqCst) == 0
+                || store.watch.is_watched.swap(true, Ordering::SeqCst)
+            {
+                watching.0 = Weak::new();
+                return;
+            }
+        }
+        if listener.as_ref().is_none_or(Listener::is_gone) && listen_again <= Instant::now() {
+            listen_again = Instant::now() + FALLBACK;
+            listener = Listener::start(&store).await;
+        }
+        // After LISTEN, since what committed before it was told to nobody here.
+        // If it fails, the next will tell.
+        let _ = log::head(&store).await;
+        let pause = if listener.is_some() { FALLBACK } else { store.settings.poll_interval };
+        let hint = Arc::clone(&store.watch.hint);
+        drop(store);
+        let _ = timeout(pause, hint.notified()).await;
+    }
+}
+
+/// A connection of its own that hears of the commits of other processes.
+struct Listener {
+    _client: Client,
+    task: JoinHandle<()>,
+}
+
+impl Listener {
+    /// `None` where nothing tells: on a standby, behind a pooler, on a pool that was handed in; or out of reach.
+    async fn start(store: &Store) -> Option<Self> {
+        if store.settings.pooler || store.settings.read_only {
+            return None;
+        }
+        let hint = Arc::clone(&store.watch.hint);
+        let (client, task) = store.address.as_ref()?.listen(move |_| hint.notify_one()).await.ok()?;
+        let listener = Self { _client: client, task };
+        let listen = format!("LISTEN \"{}\"", store.watch.channel);
+        listener._client.batch_execute(&listen).await.ok()?;
+        Some(listener)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.task.is_finished()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Tells other processes that the log has grown: at once, and then no more often than they can use. Nobody waits for
+/// it, and no commit carries it: a notification inside each would have them all queue for one lock of the cluster.
+pub(crate) fn announce(store: &Arc<Store>) {
+    if !store.watch.is_announced.swap(true, Ordering::AcqRel) {
+        tokio::spawn(keep_announcing(Arc::downgrade(store)));
+    }
+}
+
+async fn keep_announcing(weak: Weak<Store>) {
+    loop {
+        let Some(store) = weak.upgrade() else { return };
+        let head = store.watch.seen();
+        // Who does not hear of it looks by himself within a second.
+        let _ = tell(&store, head).await;
+        drop(store);
+        sleep(DEBOUNCE).await;
+        let Some(store) = weak.upgrade() else { return };
+        if store.watch.seen() > head {
+            continue;
+        }
+        store.watch.is_announced.store(false, Ordering::Release);
+        // A commit between the look and the store has found it announced.
+        if store.watch.seen() == head || store.watch.is_announced.swap(true, Ordering::AcqRel) {
+            return;
+        }
+    }
+}
+
+async fn tell(store: &Store, head: Position) -> Result<()> {
+    let lent = Lent::to_read(store).await?;
+    let told = store.in_time(notify(store, &lent, head)).await;
+    lent.after(told)
+}
+
+async fn notify(store: &Store, lent: &Lent, head: Position) -> Result<()> {
+    let (channel, payload) = (store.watch.channel.as_str(), head.to_string());
+    lent.sender()?.rows(&store.watch.notify, &[&channel, &payload]).await.map(drop)
+}

@@ -1,0 +1,118 @@
+-- The schema of an evercore store on PostgreSQL, version 1. It lies in a schema of the user's choice: the names below
+-- are found through the search path of the transaction that runs this.
+-- Names, keys and texts compare bytewise; times are microseconds since 1970, UTC.
+--
+-- There is no sequence, no trigger, no function and no foreign key: every row is written by one statement that holds
+-- the row of log_end and has checked what a foreign key would check again, row by row.
+
+-- One row: who this store is, of which schema version, and what was given out by now. It is updated outside of commits.
+CREATE TABLE store (
+    one               SMALLINT NOT NULL CHECK (one = 1),
+    store_id          TEXT     NOT NULL,
+    schema_version    INTEGER  NOT NULL,
+    next_aggregate_id BIGINT   NOT NULL,
+    CONSTRAINT store_one PRIMARY KEY (one)
+);
+INSERT INTO store VALUES (1, replace(gen_random_uuid()::text, '-', ''), 1, 1);
+
+-- One row: where the log ends. Whoever commits updates it first and holds it until the commit is visible, so positions
+-- are 1, 2, 3, … in commit order, on a standby and after a restore too.
+CREATE TABLE log_end (
+    one         SMALLINT NOT NULL CHECK (one = 1),
+    position    BIGINT   NOT NULL,
+    recorded_at BIGINT   NOT NULL,
+    CONSTRAINT log_end_one PRIMARY KEY (one)
+);
+INSERT INTO log_end VALUES (1, 0, 0);
+
+-- Names are numbered under the lock of the row in store: 1, 2, 3, … in the order in which they commit.
+CREATE TABLE aggregate_types (
+    id   INTEGER          NOT NULL,
+    name TEXT COLLATE "C" NOT NULL,
+    CONSTRAINT aggregate_types_id PRIMARY KEY (id),
+    CONSTRAINT aggregate_types_name UNIQUE (name)
+);
+
+CREATE TABLE event_types (
+    id                INTEGER          NOT NULL,
+    aggregate_type_id INTEGER          NOT NULL,
+    name              TEXT COLLATE "C" NOT NULL,
+    CONSTRAINT event_types_id PRIMARY KEY (id),
+    CONSTRAINT event_types_name UNIQUE (aggregate_type_id, name)
+);
+
+CREATE TABLE aggregates (
+    id                BIGINT  NOT NULL,
+    aggregate_type_id INTEGER NOT NULL,
+    natural_key       TEXT COLLATE "C",
+    CONSTRAINT aggregates_id PRIMARY KEY (id),
+    -- Deferrable, so that it is checked at the end of a statement: two aggregates may swap their keys.
+    CONSTRAINT aggregates_natural_key UNIQUE (aggregate_type_id, natural_key) DEFERRABLE INITIALLY IMMEDIATE
+);
+
+-- The log. The position is written, never drawn.
+CREATE TABLE events (
+    position       BIGINT  NOT NULL,
+    aggregate_id   BIGINT  NOT NULL,
+    sequence       BIGINT  NOT NULL,
+    event_time     BIGINT  NOT NULL,
+    recorded_at    BIGINT  NOT NULL,
+    event_type_id  INTEGER NOT NULL,
+    payload        BYTEA   NOT NULL,
+    reference      TEXT,
+    correlation_id TEXT,
+    causation_id   TEXT,
+    headers        TEXT, -- a JSON object of strings
+    CONSTRAINT events_position PRIMARY KEY (position),
+    -- An aggregate's events, and what no two writers can pass together.
+    CONSTRAINT events_aggregate_sequence UNIQUE (aggregate_id, sequence)
+);
+-- A filter that matches rarely reads this instead of the log.
+CREATE INDEX events_event_type ON events (event_type_id, position);
+
+-- One per aggregate.
+CREATE TABLE snapshots (
+    aggregate_id BIGINT  NOT NULL,
+    sequence     BIGINT  NOT NULL,
+    version      BIGINT  NOT NULL,
+    state        BYTEA   NOT NULL,
+    CONSTRAINT snapshots_aggregate_id PRIMARY KEY (aggregate_id)
+);
+
+-- Commands that took effect, or were settled as never committed (no receipt).
+CREATE TABLE commands (
+    command_id  TEXT COLLATE "C" NOT NULL,
+    fingerprint BIGINT,
+    receipt     TEXT,
+    CONSTRAINT commands_command_id PRIMARY KEY (command_id)
+);
+
+-- The log for people: names instead of ids, the payload and the times as text. A payload that is no text (the pattern
+-- is that of well-formed UTF-8 without a NUL) is shown in hexadecimal.
+CREATE VIEW event_log AS
+SELECT e.position,
+       a.name AS aggregate_type,
+       e.aggregate_id,
+       g.natural_key,
+       e.sequence,
+       t.name AS event_type,
+       CASE WHEN encode(e.payload, 'hex') ~ ('^((0[1-9a-f]|[1-7][0-9a-f])'
+                || '|(c[2-9a-f]|d[0-9a-f])[89ab][0-9a-f]'
+                || '|e0[ab][0-9a-f][89ab][0-9a-f]'
+                || '|(e[1-9abcef]([89ab][0-9a-f]){2}|ed[89][0-9a-f][89ab][0-9a-f])'
+                || '|f0[9ab][0-9a-f]([89ab][0-9a-f]){2}|f[123]([89ab][0-9a-f]){3}|f48[0-9a-f]([89ab][0-9a-f]){2})*$')
+            THEN convert_from(e.payload, 'UTF8')
+            ELSE '\x' || encode(e.payload, 'hex')
+       END AS payload,
+       e.reference,
+       to_char(timestamp '1970-01-01' + e.event_time * interval '1 microsecond',
+               'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS event_time,
+       to_char(timestamp '1970-01-01' + e.recorded_at * interval '1 microsecond',
+               'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS recorded_at,
+       e.correlation_id,
+       e.causation_id,
+       e.headers
+FROM events e
+JOIN event_types t     ON t.id = e.event_type_id
+JOIN aggregate_types a ON a.id = t.aggregate_type_id
+JOIN aggregates g      ON g.id = e.aggregate_id;
