@@ -30,12 +30,12 @@ core-tree:
     echo "$tree"
     [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
 
-# All tests; no server needed. Arguments go to cargo: `just test -p evercore-memory`.
+# All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`.
 test *args:
     cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
 
 # The conformance suite on every engine of this version, none skipped.
-integration-test: integration-test-memory integration-test-sqlite
+integration-test: integration-test-memory integration-test-sqlite integration-test-postgres
 
 # The conformance suite and the other tests of the memory engine.
 integration-test-memory:
@@ -45,19 +45,34 @@ integration-test-memory:
 integration-test-sqlite:
     EVERCORE_REQUIRE=sqlite cargo test --locked -p evercore-sqlite --all-features --tests
 
-# There is no PostgreSQL engine yet: nothing to run, and that is an error.
+# The conformance suite and the other tests of the PostgreSQL engine, on servers of its own or on EVERCORE_POSTGRES_URL.
 integration-test-postgres:
-    @echo "There is no PostgreSQL engine in this version, so there is nothing to run." >&2
-    @exit 1
+    EVERCORE_REQUIRE=postgres cargo test --locked -p evercore-postgres --all-features --tests
 
-# Long runs: random walks of many steps with a seed of their own, and a writer killed twenty times at random moments.
+# Long runs: random walks of many steps with a seed of their own, a writer killed twenty times at random moments, and
+# PostgreSQL under 64 writers, killed, cut off and dropped.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
+    just torture-postgres {{ steps }} {{ seed }}
 
-# The benchmarks, each beside its floor. Arguments choose among them: `just bench w3`.
-bench *args:
+# The long runs on PostgreSQL alone.
+torture-postgres steps="20000" seed=`echo $RANDOM`:
+    EVERCORE_STEPS={{ steps }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=postgres \
+        cargo test --locked --release -p evercore-postgres --all-features --test conformance -- direct::random
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
+        cargo test --locked --release -p evercore-postgres --all-features --test torture -- --nocapture --test-threads=1
+
+# The benchmarks, each beside its floor. Arguments choose among them: `just bench W3`.
+bench *args: (bench-sqlite args) (bench-postgres args)
+
+# The benchmarks on SQLite and in memory.
+bench-sqlite *args:
     cargo bench --locked -p evercore-sqlite --bench workloads -- {{ args }}
+
+# The benchmarks on PostgreSQL, on a server of their own.
+bench-postgres *args:
+    cargo bench --locked -p evercore-postgres --bench workloads -- {{ args }}
 
 # Run scratch/src/main.rs, a private playground that git ignores; made on first use.
 scratch *args:
