@@ -1,14 +1,18 @@
-//! Reading the log from one end to the other, a page ahead of whoever reads.
+//! Reading the log from one end to the other, some pages ahead of whoever reads.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 
 use crate::ahead::Ahead;
-use crate::engine::{BoxFuture, Direction, LogPage, LogQuery, StorageEngine};
+use crate::engine::{BoxFuture, Direction, Filter, LogPage, LogQuery, StorageEngine};
 use crate::error::Result;
 use crate::ids::Position;
 
-/// Gives the log page by page; while one page is worked on, the next is already being read.
+/// How many pages are read at a time: the next one, and the one behind it where it is known where that begins.
+const AHEAD: usize = 2;
+
+/// Gives the log page by page; while one page is worked on, the next are already being read.
 ///
 /// No event is skipped and none comes twice. Made by [`EventStore::log_reader`](crate::EventStore::log_reader).
 ///
@@ -28,15 +32,24 @@ pub struct LogReader {
     engine: Arc<dyn StorageEngine>,
     /// Begins where the pages that were handed out end.
     query: LogQuery,
-    reading: Option<Ahead<'static, Result<LogPage>>>,
+    /// The pages behind it that are on their way, in order.
+    reading: VecDeque<Reading>,
     /// An engine that reads in the caller's time is asked for a page when that page is wanted, and not before.
     reads_ahead: bool,
+    /// Whether pages are as long as they may be, so that the one behind the next can be asked for.
+    are_full: bool,
     is_at_end: bool,
+}
+
+/// A page on its way.
+struct Reading {
+    from: Position,
+    page: Ahead<'static, Result<LogPage>>,
 }
 
 impl LogReader {
     pub(crate) fn new(engine: Arc<dyn StorageEngine>, query: LogQuery) -> Self {
-        Self { engine, query, reading: None, reads_ahead: true, is_at_end: false }
+        Self { engine, query, reading: VecDeque::new(), reads_ahead: true, are_full: true, is_at_end: false }
     }
 
     /// The next page; `None` at the end of what there was when the page before was read. After that it looks again:
@@ -59,27 +72,60 @@ impl LogReader {
             Direction::Forward => page.scanned >= page.head.min(self.query.to),
             Direction::Backward => page.scanned <= self.query.to,
         };
-        if self.reads_ahead && !self.is_at_end {
-            let reading = Ahead::new(self.read()).begun().await;
-            self.reads_ahead = !reading.is_done();
-            self.reading = Some(reading);
+        if !self.is_at_end {
+            self.read_ahead(page.head).await;
         }
         Ok(Some(page))
     }
 
+    /// Begins to read what comes next, unless the engine reads in the caller's time.
+    async fn read_ahead(&mut self, head: Position) {
+        self.drop_what_does_not_follow();
+        while self.reads_ahead && self.reading.len() < AHEAD {
+            let Some(from) = self.behind_what_is_read(head) else { return };
+            let page = Ahead::new(self.read(from)).begun().await;
+            self.reads_ahead = !page.is_done();
+            self.reading.push_back(Reading { from, page });
+        }
+    }
+
+    /// A page that ended early, at its limit of bytes or at the end of the log, has another beginning behind it.
+    fn drop_what_does_not_follow(&mut self) {
+        if self.reading.front().is_some_and(|next| next.from != self.query.from) {
+            self.reading.clear();
+            self.are_full = false;
+        }
+    }
+
+    /// Where to begin behind all that is being read. Positions have no holes, so going forward through all of the log a
+    /// full page ends where it began and the number of its events further; for other pages that cannot be known.
+    fn behind_what_is_read(&self, head: Position) -> Option<Position> {
+        let Some(last) = self.reading.back() else { return Some(self.query.from) };
+        let is_known = self.are_full
+            && self.query.direction == Direction::Forward
+            && self.query.filter == Filter::all()
+            && self.query.limit.max_events() > 0;
+        let behind = last.from.plus(self.query.limit.max_events());
+        (is_known && behind < head.min(self.query.to)).then_some(behind)
+    }
+
     /// What is being read stays here until it is there: whoever drops this future can come back for it.
     async fn page(&mut self) -> Result<LogPage> {
-        let reading = match self.reading.take() {
-            Some(reading) => reading,
-            None => Ahead::new(self.read()),
+        self.drop_what_does_not_follow();
+        if self.reading.is_empty() {
+            let from = self.query.from;
+            self.reading.push_back(Reading { from, page: Ahead::new(self.read(from)) });
+        }
+        let page = match self.reading.front_mut() {
+            Some(reading) => (&mut reading.page).await,
+            None => self.read(self.query.from).await,
         };
-        let page = self.reading.insert(reading).await;
-        self.reading = None;
+        self.reading.pop_front();
         page
     }
 
-    fn read(&self) -> BoxFuture<'static, Result<LogPage>> {
-        let (engine, query) = (Arc::clone(&self.engine), self.query.clone());
+    fn read(&self, from: Position) -> BoxFuture<'static, Result<LogPage>> {
+        let (engine, query) = (Arc::clone(&self.engine), LogQuery { from, ..self.query.clone() });
         Box::pin(async move { engine.read_log(&query).await })
     }
 

@@ -212,15 +212,16 @@ async fn as_of(store: &EventStore) -> Result<()> {
 
 async fn reading(store: &EventStore) -> Result<()> {
     let filter = Filter::all().with_aggregate_type(Account::TYPE.try_into()?);
-    let mut cursor = Position::ZERO;
+    let mut log = store.log_reader(LogQuery::after(Position::ZERO).with_filter(filter));
     loop {
-        let page = store.read_log(&LogQuery::after(cursor).with_filter(filter.clone())).await?;
-        for event in &page.events {
-            let what = event.decode::<Account>()?;
-            println!("{} {what:?} {:?}", event.position(), event.reference());
+        while let Some(page) = log.next().await? {
+            for event in &page.events {
+                let what = event.decode::<Account>()?;
+                println!("{} {what:?} {:?}", event.position(), event.reference());
+            }
         }
-        cursor = page.scanned; // also past what did not pass the filter
-        if cursor == page.head && store.wait(cursor, Duration::from_millis(10)).await? == cursor {
+        let cursor = log.position(); // also past what did not pass the filter
+        if store.wait(cursor, Duration::from_millis(10)).await? == cursor {
             return Ok(()); // nothing new for a while
         }
     }

@@ -9,12 +9,12 @@ use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 use crate::commit::Head;
-use crate::error::{Result, damaged};
+use crate::error::{Result, SqliteError, damaged};
 
 /// Copies the store into a new file, which is there complete or not at all.
 pub(crate) fn back_up(source: &Connection, target: &Path) -> Result<()> {
     if fs::symlink_metadata(target).is_ok() {
-        return Err(Error::invalid("the target of the backup exists already").into());
+        return Err(exists());
     }
     let copy = Copy(beside(target));
     write(source, &copy.0)?;
@@ -28,12 +28,21 @@ pub(crate) fn back_up(source: &Connection, target: &Path) -> Result<()> {
 fn arrive(copy: &Path, target: &Path) -> Result<()> {
     match fs::hard_link(copy, target) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            Err(Error::invalid("the target of the backup exists already").into())
-        }
-        // A file system without links.
-        Err(_) => Ok(fs::rename(copy, target)?),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(exists()),
+        Err(_) => rename(copy, target),
     }
+}
+
+/// For a file system without links. It replaces nothing but what comes between the look and the deed.
+fn rename(copy: &Path, target: &Path) -> Result<()> {
+    if fs::symlink_metadata(target).is_ok() {
+        return Err(exists());
+    }
+    Ok(fs::rename(copy, target)?)
+}
+
+fn exists() -> SqliteError {
+    Error::invalid("the target of the backup exists already").into()
 }
 
 /// A file that is on its way, and goes when it does not arrive.
@@ -92,4 +101,28 @@ fn sync_folder(target: &Path) -> Result<()> {
         File::open(folder)?.sync_all()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use evercore_core::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn neither_way_to_the_name_replaces_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (copy, target) = (folder.path().join("copy"), folder.path().join("target"));
+        for way in [arrive, rename] {
+            fs::write(&copy, "copy").unwrap();
+            fs::write(&target, "older").unwrap();
+            assert_eq!(Error::from(way(&copy, &target).unwrap_err()).kind(), &ErrorKind::Invalid);
+            assert_eq!(fs::read_to_string(&target).unwrap(), "older");
+            fs::remove_file(&target).unwrap();
+            way(&copy, &target).unwrap();
+            assert_eq!(fs::read_to_string(&target).unwrap(), "copy");
+            fs::remove_file(&target).unwrap();
+            let _ = fs::remove_file(&copy); // a link leaves it there
+        }
+    }
 }

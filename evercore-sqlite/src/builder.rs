@@ -162,3 +162,24 @@ fn checked(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
         .map_err(|error| Error::new(ErrorKind::Backend, "the path has no absolute form").with_source(error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_outs_are_kept_within_what_sqlite_can_count() {
+        let day = Duration::from_secs(86_400);
+        let times = [Duration::ZERO, Duration::from_millis(700), 24 * day, 25 * day, Duration::MAX];
+        let kept = times.map(|time| Builder::new().busy_timeout(time).settings.busy_timeout);
+        assert_eq!(
+            kept,
+            [Duration::from_millis(1), Duration::from_millis(700), 24 * day, 24 * day, 24 * day]
+        );
+        for time in times {
+            let builder = Builder::new().busy_timeout(time).sql_timeout(time);
+            futures_lite::future::block_on(builder.open_in_memory()).unwrap();
+            assert!(Builder::new().sql_timeout(time).settings.sql_timeout >= Duration::from_millis(1));
+        }
+    }
+}

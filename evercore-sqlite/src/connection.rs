@@ -54,8 +54,15 @@ pub(crate) fn open(
     busy_timeout: Duration,
 ) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, flags(role, create))?;
-    connection.busy_timeout(busy_timeout)?;
+    wait_for_locks(&connection, busy_timeout)?;
     Ok(connection)
+}
+
+/// How long this connection waits for a lock that another one holds.
+pub(crate) fn wait_for_locks(connection: &Connection, busy_timeout: Duration) -> rusqlite::Result<()> {
+    connection.busy_timeout(busy_timeout)?;
+    let found: i64 = connection.pragma_query_value(None, "busy_timeout", |row| row.get(0))?;
+    expect("busy_timeout", found, i64::try_from(busy_timeout.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// Makes every setting that a connection has of its own, and looks whether SQLite took it.
@@ -69,23 +76,22 @@ pub(crate) fn settle(connection: &Connection, role: Role, durability: Durability
     set(connection, "cache_size", -CACHE_KIB)?;
     set(connection, "query_only", i64::from(role == Role::Reader))?;
     // A disk error under mmap is a signal, not an error code. A build without mmap answers nothing.
-    connection.pragma_update_and_check(None, "mmap_size", 0, |_| Ok(())).or_else(no_answer)
+    match connection.pragma_update_and_check(None, "mmap_size", 0, |row| row.get(0)) {
+        Err(rusqlite::Error::QueryReturnedNoRows) => Ok(()),
+        found => expect("mmap_size", found?, 0),
+    }
 }
 
 fn set(connection: &Connection, pragma: &str, value: i64) -> rusqlite::Result<()> {
     connection.pragma_update(None, pragma, value)?;
-    let found: i64 = connection.pragma_query_value(None, pragma, |row| row.get(0))?;
+    expect(pragma, connection.pragma_query_value(None, pragma, |row| row.get(0))?, value)
+}
+
+fn expect(pragma: &str, found: i64, value: i64) -> rusqlite::Result<()> {
     if found != value {
         let message = format!("SQLite has {pragma} = {found}, asked for {value}");
         // The pool's connections can only say it as an error of rusqlite; this one carries any.
         return Err(rusqlite::Error::ToSqlConversionFailure(message.into()));
     }
     Ok(())
-}
-
-fn no_answer(error: rusqlite::Error) -> rusqlite::Result<()> {
-    match error {
-        rusqlite::Error::QueryReturnedNoRows => Ok(()),
-        other => Err(other),
-    }
 }

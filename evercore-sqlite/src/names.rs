@@ -279,3 +279,47 @@ fn find_aggregate_type(connection: &Connection, name: &AggregateType) -> Result<
     let mut statement = connection.prepare_cached(AGGREGATE_TYPE_BY_NAME)?;
     Ok(statement.query_row([name.as_str()], |row| row.get(0)).optional()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &std::path::Path) -> Connection {
+        let connection = Connection::open(path).unwrap();
+        connection.pragma_update(None, "journal_mode", "wal").unwrap();
+        connection.pragma_update(None, "synchronous", "off").unwrap();
+        connection
+    }
+
+    /// Numbers are given one after the other, so a table of one moment has as many event types as its last number says.
+    #[test]
+    fn a_table_that_is_read_while_names_come_is_of_one_moment() {
+        for _ in 0..10 {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("store.db");
+            let writer = open(&path);
+            writer.execute_batch(include_str!("../migrations/V1__event_store.sql")).unwrap();
+            let reader = open(&path);
+            std::thread::scope(|scope| {
+                scope.spawn(move || (1..=100).for_each(|n| add_names(&writer, n)));
+                let mut last = 0;
+                while last < 200 {
+                    let table = Table::read(&reader).unwrap();
+                    let event_types = table.event_types.iter().flatten().count();
+                    assert_eq!(i64::try_from(event_types).unwrap(), table.complete_to);
+                    assert!(table.complete_to >= last);
+                    last = table.complete_to;
+                }
+            });
+        }
+    }
+
+    /// A new aggregate type with an event type, and behind it one more for the first.
+    fn add_names(connection: &Connection, n: i64) {
+        let names = format!(
+            "BEGIN; INSERT INTO aggregate_types (name) VALUES ('a{n}');
+             INSERT INTO event_types (aggregate_type_id, name) VALUES ({n}, 'b'), (1, 'b{n}'); COMMIT"
+        );
+        connection.execute_batch(&names).unwrap();
+    }
+}

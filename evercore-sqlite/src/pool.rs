@@ -19,7 +19,7 @@ impl Pool {
         let manager = SqliteConnectionManager::file(path)
             .with_flags(connection::flags(Role::Reader, false))
             .with_init(move |connection| {
-                connection.busy_timeout(timeout)?;
+                connection::wait_for_locks(connection, timeout)?;
                 connection::settle(connection, Role::Reader, durability)
             });
         let pool = r2d2::Pool::builder()

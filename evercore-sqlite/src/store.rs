@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use event_listener::Event;
 use evercore_core::{Error, ErrorKind, Position, Result};
@@ -190,9 +191,9 @@ impl Store {
         if self.wal_bytes() < LARGE_WAL {
             return Ok(());
         }
-        state.connection.busy_timeout(std::time::Duration::ZERO).map_err(SqliteError::from)?;
+        connection::wait_for_locks(&state.connection, Duration::ZERO).map_err(SqliteError::from)?;
         let written_back = self.truncate_wal(writer);
-        let timeout = writer.get()?.connection.busy_timeout(self.settings.busy_timeout);
+        let timeout = connection::wait_for_locks(&writer.get()?.connection, self.settings.busy_timeout);
         timeout.map_err(SqliteError::from)?;
         written_back.map(drop)
     }
@@ -263,4 +264,64 @@ fn open_memory(settings: &Settings) -> error::Result<Connection> {
     connection::settle(&connection, Role::Writer, settings.durability)?;
     migrate::migrate(&mut connection, None, settings.busy_timeout)?;
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &Path) -> Store {
+        let settings = Settings { busy_timeout: Duration::from_millis(1_234), ..Settings::default() };
+        Store::open(settings, Some(path.to_owned())).unwrap()
+    }
+
+    fn names(store: &Store) -> Result<i64> {
+        store.read(|connection| {
+            Ok(connection.query_row("SELECT count(*) FROM aggregate_types", [], |row| row.get(0))?)
+        })
+    }
+
+    #[test]
+    fn every_connection_has_its_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder.path().join("store.db"));
+        let ask = |connection: &Connection| {
+            let pragmas = ["busy_timeout", "mmap_size", "synchronous", "foreign_keys", "query_only"];
+            let found = pragmas.map(|pragma| {
+                connection.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0)).unwrap()
+            });
+            Ok::<_, SqliteError>(found)
+        };
+        assert_eq!(store.write(ask).unwrap(), [1_234, 0, 2, 1, 0]);
+        assert_eq!(store.read(ask).unwrap(), [1_234, 0, 2, 1, 1]);
+    }
+
+    #[test]
+    fn a_panic_with_the_writer_in_hand_closes_the_engine_and_leaves_nothing_half_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = open(&path);
+        let panicked = std::thread::scope(|scope| {
+            let half = || {
+                let mut writer = store.lock().unwrap();
+                let half = "BEGIN IMMEDIATE; INSERT INTO aggregate_types (name) VALUES ('half')";
+                writer.get().unwrap().connection.execute_batch(half).unwrap();
+                std::panic::resume_unwind(Box::new("with the writer in hand"));
+            };
+            scope.spawn(half).join()
+        });
+        panicked.unwrap_err();
+        // Whoever needs the writer next finds out, and says so to all others.
+        assert_eq!(names(&store).unwrap(), 0, "reading does not need it");
+        for _ in 0..2 {
+            assert_eq!(store.write(|_| Ok(())).unwrap_err().kind(), &ErrorKind::Closed);
+            assert_eq!(names(&store).unwrap_err().kind(), &ErrorKind::Closed);
+        }
+        // The file is free while the engine that failed is still there, and nothing of the half is in it.
+        let again = open(&path);
+        let whole = "INSERT INTO aggregate_types (name) VALUES ('whole')";
+        again.write(|connection| Ok(connection.execute_batch(whole)?)).unwrap();
+        assert_eq!(names(&again).unwrap(), 1);
+        store.close().unwrap();
+    }
 }

@@ -350,6 +350,31 @@ fn a_commit_wakes_those_who_wait_and_so_does_another_process() {
     });
 }
 
+/// The bell must be listened for before the head is looked at. Here the look is over, and nobody has asked for its
+/// result yet, when the commit rings.
+#[test]
+fn a_commit_between_the_look_and_the_wait_is_not_missed() {
+    let folder = Folder::new();
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        let mut times = Vec::new();
+        for _ in 0..7 {
+            let head = engine.head().await.unwrap();
+            let mut waiting = pin!(engine.wait(head, Duration::from_secs(60)));
+            assert!(futures_lite::future::poll_once(waiting.as_mut()).await.is_none());
+            engine.pause(Duration::from_millis(20)).await;
+            engine.head().await.unwrap(); // asked for later than the look, so that is over too
+            create(&engine, None).await.unwrap();
+            let rung = std::time::Instant::now();
+            assert_eq!(waiting.await.unwrap(), head.next());
+            times.push(rung.elapsed());
+        }
+        times.sort();
+        // Who missed it finds out by the look for commits of other processes, after 50 ms.
+        assert!(times[3] < Duration::from_millis(40), "{times:?}");
+    });
+}
+
 #[test]
 fn the_clock_finds_the_position() {
     block_on(async {

@@ -197,3 +197,41 @@ fn a_backup_under_writes_is_a_whole_store() {
         assert_eq!(positions(&copy).await, [1]);
     });
 }
+
+#[test]
+fn of_backups_to_one_name_at_once_one_arrives() {
+    let folder = Folder::new();
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        create(&engine, None).await.unwrap();
+        let target = folder.file("backup.db");
+        let backups: Vec<_> = (0..8)
+            .map(|_| {
+                let (engine, target) = (engine.clone(), target.clone());
+                smol::spawn(
+                    async move { engine.backup_to(target).await.map_err(|error| error.kind().clone()) },
+                )
+            })
+            .collect();
+        let mut outcomes = Vec::new();
+        for backup in backups {
+            outcomes.push(backup.await);
+        }
+        assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+        assert_eq!(outcomes.iter().filter(|outcome| **outcome == Err(ErrorKind::Invalid)).count(), 7);
+        let copy = SqliteEngine::builder().create(false).open(&target).await.unwrap();
+        assert_eq!(positions(&copy).await, [1]);
+    });
+}
+
+#[cfg(unix)]
+#[test]
+fn a_backup_does_not_follow_a_link_to_nowhere() {
+    let folder = Folder::new();
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        std::os::unix::fs::symlink(folder.file("nowhere"), folder.file("backup.db")).unwrap();
+        assert_eq!(kind(engine.backup_to(folder.file("backup.db")).await), ErrorKind::Invalid);
+        assert!(!folder.file("nowhere").exists());
+    });
+}

@@ -11,18 +11,14 @@ pub(crate) async fn report(store: &EventStore) -> Result<(), BoxError> {
     let mut kinds = BTreeSet::new();
     let mut cases = BTreeSet::new();
     let began = Instant::now();
-    let mut query = LogQuery::after(Position::ZERO);
-    let head = loop {
-        let page = store.read_log(&query).await?;
+    let mut log = store.log_reader(LogQuery::after(Position::ZERO));
+    while let Some(page) = log.next().await? {
         for event in &page.events {
             kinds.insert(event.decode::<Application>().map(ApplicationEvent::to_source)?);
             cases.insert(event.aggregate());
         }
-        query.from = page.scanned;
-        if page.scanned == page.head {
-            break page.head;
-        }
-    };
+    }
+    let head = log.position();
     println!("log:    {}", crate::rate(head.get(), began));
 
     let began = Instant::now();

@@ -135,6 +135,7 @@ cases! {
         dropping_it_writes_nothing,
         an_error_in_it_leaves_nothing,
         a_panic_in_it_leaves_nothing_and_a_healthy_engine,
+        a_panic_while_recording_leaves_aggregate_and_unit_as_before,
         a_stale_guard_is_a_conflict_and_writes_nothing,
         a_guard_that_holds_lets_the_unit_through,
         a_guard_alone_is_checked,

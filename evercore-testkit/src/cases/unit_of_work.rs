@@ -4,7 +4,10 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use evercore_core::{BoxError, CommandId, Error, ErrorKind, EventStore, Metadata, RetryPolicy, Timestamp};
+use evercore_core::{
+    Aggregate, BoxError, CommandId, Error, ErrorKind, EventStore, Json, Metadata, RetryPolicy, Timestamp,
+};
+use serde::{Deserialize, Serialize};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -75,6 +78,47 @@ pub(crate) async fn a_panic_in_it_leaves_nothing_and_a_healthy_engine(fixture: &
     assert_eq!(panicked, [true, true]);
     assert_eq!(everything(&fixture.engine()).await, (vec![], vec![]));
     assert_is_healthy(&store).await;
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Brittle {
+    events: i64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum BrittleEvent {
+    Happened,
+    Broke,
+}
+
+impl Aggregate for Brittle {
+    const TYPE: &'static str = "brittle";
+    type Event = BrittleEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, event: BrittleEvent) {
+        self.events += 1;
+        if matches!(event, BrittleEvent::Broke) {
+            std::panic::resume_unwind(Box::new("a panic in the midst of an event"));
+        }
+    }
+}
+
+pub(crate) async fn a_panic_while_recording_leaves_aggregate_and_unit_as_before(fixture: &mut Fixture) {
+    let store = fixture.store();
+    let mut work = store.begin();
+    let mut brittle = work.create_with_key::<Brittle>("b").await.unwrap();
+    work.record(&mut brittle, BrittleEvent::Happened).unwrap();
+    let record = || {
+        let events = [BrittleEvent::Happened, BrittleEvent::Broke, BrittleEvent::Happened];
+        work.record_all(&mut brittle, events)
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(record)).unwrap_err();
+    assert_eq!((brittle.events, brittle.sequence()), (1, at(1)));
+    work.record(&mut brittle, BrittleEvent::Happened).unwrap();
+    let receipt = work.commit().await.unwrap();
+    assert_eq!(receipt.sequence_of(brittle.id()), Some(at(2)));
+    assert_eq!(store.load::<Brittle>("b").await.unwrap().events, 2);
 }
 
 async fn assert_is_healthy(store: &EventStore) {
