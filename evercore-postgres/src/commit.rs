@@ -35,7 +35,8 @@ const AGGREGATES: &str = "
 const HOLDERS: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key
     FROM unnest($1::int[], $2::text[]) AS k (type_id, natural_key)
-    JOIN @aggregates a ON a.aggregate_type_id = k.type_id AND a.natural_key = k.natural_key";
+    CROSS JOIN LATERAL (SELECT h.id, h.aggregate_type_id, h.natural_key FROM @aggregates h
+                        WHERE h.aggregate_type_id = k.type_id AND h.natural_key = k.natural_key LIMIT 1) AS a";
 
 const COMMANDS: &str = "SELECT command_id, fingerprint, receipt FROM @commands WHERE command_id = ANY ($1)";
 
@@ -68,6 +69,12 @@ impl CommitSql {
             reserve: Sql::new(schema, RESERVE, &[Type::INT8]),
             write: WriteSql::new(schema),
         }
+    }
+
+    /// Makes all that are made when first asked for, to look at their plans.
+    #[cfg(test)]
+    pub(crate) fn make_all(&self) {
+        assert!(self.write.all().count() > 0);
     }
 }
 

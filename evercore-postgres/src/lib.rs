@@ -13,6 +13,8 @@ mod log;
 mod migrate;
 mod names;
 mod own_sql;
+#[cfg(all(test, unix))]
+mod plans;
 mod pool;
 mod rows;
 mod sql;

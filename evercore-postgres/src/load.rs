@@ -8,7 +8,7 @@ use evercore_core::{
     Snapshot, Target,
 };
 use futures_lite::StreamExt;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, RowStream};
 
 use crate::error::{Result, damaged};
@@ -28,7 +28,8 @@ macro_rules! select_history {
                        coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = a.id), 0) AS sequence,
                        s.sequence AS snapshot_sequence, s.version, s.state
                 FROM @aggregates a
-                LEFT JOIN @snapshots s ON s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2
+                LEFT JOIN LATERAL (SELECT s.sequence, s.version, s.state FROM @snapshots s
+                                   WHERE s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2 LIMIT 1) s ON true
                 WHERE ",
             $which,
             "), usable AS MATERIALIZED (
@@ -47,11 +48,45 @@ macro_rules! select_history {
     };
 }
 
-const BY_ID: &str = select_history!("a.id = $4");
+/// The same for whoever wants all events from the first on: without snapshots, and without the look for the last
+/// sequence, which is that of the last row unless there are more rows than were asked for.
+macro_rules! select_all {
+    ($which:literal) => {
+        concat!(
+            "SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
+                    a.natural_key, NULL, NULL, NULL
+             FROM @aggregates a WHERE ",
+            $which,
+            " UNION ALL
+            (SELECT ",
+            event_columns!(),
+            " FROM @events WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE ",
+            $which,
+            ") ORDER BY sequence LIMIT $1)"
+        )
+    };
+}
 
-const BY_KEY: &str = select_history!(
+/// Which aggregate: by its id, which is the last parameter, or by the last two.
+macro_rules! by_id_and_key {
+    ($select:ident, $id:literal, $key:literal) => {
+        ($select!($id), $select!($key))
+    };
+}
+
+const FROM_SNAPSHOT: (&str, &str) = by_id_and_key!(
+    select_history,
+    "a.id = $4",
     "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $4) AND a.natural_key = $5"
 );
+
+const FROM_FIRST: (&str, &str) = by_id_and_key!(
+    select_all,
+    "a.id = $2",
+    "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $2) AND a.natural_key = $3"
+);
+
+const LAST: &str = "SELECT max(sequence) FROM @events WHERE aggregate_id = $1";
 
 const FORWARD: &str = concat!(
     "SELECT ",
@@ -68,8 +103,9 @@ const BACKWARD: &str = concat!(
 /// The statements of this room.
 #[derive(Debug)]
 pub(crate) struct LoadSql {
-    by_id: Sql,
-    by_key: Sql,
+    from_snapshot: (Sql, Sql),
+    from_first: (Sql, Sql),
+    last: Sql,
     forward: Arc<Sql>,
     backward: Arc<Sql>,
 }
@@ -77,10 +113,14 @@ pub(crate) struct LoadSql {
 impl LoadSql {
     pub(crate) fn new(schema: &Schema) -> Self {
         const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
-        let by_key = [Type::INT8, Type::INT8, Type::INT8, Type::TEXT, Type::TEXT];
+        let both = |(by_id, by_key): (&str, &str), first: &[Type]| {
+            let (id, key) = ([first, &[Type::INT8]].concat(), [first, &[Type::TEXT, Type::TEXT]].concat());
+            (Sql::new(schema, by_id, &id), Sql::new(schema, by_key, &key))
+        };
         Self {
-            by_id: Sql::new(schema, BY_ID, &NUMBERS),
-            by_key: Sql::new(schema, BY_KEY, &by_key),
+            from_snapshot: both(FROM_SNAPSHOT, &NUMBERS[..3]),
+            from_first: both(FROM_FIRST, &NUMBERS[..1]),
+            last: Sql::new(schema, LAST, &NUMBERS[..1]),
             forward: Arc::new(Sql::new(schema, FORWARD, &NUMBERS)),
             backward: Arc::new(Sql::new(schema, BACKWARD, &NUMBERS)),
         }
@@ -109,28 +149,47 @@ async fn load_on(store: &Store, lent: &Lent, request: &LoadRequest) -> Result<Op
     let Some(row) = rows.try_next().await? else { return Ok(None) };
     let found = Found::of(&row)?;
     let count = page.take_all(rows, asked, Position::MAX).await?;
-    let end = found.sequence.min(request.up_to);
+    let sequence = match found.sequence {
+        Some(sequence) => sequence,
+        None if count < asked && !page.is_full() => page.last_sequence()?,
+        None => last_sequence(store, lent, found.id).await?,
+    };
+    let end = sequence.min(request.up_to);
     page.go_on(store.sql.load.range(Direction::Forward, found.id, (Sequence::ZERO, end)), asked, count)
         .await?;
     let (events, _) = page.finish();
     let aggregate_type = store.names.aggregate_type(lent.sender()?, found.type_number).await?;
-    let Found { id, key, sequence, snapshot, .. } = found;
-    let snapshot = snapshot.filter(|snapshot| snapshot.sequence <= sequence);
-    Ok(Some(History { id, aggregate_type, key, sequence, snapshot, events }))
+    let snapshot = found.snapshot.filter(|snapshot| snapshot.sequence <= sequence);
+    Ok(Some(History { id: found.id, aggregate_type, key: found.key, sequence, snapshot, events }))
+}
+
+async fn last_sequence(store: &Store, lent: &Lent, id: AggregateId) -> Result<Sequence> {
+    let row = lent.sender()?.row(&store.sql.load.last, &[&id.get()]).await?;
+    let last: Option<i64> = row.map(|row| row.try_get(0)).transpose()?.flatten();
+    Sequence::new(last.unwrap_or(0)).map_err(damaged)
 }
 
 async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> Result<Pin<Box<RowStream>>> {
-    // No version: a number that no snapshot has.
     let (version, up_to) = (request.snapshot.map_or(-1, i64::from), request.up_to.get());
+    let is_all =
+        request.snapshot.is_none() && request.up_to == Sequence::MAX && request.limit.max_events() > 0;
+    let sql = &store.sql.load;
+    let ((by_id, by_key), mut values) = match is_all {
+        true => (&sql.from_first, vec![&asked as &(dyn ToSql + Sync)]),
+        // No version: a number that no snapshot has.
+        false => (&sql.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
+    };
     let sender = lent.sender()?;
     match &request.target {
         Target::Id(id) => {
-            let ready = sender.ready(&store.sql.load.by_id).await?;
-            ready.stream(&[&version, &up_to, &asked, &id.get()]).await
+            let id = id.get();
+            values.push(&id);
+            sender.ready(by_id).await?.stream(&values).await
         }
         Target::Key(aggregate_type, key) => {
-            let ready = sender.ready(&store.sql.load.by_key).await?;
-            ready.stream(&[&version, &up_to, &asked, &aggregate_type.as_str(), &key.as_str()]).await
+            let (name, key) = (aggregate_type.as_str(), key.as_str());
+            values.extend([&name as &(dyn ToSql + Sync), &key]);
+            sender.ready(by_key).await?.stream(&values).await
         }
     }
 }
@@ -153,7 +212,8 @@ struct Found {
     id: AggregateId,
     type_number: i32,
     key: Option<Key>,
-    sequence: Sequence,
+    /// `None` if it was not asked for.
+    sequence: Option<Sequence>,
     snapshot: Option<Snapshot>,
 }
 
@@ -166,7 +226,7 @@ impl Found {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             type_number: row.try_get(3)?,
             key: row.try_get::<_, Option<&str>>(7)?.map(Key::new).transpose().map_err(damaged)?,
-            sequence: Sequence::new(row.try_get(2)?).map_err(damaged)?,
+            sequence: row.try_get::<_, Option<i64>>(2)?.map(Sequence::new).transpose().map_err(damaged)?,
             snapshot: snapshot(row)?,
         })
     }

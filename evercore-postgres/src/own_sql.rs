@@ -63,8 +63,13 @@ impl PostgresEngine {
     ///
     /// It may take [`sql_timeout`](crate::Builder::sql_timeout) altogether, then it is rolled back. It holds up nobody
     /// but those who want the rows that it has locked itself; that the tables of evercore are read at most is part of
-    /// the bargain. It runs in a task: a caller who goes away does not stop it. Give it plain names with a schema,
-    /// since the search path is the role's.
+    /// the bargain. One connection of the pool is left to others: SQL that finds too much of its kind at work waits, and
+    /// after [`connect_timeout`](crate::Builder::connect_timeout) is [`Unavailable`](ErrorKind::Unavailable). It runs in
+    /// a task: a caller who goes away does not stop it. A panic writes nothing and goes on in the caller.
+    ///
+    /// Give it names with their schema, since the search path is the role's. What it sets is set back; behind a pooler
+    /// and on a pool of your own that takes `SET LOCAL`. Savepoints are fine. COMMIT and ROLLBACK are not: that is found
+    /// out and nothing of the unit is written, but what the SQL has committed by itself is committed, and stays.
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the SQL's own error as its source, or if it took too long;
@@ -129,7 +134,14 @@ impl Turns {
 async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, Error> {
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
-    let (flown, is_clean) = together(store, &mut lent, &batch, sql).await?;
+    // The user's time, and then our own: a server that says nothing must not hold anybody for ever.
+    let patience = store.settings.sql_timeout.saturating_add(store.patience());
+    let (flown, is_clean) =
+        match tokio::time::timeout(patience, together(store, &mut lent, &batch, sql)).await {
+            Ok(ended) => ended?,
+            // Perhaps to the COMMIT.
+            Err(_) => (Flown::Unknown, false),
+        };
     if is_clean {
         lent.put_back();
     }

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use deadpool_postgres::{ClientWrapper, Object};
 use evercore_core::{Error, ErrorKind};
@@ -89,7 +90,11 @@ impl Drop for Lent {
 impl Store {
     /// Waits for the server no longer than a little more than the server itself would.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let patience = self.settings.statement_timeout.saturating_add(self.settings.connect_timeout);
-        tokio::time::timeout(patience, work).await?
+        tokio::time::timeout(self.patience(), work).await?
+    }
+
+    /// How long that is.
+    pub(crate) fn patience(&self) -> Duration {
+        self.settings.statement_timeout.saturating_add(self.settings.connect_timeout)
     }
 }

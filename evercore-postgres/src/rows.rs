@@ -193,6 +193,16 @@ impl<'a> Page<'a> {
         Ok(())
     }
 
+    /// Whether the limit was met.
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full
+    }
+
+    /// The sequence of the last row that came; zero if none did.
+    pub(crate) fn last_sequence(&self) -> Result<Sequence> {
+        Sequence::new(self.last.1).map_err(damaged)
+    }
+
     /// The events, and whether the limit ended them.
     pub(crate) fn finish(self) -> (Events, bool) {
         (self.events.finish(), self.is_full)

@@ -104,7 +104,10 @@ pub(crate) type Values<'a> = [&'a (dyn ToSql + Sync)];
 
 impl Sql {
     pub(crate) fn new(schema: &Schema, text: &str, types: &[Type]) -> Self {
-        Self { text: schema.fill(text), types: types.to_vec() }
+        let sql = Self { text: schema.fill(text), types: types.to_vec() };
+        #[cfg(test)]
+        MADE.with_borrow_mut(|made| made.push(sql.clone()));
+        sql
     }
 
     #[cfg(test)]
@@ -116,6 +119,12 @@ impl Sql {
     pub(crate) fn types(&self) -> &[Type] {
         &self.types
     }
+}
+
+// Every statement that was made on this thread, to look at their plans.
+#[cfg(test)]
+thread_local! {
+    pub(crate) static MADE: std::cell::RefCell<Vec<Sql>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
 /// How statements are sent on one connection.

@@ -11,7 +11,6 @@ use evercore_core::{Position, Result as CoreResult};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use crate::error::Result;
@@ -159,41 +158,61 @@ async fn keep_watch(mut watching: Watching) {
                 return;
             }
         }
-        if listener.as_ref().is_none_or(Listener::is_gone) && listen_again <= Instant::now() {
+        if listener.as_ref().is_none_or(Listener::is_over) && listen_again <= Instant::now() {
             listen_again = Instant::now() + FALLBACK;
-            listener = Listener::start(&store).await;
+            listener = Listener::start(&store);
         }
-        // After LISTEN, since what committed before it was told to nobody here.
         // If it fails, the next will tell.
         let _ = log::head(&store).await;
-        let pause = if listener.is_some() { FALLBACK } else { store.settings.poll_interval };
+        let hears = listener.as_ref().is_some_and(Listener::hears);
+        let pause = if hears { FALLBACK } else { store.settings.poll_interval };
         let hint = Arc::clone(&store.watch.hint);
         drop(store);
         let _ = timeout(pause, hint.notified()).await;
     }
 }
 
-/// A connection of its own that hears of the commits of other processes.
+/// A connection of its own that hears of the commits of other processes. Nobody waits until it does: a server may let
+/// nobody in and not say so.
 struct Listener {
-    _client: Client,
     task: JoinHandle<()>,
+    hears: Arc<AtomicBool>,
 }
 
 impl Listener {
-    /// `None` where nothing tells: on a standby, behind a pooler, on a pool that was handed in; or out of reach.
-    async fn start(store: &Store) -> Option<Self> {
+    /// `None` where nothing tells: on a standby, behind a pooler, on a pool that was handed in.
+    fn start(store: &Store) -> Option<Self> {
         if store.settings.pooler || store.settings.read_only {
             return None;
         }
-        let hint = Arc::clone(&store.watch.hint);
-        let (client, task) = store.address.as_ref()?.listen(move |_| hint.notify_one()).await.ok()?;
-        let listener = Self { _client: client, task };
+        let address = store.address.clone()?;
+        let (at_most, hint) = (store.settings.connect_timeout, Arc::clone(&store.watch.hint));
         let listen = format!("LISTEN \"{}\"", store.watch.channel);
-        listener._client.batch_execute(&listen).await.ok()?;
-        Some(listener)
+        let hears = Arc::new(AtomicBool::new(false));
+        let it_hears = Arc::clone(&hears);
+        let task = tokio::spawn(async move {
+            let heard = Arc::clone(&hint);
+            let begin = async {
+                let (client, connection) = address.listen(move |_| heard.notify_one()).await?;
+                client.batch_execute(&listen).await?;
+                Ok::<_, tokio_postgres::Error>((client, connection))
+            };
+            let Ok(Ok((_client, connection))) = timeout(at_most, begin).await else { return };
+            it_hears.store(true, Ordering::Release);
+            // What committed before LISTEN was told to nobody here, and what comes after the end will not be: look.
+            hint.notify_one();
+            let _ = connection.await;
+            it_hears.store(false, Ordering::Release);
+            hint.notify_one();
+        });
+        Some(Self { task, hears })
     }
 
-    fn is_gone(&self) -> bool {
+    fn hears(&self) -> bool {
+        self.hears.load(Ordering::Acquire)
+    }
+
+    fn is_over(&self) -> bool {
         self.task.is_finished()
     }
 }

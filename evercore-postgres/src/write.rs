@@ -51,9 +51,10 @@ const MADE: &str = ", made AS (
     SELECT m.id, m.type_id, m.natural_key
     FROM log_end, unnest(?::bigint[], ?::int[], ?::text[]) AS m (id, type_id, natural_key))";
 
+/// No join, which would be planned to read all aggregates while there are none.
 const RENAMED: &str = ", renamed AS (
-    UPDATE @aggregates a SET natural_key = k.natural_key
-    FROM log_end, unnest(?::bigint[], ?::text[]) AS k (id, natural_key) WHERE a.id = k.id)";
+    UPDATE @aggregates a SET natural_key = k.natural_keys[array_position(k.ids, a.id)]
+    FROM log_end, (SELECT ?::bigint[] AS ids, ?::text[] AS natural_keys) AS k WHERE a.id = ANY (k.ids))";
 
 /// Most events have no reference, ids and headers.
 const WRITTEN: &str = ", written AS (

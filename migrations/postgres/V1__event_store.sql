@@ -88,7 +88,8 @@ CREATE TABLE commands (
 );
 
 -- The log for people: names instead of ids, the payload and the times as text. A payload that is no text (the pattern
--- is that of well-formed UTF-8 without a NUL) is shown in hexadecimal.
+-- is that of well-formed UTF-8 without a NUL) is shown in hexadecimal. Times are added in days and microseconds: an
+-- interval is multiplied in floating point, which has not every microsecond of ten thousand years.
 CREATE VIEW event_log AS
 SELECT e.position,
        a.name AS aggregate_type,
@@ -105,9 +106,11 @@ SELECT e.position,
             ELSE '\x' || encode(e.payload, 'hex')
        END AS payload,
        e.reference,
-       to_char(timestamp '1970-01-01' + e.event_time * interval '1 microsecond',
+       to_char(timestamp '1970-01-01' + e.event_time / 86400000000 * interval '1 day'
+                   + e.event_time % 86400000000 * interval '1 microsecond',
                'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS event_time,
-       to_char(timestamp '1970-01-01' + e.recorded_at * interval '1 microsecond',
+       to_char(timestamp '1970-01-01' + e.recorded_at / 86400000000 * interval '1 day'
+                   + e.recorded_at % 86400000000 * interval '1 microsecond',
                'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS recorded_at,
        e.correlation_id,
        e.causation_id,

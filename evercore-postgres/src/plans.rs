@@ -1,0 +1,136 @@
+//! The plan of every statement: along an index, on an empty store and on a full one, since it is made once and kept.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+use std::sync::Arc;
+
+use evercore_core::{
+    AggregateType, Append, Batch, CommandId, EventType, Key, Metadata, NewAggregate, NewEvent, Payload,
+    Sequence, Snapshot, StorageEngine, Timestamp,
+};
+use evercore_testkit::postgres;
+use serde_json::Value;
+use tokio_postgres::Client;
+
+use crate::engine::PostgresEngine;
+use crate::names::Names;
+use crate::sql::{MADE, Schema, Sql};
+use crate::store::Statements;
+use crate::wait::Watch;
+
+/// The tables that grow, by their indexes, each with what must be asked of it so that it is not read from end to end.
+const INDEXES: [(&str, &str, &[&str]); 7] = [
+    ("events", "events_position", &["position"]),
+    ("events", "events_aggregate_sequence", &["aggregate_id"]),
+    ("events", "events_event_type", &["event_type_id"]),
+    ("aggregates", "aggregates_id", &["id"]),
+    ("aggregates", "aggregates_natural_key", &["aggregate_type_id", "natural_key"]),
+    ("commands", "commands_command_id", &["command_id"]),
+    ("snapshots", "snapshots_aggregate_id", &["aggregate_id"]),
+];
+
+/// All statements that an engine has.
+fn statements(schema: &Schema) -> Vec<Sql> {
+    MADE.take();
+    let (statements, _names, _watch) = (Statements::new(schema), Names::new(schema), Watch::new(schema));
+    statements.commit.make_all();
+    statements.log.make_all();
+    MADE.take()
+}
+
+async fn plan(client: &Client, sql: &Sql) -> Value {
+    let types: Vec<&str> = sql.types().iter().map(|kind| kind.name()).collect();
+    let list =
+        |items: Vec<&str>| if items.is_empty() { String::new() } else { format!("({})", items.join(", ")) };
+    let (types, nulls) = (list(types.clone()), list(vec!["NULL"; types.len()]));
+    client.batch_execute(&format!("PREPARE it{types} AS {}", sql.text())).await.unwrap();
+    let rows = client.simple_query(&format!("EXPLAIN (FORMAT JSON) EXECUTE it{nulls}")).await.unwrap();
+    client.batch_execute("DEALLOCATE it").await.unwrap();
+    let text = rows.iter().find_map(|message| match message {
+        tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    serde_json::from_str(text.unwrap()).unwrap()
+}
+
+/// What is wrong with a plan: a table that grows and is read from end to end, or sorted.
+fn faults(node: &Value, faults: &mut Vec<String>) {
+    let of = |name: &str| node[name].as_str().unwrap_or_default();
+    let (kind, table, index) = (of("Node Type"), of("Relation Name"), of("Index Name"));
+    let condition = of("Index Cond");
+    let grows = INDEXES.iter().any(|known| known.0 == table);
+    let is_well = match kind {
+        "Sort" | "Incremental Sort" => false,
+        "Index Scan" | "Index Only Scan" if grows => INDEXES
+            .iter()
+            .any(|known| known.1 == index && known.2.iter().all(|column| condition.contains(column))),
+        "Seq Scan" | "Bitmap Heap Scan" => !grows,
+        _ => true,
+    };
+    if !is_well {
+        faults.push(format!("{kind} on {table} by {index}, {condition}"));
+    }
+    let below = node["Plans"].as_array().into_iter().flatten();
+    below.for_each(|node| self::faults(node, faults));
+}
+
+async fn check(engine: &PostgresEngine, when: &str) {
+    // Under the settings of the engine's own sessions.
+    let client = engine.pool().get().await.unwrap();
+    let statements = statements(&Schema::new(engine.schema()).unwrap());
+    assert!(statements.len() > 100, "{}", statements.len());
+    let mut bad = String::new();
+    for sql in &statements {
+        let plan = plan(&client, sql).await;
+        let mut found = Vec::new();
+        faults(&plan[0]["Plan"], &mut found);
+        if !found.is_empty() {
+            bad += &format!("{found:#?}\n{}\n\n", sql.text());
+        }
+    }
+    assert!(bad.is_empty(), "{when}:\n{bad}");
+}
+
+fn event(name: &str) -> NewEvent {
+    NewEvent {
+        event_type: EventType::new(name).unwrap(),
+        payload: Payload::new(vec![b'x'; 200]).unwrap(),
+        time: Timestamp::now(),
+        metadata: Arc::new(Metadata::new()),
+    }
+}
+
+/// Some thousands of events of six types, on eighty aggregates of two types with keys, snapshots and commands.
+async fn fill(engine: &PostgresEngine) {
+    for n in 0..80 {
+        let id = engine.reserve(1).await.unwrap().next().unwrap();
+        let aggregate_type = AggregateType::new(["order", "invoice"][n % 2]).unwrap();
+        let mut batch = Batch::new();
+        let key = Some(Key::new(format!("key {n}")).unwrap());
+        batch.create(NewAggregate { id, aggregate_type: aggregate_type.clone(), key }).unwrap();
+        let events = (0..60).map(|n| event(["Placed", "Changed", "Paid"][n % 3])).collect();
+        batch.append(Append { aggregate: id, aggregate_type, expected: Sequence::ZERO, events }).unwrap();
+        let state = Payload::new(b"{}").unwrap();
+        batch.snapshot(id, Snapshot { sequence: Sequence::new(50).unwrap(), version: 1, state });
+        batch.set_command_id(CommandId::new(format!("command {n}")).unwrap());
+        engine.commit(batch).await.unwrap();
+    }
+}
+
+#[test]
+fn every_statement_goes_along_an_index_whatever_the_store_holds_today() {
+    let Some(url) = postgres::shared_url() else { return };
+    let schema = format!("plans_{}", std::process::id());
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let connect = || PostgresEngine::builder().schema(&schema).unwrap().connect(&url);
+        let engine = connect().await.unwrap();
+        check(&engine, "empty").await;
+        postgres::psql(&url, "ANALYZE").unwrap();
+        check(&engine, "empty, and known to be").await;
+        fill(&engine).await;
+        check(&engine, "full, and still thought to be empty").await;
+        postgres::psql(&url, "ANALYZE").unwrap();
+        check(&engine, "full").await;
+        postgres::psql(&url, &format!("DROP SCHEMA {schema} CASCADE")).unwrap();
+    });
+}

@@ -1,0 +1,264 @@
+//! Standbys: read and tailed while the primary is written to, and what becomes of everybody when the primary is gone.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+mod common;
+mod orders;
+
+use std::time::{Duration, Instant};
+
+use common::{Place, block_on};
+use evercore_postgres::{
+    CommandId, Error, ErrorKind, EventStore, EventType, Filter, LogQuery, PageLimit, Position,
+    PostgresEngine, StorageEngine,
+};
+use evercore_testkit::postgres::Server;
+use orders::{Order, all_of, kind, noted, place, positions, skipped, soon, up_to};
+
+/// A primary and a standby that follows it.
+struct Pair {
+    primary: Server,
+    standby: Server,
+    /// The store, by the primary's URL.
+    at: Place,
+}
+
+impl Pair {
+    fn start() -> Option<Self> {
+        let primary = Server::builder().start_or_skip()?;
+        let at = Place::on(primary.url());
+        match primary.standby() {
+            // No pg_basebackup, or one on the PATH that is older than the server.
+            Err(error)
+                if error.contains("could not be run") || error.contains("incompatible server version") =>
+            {
+                skipped(&format!("standby: {error}"));
+                None
+            }
+            standby => Some(Self { primary, standby: standby.unwrap(), at }),
+        }
+    }
+
+    /// Both, the one first that takes no writes.
+    fn both(&self) -> String {
+        format!(
+            "postgres://evercore@127.0.0.1:{},127.0.0.1:{}/postgres",
+            self.standby.port(),
+            self.primary.port()
+        )
+    }
+
+    async fn read_standby(&self) -> PostgresEngine {
+        let schema =
+            format!("SELECT count(*) FROM pg_class WHERE oid = to_regclass('{}.event_log')", self.at.schema);
+        soon("the standby has the store", async || self.standby.psql("postgres", &schema).unwrap() == "1")
+            .await;
+        self.at.builder().read_from(&self.standby.url()).await.unwrap()
+    }
+
+    async fn standby_has(&self, head: i64) {
+        let sql = format!("SELECT position FROM {}.log_end", self.at.schema);
+        // Not even the table, at first.
+        soon("the standby has it all", async || self.standby.psql("postgres", &sql) == Ok(head.to_string()))
+            .await;
+    }
+
+    /// The standby hears nothing of the primary any more.
+    async fn cut(&self) {
+        self.standby
+            .psql("postgres", "ALTER SYSTEM SET primary_conninfo = ''; SELECT pg_reload_conf()")
+            .unwrap();
+        let following = "SELECT count(*) FROM pg_stat_replication";
+        soon("the standby is cut off", async || self.primary.psql("postgres", following).unwrap() == "0")
+            .await;
+    }
+
+    fn fail_over(&self) {
+        self.primary.kill();
+        self.standby.promote().unwrap();
+    }
+}
+
+/// Follows the log until this many events have come, and gives their positions.
+async fn tail(engine: PostgresEngine, filter: Filter, until: Position) -> Vec<i64> {
+    let limit = PageLimit::events(17).unwrap();
+    let mut query = LogQuery::after(Position::ZERO).with_filter(filter).with_limit(limit);
+    let mut seen = Vec::new();
+    while query.from < until {
+        let page = engine.read_log(&query).await.unwrap();
+        seen.extend(page.events.iter().map(|event| event.position().get()));
+        if page.scanned == query.from {
+            engine.wait(query.from, Duration::from_secs(10)).await.unwrap();
+        }
+        query.from = page.scanned;
+    }
+    seen
+}
+
+const WRITERS: i64 = 8;
+const ROUNDS: i64 = 25;
+
+#[test]
+fn a_standby_is_tailed_without_a_gap_while_eight_writers_write() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let engines = [pair.at.engine().await, pair.at.engine().await];
+        let reader = pair.read_standby().await;
+        let until = Position::new(WRITERS * ROUNDS * 2).unwrap();
+        let notes = Filter::all().with_event_type(EventType::new("Noted").unwrap());
+        let all = tokio::spawn(tail(reader.clone(), Filter::all(), until));
+        let some = tokio::spawn(tail(reader.clone(), notes.clone(), until));
+        let writers = (0..WRITERS).map(|writer| {
+            let store = EventStore::new(engines[usize::try_from(writer % 2).unwrap()].clone());
+            tokio::spawn(async move {
+                for round in 0..ROUNDS {
+                    place(&store, &format!("own {writer}")).await.unwrap();
+                    let note = |_: &Order| [noted("x")];
+                    store
+                        .update_or_create::<Order, _, _>(format!("shared {}", round % 3), note)
+                        .await
+                        .unwrap();
+                }
+            })
+        });
+        for writer in writers.collect::<Vec<_>>() {
+            writer.await.unwrap();
+        }
+        assert_eq!(all.await.unwrap(), up_to(until.get()), "none skipped, none twice");
+        let expected = tail(engines[0].clone(), notes, until).await;
+        assert_eq!(expected.len(), usize::try_from(WRITERS * ROUNDS).unwrap());
+        assert_eq!(some.await.unwrap(), expected);
+        let (here, there) = (EventStore::new(engines[0].clone()), EventStore::new(reader.clone()));
+        let (written, read) =
+            (here.load::<Order>("own 3").await.unwrap(), there.load::<Order>("own 3").await.unwrap());
+        assert_eq!((read.id(), read.sequence(), read.events), (written.id(), written.sequence(), ROUNDS));
+        assert_eq!(here.types().await.unwrap(), there.types().await.unwrap());
+        assert_eq!(engines[0].store_id(), reader.store_id());
+        pair.standby.kill();
+        what_writes_is_refused(&there, &reader).await;
+    });
+}
+
+/// The server is gone, so nothing can have been sent.
+async fn what_writes_is_refused(store: &EventStore, engine: &PostgresEngine) {
+    let mut batch = evercore_postgres::Batch::new();
+    batch.set_command_id(CommandId::new("x").unwrap());
+    for refused in [
+        kind(engine.commit(batch).await),
+        kind(engine.reserve(1).await),
+        kind(store.warmup::<Order>().await),
+        kind(store.settle(&CommandId::new("x").unwrap()).await),
+        kind(engine.commit_with(store.begin(), orders::own("SELECT 1")).await),
+    ] {
+        assert_eq!(refused, ErrorKind::ReadOnly);
+    }
+}
+
+#[test]
+fn who_connects_to_a_standby_to_write_is_told_so() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let nothing_there = pair.at.builder().connect(&pair.standby.url()).await;
+        assert_eq!(kind(nothing_there), ErrorKind::ReadOnly);
+        place(&EventStore::new(pair.at.engine().await), "first").await.unwrap();
+        pair.standby_has(1).await;
+        let engine = pair.at.builder().connect(&pair.standby.url()).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        assert_eq!(store.load::<Order>("first").await.unwrap().events, 1);
+        let error = place(&store, "first").await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::ReadOnly, "{}", all_of(&error));
+        assert!(error.to_string().contains("25006"), "{error}");
+        let beside = orders::place_with(&engine, "first", orders::own("SELECT 1")).await;
+        assert_eq!(kind(beside), ErrorKind::ReadOnly);
+        // Where the URL names several hosts, one that takes writes is looked for.
+        let only_standbys = format!("{}?target_session_attrs=read-write", pair.standby.url());
+        assert_eq!(kind(pair.at.builder().connect(&only_standbys).await), ErrorKind::Unavailable);
+        let found = pair.at.builder().connect(&pair.both()).await.unwrap();
+        place(&EventStore::new(found), "first").await.unwrap();
+    });
+}
+
+/// Tries until it goes through: what fails on the way is what one may try again.
+async fn place_at_last(store: &EventStore, key: &str) {
+    soon("commits go through again", async || match place(store, key).await {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(may_pass(&error), "{}", all_of(&error));
+            false
+        }
+    })
+    .await;
+}
+
+fn may_pass(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::OutcomeUnknown)
+}
+
+#[test]
+fn an_engine_finds_the_new_primary_by_itself() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let engine = pair.at.builder().connect(&pair.both()).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for _ in 0..20 {
+            place(&store, "first").await.unwrap();
+        }
+        pair.standby_has(20).await;
+        let waiting = {
+            let engine = engine.clone();
+            let after = Position::new(20).unwrap();
+            tokio::spawn(async move { engine.wait(after, Duration::from_secs(60)).await })
+        };
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        pair.fail_over();
+        let began = Instant::now();
+        place_at_last(&store, "first").await;
+        println!("commits went through {:?} after the promotion", began.elapsed());
+        assert_eq!(waiting.await.unwrap().unwrap().get(), 21);
+        assert_eq!(positions(&engine).await, up_to(21));
+        assert_eq!(store.load::<Order>("first").await.unwrap().events, 21);
+        // Ids that were reserved on the old one are not given out again on the new.
+        let made = store.load_or_create::<Order>("second").await.unwrap();
+        let elsewhere = EventStore::new(pair.at.builder().connect(&pair.both()).await.unwrap());
+        assert_ne!(elsewhere.load_or_create::<Order>("third").await.unwrap().id(), made.id());
+    });
+}
+
+#[test]
+fn a_reader_ahead_of_a_log_that_lost_its_tail_is_told_and_others_go_on() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let engine = pair.at.builder().connect(&pair.both()).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for _ in 0..10 {
+            place(&store, "first").await.unwrap();
+        }
+        pair.standby_has(10).await;
+        pair.cut().await;
+        for _ in 0..5 {
+            place(&store, "first").await.unwrap();
+        }
+        assert_eq!(store.head().await.unwrap().get(), 15);
+        pair.fail_over();
+        soon("there is a server again", async || store.head().await.is_ok()).await;
+        let (ahead, at_the_end) = (Position::new(13).unwrap(), Position::new(10).unwrap());
+        let error = store.read_log(&LogQuery::after(ahead)).await.unwrap_err();
+        let told = matches!(error.kind(), ErrorKind::CursorAhead { cursor, head, .. } if *cursor == ahead && *head == at_the_end);
+        assert!(told, "{error:?}");
+        // Who is not ahead waits as long as there is nothing, and is woken by the next commit.
+        let began = Instant::now();
+        assert_eq!(store.wait(at_the_end, Duration::from_millis(200)).await.unwrap(), at_the_end);
+        assert!(began.elapsed() >= Duration::from_millis(200), "{:?}", began.elapsed());
+        let waiting = {
+            let store = store.clone();
+            tokio::spawn(async move { store.wait(at_the_end, Duration::from_secs(30)).await.unwrap() })
+        };
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let began = Instant::now();
+        place(&store, "first").await.unwrap();
+        assert_eq!(waiting.await.unwrap().get(), 11);
+        assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+        assert_eq!(positions(&engine).await, up_to(11));
+        assert_eq!(store.load::<Order>("first").await.unwrap().events, 11);
+    });
+}
