@@ -52,8 +52,8 @@ impl EventStore {
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
-    /// [`load`](Self::load), [`UnitOfWork::record`] and [`UnitOfWork::commit`], the conflict only after the last
-    /// attempt.
+    /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), the
+    /// conflict only after the last attempt.
     pub async fn update<T, F, D>(&self, target: impl IntoTarget, decide: F) -> Result<Receipt>
     where
         T: Aggregate,

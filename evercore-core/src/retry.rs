@@ -63,8 +63,8 @@ impl EventStore {
     /// `|| { let store = store.clone(); async move { … } }`.
     ///
     /// # Errors
-    /// The work's own error, if it is not [retryable](Error::is_retryable) or the last attempt had it. The user's own
-    /// refusals, made with [`Error::rejected`], are not tried again.
+    /// The work's own error, if it is not [retryable](crate::Error::is_retryable) or the last attempt had it. The
+    /// user's own refusals, made with [`Error::rejected`](crate::Error::rejected), are not tried again.
     pub async fn retry<R, F, W>(&self, mut work: F) -> Result<R>
     where
         F: FnMut() -> W,

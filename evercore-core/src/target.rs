@@ -10,7 +10,7 @@ pub trait IntoTarget: Send {
     /// The target, for an aggregate of this type.
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName) if a text is no natural key.
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) if a text is no natural key.
     fn into_target(self, aggregate_type: &AggregateType) -> Result<Target>;
 }
 

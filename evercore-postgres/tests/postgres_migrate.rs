@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::{Place, block_on};
 use evercore_postgres::{Builder, ErrorKind, EventStore, PostgresEngine, StorageEngine};
 use evercore_testkit::postgres;
-use orders::{all_of, as_child, child, kind, place, positions, soon, up_to};
+use orders::{all_of, as_child, child, kind, named, place, positions, soon, up_to, with_database};
 
 /// What lies in a schema.
 fn relations(at: &Place) -> String {
@@ -200,7 +200,7 @@ fn a_database_that_is_not_in_utf_8_is_refused_in_plain_words() {
             let create =
                 format!("CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0");
             postgres::psql(&at.url, &create).unwrap();
-            let url = at.url.replace("/postgres", &format!("/{name}"));
+            let url = with_database(&at.url, &name);
             let error = at.builder().connect(&url).await.unwrap_err();
             postgres::psql(&at.url, &format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
             assert_eq!(error.kind(), &ErrorKind::Backend);
@@ -222,7 +222,7 @@ fn a_migration_that_is_cut_off_leaves_nothing() {
         let in_the_way = side.transaction().await.unwrap();
         in_the_way.batch_execute(&format!("CREATE TABLE {}.snapshots (x int)", at.schema)).await.unwrap();
         let at_work = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cut off' AND wait_event_type = 'Lock'";
-        let url = format!("{}?application_name=cut%20off", at.url);
+        let url = named(&at.url, "cut%20off");
         let (builder, target): (Builder, String) = (at.builder(), url);
         let migration = tokio::spawn(async move { builder.connect(&target).await.map(drop) });
         soon("the migration waits for the table", async || at.psql(at_work) == "1").await;

@@ -18,7 +18,7 @@ use evercore_postgres::{
     Aggregate, Builder, CommandId, ErrorKind, EventStore, Json, Metadata, Position, PostgresEngine, Receipt,
     Result, StorageEngine,
 };
-use orders::{NotToday, Order, OrderEvent, Own, all_of, closure, kind, own, place, place_with, soon};
+use orders::{NotToday, Order, OrderEvent, Own, all_of, closure, kind, named, own, place, place_with, soon};
 use serde::{Deserialize, Serialize};
 
 /// A store with an outbox beside it, and an order "first" with one event.
@@ -246,7 +246,7 @@ async fn commits_beside<T>(shop: &Shop, slow: tokio::task::JoinHandle<T>) -> (T,
 #[test]
 fn sql_that_takes_too_long_is_rolled_back_and_others_go_on_meanwhile() {
     block_on(async {
-        let Some(shop) = Shop::with(|builder| builder.sql_timeout(Duration::from_millis(400))).await else {
+        let Some(shop) = Shop::with(|builder| builder.sql_timeout(Duration::from_millis(800))).await else {
             return;
         };
         let in_the_server = shop.sql("INSERT INTO @outbox VALUES ('slow'); SELECT pg_sleep(20)");
@@ -277,11 +277,11 @@ async fn slow(shop: &Shop, slow: tokio::task::JoinHandle<Result<Receipt>>) {
     let error = outcome.unwrap_err();
     let took = began.elapsed();
     assert_eq!(error.kind(), &ErrorKind::Rejected, "{error:?}");
-    assert_eq!(error.to_string(), "the SQL beside the commit took longer than 400ms");
-    assert!((Duration::from_millis(400)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert_eq!(error.to_string(), "the SQL beside the commit took longer than 800ms");
+    assert!((Duration::from_millis(800)..Duration::from_secs(4)).contains(&took), "{took:?}");
     println!("{others} commits of others meanwhile, the slowest in {slowest:?}");
     assert!(others >= 20, "only {others} commits of others in {took:?}");
-    assert!(slowest < Duration::from_millis(300), "a commit of another took {slowest:?}");
+    assert!(slowest < Duration::from_millis(600), "a commit of another took {slowest:?}");
 }
 
 #[test]
@@ -290,10 +290,10 @@ fn as_much_sql_at_once_as_there_are_connections_holds_nobody_up() {
         let Some(shop) = Shop::with(|builder| builder.pool_size(2)).await else { return };
         let engine = shop.engine.clone();
         let many = tokio::spawn(async move {
-            let slow = (0..4).map(|n| {
+            let slow = (0..3).map(|n| {
                 let engine = engine.clone();
                 tokio::spawn(async move {
-                    place_with(&engine, &format!("slow {n}"), own("SELECT pg_sleep(0.3)")).await
+                    place_with(&engine, &format!("slow {n}"), own("SELECT pg_sleep(0.6)")).await
                 })
             });
             for slow in slow.collect::<Vec<_>>() {
@@ -302,7 +302,7 @@ fn as_much_sql_at_once_as_there_are_connections_holds_nobody_up() {
         });
         let ((), others, slowest) = commits_beside(&shop, many).await;
         println!("{others} commits of others meanwhile, the slowest in {slowest:?}");
-        assert!(slowest < Duration::from_millis(250), "a commit of another took {slowest:?}");
+        assert!(slowest < Duration::from_millis(500), "a commit of another took {slowest:?}");
     });
 }
 
@@ -541,7 +541,9 @@ fn what_the_sql_sets_for_its_session_does_not_reach_others() {
 #[test]
 fn a_dropped_call_is_carried_through_whole_or_not_at_all() {
     block_on(async {
-        let Some(shop) = Shop::new().await else { return };
+        let Some(at) = Place::fresh() else { return };
+        let engine = at.builder().connect(&named(&at.url, &at.schema)).await.unwrap();
+        let shop = Shop::open(at, engine).await;
         for n in 0..60 {
             let mut work = shop.store.begin();
             let mut order = work.create::<Order>().await.unwrap();
@@ -549,8 +551,11 @@ fn a_dropped_call_is_carried_through_whole_or_not_at_all() {
             let call = shop.engine.commit_with(work, shop.send());
             let _ = tokio::time::timeout(Duration::from_micros(n * 50), call).await;
         }
-        let idle = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' OR (state = 'active' AND pid <> pg_backend_pid())";
-        soon("all is over", async || shop.at.psql(idle) == "0").await;
+        let at_work = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}' AND state <> 'idle'",
+            shop.at.schema
+        );
+        soon("all is over", async || shop.at.psql(&at_work) == "0").await;
         let (events, messages) = shop.count();
         println!("{messages} of 60 calls were carried through");
         assert_eq!(events, messages + 1);

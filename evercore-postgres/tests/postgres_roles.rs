@@ -66,8 +66,8 @@ async fn code_of(url: &str, sql: &str) -> String {
     error.code().unwrap().code().to_owned()
 }
 
-/// Does all that an engine can be asked for, with names that are new.
-async fn walk(engine: &PostgresEngine) -> Result<()> {
+/// Does all that an engine can be asked for, with names that are new; gives the number that is in them.
+async fn walk(engine: &PostgresEngine) -> Result<usize> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let n = COUNT.fetch_add(1, Ordering::Relaxed);
     let store = EventStore::new(engine.clone());
@@ -95,7 +95,8 @@ async fn walk(engine: &PostgresEngine) -> Result<()> {
     let mut work = store.begin();
     let mut order = work.load::<Order>(format!("renamed {n}")).await?;
     work.record(&mut order, noted("with SQL"))?;
-    engine.commit_with(work, beside).await.map(drop)
+    engine.commit_with(work, beside).await?;
+    Ok(n)
 }
 
 /// Registers names by a warm-up, and others by a commit.
@@ -190,14 +191,14 @@ fn a_reader_reads_everything_and_writes_nothing() {
     block_on(async {
         let Some(shop) = Shop::new().await else { return };
         let writing = PostgresEngine::connect(&shop.application).await.unwrap();
-        walk(&writing).await.unwrap();
+        let n = walk(&writing).await.unwrap();
         let head = writing.head().await.unwrap();
         let engine = PostgresEngine::read_from(&shop.reader).await.unwrap();
         let store = EventStore::new(engine.clone());
         assert_eq!(positions(&engine).await, up_to(head.get()));
-        assert_eq!(store.load::<Order>("renamed 0").await.unwrap().events, 14);
+        assert_eq!(store.load::<Order>(format!("renamed {n}")).await.unwrap().events, 14);
         assert_eq!(store.types().await.unwrap(), EventStore::new(writing.clone()).types().await.unwrap());
-        assert!(store.receipt(&CommandId::new("command 0").unwrap()).await.unwrap().is_some());
+        assert!(store.receipt(&CommandId::new(format!("command {n}")).unwrap()).await.unwrap().is_some());
         assert_eq!(store.position_at(Timestamp::now()).await.unwrap(), head);
         for refused in [
             kind(place(&store, "another").await),

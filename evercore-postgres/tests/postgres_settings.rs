@@ -18,7 +18,9 @@ use evercore_postgres::{
     Timestamp,
 };
 use evercore_testkit::postgres::Server;
-use orders::{Order, OrderEvent, all_of, kind, own, place, place_with, positions, soon, up_to};
+use orders::{
+    Order, OrderEvent, all_of, kind, own, place, place_with, positions, soon, up_to, with_database,
+};
 
 /// A connection beside the engine's.
 async fn side(url: &str) -> Client {
@@ -27,10 +29,9 @@ async fn side(url: &str) -> Client {
     client
 }
 
-/// The URL with a name by which the server knows the engine's connections.
+/// The URL with a name by which the server knows the connections of one engine of this place.
 fn named(at: &Place, name: &str) -> String {
-    let joint = if at.url.contains('?') { '&' } else { '?' };
-    format!("{}{joint}application_name={}_{name}", at.url, at.schema)
+    orders::named(&at.url, &format!("{}_{name}", at.schema))
 }
 
 fn connections(at: &Place, name: &str) -> i64 {
@@ -473,7 +474,7 @@ fn a_server_that_is_not_there_or_says_nothing_is_unavailable_in_time() {
             assert!(error.is_retryable());
             assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         }
-        let nowhere = at.url.replace("/postgres", "/no_such_database");
+        let nowhere = with_database(&at.url, "no_such_database");
         let error = builder.connect(&nowhere).await.unwrap_err();
         assert_eq!(
             (error.kind(), error.to_string().contains("3D000")),

@@ -127,6 +127,20 @@ pub(crate) fn all_of(error: &evercore_postgres::Error) -> String {
     text
 }
 
+/// The URL with a name by which the server knows the connections.
+pub(crate) fn named(url: &str, application: &str) -> String {
+    let joint = if url.contains('?') { '&' } else { '?' };
+    format!("{url}{joint}application_name={application}")
+}
+
+/// The URL with another database.
+pub(crate) fn with_database(url: &str, name: &str) -> String {
+    let (place, query) =
+        url.split_once('?').map_or((url, String::new()), |(place, query)| (place, format!("?{query}")));
+    let (server, _) = place.rsplit_once('/').unwrap();
+    format!("{server}/{name}{query}")
+}
+
 /// Asks until the answer is yes; whoever waits in vain fails.
 pub(crate) async fn soon<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) {
     let end = Instant::now() + Duration::from_secs(15);

@@ -11,9 +11,9 @@ use crate::book::{Book, Fate};
 use crate::load::{BESIDE, beside};
 use crate::log::{Log, Readers};
 use crate::tools::{
-    accounts, command, is_trouble, is_unknown, milliseconds, number, patient_not, unit, word,
+    Patience, accounts, command, connect, is_trouble, is_unknown, milliseconds, number, patient_not, sized,
+    unit, word,
 };
-use crate::tools::{connect, sized};
 
 const WRITERS: usize = 12;
 
@@ -105,7 +105,7 @@ impl Writer {
         match self.commit(unit).await {
             Ok(receipt) => Fate::from(&receipt),
             Err(error) => {
-                self.count(&error, unit).await;
+                self.count(&Patience::new(), &error, unit).await;
                 match (is_unknown(&error), nth % 3) {
                     // The next unit takes its place: had this one been written after all, they would meet.
                     (false, _) => Fate::Never,
@@ -123,6 +123,7 @@ impl Writer {
     }
 
     async fn settle(&self, unit: i64) -> Fate {
+        let patience = Patience::new();
         loop {
             match self.store.settle(&command(unit)).await {
                 Ok(settled) => {
@@ -133,13 +134,14 @@ impl Writer {
                     });
                     return Fate::from(settled);
                 }
-                Err(error) => self.count(&error, unit).await,
+                Err(error) => self.count(&patience, &error, unit).await,
             }
         }
     }
 
     /// A receipt that is there says it all; one that is not says nothing.
     async fn look(&self, unit: i64) -> Fate {
+        let patience = Patience::new();
         loop {
             match self.store.receipt(&command(unit)).await {
                 Ok(Some(receipt)) => {
@@ -147,29 +149,30 @@ impl Writer {
                     return Fate::from(&receipt);
                 }
                 Ok(None) => return self.settle(unit).await,
-                Err(error) => self.count(&error, unit).await,
+                Err(error) => self.count(&patience, &error, unit).await,
             }
         }
     }
 
     async fn commit_again(&self, unit: i64) -> Fate {
+        let patience = Patience::new();
         loop {
             match self.commit(unit).await {
                 Ok(receipt) => {
                     self.book.count("committed again");
                     return Fate::from(&receipt);
                 }
-                Err(error) => self.count(&error, unit).await,
+                Err(error) => self.count(&patience, &error, unit).await,
             }
         }
     }
 
     /// Only errors that say what to do; then a moment of patience.
-    async fn count(&self, error: &Error, unit: i64) {
+    async fn count(&self, patience: &Patience, error: &Error, unit: i64) {
         // The user's SQL has met the broken connection, and says so itself.
         let is_rejected = *error.kind() == ErrorKind::Rejected && has_row(unit);
         assert!(is_trouble(error) || is_rejected, "{error:?}");
         self.book.count(word(error));
-        tokio::time::sleep(milliseconds(10)).await;
+        patience.pause(error).await;
     }
 }

@@ -13,7 +13,8 @@ use crate::book::{Book, Fate};
 use crate::load::{BESIDE, beside};
 use crate::log::Log;
 use crate::tools::{
-    Account, accounts, command, is_trouble, is_unknown, milliseconds, number, patient_not, sized, unit, word,
+    Account, Patience, accounts, command, is_trouble, is_unknown, milliseconds, number, patient_not, sized,
+    unit, word,
 };
 
 /// What becomes of the connection of a unit.
@@ -206,13 +207,16 @@ impl Trial {
 
     /// Asks until there is an answer.
     async fn until_heard<T>(&self, mut ask: impl AsyncFnMut() -> Result<T>) -> T {
+        let patience = Patience::new();
         loop {
             match ask().await {
                 Ok(answer) => return answer,
-                Err(error) if is_trouble(&error) => self.tally.count(format!("{} again", word(&error))),
+                Err(error) if is_trouble(&error) => {
+                    self.tally.count(format!("{} again", word(&error)));
+                    patience.pause(&error).await;
+                }
                 Err(error) => panic!("{:?}, again: {error:?}", self.way),
             }
-            tokio::time::sleep(milliseconds(5)).await;
         }
     }
 
@@ -234,6 +238,7 @@ impl Trial {
 }
 
 async fn until_acknowledged(store: &EventStore, ids: &[AggregateId], number: i64) -> Receipt {
+    let patience = Patience::new();
     loop {
         let outcome = match unit(store, ids, number, 2).await {
             Ok(work) => work.commit().await,
@@ -241,9 +246,11 @@ async fn until_acknowledged(store: &EventStore, ids: &[AggregateId], number: i64
         };
         match outcome {
             Ok(receipt) => return receipt,
-            Err(error) => assert!(is_trouble(&error), "a neighbour met {error:?}"),
+            Err(error) => {
+                assert!(is_trouble(&error), "a neighbour met {error:?}");
+                patience.pause(&error).await;
+            }
         }
-        tokio::time::sleep(milliseconds(5)).await;
     }
 }
 

@@ -7,9 +7,9 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use evercore_postgres::{
-    AggregateId, AggregateQuery, AggregateType, Append, Batch, Direction, EventStore, EventType, KnownType,
-    LogQuery, NewAggregate, NewEvent, PageLimit, Payload, Position, PostgresEngine, Receipt, Result,
-    Sequence, StorageEngine, Timestamp,
+    AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxFuture, Direction, EventStore, EventType,
+    KnownType, LogQuery, NewAggregate, NewEvent, PageLimit, Payload, Position, PostgresEngine, Receipt,
+    Result, Sequence, StorageEngine, Timestamp,
 };
 use evercore_testkit::postgres::Server;
 use tokio::task::JoinSet;
@@ -18,7 +18,8 @@ use crate::book::{Book, Fate};
 use crate::load::{BESIDE, beside};
 use crate::log::Log;
 use crate::tools::{
-    Account, AccountEvent, Part, accounts, command, connect, milliseconds, number, patient_not, sized, unit,
+    Account, AccountEvent, Part, accounts, command, connect, engine, milliseconds, number, patient_not,
+    sized, unit,
 };
 
 /// Connections of each engine.
@@ -58,6 +59,50 @@ async fn a_caller_who_goes_away_at_any_await_leaves_nothing_half_done() {
         server.psql("postgres", "SELECT count(DISTINCT unit) FROM beside").unwrap().parse().unwrap();
     let with_rows = tally.beside_in(&log);
     assert_eq!(rows, with_rows, "rows without their events, or events without their row");
+}
+
+/// Futures that are begun and then left alone, as by a `select!` that is busy with something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_who_stops_polling_holds_up_nobody() {
+    let Some(server) = Server::builder().start_or_skip() else { return };
+    server.psql("postgres", BESIDE).unwrap();
+    let (engine, other) = (engine(&server.url()).await, engine(&server.url()).await);
+    let (store, elsewhere) = (patient_not(&engine), patient_not(&other));
+    let (mine, theirs) = (accounts(&store, 3, number(0, 0)).await, accounts(&store, 2, number(0, 1)).await);
+    let (mut nth, mut longest) = (1, Duration::ZERO);
+    for call in [Call::Commit, Call::Guarded, Call::Beside] {
+        for polls in 1.. {
+            let mut work = unit(&store, &mine[..2], number(0, nth + 1), 4).await.unwrap();
+            if call == Call::Guarded {
+                let read = work.load::<Account>(mine[2]).await.unwrap();
+                work.guard(&read);
+            }
+            let commit: BoxFuture<'_, Result<Receipt>> = match call {
+                Call::Beside => Box::pin(beside(&engine, work, number(0, nth + 1), 1, false)),
+                _ => Box::pin(work.commit()),
+            };
+            let mut held = commit;
+            let outcome = poll_at_most(polls, &mut held).await;
+            // Whatever is under way on the server comes to its end.
+            tokio::time::sleep(milliseconds(20)).await;
+            for (place, store) in [("the same engine", &store), ("another engine", &elsewhere)] {
+                let begun = Instant::now();
+                nth += 2;
+                let work = unit(store, &theirs, number(0, nth), 2).await.unwrap();
+                let commit = tokio::time::timeout(Duration::from_secs(3), work.commit()).await;
+                let commit =
+                    commit.unwrap_or_else(|_| panic!("{call:?}, held after {polls} polls, holds up {place}"));
+                commit.unwrap();
+                longest = longest.max(begun.elapsed());
+            }
+            if let Some(receipt) = outcome {
+                receipt.unwrap();
+                break;
+            }
+            held.await.unwrap();
+        }
+    }
+    println!("futures left alone: {} commits, nobody held up for longer than {longest:?}", nth / 2);
 }
 
 /// What is called, and gone away from.

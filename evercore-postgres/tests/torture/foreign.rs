@@ -16,7 +16,7 @@ use evercore_testkit::postgres::Server;
 use tokio::task::JoinSet;
 
 use crate::log::Log;
-use crate::tools::{Account, AccountEvent, Part, accounts, number};
+use crate::tools::{Account, accounts, number, record};
 
 /// What goes wrong where texts are quoted, folded, sorted or composed by somebody's rules.
 const TEXTS: [&str; 34] = [
@@ -87,13 +87,13 @@ async fn foreign_settings_change_no_answer() {
     let surroundings = surroundings(&server, german.as_deref());
     let url = server.url_of("fremd").replace("evercore@", "fremd@");
     let expected = Scenario::play(&MemoryEngine::new()).await;
-    for (mode, engine) in engines(&url).await {
+    for ((mode, engine), (_, other)) in engines(&url).await.into_iter().zip(engines(&url).await) {
         let found = Scenario::play(&engine).await;
         for (expected, found) in expected.iter().zip(&found) {
             assert_eq!(expected, found, "{mode}");
         }
         assert_eq!(expected.len(), found.len());
-        many_at_once(&engine).await;
+        many_at_once([&engine, &other]).await;
     }
     println!("foreign settings: {} answers as from memory, three times; {surroundings}", expected.len());
     let log = server.log();
@@ -144,23 +144,29 @@ async fn engines(url: &str) -> Vec<(&'static str, PostgresEngine)> {
     ]
 }
 
-/// Serializable by default would undo most of these.
-async fn many_at_once(engine: &PostgresEngine) {
-    let store = EventStore::new(engine.clone());
+/// Serializable by default would undo most of these, which have nothing to do with each other.
+async fn many_at_once(engines: [&PostgresEngine; 2]) {
+    let store = EventStore::new(engines[0].clone());
     let before = store.head().await.unwrap();
-    let id = accounts(&store, 1, number(0, 0)).await[0];
+    let ids = accounts(&store, 6, number(0, 0)).await;
     let mut writers = JoinSet::new();
-    for writer in 1..=6 {
-        let store = store.clone();
+    for (writer, id) in (1..).zip(ids) {
+        let engine = engines[writer % 2].clone();
         writers.spawn(async move {
-            for nth in 0..5 {
-                let part = Part { unit: number(writer, nth), nth: 0, of: 1 };
-                store.update(id, |_: &Account| [AccountEvent::Credited(part)]).await.unwrap();
+            for nth in 0..10 {
+                let number = number(writer, nth);
+                let mut work = EventStore::new(engine.clone()).begin();
+                let account = work.load::<Account>(id).await.unwrap();
+                record(&mut work, &mut [account], number, 1);
+                match nth % 2 {
+                    0 => drop(work.commit().await.unwrap()),
+                    _ => drop(engine.commit_with(work, |_| Box::pin(async { Ok(()) })).await.unwrap()),
+                }
             }
         });
     }
     writers.join_all().await;
-    assert_eq!(Log::read_after(&store, before).await.events(), 31);
+    assert_eq!(Log::read_after(&store, before).await.events(), 6 + 60);
 }
 
 /// What is done to an engine, and what it answered.

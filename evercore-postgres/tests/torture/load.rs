@@ -7,7 +7,7 @@ use evercore_postgres::{Error, ErrorKind, EventStore, PostgresEngine, Receipt, R
 use fastrand::Rng;
 
 use crate::book::Fate;
-use crate::tools::{Account, command, is_unknown, milliseconds, number, patient_not, record, word};
+use crate::tools::{Account, Patience, command, is_unknown, milliseconds, number, patient_not, record, word};
 
 /// So many accounts are written to, each made by whoever wants it first.
 const ACCOUNTS: usize = 400;
@@ -155,6 +155,7 @@ impl<W: Witness> Writer<W> {
     }
 
     async fn settle(&self, unit: i64) -> Fate {
+        let patience = Patience::new();
         loop {
             match self.store.settle(&command(unit)).await {
                 Ok(settled) => {
@@ -167,7 +168,7 @@ impl<W: Witness> Writer<W> {
                 }
                 Err(error) => {
                     assert_eq!(*error.kind(), ErrorKind::Unavailable, "{error:?}");
-                    tokio::time::sleep(milliseconds(2)).await;
+                    patience.pause(&error).await;
                 }
             }
         }

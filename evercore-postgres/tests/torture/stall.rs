@@ -19,7 +19,7 @@ use crate::tools::{
 async fn a_lock_held_for_too_long_is_unavailable_and_leaves_the_connections_whole() {
     let Some(server) = Server::builder().start_or_skip() else { return };
     server.psql("postgres", BESIDE).unwrap();
-    let builder = PostgresEngine::builder().pool_size(3).statement_timeout(milliseconds(60));
+    let builder = PostgresEngine::builder().pool_size(3).statement_timeout(milliseconds(300));
     let engine = builder.connect(&server.url()).await.unwrap();
     let (store, mut rival, book) = (patient_not(&engine), connect(&server.url()).await, Book::default());
     let ids = accounts(&store, 3, number(0, 0)).await;
@@ -74,17 +74,18 @@ fn assert_unavailable(error: &Error) -> usize {
 }
 
 /// How long anybody waits for a server that is there and says nothing, here.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(8);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_falls_silent_holds_nobody_for_ever() {
     let Some(server) = Server::builder().start_or_skip() else { return };
     server.psql("postgres", BESIDE).unwrap();
     let (proxy, book) = (Proxy::start(server.port()).unwrap(), Book::default());
-    let short = milliseconds(150);
+    let short = milliseconds(300);
     let builder =
         PostgresEngine::builder().statement_timeout(short).sql_timeout(short).connect_timeout(short);
-    let engine = builder.connect(&proxy.url(&server.url())).await.unwrap();
+    let url = proxy.url(&server.url());
+    let engine = until_reached(async || builder.clone().connect(&url).await).await;
     let (store, around) =
         (patient_not(&engine), EventStore::new(PostgresEngine::connect(&server.url()).await.unwrap()));
     let ids = accounts(&around, 3, number(0, 0)).await;

@@ -1,6 +1,6 @@
 //! What the long runs share: how long they are, and an aggregate whose events tell to which unit they belong.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use evercore_postgres::tokio_postgres::{self, Client, NoTls};
 use evercore_postgres::{
@@ -129,6 +129,21 @@ pub(crate) async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
+}
+
+/// Patience with a server that is out of reach: as much as it needs to come back.
+pub(crate) struct Patience(Instant);
+
+impl Patience {
+    pub(crate) fn new() -> Self {
+        Self(Instant::now() + Duration::from_secs(30))
+    }
+
+    /// Waits a moment before it is tried again.
+    pub(crate) async fn pause(&self, error: &Error) {
+        assert!(Instant::now() < self.0, "half a minute, and still {error:?}");
+        tokio::time::sleep(milliseconds(5)).await;
+    }
 }
 
 pub(crate) fn milliseconds(time: u64) -> Duration {

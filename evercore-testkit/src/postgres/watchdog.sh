@@ -11,7 +11,9 @@ if [ -n "$pid" ] && kill -s QUIT "$pid"; then
     # The file goes when the server has ended; the process may linger as a zombie that nobody fetches.
     while [ -e "$pid_file" ] && kill -s 0 "$pid"; do
         tries=$((tries + 1))
-        [ "$tries" != 100 ] || kill -s KILL "$pid"
+        # Its children with it: one that is busy would not notice that it is alone.
+        # shellcheck disable=SC2046
+        [ "$tries" != 100 ] || kill -s KILL "$pid" $(ps -o pid= --ppid "$pid")
         [ "$tries" != 120 ] || break
         sleep 0.05
     done
