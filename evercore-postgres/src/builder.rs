@@ -243,9 +243,11 @@ impl Builder {
     }
 }
 
+/// PostgreSQL counts in milliseconds with 32 bits, and takes 0 for "no limit".
+pub(crate) const LONGEST: Duration = Duration::from_millis(i32::MAX.unsigned_abs() as u64);
+
 fn at_least_a_millisecond(time: Duration) -> Duration {
-    // PostgreSQL counts in milliseconds with 32 bits, and takes 0 for "no limit".
-    time.clamp(Duration::from_millis(1), Duration::from_millis(i32::MAX.unsigned_abs().into()))
+    time.clamp(Duration::from_millis(1), LONGEST)
 }
 
 /// Whether this host is the computer we are on.

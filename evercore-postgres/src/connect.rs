@@ -12,7 +12,7 @@ use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, NoTls, Socket};
 
-use crate::builder::{Settings, is_local};
+use crate::builder::{LONGEST, Settings, is_local};
 use crate::sql::session_settings;
 
 /// Where the server is, and how to speak to it.
@@ -130,7 +130,9 @@ fn set_up(config: &mut Config, settings: &Settings) {
     config.connect_timeout(settings.connect_timeout);
     config.keepalives(true).keepalives_idle(Duration::from_secs(15));
     config.keepalives_interval(Duration::from_secs(5)).keepalives_retries(3);
-    config.tcp_user_timeout(settings.statement_timeout.saturating_add(settings.connect_timeout));
+    let patience = settings.statement_timeout.saturating_add(settings.connect_timeout);
+    // Linux counts in milliseconds too, with as many bits.
+    config.tcp_user_timeout(patience.min(LONGEST));
     if config.get_application_name().is_none() {
         config.application_name("evercore");
     }

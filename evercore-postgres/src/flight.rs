@@ -1,16 +1,13 @@
 //! Combining: commits that arrive while one is under way are written together, in one transaction.
 //!
 //! The flush and the round trip are what costs, so everything that is queued when a flight begins goes with it, each
-//! batch with its own outcome. A flight does not end with its caller: who goes away loses the answer and leaves the
-//! flight to a task.
+//! batch with its own outcome. A flight is owned by a task of its own: a caller who goes away loses the answer and
+//! leaves the flight alone.
 
 use std::collections::{HashSet, VecDeque};
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 
-use evercore_core::{Batch, BoxFuture, CommandId, Error, ErrorKind, Receipt, Result};
+use evercore_core::{Batch, CommandId, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -121,8 +118,8 @@ impl Waiting {
     }
 }
 
-/// Commits a batch with whatever else is on its way. Who finds nobody leading flies the first flight himself, which
-/// spares a lone writer the way over another task; the next ones are for a task of their own.
+/// Commits a batch with whatever else is on its way. The flight is a task's: a caller who goes away, or stays and is not
+/// polled, would hold up everybody else.
 pub(crate) async fn commit(store: &Arc<Store>, batch: Batch) -> Result<Receipt> {
     store.check_writable()?;
     let runtime = Handle::try_current().map_err(|error| {
@@ -131,38 +128,9 @@ pub(crate) async fn commit(store: &Arc<Store>, batch: Batch) -> Result<Receipt> 
     })?;
     let (answer, is_leader) = store.queue.push(batch);
     if is_leader {
-        let leader = Leader { store: Arc::clone(store), has_resigned: false };
-        Carried { flight: Some(Box::pin(lead_once(leader))), runtime }.await;
+        runtime.spawn(lead(Leader { store: Arc::clone(store), has_resigned: false }));
     }
     answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
-}
-
-/// A flight in the hands of a caller; should he go away, a task carries it on.
-struct Carried {
-    flight: Option<BoxFuture<'static, ()>>,
-    runtime: Handle,
-}
-
-impl Future for Carried {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let Some(flight) = &mut self.flight else { return Poll::Ready(()) };
-        let landed = flight.as_mut().poll(context);
-        if landed.is_ready() {
-            self.flight = None;
-        }
-        landed
-    }
-}
-
-impl Drop for Carried {
-    fn drop(&mut self) {
-        // A flight that panicked is not one to carry on.
-        if let (Some(flight), false) = (self.flight.take(), std::thread::panicking()) {
-            self.runtime.spawn(flight);
-        }
-    }
 }
 
 /// The one who flies. However it ends, the others do not wait for ever: who drops a [`Job`] answers it.
@@ -179,18 +147,6 @@ impl Drop for Leader {
             waiting.jobs.clear();
             self.store.queue.idle.notify_waiters();
         }
-    }
-}
-
-/// One flight; if more have queued meanwhile, a task leads on.
-async fn lead_once(mut leader: Leader) {
-    if let Some(jobs) = leader.store.queue.take_or_resign() {
-        fly(&leader.store, jobs).await;
-    }
-    if leader.store.queue.resign_if_empty() {
-        leader.has_resigned = true;
-    } else {
-        tokio::spawn(lead(leader));
     }
 }
 

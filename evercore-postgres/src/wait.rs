@@ -227,25 +227,37 @@ impl Drop for Listener {
 /// it, and no commit carries it: a notification inside each would have them all queue for one lock of the cluster.
 pub(crate) fn announce(store: &Arc<Store>) {
     if !store.watch.is_announced.swap(true, Ordering::AcqRel) {
-        tokio::spawn(keep_announcing(Arc::downgrade(store)));
+        tokio::spawn(keep_announcing(Announcing(Arc::downgrade(store))));
     }
 }
 
-async fn keep_announcing(weak: Weak<Store>) {
+/// The one task that announces for an engine; should it end with its runtime, the next commit starts another.
+struct Announcing(Weak<Store>);
+
+impl Drop for Announcing {
+    fn drop(&mut self) {
+        if let Some(store) = self.0.upgrade() {
+            store.watch.is_announced.store(false, Ordering::Release);
+        }
+    }
+}
+
+async fn keep_announcing(mut announcing: Announcing) {
     loop {
-        let Some(store) = weak.upgrade() else { return };
+        let Some(store) = announcing.0.upgrade() else { return };
         let head = store.watch.seen();
         // Who does not hear of it looks by himself within a second.
         let _ = tell(&store, head).await;
         drop(store);
         sleep(DEBOUNCE).await;
-        let Some(store) = weak.upgrade() else { return };
+        let Some(store) = announcing.0.upgrade() else { return };
         if store.watch.seen() > head {
             continue;
         }
         store.watch.is_announced.store(false, Ordering::Release);
         // A commit between the look and the store has found it announced.
         if store.watch.seen() == head || store.watch.is_announced.swap(true, Ordering::AcqRel) {
+            announcing.0 = Weak::new();
             return;
         }
     }

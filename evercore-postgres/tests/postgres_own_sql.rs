@@ -521,20 +521,20 @@ fn it_wakes_those_who_wait() {
 fn what_the_sql_sets_for_its_session_does_not_reach_others() {
     block_on(async {
         let Some(shop) = Shop::with(|builder| builder.pool_size(2)).await else { return };
+        let settings = async || {
+            let client = shop.engine.pool().get().await.unwrap();
+            let all = "SELECT string_agg(name || ' ' || setting, ', ' ORDER BY name) FROM pg_settings";
+            client.query_one(all, &[]).await.unwrap().get::<_, String>(0)
+        };
+        let before = settings().await;
+        assert!(before.contains("enable_seqscan off, ") && before.contains("statement_timeout 30000, "));
         let set = "SET synchronous_commit = off; SET statement_timeout = 7; SET search_path = pg_temp; \
                    SET TimeZone = 'Asia/Kathmandu'; SET enable_indexscan = off";
         for _ in 0..4 {
             shop.place("second", own(set)).await.unwrap();
         }
-        for _ in 0..2 {
-            let client = shop.engine.pool().get().await.unwrap();
-            let settings = "SELECT current_setting('synchronous_commit') || ' ' || current_setting('statement_timeout') || ' '
-                || current_setting('search_path') || ' ' || current_setting('TimeZone') || ' '
-                || current_setting('enable_indexscan') || ' ' || current_setting('enable_seqscan')";
-            let settings: String = client.query_one(settings, &[]).await.unwrap().get(0);
-            assert_eq!(settings, "on 30s \"$user\", public UTC on off");
-            drop(client);
-        }
+        let clients = (settings().await, settings().await);
+        assert_eq!(clients, (before.clone(), before));
     });
 }
 

@@ -134,7 +134,9 @@ fn a_standby_is_tailed_without_a_gap_while_eight_writers_write() {
         assert_eq!((read.id(), read.sequence(), read.events), (written.id(), written.sequence(), ROUNDS));
         assert_eq!(here.types().await.unwrap(), there.types().await.unwrap());
         assert_eq!(engines[0].store_id(), reader.store_id());
+        let any = pair.at.builder().read_from(&pair.both()).await.unwrap();
         pair.standby.kill();
+        soon("another host is read from", async || any.head().await.is_ok_and(|head| head == until)).await;
         what_writes_is_refused(&there, &reader).await;
     });
 }

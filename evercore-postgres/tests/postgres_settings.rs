@@ -5,6 +5,7 @@
 mod common;
 mod orders;
 
+use std::future::Future;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -228,6 +229,53 @@ fn who_cannot_listen_looks() {
         signal("-CONT");
         placed.unwrap();
         assert_eq!(woken.expect("it was not woken").unwrap().unwrap().get(), 2);
+    });
+}
+
+/// As tests often have it: one engine for all, and a runtime for each, which ends right after a commit.
+#[test]
+fn an_engine_outlives_the_runtime_that_it_was_made_in() {
+    let Some(at) = Place::fresh() else { return };
+    let writes = new_runtime(|| async { at.engine().await });
+    let store = EventStore::new(writes);
+    for round in 0..4 {
+        new_runtime(|| async {
+            let reads = at.engine().await;
+            let after = reads.head().await.unwrap();
+            let waiting =
+                tokio::spawn(async move { reads.wait(after, Duration::from_secs(20)).await.unwrap() });
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let began = Instant::now();
+            place(&store, "first").await.unwrap();
+            assert_eq!(waiting.await.unwrap().get(), 2 * round + 1);
+            assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+        });
+        new_runtime(|| async {
+            store.wait(store.head().await.unwrap(), Duration::from_millis(20)).await.unwrap();
+            place(&store, "first").await.unwrap()
+        });
+    }
+}
+
+/// A runtime of one thread, which is gone when this returns.
+fn new_runtime<F: Future>(work: impl FnOnce() -> F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work())
+}
+
+#[test]
+fn the_longest_time_outs_are_no_time_outs() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let engines = all_ways(&at, &at.url, |builder| {
+            let builder = builder.statement_timeout(Duration::MAX).sql_timeout(Duration::MAX);
+            builder.connect_timeout(Duration::MAX).poll_interval(Duration::MAX)
+        });
+        for engine in engines.await {
+            let store = EventStore::new(engine.clone());
+            let head = place(&store, "first").await.unwrap().last;
+            assert_eq!(store.wait(Position::ZERO, Duration::MAX).await.unwrap(), head);
+            place_with(&engine, "first", own("SELECT 1")).await.unwrap();
+        }
     });
 }
 
