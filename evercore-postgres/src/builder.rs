@@ -205,7 +205,8 @@ impl Builder {
     /// [`NotAStore`](crate::ErrorKind::NotAStore) if the schema holds something else, or nothing and may not be
     /// made; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store of a newer library;
     /// [`ReadOnly`](crate::ErrorKind::ReadOnly) if the role may not make what is missing;
-    /// [`Backend`](crate::ErrorKind::Backend) if the server refuses the login, or the database is not in UTF-8.
+    /// [`Backend`](crate::ErrorKind::Backend) if the server refuses the login, if its certificate is not to be trusted,
+    /// if the database is not in UTF-8, or if there is a [pooler](Self::pooler) in between that was not named.
     pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
         let address = Address::parse(url, &self.settings)?;
         PostgresEngine::open(self.settings, address.pool()?, Some(address)).await

@@ -20,29 +20,29 @@ use crate::sql::{Schema, Sql};
 /// The look that an append needs: its aggregate is there, of its type, at its sequence. What the statement's snapshot
 /// shows is true for ever; what it does not show may have come meanwhile, and calls for a look under the lock. Looked up
 /// one by one: a plan that hashes a table that is small today would be kept when it is large.
-const STALE: &str = "stale AS (
+///
+/// A table of its own, of one row or none: so it is looked at once, and not again after each wait for the lock.
+const IF_NONE_IS_STALE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE NOT EXISTS (
     SELECT FROM unnest(?::bigint[], ?::int[], ?::bigint[]) AS g (id, type_id, expected)
     WHERE (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = g.id) IS DISTINCT FROM g.type_id
        OR (g.expected > 0 AND (SELECT e.sequence FROM @events e
-                               WHERE e.aggregate_id = g.id AND e.sequence = g.expected) IS NULL)
-    LIMIT 1
-), ";
+                               WHERE e.aggregate_id = g.id AND e.sequence = g.expected) IS NULL))), ";
+
+/// The same look for a single aggregate that has events: an event type belongs to an aggregate type, so the type of its
+/// last event tells both.
+const IF_GROWN: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
+    SELECT e.event_type_id FROM @events e WHERE e.aggregate_id = ?::bigint AND e.sequence = ?::bigint) = ANY (?::int[])), ";
+
+/// The same look for a single aggregate without events.
+const IF_MADE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
+    SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int), ";
 
 /// The table has one row.
 const LOG_END: &str = "log_end AS (
     UPDATE @log_end SET position = position + ?::bigint,
         recorded_at = greatest(recorded_at, (date_part('epoch', clock_timestamp()) * 1000000)::bigint)";
 
-const UNLESS_STALE: &str = " WHERE NOT EXISTS (SELECT FROM stale)";
-
-/// The same look for a single aggregate that has events: an event type belongs to an aggregate type, so the type of its
-/// last event tells both.
-const IF_GROWN: &str = " WHERE (SELECT e.event_type_id FROM @events e WHERE e.aggregate_id = ?::bigint
-    AND e.sequence = ?::bigint) = ANY (?::int[])";
-
-/// The same look for a single aggregate without events.
-const IF_MADE: &str =
-    " WHERE (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int";
+const IF_FRESH: &str = " FROM fresh";
 
 const RETURNING: &str = " RETURNING position, recorded_at, position - ?::bigint AS before)";
 
@@ -188,11 +188,11 @@ impl Form {
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
         let parts: [(bool, &str, &[Type]); 15] = [
             (true, "WITH ", &[]),
-            (look(Look::Many), STALE, &[N, I, N]),
-            (true, LOG_END, &[Type::INT8]),
-            (look(Look::Many), UNLESS_STALE, &[]),
+            (look(Look::Many), IF_NONE_IS_STALE, &[N, I, N]),
             (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, I]),
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
+            (true, LOG_END, &[Type::INT8]),
+            (!look(Look::Nothing), IF_FRESH, &[]),
             (true, RETURNING, &[Type::INT8]),
             (self.made, MADE, &[N, I, T]),
             (self.renamed, RENAMED, &[N, T]),
@@ -485,18 +485,15 @@ impl Columns<'_> {
         let Writing { growths, event_types, made, events, commands, .. } = self.writing;
         let form = self.writing.form();
         let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
-        if form.look == Look::Many {
-            values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]);
-        }
-        values.push(&self.events);
         match form.look {
+            Look::Many => values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]),
             Look::OneGrown => {
                 values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], event_types]);
             }
             Look::OneMade => values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.1[0]]),
-            Look::Nothing | Look::Many => {}
+            Look::Nothing => {}
         }
-        values.push(&self.events);
+        values.extend([&self.events as &(dyn ToSql + Sync), &self.events]);
         if form.made {
             values.extend([&made.0 as &(dyn ToSql + Sync), &made.1, &made.2]);
         }
