@@ -63,6 +63,11 @@ impl NameTable {
         self.complete_to
     }
 
+    /// Notes that all names there were at one moment are in: none is missing up to the largest number.
+    pub fn mark_complete(&mut self) {
+        self.complete_to = self.next_event_type() - 1;
+    }
+
     /// The number behind all aggregate types that are known.
     pub fn next_aggregate_type(&self) -> u32 {
         next(&self.aggregate_types)
@@ -102,6 +107,10 @@ impl NameTable {
     pub fn set_event_type(&mut self, number: u32, aggregate_type: &AggregateType, name: &EventType) {
         self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), number);
         set(&mut self.event_types, number, (aggregate_type.clone(), name.clone()));
+        self.complete_on();
+    }
+
+    fn complete_on(&mut self) {
         while self.event_type(self.complete_to + 1).is_some() {
             self.complete_to += 1;
         }
@@ -109,12 +118,14 @@ impl NameTable {
 
     /// Takes in all of another table.
     pub fn add(&mut self, other: Self) {
+        self.complete_to = self.complete_to.max(other.complete_to);
         for (number, name) in (0..).zip(other.aggregate_types) {
             name.into_iter().for_each(|name| self.set_aggregate_type(number, &name));
         }
         for (number, entry) in (0..).zip(other.event_types) {
             entry.into_iter().for_each(|(of, name)| self.set_event_type(number, &of, &name));
         }
+        self.complete_on();
     }
 }
 
@@ -152,6 +163,24 @@ mod tests {
             table.set_event_type(number, &user, &EventType::new(format!("e{number}")).unwrap());
             assert_eq!(table.complete_to(), complete_to);
         }
+    }
+
+    #[test]
+    fn a_gap_that_was_there_at_one_moment_misses_nothing() {
+        let user = AggregateType::new("user").unwrap();
+        let table = |numbers: &[u32]| {
+            let mut table = NameTable::new();
+            table.set_aggregate_type(1, &user);
+            for number in numbers {
+                table.set_event_type(*number, &user, &EventType::new(format!("e{number}")).unwrap());
+            }
+            table
+        };
+        let (mut whole, mut learned) = (table(&[1, 4]), table(&[1, 5]));
+        whole.mark_complete();
+        assert_eq!((whole.complete_to(), learned.complete_to()), (4, 1));
+        learned.add(whole);
+        assert_eq!(learned.complete_to(), 5);
     }
 
     #[test]

@@ -12,7 +12,6 @@ use evercore_core::{
     Result as CoreResult, Sequence,
 };
 use futures_lite::future::zip;
-use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use crate::check::{Checked, Command, Known, Questions};
@@ -21,7 +20,8 @@ use crate::names::{self, stored};
 use crate::pool::Lent;
 use crate::sql::{Schema, Sender, Sql, begin};
 use crate::store::Store;
-use crate::write::{WriteSql, Writing};
+use crate::write::WriteSql;
+use crate::writing::Writing;
 
 /// With the number of the newest event type, to know whether names are missing here.
 const LOCK: &str =
@@ -101,51 +101,28 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
         Ok(lent) => lent,
         Err(error) => return Flown::RolledBack(error),
     };
-    let written = store.in_time(write_alone(store, &lent, &writing)).await;
-    conclude(lent, &writing, batches.len(), written)
-}
-
-/// How the statement's transaction ended. `Err` inside: before it was sent.
-type Written = Result<Vec<Row>, Failure>;
-
-/// Why a statement that writes did not say that it has.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    /// It was not sent.
-    Before(PostgresError),
-    /// It was sent.
-    After(PostgresError),
-}
-
-fn conclude(lent: Lent, writing: &Writing<'_>, batches: usize, written: Result<Written>) -> Flown {
-    match written {
-        Ok(Ok(rows)) => {
-            lent.put_back();
-            match rows.first().map(|row| writing.receipts(row)) {
-                Some(Ok(receipts)) => Flown::Done(in_place(batches, receipts)),
-                Some(Err(_)) => Flown::Unknown,
-                None => Flown::Look,
-            }
-        }
-        Ok(Err(Failure::Before(error))) => Flown::RolledBack(error),
-        Ok(Err(Failure::After(error))) if is_rolled_back(&error) => {
-            lent.put_back();
-            if is_ours(&error) { Flown::Look } else { Flown::RolledBack(error) }
-        }
-        Ok(Err(Failure::After(_))) | Err(_) => Flown::Unknown,
-    }
-}
-
-async fn write_alone(store: &Store, lent: &Lent, writing: &Writing<'_>) -> Result<Written> {
     let sql = store.sql.commit.write.form(writing.form());
-    let sender = lent.sender()?;
-    let ready = match sender.ready(sql).await {
+    // Until here nothing was sent that writes.
+    let ready = match store.in_time(async { lent.sender()?.ready(sql).await }).await {
         Ok(ready) => ready,
-        Err(error) => return Ok(Err(Failure::Before(error))),
+        Err(error) => return Flown::RolledBack(error),
     };
     let columns = writing.columns();
-    let values = columns.values();
-    Ok(ready.write(&store.settings, &values).await.map_err(Failure::After))
+    let written = store.in_time(ready.write(&store.settings, &columns.values())).await;
+    let is_known = written.as_ref().err().is_none_or(is_rolled_back);
+    if is_known {
+        lent.put_back();
+    }
+    match written {
+        Ok(rows) => match rows.first().map(|row| writing.receipts(row)) {
+            Some(Ok(receipts)) => Flown::Done(in_place(batches.len(), receipts)),
+            Some(Err(_)) => Flown::Unknown,
+            None => Flown::Look,
+        },
+        Err(error) if is_known && is_ours(&error) => Flown::Look,
+        Err(error) if is_known => Flown::RolledBack(error),
+        Err(_) => Flown::Unknown,
+    }
 }
 
 /// What can be written without a look, if nobody was faster; `None` if something calls for one.

@@ -7,7 +7,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{Batch, CommandId, Error, ErrorKind, Receipt, Result};
+use evercore_core::{Batch, CommandId, Error, ErrorKind, Position, Receipt, Result};
 use futures_channel::oneshot;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -162,10 +162,10 @@ async fn fly(store: &Arc<Store>, jobs: Vec<Job>) {
     let batches: Vec<&Batch> = jobs.iter().map(|job| &job.batch).collect();
     let outcomes = outcomes(store, &batches).await;
     let head = outcomes.iter().flatten().map(|receipt| receipt.last).max().unwrap_or_default();
-    let has_grown = head > store.watch.seen();
     store.watch.saw(head);
     jobs.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
-    if has_grown {
+    // Whether somebody here has looked and seen the new head meanwhile does not matter: others may still sleep.
+    if head > Position::ZERO {
         wait::announce(store);
     }
 }

@@ -23,6 +23,7 @@ mod store;
 mod tls;
 mod wait;
 mod write;
+mod writing;
 
 pub use builder::{Builder, SynchronousCommit};
 pub use engine::PostgresEngine;

@@ -116,6 +116,7 @@ fn read(rows: &[Row]) -> Result<NameTable> {
         let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
         table.set_event_type(checked(number)?, &aggregate_type, &name);
     }
+    table.mark_complete();
     Ok(table)
 }
 

@@ -151,7 +151,7 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
         Flown::Look => Err(Error::new(ErrorKind::Unavailable, "the commit met another, nothing was written")),
         Flown::Unknown => Err(outcome_unknown()),
     }?;
-    if outcome.last > store.watch.seen() {
+    if outcome.last > Position::ZERO {
         store.watch.saw(outcome.last);
         wait::announce(store);
     }

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{ClientWrapper, Object};
+use deadpool_postgres::{ClientWrapper, Object, PoolError};
 use evercore_core::{Error, ErrorKind};
 
 use crate::error::{PostgresError, Result, closed, is_rolled_back};
@@ -24,8 +24,12 @@ impl Lent {
     /// thrown away before the next statement. Dropped, it goes back to the pool.
     pub(crate) async fn to_read(store: &Store) -> Result<Self> {
         store.check_open()?;
-        let object = store.pool.get().await.map_err(|error| match error {
-            deadpool_postgres::PoolError::Closed => closed().into(),
+        // A pool that was handed in may have no time-out of its own.
+        let object = tokio::time::timeout(store.settings.connect_timeout, store.pool.get()).await;
+        let object =
+            object.map_err(|_| Error::new(ErrorKind::Unavailable, "no connection became free in time"))?;
+        let object = object.map_err(|error| match error {
+            PoolError::Closed => closed().into(),
             error => PostgresError::from(error),
         })?;
         Ok(Self { object: Some(object), named: !store.settings.pooler, is_clean: AtomicBool::new(true) })

@@ -146,7 +146,8 @@ async fn keep_watch(mut watching: Watching) {
         if store.check_open().is_err() {
             return;
         }
-        if store.watch.waiting.load(Ordering::Acquire) > 0 {
+        let is_wanted = store.watch.waiting.load(Ordering::Acquire) > 0;
+        if is_wanted {
             last_wanted = Instant::now();
         } else if last_wanted.elapsed() > LINGER {
             store.watch.is_watched.store(false, Ordering::SeqCst);
@@ -162,8 +163,10 @@ async fn keep_watch(mut watching: Watching) {
             listen_again = Instant::now() + FALLBACK;
             listener = Listener::start(&store);
         }
-        // If it fails, the next will tell.
-        let _ = log::head(&store).await;
+        // Who begins to wait looks himself. If it fails, the next will tell.
+        if is_wanted {
+            let _ = log::head(&store).await;
+        }
         let hears = listener.as_ref().is_some_and(Listener::hears);
         let pause = if hears { FALLBACK } else { store.settings.poll_interval };
         let hint = Arc::clone(&store.watch.hint);

@@ -3,18 +3,10 @@
 //! It holds the row of `log_end` from its first step until its transaction is visible, which makes the order of the log;
 //! so all that write wait here and nowhere else, and cannot deadlock.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
-use evercore_core::{
-    AggregateId, Batch, Growth, Key, Metadata, NameTable, Position, Receipt, Sequence, Snapshot, Timestamp,
-};
-use tokio_postgres::Row;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::Type;
 
-use crate::error::{PostgresError, Result, damaged};
-use crate::names::stored;
 use crate::sql::{Schema, Sql};
 
 /// The look that an append needs: its aggregate is there, of its type, at its sequence. What the statement's snapshot
@@ -127,7 +119,7 @@ impl WriteSql {
 
 /// What the statement looks at before it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
+pub(crate) enum Look {
     Nothing,
     OneGrown,
     OneMade,
@@ -136,7 +128,7 @@ enum Look {
 
 /// Which events the statement writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rows {
+pub(crate) enum Rows {
     None,
     One,
     Plain,
@@ -150,12 +142,12 @@ const FORMS: usize = LOOKS.len() * ROWS.len() * 16;
 /// Which parts the statement has: a part that has nothing to write is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Form {
-    look: Look,
-    rows: Rows,
-    made: bool,
-    renamed: bool,
-    kept: bool,
-    noted: bool,
+    pub(crate) look: Look,
+    pub(crate) rows: Rows,
+    pub(crate) made: bool,
+    pub(crate) renamed: bool,
+    pub(crate) kept: bool,
+    pub(crate) noted: bool,
 }
 
 impl Form {
@@ -222,328 +214,6 @@ fn number_parameters(text: &mut String, part: &str, mut number: usize) {
         }
     }
 }
-
-/// What one statement is to write, column by column, and which batches are in it.
-#[derive(Debug, Default)]
-pub(crate) struct Writing<'a> {
-    growths: (Vec<i64>, Vec<i32>, Vec<i64>),
-    /// The numbers of all event types of the first growth's aggregate type.
-    event_types: Vec<i32>,
-    made: (Vec<i64>, Vec<i32>, Vec<Option<&'a str>>),
-    made_at: HashMap<AggregateId, usize>,
-    renamed: HashMap<AggregateId, &'a Key>,
-    events: EventColumns<'a>,
-    snapshots: HashMap<AggregateId, &'a Snapshot>,
-    commands: CommandColumns<'a>,
-    batches: Vec<(usize, &'a Batch, usize)>,
-}
-
-#[derive(Debug, Default)]
-struct EventColumns<'a> {
-    aggregates: Vec<i64>,
-    sequences: Vec<i64>,
-    types: Vec<i32>,
-    times: Vec<i64>,
-    payloads: Vec<&'a [u8]>,
-    references: Sparse<'a>,
-    correlation_ids: Sparse<'a>,
-    causation_ids: Sparse<'a>,
-    headers: Headers<'a>,
-}
-
-#[derive(Debug, Default)]
-struct CommandColumns<'a> {
-    ids: Vec<&'a str>,
-    fingerprints: Vec<i64>,
-    places: Vec<i64>,
-    events: Vec<i64>,
-    aggregates: Vec<String>,
-}
-
-/// A column that often holds nothing at all, and is then sent empty.
-#[derive(Debug, Default)]
-struct Sparse<'a>(Vec<Option<&'a str>>);
-
-impl<'a> Sparse<'a> {
-    fn set(&mut self, row: usize, value: Option<&'a str>) {
-        if value.is_some() {
-            self.0.resize(row, None);
-            self.0.push(value);
-        }
-    }
-
-    fn first(&self) -> &(dyn ToSql + Sync) {
-        first(&self.0)
-    }
-}
-
-impl EventColumns<'_> {
-    fn has_metadata(&self) -> bool {
-        let texts = [&self.references, &self.correlation_ids, &self.causation_ids];
-        texts.iter().any(|column| !column.0.is_empty()) || !self.headers.rows.is_empty()
-    }
-}
-
-/// Headers as JSON; events of one unit share their metadata, so the text is made once for all in a row.
-#[derive(Debug, Default)]
-struct Headers<'a> {
-    texts: Vec<String>,
-    rows: Vec<Option<usize>>,
-    last: Option<&'a Arc<Metadata>>,
-}
-
-impl<'a> Headers<'a> {
-    fn set(&mut self, row: usize, metadata: &'a Arc<Metadata>) -> Result<()> {
-        if metadata.headers().is_empty() {
-            return Ok(());
-        }
-        if !self.last.is_some_and(|last| Arc::ptr_eq(last, metadata)) {
-            self.texts.push(serde_json::to_string(metadata.headers()).map_err(damaged)?);
-            self.last = Some(metadata);
-        }
-        self.rows.resize(row, None);
-        self.rows.push(Some(self.texts.len() - 1));
-        Ok(())
-    }
-
-    fn column(&self) -> Vec<Option<&str>> {
-        self.rows.iter().map(|row| row.map(|text| self.texts[text].as_str())).collect()
-    }
-}
-
-impl<'a> Writing<'a> {
-    /// Has the statement look for itself whether the aggregate is there, of this type and at this sequence.
-    pub(crate) fn expect(&mut self, growth: &Growth, type_number: u32, table: &NameTable) {
-        if self.growths.0.is_empty() {
-            let numbers = table.event_type_numbers(&growth.aggregate_type);
-            self.event_types = numbers.map(stored).collect();
-        }
-        self.growths.0.push(growth.aggregate.get());
-        self.growths.1.push(stored(type_number));
-        self.growths.2.push(growth.expected.get());
-    }
-
-    /// Adds a batch, behind those that are in it. `limit` gives the sequence that a snapshot must not be ahead of.
-    /// `UnknownName` if a name is not in `table`; what was added by then is of no use.
-    pub(crate) fn add(
-        &mut self,
-        index: usize,
-        batch: &'a Batch,
-        table: &NameTable,
-        limit: impl Fn(AggregateId) -> Sequence,
-    ) -> Result<()> {
-        let place = self.events.aggregates.len();
-        for made in batch.creates() {
-            let number = table.aggregate_type_number(&made.aggregate_type).ok_or(UNREGISTERED)?;
-            self.made_at.insert(made.id, self.made.0.len());
-            self.made.0.push(made.id.get());
-            self.made.1.push(stored(number));
-            self.made.2.push(made.key.as_ref().map(Key::as_str));
-        }
-        for change in batch.key_changes() {
-            // Made in the same flight by another unit: it is made with the key that it ends with.
-            match self.made_at.get(&change.aggregate) {
-                Some(row) => self.made.2[*row] = Some(change.key.as_str()),
-                None => drop(self.renamed.insert(change.aggregate, &change.key)),
-            }
-        }
-        self.add_events(batch, table)?;
-        for (id, snapshot) in batch.snapshots() {
-            if snapshot.sequence <= limit(*id) {
-                self.keep(*id, snapshot);
-            }
-        }
-        self.note(batch, place);
-        self.batches.push((index, batch, place));
-        Ok(())
-    }
-
-    fn add_events(&mut self, batch: &'a Batch, table: &NameTable) -> Result<()> {
-        let columns = &mut self.events;
-        for append in batch.appends() {
-            let mut sequence = append.expected;
-            for event in &append.events {
-                let number = table.event_type_number(&append.aggregate_type, &event.event_type);
-                let row = columns.aggregates.len();
-                sequence = sequence.next();
-                columns.aggregates.push(append.aggregate.get());
-                columns.sequences.push(sequence.get());
-                columns.types.push(stored(number.ok_or(UNREGISTERED)?));
-                columns.times.push(event.time.as_micros());
-                columns.payloads.push(event.payload.as_bytes());
-                columns.references.set(row, event.metadata.reference());
-                columns.correlation_ids.set(row, event.metadata.correlation_id());
-                columns.causation_ids.set(row, event.metadata.causation_id());
-                columns.headers.set(row, &event.metadata)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The statement keeps one snapshot per aggregate: among those of one flight the same rule holds as in the store.
-    fn keep(&mut self, id: AggregateId, snapshot: &'a Snapshot) {
-        match self.snapshots.entry(id) {
-            Entry::Vacant(place) => drop(place.insert(snapshot)),
-            Entry::Occupied(mut place) => {
-                let known = place.get();
-                if snapshot.sequence >= known.sequence || snapshot.version != known.version {
-                    place.insert(snapshot);
-                }
-            }
-        }
-    }
-
-    fn note(&mut self, batch: &'a Batch, place: usize) {
-        let Some(id) = batch.command_id() else { return };
-        // Of the receipt's text, what does not depend on where the log ends.
-        let text = Receipt::of(batch, Position::ZERO, Timestamp::MIN).to_string();
-        let aggregates = text.find(';').map_or("", |start| &text[start..]).to_owned();
-        self.commands.ids.push(id.as_str());
-        self.commands.fingerprints.push(batch.fingerprint());
-        self.commands.places.push(number(place));
-        self.commands.events.push(number(batch.events()));
-        self.commands.aggregates.push(aggregates);
-    }
-
-    /// How many events there are.
-    pub(crate) fn events(&self) -> usize {
-        self.events.aggregates.len()
-    }
-
-    /// Whether no batch is in it.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.batches.is_empty()
-    }
-
-    pub(crate) fn form(&self) -> Form {
-        let look = match self.growths.2[..] {
-            [] => Look::Nothing,
-            [0] => Look::OneMade,
-            [_] => Look::OneGrown,
-            _ => Look::Many,
-        };
-        let rows = match self.events() {
-            0 => Rows::None,
-            1 => Rows::One,
-            _ if self.events.has_metadata() => Rows::WithMetadata,
-            _ => Rows::Plain,
-        };
-        Form {
-            look,
-            rows,
-            made: !self.made.0.is_empty(),
-            renamed: !self.renamed.is_empty(),
-            kept: !self.snapshots.is_empty(),
-            noted: !self.commands.ids.is_empty(),
-        }
-    }
-
-    /// Hands the statement's values, in the order of its parts, to `run`.
-    pub(crate) fn columns(&self) -> Columns<'_> {
-        let (renamed, keys) = self.renamed.iter().map(|(id, key)| (id.get(), key.as_str())).unzip();
-        let mut kept = SnapshotColumns::default();
-        for (id, snapshot) in &self.snapshots {
-            kept.aggregates.push(id.get());
-            kept.sequences.push(snapshot.sequence.get());
-            kept.versions.push(i64::from(snapshot.version));
-            kept.states.push(snapshot.state.as_bytes());
-        }
-        let headers = self.events.headers.column();
-        Columns { writing: self, events: number(self.events()), renamed: (renamed, keys), kept, headers }
-    }
-
-    /// What each batch gets, by its index, from where the statement says that the log ended before it.
-    pub(crate) fn receipts(&self, row: &Row) -> Result<Vec<(usize, Receipt)>> {
-        let before = Position::new(row.try_get(0)?).map_err(damaged)?;
-        let recorded_at = Timestamp::from_micros(row.try_get(1)?).map_err(damaged)?;
-        let receipt = |(index, batch, place): &(usize, &Batch, usize)| {
-            (*index, Receipt::of(batch, before.plus(*place), recorded_at))
-        };
-        Ok(self.batches.iter().map(receipt).collect())
-    }
-}
-
-#[derive(Debug, Default)]
-struct SnapshotColumns<'a> {
-    aggregates: Vec<i64>,
-    sequences: Vec<i64>,
-    versions: Vec<i64>,
-    states: Vec<&'a [u8]>,
-}
-
-/// A [`Writing`] in the form in which it is sent.
-pub(crate) struct Columns<'a> {
-    writing: &'a Writing<'a>,
-    events: i64,
-    renamed: (Vec<i64>, Vec<&'a str>),
-    kept: SnapshotColumns<'a>,
-    headers: Vec<Option<&'a str>>,
-}
-
-impl Columns<'_> {
-    pub(crate) fn values(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let Writing { growths, event_types, made, events, commands, .. } = self.writing;
-        let form = self.writing.form();
-        let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
-        match form.look {
-            Look::Many => values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]),
-            Look::OneGrown => {
-                values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], event_types]);
-            }
-            Look::OneMade => values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.1[0]]),
-            Look::Nothing => {}
-        }
-        values.extend([&self.events as &(dyn ToSql + Sync), &self.events]);
-        if form.made {
-            values.extend([&made.0 as &(dyn ToSql + Sync), &made.1, &made.2]);
-        }
-        if form.renamed {
-            values.extend([&self.renamed.0 as &(dyn ToSql + Sync), &self.renamed.1]);
-        }
-        if matches!(form.rows, Rows::Plain | Rows::WithMetadata) {
-            values.extend([&events.aggregates as &(dyn ToSql + Sync), &events.sequences, &events.types]);
-            values.extend([&events.times as &(dyn ToSql + Sync), &events.payloads]);
-        }
-        if form.rows == Rows::WithMetadata {
-            values.extend([&events.references.0 as &(dyn ToSql + Sync), &events.correlation_ids.0]);
-            values.extend([&events.causation_ids.0 as &(dyn ToSql + Sync), &self.headers]);
-        }
-        if form.kept {
-            let kept = &self.kept;
-            values.extend([&kept.aggregates as &(dyn ToSql + Sync), &kept.sequences]);
-            values.extend([&kept.versions as &(dyn ToSql + Sync), &kept.states]);
-        }
-        if form.noted {
-            values.extend([&commands.ids as &(dyn ToSql + Sync), &commands.fingerprints, &commands.places]);
-            values.extend([&commands.events as &(dyn ToSql + Sync), &commands.aggregates]);
-        }
-        if form.rows == Rows::One {
-            values.extend([
-                &events.aggregates[0] as &(dyn ToSql + Sync),
-                &events.sequences[0],
-                &events.types[0],
-            ]);
-            values.extend([&events.times[0] as &(dyn ToSql + Sync), &events.payloads[0]]);
-            values.extend([events.references.first(), events.correlation_ids.first()]);
-            values.extend([events.causation_ids.first(), first(&self.headers)]);
-        }
-        values
-    }
-}
-
-/// The value of the first row in a column that may be empty.
-fn first<'v>(column: &'v [Option<&str>]) -> &'v (dyn ToSql + Sync) {
-    column.first().map_or(&NO_TEXT as &(dyn ToSql + Sync), |value| value)
-}
-
-const NO_TEXT: Option<&str> = None;
-
-fn number(count: usize) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
-}
-
-/// A name that has no number yet.
-const UNREGISTERED: PostgresError = PostgresError::UnknownName(0);
 
 #[cfg(test)]
 mod tests {

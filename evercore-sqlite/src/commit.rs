@@ -221,7 +221,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn holder(&self, type_id: i64, key: &Key) -> Result<Option<i64>> {
+    fn holder(&self, type_id: u32, key: &Key) -> Result<Option<i64>> {
         let mut statement = self.connection.prepare_cached(HOLDER)?;
         Ok(statement.query_row((type_id, key.as_str()), |row| row.get(0)).optional()?)
     }
@@ -315,7 +315,7 @@ impl<'a> Writer<'a> {
 fn insert_event(
     insert: &mut CachedStatement<'_>,
     head: Head,
-    (aggregate, sequence, event_type_id): (AggregateId, Sequence, i64),
+    (aggregate, sequence, event_type_id): (AggregateId, Sequence, u32),
     event: &NewEvent,
     headers: Option<&str>,
 ) -> Result<()> {
@@ -367,7 +367,7 @@ enum TypeOf<'a> {
     /// Made by the batch itself.
     Made(&'a AggregateType),
     /// In the store before it.
-    Stored(i64),
+    Stored(u32),
 }
 
 /// Headers as JSON; events of one unit share their metadata, so the text is made once for all in a row.

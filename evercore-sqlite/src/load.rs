@@ -92,7 +92,7 @@ fn events(
 /// An aggregate without its events.
 struct Found {
     id: AggregateId,
-    type_id: i64,
+    type_id: u32,
     key: Option<Key>,
     sequence: Sequence,
     snapshot: Option<Snapshot>,

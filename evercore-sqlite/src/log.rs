@@ -77,7 +77,7 @@ fn matching(
         }
         (None, Some(ids)) if ids.len() <= MERGED_TYPES => {
             let mut statement = connection.prepare_cached(&merged(ids.len(), query.direction))?;
-            let values = ids.iter().flat_map(|id| [*id, first, last]);
+            let values = ids.iter().flat_map(|id| [i64::from(*id), first, last]);
             page.fill(statement.query(params_from_iter(values))?, None)?;
         }
         (None, passing) => {

@@ -1,9 +1,8 @@
 //! Type names and the numbers they have in the file: an interner that remembers only what has committed.
 
-use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{AggregateType, EventType, Filter, KnownType};
+use evercore_core::{AggregateType, EventType, KnownType, NameTable};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::error::{Result, damaged};
@@ -19,20 +18,20 @@ const ALL_NAMES: &str = "SELECT a.id, a.name, e.id, e.name
 const LAST_EVENT_TYPE: &str = "SELECT coalesce(max(id), 0) FROM event_types";
 
 /// No store has this many names; a file that says otherwise is damaged, and must not fill the memory.
-const MOST_NAMES: i64 = 1 << 24;
+const MOST_NAMES: u32 = 1 << 24;
 
 /// The names known by now. A reader takes the table as it is and keeps it while it reads.
 #[derive(Debug, Default)]
-pub(crate) struct Names(RwLock<Arc<Table>>);
+pub(crate) struct Names(RwLock<Arc<NameTable>>);
 
 impl Names {
-    pub(crate) fn table(&self) -> Arc<Table> {
+    pub(crate) fn table(&self) -> Arc<NameTable> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes in what a transaction found or made; to be called after it has committed.
-    pub(crate) fn learn(&self, committed: Table) {
-        if committed.by_name.is_empty() {
+    pub(crate) fn learn(&self, committed: NameTable) {
+        if committed.is_empty() {
             return;
         }
         let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -40,22 +39,22 @@ impl Names {
     }
 
     /// Reads all names there are; the connection must not be inside a transaction that writes.
-    pub(crate) fn reload(&self, connection: &Connection) -> Result<Arc<Table>> {
-        let mut fresh = Table::read(connection)?;
+    pub(crate) fn reload(&self, connection: &Connection) -> Result<Arc<NameTable>> {
+        let mut fresh = read(connection)?;
         let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if fresh.complete_to >= table.complete_to {
+        if fresh.complete_to() >= table.complete_to() {
             // Keep the memory that pages know already, so that equal names stay the same memory.
-            fresh.add(Table::clone(&table));
+            fresh.add(NameTable::clone(&table));
             *table = Arc::new(fresh);
         }
         Ok(Arc::clone(&table))
     }
 
     /// A table in which no name that has committed is missing.
-    pub(crate) fn complete(&self, connection: &Connection) -> Result<Arc<Table>> {
+    pub(crate) fn complete(&self, connection: &Connection) -> Result<Arc<NameTable>> {
         let table = self.table();
-        let last: i64 = connection.prepare_cached(LAST_EVENT_TYPE)?.query_row([], |row| row.get(0))?;
-        if table.complete_to == last { Ok(table) } else { self.reload(connection) }
+        let last: u32 = connection.prepare_cached(LAST_EVENT_TYPE)?.query_row([], |row| row.get(0))?;
+        if table.complete_to() == last { Ok(table) } else { self.reload(connection) }
     }
 
     /// The number of this aggregate type, if it is registered.
@@ -63,15 +62,15 @@ impl Names {
         &self,
         connection: &Connection,
         name: &AggregateType,
-    ) -> Result<Option<i64>> {
-        match self.table().aggregate_type_id(name) {
+    ) -> Result<Option<u32>> {
+        match self.table().aggregate_type_number(name) {
             Some(id) => Ok(Some(id)),
             None => find_aggregate_type(connection, name),
         }
     }
 
     /// The aggregate type that has this number in the file.
-    pub(crate) fn aggregate_type(&self, connection: &Connection, id: i64) -> Result<AggregateType> {
+    pub(crate) fn aggregate_type(&self, connection: &Connection, id: u32) -> Result<AggregateType> {
         if let Some(name) = self.table().aggregate_type(id) {
             return Ok(name.clone());
         }
@@ -84,143 +83,59 @@ impl Names {
 
     /// All names, ordered.
     pub(crate) fn list(&self, connection: &Connection) -> Result<Vec<KnownType>> {
-        let table = self.reload(connection)?;
-        let mut types: Vec<KnownType> = table.by_name.iter().map(|(name, known)| known.list(name)).collect();
-        types.sort();
-        Ok(types)
+        Ok(self.reload(connection)?.list())
     }
 }
 
-/// Names and numbers, looked up both ways.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Table {
-    by_name: HashMap<AggregateType, EventTypes>,
-    aggregate_types: Vec<Option<AggregateType>>,
-    event_types: Vec<Option<(AggregateType, EventType)>>,
-    /// Every event type up to this number is in here.
-    complete_to: i64,
-}
-
-#[derive(Clone, Debug, Default)]
-struct EventTypes {
-    id: i64,
-    by_name: HashMap<EventType, i64>,
-}
-
-impl EventTypes {
-    fn list(&self, name: &AggregateType) -> KnownType {
-        let mut event_types: Vec<EventType> = self.by_name.keys().cloned().collect();
-        event_types.sort();
-        KnownType { aggregate_type: name.clone(), event_types }
-    }
-}
-
-impl Table {
-    pub(crate) fn aggregate_type_id(&self, name: &AggregateType) -> Option<i64> {
-        Some(self.by_name.get(name)?.id)
-    }
-
-    pub(crate) fn aggregate_type(&self, id: i64) -> Option<&AggregateType> {
-        self.aggregate_types.get(usize::try_from(id).ok()?)?.as_ref()
-    }
-
-    pub(crate) fn event_type(&self, id: i64) -> Option<&(AggregateType, EventType)> {
-        self.event_types.get(usize::try_from(id).ok()?)?.as_ref()
-    }
-
-    fn event_type_id(&self, aggregate_type: &AggregateType, name: &EventType) -> Option<i64> {
-        self.by_name.get(aggregate_type)?.by_name.get(name).copied()
-    }
-
-    /// The numbers of the event types that pass; `None` if all of them do.
-    pub(crate) fn passing(&self, filter: &Filter) -> Option<Vec<i64>> {
-        let known = || self.event_types.iter().zip(0..).filter_map(|(entry, id)| Some((entry.as_ref()?, id)));
-        let passes = |(aggregate_type, event_type): &(AggregateType, EventType)| {
-            filter.matches_type(aggregate_type, event_type)
-        };
-        if known().all(|(entry, _)| passes(entry)) {
-            return None;
+/// All names there are, as of one moment.
+fn read(connection: &Connection) -> Result<NameTable> {
+    let mut table = NameTable::new();
+    let mut statement = connection.prepare_cached(ALL_NAMES)?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let of = checked(row.get(0)?)?;
+        if table.aggregate_type(of).is_none() {
+            let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
+            table.set_aggregate_type(of, &name);
         }
-        Some(known().filter(|(entry, _)| passes(entry)).map(|(_, id)| id).collect())
+        let Some(number) = row.get::<_, Option<i64>>(2)?.map(checked).transpose()? else { continue };
+        let name = EventType::new(row.get_ref(3)?.as_str().map_err(damaged)?).map_err(damaged)?;
+        let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
+        table.set_event_type(number, &aggregate_type, &name);
     }
-
-    fn read(connection: &Connection) -> Result<Self> {
-        let mut table = Self::default();
-        let mut statement = connection.prepare_cached(ALL_NAMES)?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            let aggregate_type_id = checked(row.get(0)?)?;
-            if table.aggregate_type(aggregate_type_id).is_none() {
-                let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
-                table.set_aggregate_type(aggregate_type_id, &name);
-            }
-            let Some(id) = row.get::<_, Option<i64>>(2)?.map(checked).transpose()? else { continue };
-            let name = EventType::new(row.get_ref(3)?.as_str().map_err(damaged)?).map_err(damaged)?;
-            let Some(aggregate_type) = table.aggregate_type(aggregate_type_id).cloned() else { continue };
-            table.set_event_type(id, &aggregate_type, &name);
-            table.complete_to = table.complete_to.max(id);
-        }
-        Ok(table)
-    }
-
-    fn add(&mut self, other: Self) {
-        for (id, name) in (0..).zip(other.aggregate_types) {
-            name.into_iter().for_each(|name| self.set_aggregate_type(id, &name));
-        }
-        for (id, entry) in (0..).zip(other.event_types) {
-            let Some((aggregate_type, name)) = entry else { continue };
-            self.set_event_type(id, &aggregate_type, &name);
-            if id == self.complete_to + 1 {
-                self.complete_to = id;
-            }
-        }
-    }
-
-    fn set_aggregate_type(&mut self, id: i64, name: &AggregateType) {
-        self.by_name.entry(name.clone()).or_default().id = id;
-        set(&mut self.aggregate_types, id, name.clone());
-    }
-
-    fn set_event_type(&mut self, id: i64, aggregate_type: &AggregateType, name: &EventType) {
-        self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), id);
-        set(&mut self.event_types, id, (aggregate_type.clone(), name.clone()));
-    }
-}
-
-fn set<T: Clone>(places: &mut Vec<Option<T>>, id: i64, value: T) {
-    let place = usize::try_from(id).unwrap_or_default();
-    if places.len() <= place {
-        places.resize(place + 1, None);
-    }
-    places[place] = Some(value);
+    table.mark_complete();
+    Ok(table)
 }
 
 /// A number that the file gave to a name.
-fn checked(id: i64) -> Result<i64> {
-    if (1..MOST_NAMES).contains(&id) { Ok(id) } else { Err(damaged(format!("a name has the number {id}"))) }
+fn checked(id: i64) -> Result<u32> {
+    let number = u32::try_from(id).ok().filter(|number| (1..MOST_NAMES).contains(number));
+    number.ok_or_else(|| damaged(format!("a name has the number {id}")))
 }
 
 /// The names that one writing transaction looks up and registers; thrown away if it is rolled back.
 #[derive(Debug)]
 pub(crate) struct Registrar<'a> {
     connection: &'a Connection,
-    known: Arc<Table>,
+    known: Arc<NameTable>,
     /// Found or made in this transaction, not in `known`.
-    fresh: Table,
+    fresh: NameTable,
 }
 
 impl<'a> Registrar<'a> {
     pub(crate) fn new(connection: &'a Connection, names: &Names) -> Self {
-        Self { connection, known: names.table(), fresh: Table::default() }
+        Self { connection, known: names.table(), fresh: NameTable::new() }
     }
 
     /// What is to be learned once the transaction has committed.
-    pub(crate) fn into_fresh(self) -> Table {
+    pub(crate) fn into_fresh(self) -> NameTable {
         self.fresh
     }
 
-    pub(crate) fn find(&mut self, name: &AggregateType) -> Result<Option<i64>> {
-        if let Some(id) = self.known.aggregate_type_id(name).or_else(|| self.fresh.aggregate_type_id(name)) {
+    pub(crate) fn find(&mut self, name: &AggregateType) -> Result<Option<u32>> {
+        if let Some(id) =
+            self.known.aggregate_type_number(name).or_else(|| self.fresh.aggregate_type_number(name))
+        {
             return Ok(Some(id));
         }
         let found = find_aggregate_type(self.connection, name)?;
@@ -228,7 +143,7 @@ impl<'a> Registrar<'a> {
         Ok(found)
     }
 
-    pub(crate) fn name_of(&self, id: i64) -> Result<AggregateType> {
+    pub(crate) fn name_of(&self, id: u32) -> Result<AggregateType> {
         if let Some(name) = self.known.aggregate_type(id).or_else(|| self.fresh.aggregate_type(id)) {
             return Ok(name.clone());
         }
@@ -237,12 +152,12 @@ impl<'a> Registrar<'a> {
         AggregateType::new(name).map_err(damaged)
     }
 
-    pub(crate) fn aggregate_type(&mut self, name: &AggregateType) -> Result<i64> {
+    pub(crate) fn aggregate_type(&mut self, name: &AggregateType) -> Result<u32> {
         if let Some(id) = self.find(name)? {
             return Ok(id);
         }
-        let id = self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?;
-        self.fresh.set_aggregate_type(checked(id)?, name);
+        let id = checked(self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?)?;
+        self.fresh.set_aggregate_type(id, name);
         Ok(id)
     }
 
@@ -256,9 +171,9 @@ impl<'a> Registrar<'a> {
         Ok(())
     }
 
-    pub(crate) fn event_type(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<i64> {
-        let known = self.known.event_type_id(aggregate_type, name);
-        if let Some(id) = known.or_else(|| self.fresh.event_type_id(aggregate_type, name)) {
+    pub(crate) fn event_type(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<u32> {
+        let known = self.known.event_type_number(aggregate_type, name);
+        if let Some(id) = known.or_else(|| self.fresh.event_type_number(aggregate_type, name)) {
             return Ok(id);
         }
         let aggregate_type_id = self.aggregate_type(aggregate_type)?;
@@ -268,14 +183,14 @@ impl<'a> Registrar<'a> {
         let found = self.connection.prepare_cached(EVENT_TYPE_BY_NAME)?.query_row(key, |row| row.get(0));
         let id = match found.optional()? {
             Some(id) => id,
-            None => self.connection.prepare_cached(INSERT_EVENT_TYPE)?.insert(key)?,
+            None => checked(self.connection.prepare_cached(INSERT_EVENT_TYPE)?.insert(key)?)?,
         };
-        self.fresh.set_event_type(checked(id)?, aggregate_type, name);
+        self.fresh.set_event_type(id, aggregate_type, name);
         Ok(id)
     }
 }
 
-fn find_aggregate_type(connection: &Connection, name: &AggregateType) -> Result<Option<i64>> {
+fn find_aggregate_type(connection: &Connection, name: &AggregateType) -> Result<Option<u32>> {
     let mut statement = connection.prepare_cached(AGGREGATE_TYPE_BY_NAME)?;
     Ok(statement.query_row([name.as_str()], |row| row.get(0)).optional()?)
 }
@@ -304,11 +219,11 @@ mod tests {
                 scope.spawn(move || (1..=100).for_each(|n| add_names(&writer, n)));
                 let mut last = 0;
                 while last < 200 {
-                    let table = Table::read(&reader).unwrap();
-                    let event_types = table.event_types.iter().flatten().count();
-                    assert_eq!(i64::try_from(event_types).unwrap(), table.complete_to);
-                    assert!(table.complete_to >= last);
-                    last = table.complete_to;
+                    let table = read(&reader).unwrap();
+                    let event_types: usize = table.list().iter().map(|known| known.event_types.len()).sum();
+                    assert_eq!(u32::try_from(event_types).unwrap(), table.complete_to());
+                    assert!(table.complete_to() >= last);
+                    last = table.complete_to();
                 }
             });
         }

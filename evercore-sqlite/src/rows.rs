@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, EventRow, Events, EventsBuilder, Headers, PageLimit, Position, Sequence, Timestamp,
+    AggregateId, EventRow, Events, EventsBuilder, Headers, NameTable, PageLimit, Position, Sequence,
+    Timestamp,
 };
 use rusqlite::types::{FromSqlError, ValueRef};
 use rusqlite::{Connection, Row, Rows};
 
 use crate::error::{Result, damaged};
-use crate::names::{Names, Table};
+use crate::names::Names;
 
 /// The columns of an event, in the order in which a page takes them. Most events have none of the last four, and to
 /// ask once for all is cheaper than to ask for each.
@@ -30,7 +31,7 @@ const EVENT_TYPE: usize = 3;
 /// A page as it fills.
 pub(crate) struct Page<'a> {
     names: &'a Names,
-    table: Arc<Table>,
+    table: Arc<NameTable>,
     connection: &'a Connection,
     limit: PageLimit,
     events: EventsBuilder,
@@ -44,11 +45,11 @@ impl<'a> Page<'a> {
     }
 
     /// Takes rows until the limit is met; SQLite reads no further than it is asked to. `passing` is sorted.
-    pub(crate) fn fill(&mut self, mut rows: Rows<'_>, passing: Option<&[i64]>) -> Result<()> {
+    pub(crate) fn fill(&mut self, mut rows: Rows<'_>, passing: Option<&[u32]>) -> Result<()> {
         while !self.is_full {
             let Some(row) = rows.next()? else { break };
             if passing
-                .is_some_and(|ids| !row.get(EVENT_TYPE).is_ok_and(|id: i64| ids.binary_search(&id).is_ok()))
+                .is_some_and(|ids| !row.get(EVENT_TYPE).is_ok_and(|id: u32| ids.binary_search(&id).is_ok()))
             {
                 continue;
             }
@@ -63,7 +64,7 @@ impl<'a> Page<'a> {
             self.is_full = true;
             return Ok(());
         }
-        let event_type_id: i64 = row.get(EVENT_TYPE)?;
+        let event_type_id: u32 = row.get(EVENT_TYPE)?;
         if self.table.event_type(event_type_id).is_none() {
             // Another process has given a name since.
             self.table = self.names.reload(self.connection)?;

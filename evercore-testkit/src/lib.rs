@@ -13,4 +13,4 @@ mod tools;
 pub use cases::{CASES, Case};
 pub use fixture::{Fixture, Harness, run};
 pub use given::{Given, When};
-pub use tools::block_on;
+pub use tools::{block_on, poll_at_most};

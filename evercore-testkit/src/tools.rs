@@ -93,8 +93,9 @@ where
     .await
 }
 
-/// Polls a future this often and then drops it; its result if it ended before.
-pub(crate) async fn poll_at_most<F: Future>(times: usize, future: F) -> Option<F::Output> {
+/// Polls a future this often and then drops it; its result if it ended before. So a future is dropped at each of its
+/// awaits in turn, by polling once, twice, and so on until it ends.
+pub async fn poll_at_most<F: Future>(times: usize, future: F) -> Option<F::Output> {
     let mut future = Box::pin(future);
     let mut left = times;
     poll_fn(move |context| {

@@ -45,8 +45,12 @@ macro_rules! faults {
         $(#[test]
         fn $test() {
             for case in [$($case),*] {
-                let engine = Broken::new(Arc::new(MemoryEngine::new()), Fault::$fault);
-                assert!(!passes(case, Fixture::shared(Arc::new(engine))), "{case} does not see it");
+                // A fault that shows in a race only may hide from one run on a busy machine.
+                let is_seen = (0..5).any(|_| {
+                    let engine = Broken::new(Arc::new(MemoryEngine::new()), Fault::$fault);
+                    !passes(case, Fixture::shared(Arc::new(engine)))
+                });
+                assert!(is_seen, "{case} does not see it");
             }
         })*
 

@@ -1,9 +1,8 @@
 //! Callers who go away: every future is polled once, twice, … and dropped, until it comes to its end.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use evercore_postgres::{
@@ -11,6 +10,7 @@ use evercore_postgres::{
     KnownType, LogQuery, NewAggregate, NewEvent, PageLimit, Payload, Position, PostgresEngine, Receipt,
     Result, Sequence, StorageEngine, Timestamp,
 };
+use evercore_testkit::poll_at_most;
 use evercore_testkit::postgres::Server;
 use tokio::task::JoinSet;
 
@@ -290,23 +290,6 @@ async fn polled<T>(
     check: impl FnOnce(T),
 ) -> Option<Result<()>> {
     poll_at_most(polls, call).await.map(|outcome| outcome.map(check))
-}
-
-/// Polls a future this often and then drops it; its result if it ended before.
-async fn poll_at_most<F: Future>(times: usize, future: F) -> Option<F::Output> {
-    let (mut future, mut left) = (Box::pin(future), times);
-    poll_fn(move |context| {
-        if left == 0 {
-            return Poll::Ready(None);
-        }
-        left -= 1;
-        match future.as_mut().poll(context) {
-            Poll::Ready(result) => Poll::Ready(Some(result)),
-            Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await
 }
 
 #[derive(Default)]
