@@ -12,6 +12,7 @@ use crate::event::Events;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::limits;
 use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
 
 /// What every method of an engine returns.
@@ -30,7 +31,7 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// * type names are the engine's to intern, and an interner remembers only what has committed.
 ///
 /// [`Any`] is here so that an engine can tell whether a unit of work is its own; it is implemented by itself.
-pub trait StorageEngine: Any + Debug + Send + Sync {
+pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// Reserves `count` ids for aggregates to be made, at least 1 and at most [`limits::RESERVE_IDS`].
     ///
     /// * no id is given out twice, by any engine on the same storage, also after reopening;

@@ -6,6 +6,7 @@ use std::fmt;
 use crate::engine::Target;
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::name::{AggregateType, EventType};
+use crate::subscription::CursorId;
 
 /// The result of everything in evercore that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -85,6 +86,15 @@ pub enum ErrorKind {
         /// Where the log ends.
         head: Position,
     },
+    /// The cursor belongs to another owner, or was reset: what was done with it since may be done again by that owner.
+    /// Stop; claim it again if you want it back.
+    LeaseLost,
+    /// Another owner holds the lease of the cursor. Wait, or leave it to that owner.
+    AlreadyOwned,
+    /// The subscription is paused. Resume it.
+    Paused,
+    /// A newer version of the subscription has taken over. Stop.
+    Superseded,
     /// The store could not be reached or was too busy, and nothing was written. Try again.
     Unavailable,
     /// The store was opened read-only, or its file or server allows no writing.
@@ -154,6 +164,13 @@ impl Error {
     pub fn cursor_ahead(cursor: Position, head: Position) -> Self {
         let message = format!("cursor {cursor} is ahead of the log, which ends at {head}");
         Self::new(ErrorKind::CursorAhead { cursor, head }, message)
+    }
+
+    /// Another owner holds the lease of the cursor, or has the cursor in hand.
+    pub fn already_owned(cursor: &CursorId) -> Self {
+        let message =
+            format!("the lease on subscription \"{}\" belongs to another owner", cursor.subscription);
+        Self::new(ErrorKind::AlreadyOwned, message)
     }
 
     /// The command id took effect before, with other content.

@@ -17,11 +17,14 @@ mod log_reader;
 mod metadata;
 mod name;
 mod name_table;
+mod observe;
+mod race;
 mod replay;
 mod retry;
 #[cfg(feature = "json")]
 mod state;
 mod store;
+mod subscription;
 mod target;
 mod text;
 mod time;
@@ -42,13 +45,18 @@ pub use json::Json;
 pub use loaded::Loaded;
 pub use log_reader::LogReader;
 pub use metadata::{Headers, Metadata};
-pub use name::{AggregateType, CommandId, EventType, Key};
+pub use name::{AggregateType, CommandId, EventType, Key, OwnerId, SubscriptionName};
 pub use name_table::NameTable;
 pub use replay::AsOf;
 pub use retry::RetryPolicy;
 #[cfg(feature = "json")]
 pub use state::{Patch, StateAggregate};
 pub use store::EventStore;
+pub use subscription::{
+    Advance, Cursor, CursorId, CursorState, CursorStatus, Cursors, Delivered, Delivery,
+    EphemeralSubscription, Failure, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked, ParkedChange,
+    RunEnd, Sink, Start, Step, Subscription, SubscriptionStorage, Taken, Then,
+};
 pub use target::IntoTarget;
 pub use time::Timestamp;
 pub use unit_of_work::UnitOfWork;

@@ -44,3 +44,9 @@ pub const DEFAULT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 
 /// The most ids that may be reserved at once.
 pub const RESERVE_IDS: u32 = 100_000;
+
+/// The most partitions that a subscription may have.
+pub const PARTITIONS: u32 = 1_024;
+
+/// How much of an error is stored with a parked event or a failed cursor, in bytes.
+pub const STORED_ERROR_BYTES: usize = 1_000;

@@ -130,6 +130,28 @@ name! {
     CommandId, "command id", limits::COMMAND_ID_BYTES, |text, f| write!(f, "{text:?}")
 }
 
+name! {
+    /// The name of a subscription, under which its cursors lie in the store.
+    SubscriptionName, "subscription name", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
+}
+
+name! {
+    /// Names one runner of a subscription, from its start to its end: who holds a lease.
+    OwnerId, "owner id", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
+}
+
+impl fmt::Display for SubscriptionName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl fmt::Display for AggregateType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

@@ -101,9 +101,9 @@ impl Attempts {
         if self.made >= self.policy.attempts {
             return false;
         }
-        let doubled = self.policy.first_pause.saturating_mul(1 << (self.made - 1).min(20));
+        let pause = backoff(self.made, self.policy.first_pause, self.policy.longest_pause);
         self.made += 1;
-        let pause = doubled.min(self.policy.longest_pause).mul_f64(random_fraction());
+        crate::observe::run_again();
         if !pause.is_zero() {
             store.engine().pause(pause).await;
         }
@@ -111,8 +111,19 @@ impl Attempts {
     }
 }
 
+/// The pause after so many attempts: a random part of a bound that doubles.
+pub(crate) fn backoff(attempts: u32, first: Duration, longest: Duration) -> Duration {
+    let doubled = first.saturating_mul(1 << attempts.saturating_sub(1).min(20));
+    doubled.min(longest).mul_f64(random_fraction())
+}
+
 /// From 0 to 1. The standard library seeds every `RandomState` anew, which is random enough to part two writers.
 fn random_fraction() -> f64 {
-    let bits = RandomState::new().build_hasher().finish() >> 11;
+    let bits = random_bits() >> 11;
     bits as f64 / (1_u64 << 53) as f64
+}
+
+/// Other bits each time.
+pub(crate) fn random_bits() -> u64 {
+    RandomState::new().build_hasher().finish()
 }

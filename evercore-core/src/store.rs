@@ -16,6 +16,7 @@ use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::log_reader::LogReader;
 use crate::name::{CommandId, EventType, Key};
+use crate::race::Bell;
 use crate::retry::RetryPolicy;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
@@ -39,6 +40,10 @@ pub struct EventStore {
 struct Shared {
     ids: Mutex<IdBlock>,
     snapshots_ignored: AtomicU64,
+    /// Rung when a cursor moves, or is free.
+    rings: Bell,
+    /// Rung when an operator has changed something about a subscription.
+    operated: Bell,
 }
 
 impl EventStore {
@@ -78,7 +83,7 @@ impl EventStore {
     pub async fn load<T: Aggregate>(&self, target: impl IntoTarget) -> Result<Loaded<T>> {
         let target = target.into_target(&aggregate_type::<T>()?)?;
         let missing = Error::missing(&target);
-        self.fold(target, Sequence::MAX).await?.ok_or(missing)
+        crate::observe::load(T::TYPE, self.fold(target, Sequence::MAX)).await?.ok_or(missing)
     }
 
     /// The id of the aggregate with this natural key, if there is one.
@@ -196,11 +201,20 @@ impl EventStore {
         self.shared.snapshots_ignored.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn rings(&self) -> &Bell {
+        &self.shared.rings
+    }
+
+    pub(crate) fn operated(&self) -> &Bell {
+        &self.shared.operated
+    }
+
     pub(crate) fn retry_policy(&self) -> RetryPolicy {
         self.retry
     }
 
     pub(crate) fn note_ignored_snapshot(&self) {
+        crate::observe::ignored_snapshot();
         self.shared.snapshots_ignored.fetch_add(1, Ordering::Relaxed);
     }
 

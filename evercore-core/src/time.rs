@@ -37,6 +37,19 @@ impl Timestamp {
         Err(Error::invalid(format!("time {micros} µs is not between the years 1 and 9999")))
     }
 
+    /// This much later, at most [`MAX`](Self::MAX).
+    #[must_use]
+    pub fn plus(self, time: Duration) -> Self {
+        let micros = i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
+        Self(self.0.saturating_add(micros).min(Self::MAX.0))
+    }
+
+    /// The time from `earlier` to this one; zero if it lies later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+
     /// Microseconds since 1970-01-01 00:00 UTC.
     pub const fn as_micros(self) -> i64 {
         self.0

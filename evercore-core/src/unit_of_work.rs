@@ -15,6 +15,7 @@ use crate::ids::{AggregateId, Sequence};
 use crate::loaded::Loaded;
 use crate::metadata::Metadata;
 use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::observe;
 use crate::store::EventStore;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
@@ -389,7 +390,7 @@ impl UnitOfWork {
         let only_raced = !created.is_empty()
             && batch.key_changes().is_empty()
             && batch.creates().iter().all(|new| new.key.is_none() || created.contains(&new.id));
-        match commit(batch).await {
+        match observe::commit(batch.events(), commit(batch)).await {
             Ok(receipt) => {
                 // The first receipt of a repeated command is about what another unit wrote.
                 let is_ours =

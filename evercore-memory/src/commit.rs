@@ -20,7 +20,10 @@ impl State {
         self.check_keys(batch)?;
         let recorded_at = self.log.last().map_or(now, |last| last.recorded_at.max(now));
         let receipt = Receipt::of(batch, self.head(), recorded_at);
+        let projected = self.project(batch, &receipt)?;
         self.write(batch, &receipt);
+        projected.into_iter().for_each(|write| write());
+        self.move_inline();
         Ok(receipt)
     }
 

@@ -35,7 +35,7 @@ impl MemoryEngine {
 
     /// The state; held for a moment, never across an await. A panic cannot leave it half changed: a commit checks
     /// before it writes.
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -14,9 +14,13 @@
 
 mod commit;
 mod engine;
+mod inline;
 mod load;
 mod log;
+mod projection;
 mod state;
+mod subscriptions;
 
 pub use engine::MemoryEngine;
 pub use evercore_core::*;
+pub use projection::Projection;

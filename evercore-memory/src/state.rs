@@ -4,11 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, CommandId, EventRow, EventType, Events, EventsBuilder, Key, KnownType,
-    Metadata, PageLimit, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, CommandId, Cursor, CursorId, EventRow, EventType, Events, EventsBuilder, Key,
+    KnownType, Metadata, PageLimit, Parked, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
 };
 
-/// Everything there is. Only [`commit`](crate::commit) changes it.
+use crate::inline::Inline;
+
+/// Everything there is. Only [`commit`](crate::commit) changes the log, only [`subscriptions`](crate::subscriptions) the
+/// cursors.
 #[derive(Default)]
 pub(crate) struct State {
     /// The log: the event at position p is number p - 1.
@@ -18,6 +21,9 @@ pub(crate) struct State {
     pub(crate) commands: HashMap<CommandId, Outcome>,
     pub(crate) types: BTreeMap<AggregateType, BTreeSet<EventType>>,
     pub(crate) reserved: i64,
+    pub(crate) cursors: BTreeMap<CursorId, Cursor>,
+    pub(crate) parked: HashMap<CursorId, BTreeMap<Position, Parked>>,
+    pub(crate) inline: Vec<Inline>,
 }
 
 pub(crate) struct AggregateState {
@@ -101,7 +107,7 @@ impl State {
 }
 
 impl Stored {
-    fn row(&self, position: Position) -> EventRow<'_> {
+    pub(crate) fn row(&self, position: Position) -> EventRow<'_> {
         EventRow {
             position,
             aggregate: self.aggregate,

@@ -9,9 +9,10 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_memory::{
-    Aggregate, AggregateQuery, AsOf, Batch, BoxFuture, CommandId, Error, ErrorKind, EventStore, Events,
-    History, IdBlock, Json, KnownType, LoadRequest, LogPage, LogQuery, MemoryEngine, PageLimit, Position,
-    Receipt, Result, Sequence, StorageEngine, Timestamp,
+    Aggregate, AggregateQuery, AsOf, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error,
+    ErrorKind, EventStore, Events, History, IdBlock, Json, KnownType, LoadRequest, LogPage, LogQuery,
+    MemoryEngine, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine,
+    SubscriptionName, SubscriptionStorage, Timestamp,
 };
 use futures_lite::future::{block_on, poll_once};
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,25 @@ impl Watched {
             Some(page) => Err(Error::new(ErrorKind::Unavailable, format!("page {page}"))),
             None => Ok(()),
         }
+    }
+}
+
+impl SubscriptionStorage for Watched {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        self.inner.step(id, step)
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        self.inner.cursors(of)
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        self.inner.parked(id, after, limit)
     }
 }
 

@@ -1,4 +1,5 @@
--- What a role needs that reads and appends, and no more: it can neither change nor remove an event, nor alter a table.
+-- What a role needs that reads, appends and subscribes, and no more: it can neither change nor remove an event, nor
+-- alter a table.
 --
 --     psql -v schema=evercore -v role=shop_app -f application.sql postgres://owner@db.example.org/shop
 --
@@ -10,7 +11,8 @@ BEGIN;
 -- Whatever it had here before; the owner's other tables are left alone.
 REVOKE ALL ON SCHEMA :"schema" FROM :"role";
 REVOKE ALL ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :"schema".event_types,
-    :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands, :"schema".event_log
+    :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands, :"schema".event_log,
+    :"schema".cursors, :"schema".parked_events
     FROM :"role";
 
 GRANT USAGE ON SCHEMA :"schema" TO :"role";
@@ -26,5 +28,8 @@ GRANT UPDATE (position, recorded_at) ON :"schema".log_end TO :"role";
 GRANT UPDATE (next_aggregate_id) ON :"schema".store TO :"role";
 GRANT UPDATE (natural_key) ON :"schema".aggregates TO :"role";
 GRANT INSERT, UPDATE (sequence, version, state) ON :"schema".snapshots TO :"role";
+
+-- How far subscriptions have come, and what they have put aside.
+GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".cursors, :"schema".parked_events TO :"role";
 
 COMMIT;

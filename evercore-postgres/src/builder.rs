@@ -1,13 +1,16 @@
 //! How an engine is connected to its server.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use evercore_core::Result;
+use evercore_core::{BoxError, BoxFuture, Event, Result};
+use tokio_postgres::Transaction;
 use tokio_postgres::config::Host;
 
 use crate::connect::Address;
 use crate::engine::PostgresEngine;
+use crate::inline::Wanted;
 use crate::sql::Schema;
 
 /// What an acknowledged commit survives: PostgreSQL's setting `synchronous_commit`, by its own words.
@@ -75,6 +78,7 @@ pub(crate) struct Settings {
     pub(crate) own_sessions: bool,
     pub(crate) plain_text: bool,
     pub(crate) root_certificate: Option<PathBuf>,
+    pub(crate) inline: Vec<Wanted>,
 }
 
 impl Default for Settings {
@@ -93,6 +97,7 @@ impl Default for Settings {
             own_sessions: true,
             plain_text: false,
             root_certificate: None,
+            inline: Vec::new(),
         }
     }
 }
@@ -192,6 +197,52 @@ impl Builder {
         self
     }
 
+    /// Keeps a read model in step with the log: the handler gets the events of each commit in its own transaction, so
+    /// that whoever sees the events sees what they lead to. If it fails, nothing of the unit is written, and the commit
+    /// is [`Rejected`](crate::ErrorKind::Rejected) with the handler's error as its source; a panic goes on in the caller.
+    ///
+    /// It misses nothing: how far it has come is a cursor in the store, of this name and version. Connecting hands it
+    /// all that it has not seen, 1,000 events at a time, and what other processes commit without it is handed to it by
+    /// the next commit with it. A new version begins again with the first event. Paused, it is passed over.
+    ///
+    /// It runs while the log is locked, and holds up all other commits: a few statements, nothing that waits. It may
+    /// take [`sql_timeout`](Self::sql_timeout) for each 1,000 events. SQL of
+    /// [`commit_with`](PostgresEngine::commit_with) that writes the same rows may meet it in a deadlock, which the server
+    /// ends by rolling one of them back. What takes longer is work for [a projection](PostgresEngine::projection).
+    ///
+    /// ```no_run
+    /// # use evercore_postgres::{PostgresEngine, Result};
+    /// # async fn connect() -> Result<()> {
+    /// let engine = PostgresEngine::builder()
+    ///     .inline_projection("orders by day", 1, |sql, events| {
+    ///         Box::pin(async move {
+    ///             let count = "INSERT INTO shop.days VALUES (CURRENT_DATE, $1)
+    ///                          ON CONFLICT (day) DO UPDATE SET orders = days.orders + excluded.orders";
+    ///             let placed = events.iter().filter(|event| event.event_type().as_str() == "Placed").count();
+    ///             sql.execute(count, &[&i64::try_from(placed)?]).await?;
+    ///             Ok(())
+    ///         })
+    ///     })
+    ///     .connect("postgres://app:secret@db.example.org/shop")
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// Connecting is [`InvalidName`](crate::ErrorKind::InvalidName) if the name is no
+    /// [`SubscriptionName`](crate::SubscriptionName), and [`Invalid`](crate::ErrorKind::Invalid) if the version is 0, if
+    /// the same version is there twice, or if it is for reading only.
+    pub fn inline_projection<F>(mut self, name: impl AsRef<str>, version: u32, handler: F) -> Self
+    where
+        F: for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>>
+            + Send
+            + Sync
+            + 'static,
+    {
+        let handle = Arc::new(handler);
+        self.settings.inline.push(Wanted { name: name.as_ref().to_owned(), version, handle });
+        self
+    }
+
     /// Connects, and makes or migrates the store unless told otherwise.
     ///
     /// The URL is PostgreSQL's, with several hosts if there are: `postgres://user:password@one,two/database`. The
@@ -240,6 +291,7 @@ impl Builder {
     pub async fn migrate(mut self, url: &str) -> Result<()> {
         self.settings.migrate = true;
         self.settings.read_only = false;
+        self.settings.inline.clear();
         self.connect(url).await?.close().await
     }
 }

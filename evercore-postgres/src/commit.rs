@@ -356,12 +356,12 @@ pub(crate) async fn write_within(
     store: &Store,
     sender: Sender<'_>,
     writing: &Writing<'_>,
-) -> Result<Option<Receipt>> {
+) -> Result<Vec<(usize, Receipt)>> {
     let ready = sender.ready(store.sql.commit.write.form(writing.form())).await?;
     let columns = writing.columns();
     let rows = ready.rows(&columns.values()).await?;
     let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
-    Ok(writing.receipts(row)?.into_iter().next().map(|(_, receipt)| receipt))
+    writing.receipts(row)
 }
 
 /// What is known of a command id.

@@ -15,6 +15,7 @@ use crate::check::Command;
 use crate::connect::Address;
 use crate::pool::Lent;
 use crate::store::Store;
+use crate::task::in_task;
 use crate::{commit, flight, load, log, names, wait};
 
 /// A store in a schema of a PostgreSQL database; cheap to clone, all clones are one engine.
@@ -144,7 +145,9 @@ impl StorageEngine for PostgresEngine {
     }
 
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
-        Box::pin(async move { Ok(log::read(&self.0, query).await?) })
+        let (store, query) = (Arc::clone(&self.0), query.clone());
+        // In a task: a page that is read ahead comes to its end and gives the connection back, whoever polls it or not.
+        Box::pin(async move { Ok(in_task(async move { log::read(&store, &query).await }).await??) })
     }
 
     fn head(&self) -> BoxFuture<'_, Result<Position>> {

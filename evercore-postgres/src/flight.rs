@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use crate::commit::{self, Flown};
 use crate::error::{again, outcome_unknown};
+use crate::inline;
 use crate::store::Store;
 use crate::wait;
 
@@ -130,7 +131,7 @@ pub(crate) async fn commit(store: &Arc<Store>, batch: Batch) -> Result<Receipt> 
     if is_leader {
         runtime.spawn(lead(Leader { store: Arc::clone(store), has_resigned: false }));
     }
-    answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
+    answer.await.unwrap_or_else(|_| Err(outcome_unknown())).map_err(inline::go_on)
 }
 
 /// The one who flies. However it ends, the others do not wait for ever: who drops a [`Job`] answers it.
@@ -173,12 +174,16 @@ async fn fly(store: &Arc<Store>, jobs: Vec<Job>) {
 /// Each batch with its outcome.
 async fn outcomes(store: &Store, batches: &[&Batch]) -> Vec<Result<Receipt>> {
     let table = store.names.table();
-    let mut flown = commit::quickly(store, batches, &table).await;
+    let is_plain = store.inline.is_empty();
+    let mut flown = if is_plain { commit::quickly(store, batches, &table).await } else { Flown::Look };
     for _ in 0..ATTEMPTS {
         if !matches!(flown, Flown::Look) {
             break;
         }
-        flown = commit::carefully(store, batches, &table).await;
+        flown = match is_plain {
+            true => commit::carefully(store, batches, &table).await,
+            false => inline::fly(store, batches, &table).await,
+        };
         if let Flown::RolledBack(error) = &flown
             && crate::error::passes(error)
         {
@@ -202,7 +207,7 @@ async fn apart(store: &Store, batches: &[&Batch], error: Error) -> Vec<Result<Re
     if batches.len() == 1 {
         return vec![Err(error)];
     }
-    if !matches!(error.kind(), ErrorKind::Backend | ErrorKind::Invalid) {
+    if !matches!(error.kind(), ErrorKind::Backend | ErrorKind::Invalid | ErrorKind::Rejected) {
         return all(batches, &error);
     }
     let mut alone = Vec::with_capacity(batches.len());

@@ -8,6 +8,7 @@ mod connect;
 mod engine;
 mod error;
 mod flight;
+mod inline;
 mod load;
 mod log;
 mod migrate;
@@ -16,9 +17,12 @@ mod own_sql;
 #[cfg(all(test, unix))]
 mod plans;
 mod pool;
+mod projection;
 mod rows;
 mod sql;
 mod store;
+mod subscriptions;
+mod task;
 #[cfg(feature = "rustls")]
 mod tls;
 mod wait;
@@ -28,4 +32,5 @@ mod writing;
 pub use builder::{Builder, SynchronousCommit};
 pub use engine::PostgresEngine;
 pub use evercore_core::*;
+pub use projection::Projection;
 pub use {deadpool_postgres, tokio_postgres};

@@ -137,6 +137,12 @@ impl LogSql {
         Ok(Head::of(&sender.rows(&self.head, &[]).await?)?.position)
     }
 
+    /// All events behind one position, up to another.
+    pub(crate) fn all_between(&self, after: Position, to: Position) -> Range {
+        let sql = Arc::clone(&self.all[0]);
+        Range { sql, order: Order::Position, from: after.get(), to: to.get(), rest: Vec::new() }
+    }
+
     /// What to read for a query, of which only events of the types `passing` pass, if that is known.
     fn range(&self, query: &LogQuery, passing: Option<Vec<i32>>) -> Range {
         let direction = usize::from(query.direction == Direction::Backward);

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use deadpool_postgres::ClientWrapper;
 use evercore_core::{
     Batch, BoxError, BoxFuture, Error, ErrorKind, NameTable, Position, Receipt, Timestamp, UnitOfWork,
 };
@@ -15,9 +16,11 @@ use crate::builder::Settings;
 use crate::commit::{self, Flown};
 use crate::engine::PostgresEngine;
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown};
+use crate::inline::{self, newest};
 use crate::pool::Lent;
 use crate::sql::{Sender, set_local};
 use crate::store::Store;
+use crate::task::in_task;
 use crate::wait;
 
 /// For the user's SQL: as PostgreSQL comes, but for what the engine promises in its place.
@@ -87,15 +90,7 @@ impl PostgresEngine {
         let store = Arc::clone(self.store());
         let sql = OwnSql(Box::new(sql));
         work.commit_by(|batch| async move {
-            // A task of its own, so that a panic or a caller who goes away leaves nothing open.
-            let flight = tokio::spawn(async move { fly(&store, batch, sql).await });
-            match flight.await {
-                Ok(outcome) => outcome,
-                Err(error) => match error.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => Err(outcome_unknown()),
-                },
-            }
+            in_task(async move { fly(&store, batch, sql).await }).await?.map_err(inline::go_on)
         })
         .await
     }
@@ -122,7 +117,7 @@ impl Turns {
         Self(Semaphore::new(connections.saturating_sub(1).max(1)))
     }
 
-    async fn take(&self, at_most: Duration) -> Result<SemaphorePermit<'_>, Error> {
+    pub(crate) async fn take(&self, at_most: Duration) -> Result<SemaphorePermit<'_>, Error> {
         let turn = tokio::time::timeout(at_most, self.0.acquire()).await;
         turn.ok().and_then(Result::ok).ok_or_else(|| {
             let message = "no connection became free in time: too much SQL runs beside commits";
@@ -135,7 +130,9 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
     // The user's time, and then our own: a server that says nothing must not hold anybody for ever.
-    let patience = store.settings.sql_timeout.saturating_add(store.patience());
+    let handlers = u32::try_from(store.inline.len()).unwrap_or(u32::MAX);
+    let patience = store.settings.sql_timeout.saturating_mul(handlers.saturating_add(1));
+    let patience = patience.saturating_add(store.patience());
     let (flown, is_clean) =
         match tokio::time::timeout(patience, together(store, &mut lent, &batch, sql)).await {
             Ok(ended) => ended?,
@@ -172,11 +169,9 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
         let outcome = known.repeated(batch);
         return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
     }
-    if let Err(refused) = run(sender, &transaction, sql, store.settings.sql_timeout).await {
-        return Err(refused.into());
-    }
+    run(store, sender, WHAT, || (sql.0)(&transaction)).await.map_err(|fault| fault.into_error(WHAT))?;
     sender.client.batch_execute(&settings_for_the_commit(&store.settings)).await?;
-    let (receipt, fresh) = match write(store, sender, batch).await? {
+    let (receipt, fresh) = match write(store, sender, &transaction, batch).await? {
         Wrote::Unit(receipt, fresh) => (receipt, fresh),
         Wrote::Nothing(outcome) => {
             return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
@@ -189,7 +184,7 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
         }
         // A constraint of the user's that is checked at the end.
         Err(error) if is_rolled_back(&error) => {
-            Err(rejected("failed when it was committed").with_source(error).into())
+            Err(rejected(WHAT, "failed when it was committed").with_source(error).into())
         }
         Err(_) => Ok((Flown::Unknown, false)),
     }
@@ -204,7 +199,12 @@ enum Wrote {
 }
 
 /// The lock, the checks, the writes. After an error nothing is written, since nothing was committed.
-async fn write(store: &Store, sender: Sender<'_>, batch: &Batch) -> Result<Wrote> {
+async fn write(
+    store: &Store,
+    sender: Sender<'_>,
+    transaction: &Transaction<'_>,
+    batch: &Batch,
+) -> Result<Wrote> {
     if batch.is_empty() {
         return Ok(Wrote::Unit(Receipt::of(batch, Position::ZERO, Timestamp::now()), None));
     }
@@ -214,8 +214,13 @@ async fn write(store: &Store, sender: Sender<'_>, batch: &Batch) -> Result<Wrote
     if let Some(outcome) = sorted.outcomes.into_iter().flatten().next() {
         return Ok(Wrote::Nothing(outcome));
     }
-    match commit::write_within(store, sender, &sorted.writing).await {
-        Ok(Some(receipt)) => Ok(Wrote::Unit(receipt, sorted.fresh)),
+    let written = commit::write_within(store, sender, &sorted.writing).await;
+    match written.map(|receipts| receipts.into_iter().next()) {
+        Ok(Some((_, receipt))) => {
+            let table = newest(&table, sorted.fresh.as_ref());
+            inline::apply(store, sender, transaction, &table, receipt.last).await?;
+            Ok(Wrote::Unit(receipt, sorted.fresh))
+        }
         Ok(None) => Err(damaged("the end of the log is missing")),
         Err(error) if is_ours(&error) => {
             let message = "the commit met another, and nothing was written";
@@ -225,40 +230,94 @@ async fn write(store: &Store, sender: Sender<'_>, batch: &Batch) -> Result<Wrote
     }
 }
 
-/// Runs the user's SQL, and sees to it that the transaction is still the one it was, and well.
-async fn run(
+/// What the errors of this room are about.
+const WHAT: &str = "the SQL beside the commit";
+
+/// Why a transaction with the user's SQL in it is not committed.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// It said no, in time.
+    SaidNo(BoxError),
+    /// Anything else.
+    Other(Error),
+}
+
+impl Fault {
+    pub(crate) fn into_error(self, what: &str) -> Error {
+        match self {
+            Self::SaidNo(source) => rejected(what, "said no").with_source(source),
+            Self::Other(error) => error,
+        }
+    }
+}
+
+impl From<PostgresError> for Fault {
+    fn from(error: PostgresError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+/// Runs the user's SQL in a transaction of ours, under settings of its own, which are set back.
+pub(crate) async fn run_within<'t>(
+    store: &Store,
     sender: Sender<'_>,
-    transaction: &Transaction<'_>,
-    sql: OwnSql,
-    at_most: Duration,
-) -> Result<(), Error> {
+    what: &str,
+    sql: impl FnOnce() -> BoxFuture<'t, Result<(), BoxError>>,
+) -> Result<(), Fault> {
+    let set = |text: String| async move { Ok(sender.client.batch_execute(&text).await?) };
+    store.in_time(set(settings_for_own_sql(&store.settings))).await?;
+    run(store, sender, what, sql).await?;
+    Ok(store.in_time(set(settings_for_the_commit(&store.settings))).await?)
+}
+
+/// Runs the user's SQL, and sees to it that the transaction is still the one it was, and well.
+async fn run<'t>(
+    store: &Store,
+    sender: Sender<'_>,
+    what: &str,
+    sql: impl FnOnce() -> BoxFuture<'t, Result<(), BoxError>>,
+) -> Result<(), Fault> {
     let which = || async {
-        sender.client.query_typed(WHICH, &[]).await?.first().map(|row| row.try_get(0)).transpose()
+        let rows = sender.client.query_typed(WHICH, &[]).await?;
+        Ok(rows.first().map(|row| row.try_get::<_, i64>(0)).transpose()?)
     };
-    let before: Option<i64> = which().await.map_err(PostgresError::from)?;
-    let began = Instant::now();
-    let outcome = tokio::time::timeout(at_most, (sql.0)(transaction)).await;
+    let before = store.in_time(which()).await?;
+    let (began, at_most) = (Instant::now(), store.settings.sql_timeout);
+    let outcome = tokio::time::timeout(at_most, sql()).await;
     // The server's clock may have ended a statement just before ours did; code that blocks stops neither.
     let is_late = outcome.is_err() || began.elapsed() >= at_most;
+    let too_long = || rejected(what, &format!("took longer than {at_most:?}"));
     match outcome {
-        Ok(Err(source)) if !is_late => return Err(rejected("said no").with_source(source)),
-        Ok(Err(source)) => return Err(too_long(at_most).with_source(source)),
-        _ if is_late => return Err(too_long(at_most)),
+        Ok(Err(source)) if !is_late => return Err(Fault::SaidNo(source)),
+        Ok(Err(source)) => return Err(Fault::Other(too_long().with_source(source))),
+        _ if is_late => return Err(Fault::Other(too_long())),
         _ => {}
     }
-    match which().await {
+    match store.in_time(which()).await {
         Ok(after) if after == before => Ok(()),
-        Ok(_) => Err(Error::invalid("the SQL beside the commit ended the transaction, which is not its own")),
-        Err(error) => Err(rejected("had an error and went on").with_source(error)),
+        Ok(_) => {
+            let message = format!("{what} ended the transaction, which is not its own");
+            Err(Fault::Other(Error::invalid(message)))
+        }
+        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").with_source(error))),
     }
 }
 
-fn rejected(what: &str) -> Error {
-    Error::new(ErrorKind::Rejected, format!("the SQL beside the commit {what}"))
+pub(crate) fn rejected(what: &str, why: &str) -> Error {
+    Error::new(ErrorKind::Rejected, format!("{what} {why}"))
 }
 
-fn too_long(at_most: Duration) -> Error {
-    rejected(&format!("took longer than {at_most:?}"))
+/// A transaction in which the user's SQL is to run, on any kind of connection.
+pub(crate) async fn open<'c>(
+    settings: &Settings,
+    client: &'c mut ClientWrapper,
+) -> Result<deadpool_postgres::Transaction<'c>> {
+    let transaction =
+        client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    if !settings.has_sessions() {
+        transaction.batch_execute(&set_local(settings)).await?;
+    }
+    Ok(transaction)
 }
 
 /// What the user's SQL has set goes back to what it was, also for those who get the connection next: what was set without

@@ -15,7 +15,7 @@ use tokio_postgres::{Row, RowStream};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::checked;
 use crate::pool::Lent;
-use crate::sql::Sql;
+use crate::sql::{Sender, Sql};
 use crate::store::Store;
 
 /// The columns of an event, in the order in which a page takes them.
@@ -47,10 +47,18 @@ impl UsualSize {
     }
 }
 
+/// Where a page's rows come from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Lent(&'a Lent),
+    /// Within a transaction that is open, whose connection is somebody else's concern.
+    Transaction(Sender<'a>),
+}
+
 /// A page as it fills.
 pub(crate) struct Page<'a> {
     store: &'a Store,
-    lent: &'a Lent,
+    from: Source<'a>,
     table: Arc<NameTable>,
     limit: PageLimit,
     events: EventsBuilder,
@@ -88,8 +96,22 @@ impl Range {
 
 impl<'a> Page<'a> {
     pub(crate) fn new(store: &'a Store, lent: &'a Lent, limit: PageLimit) -> Self {
-        let (table, events, is_full) = (store.names.table(), EventsBuilder::new(), limit.max_events() == 0);
-        Self { store, lent, table, limit, events, last: (0, 0), is_full }
+        Self::of(store, Source::Lent(lent), store.names.table(), limit)
+    }
+
+    /// Within a transaction that is open; `table` has the names that are registered in it too.
+    pub(crate) fn within(
+        store: &'a Store,
+        sender: Sender<'a>,
+        table: Arc<NameTable>,
+        limit: PageLimit,
+    ) -> Self {
+        Self::of(store, Source::Transaction(sender), table, limit)
+    }
+
+    fn of(store: &'a Store, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
+        let (events, is_full) = (EventsBuilder::new(), limit.max_events() == 0);
+        Self { store, from, table, limit, events, last: (0, 0), is_full }
     }
 
     /// How many rows to ask for next.
@@ -124,7 +146,11 @@ impl<'a> Page<'a> {
     }
 
     async fn take_next(&mut self, range: &Range, asked: i64) -> Result<i64> {
-        let ready = self.lent.sender()?.ready(&range.sql).await?;
+        let sender = match self.from {
+            Source::Lent(lent) => lent.sender()?,
+            Source::Transaction(sender) => sender,
+        };
+        let ready = sender.ready(&range.sql).await?;
         let rows = ready.stream(&range.values(&asked)).await?;
         self.take_all(rows, asked, Position::MAX).await
     }
@@ -153,12 +179,13 @@ impl<'a> Page<'a> {
     /// What is left of an answer is thrown away before the next statement; where that would take longer than to
     /// connect anew, the connection goes.
     fn spoil_if_much_is_left(&self, rows: i64) {
+        let Source::Lent(lent) = self.from else { return };
         if !self.is_full {
             return;
         }
         let usual = self.events.bytes() / self.events.len().max(1);
         if usize::try_from(rows).unwrap_or(0).saturating_mul(usual) > self.limit.max_bytes() {
-            self.lent.spoil();
+            lent.spoil();
         }
     }
 

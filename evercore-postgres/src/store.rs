@@ -11,6 +11,7 @@ use crate::commit::CommitSql;
 use crate::connect::Address;
 use crate::error::{self, closed, damaged};
 use crate::flight::Queue;
+use crate::inline::{self, Inline};
 use crate::load::LoadSql;
 use crate::log::LogSql;
 use crate::migrate;
@@ -19,6 +20,7 @@ use crate::own_sql::Turns;
 use crate::pool::Lent;
 use crate::rows::UsualSize;
 use crate::sql::{Schema, Sql};
+use crate::subscriptions::SubscriptionSql;
 use crate::wait::Watch;
 
 pub(crate) struct Store {
@@ -32,6 +34,7 @@ pub(crate) struct Store {
     pub(crate) turns: Turns,
     pub(crate) watch: Watch,
     pub(crate) usual_size: UsualSize,
+    pub(crate) inline: Vec<Inline>,
     store_id: OnceLock<String>,
     closed: AtomicBool,
 }
@@ -42,6 +45,7 @@ pub(crate) struct Statements {
     pub(crate) commit: CommitSql,
     pub(crate) load: LoadSql,
     pub(crate) log: LogSql,
+    pub(crate) subscriptions: SubscriptionSql,
     store_id: Sql,
 }
 
@@ -51,6 +55,7 @@ impl Statements {
             commit: CommitSql::new(schema),
             load: LoadSql::new(schema),
             log: LogSql::new(schema),
+            subscriptions: SubscriptionSql::new(schema),
             store_id: Sql::new(schema, "SELECT store_id FROM @store WHERE one = 1", &[]),
         }
     }
@@ -59,6 +64,7 @@ impl Statements {
 impl Store {
     pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
         let store = Self {
+            inline: inline::checked(&settings)?,
             sql: Statements::new(&settings.schema),
             names: Names::new(&settings.schema),
             watch: Watch::new(&settings.schema),
@@ -75,6 +81,7 @@ impl Store {
         let lent = Lent::to_read(&store).await?;
         let outcome = store.in_time(store.look_around(&lent)).await;
         lent.after(outcome)?;
+        inline::catch_up(&store).await?;
         Ok(store)
     }
 

@@ -7,11 +7,14 @@ mod orders;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use common::block_on;
 use evercore_postgres::{
-    AggregateType, Append, Batch, CommandId, ErrorKind, EventStore, EventType, KnownType, LogQuery, Metadata,
-    NewEvent, Payload, Position, PostgresEngine, Result, Sequence, StorageEngine, Timestamp,
+    Advance, AggregateId, AggregateType, Append, Batch, CommandId, CursorId, ErrorKind, EventStore,
+    EventType, KnownType, Lease, LogQuery, Metadata, NewEvent, OwnerId, Parked, ParkedChange, Payload,
+    Position, PostgresEngine, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
+    Timestamp,
 };
 use evercore_testkit::postgres::{self, Server};
 use orders::{Order, all_of, closure, kind, noted, place, positions, up_to};
@@ -96,7 +99,33 @@ async fn walk(engine: &PostgresEngine) -> Result<usize> {
     let mut order = work.load::<Order>(format!("renamed {n}")).await?;
     work.record(&mut order, noted("with SQL"))?;
     engine.commit_with(work, beside).await?;
+    subscribe(engine, n).await?;
     Ok(n)
+}
+
+/// Moves a cursor, and parks an event twice.
+async fn subscribe(engine: &PostgresEngine, n: usize) -> Result<()> {
+    let id = CursorId { subscription: SubscriptionName::new(format!("walk {n}"))?, version: 1, partition: 0 };
+    engine.step(&id, &Step::declare(1, Position::ZERO, None)).await?;
+    let (owner, time) = (OwnerId::new("walker")?, Duration::from_secs(9));
+    let cursor = engine.step(&id, &Step::claim(owner.clone(), time)).await?.unwrap();
+    let parked = Parked {
+        position: Position::new(1)?,
+        aggregate: AggregateId::new(1)?,
+        holds_back: true,
+        attempts: 1,
+        error: "no".to_owned(),
+        parked_at: Timestamp::now(),
+        is_due: false,
+    };
+    let lease = Lease { owner, epoch: cursor.epoch };
+    let mut advance = Advance::new(lease, Position::ZERO, Position::new(1)?, time);
+    advance.parked = vec![ParkedChange::Keep(parked.clone()), ParkedChange::Keep(parked)];
+    engine.step(&id, &Step::Advance(advance)).await?;
+    assert_eq!(engine.parked(&id, Position::ZERO, 9).await?.len(), 1);
+    engine.step(&id, &Step::Remove).await?;
+    assert!(engine.cursors(Some(&id.subscription)).await?.cursors.is_empty());
+    Ok(())
 }
 
 /// Registers names by a warm-up, and others by a commit.
@@ -170,10 +199,11 @@ fn the_application_needs_every_right_that_it_has() {
             UNION ALL
             SELECT DISTINCT 'UPDATE (' || column_name || ') ON evercore.' || table_name
             FROM information_schema.column_privileges WHERE grantee = 'shop_app' AND privilege_type = 'UPDATE'
+              AND table_name NOT IN ('cursors', 'parked_events')
             UNION ALL SELECT 'USAGE ON SCHEMA evercore') AS r";
         let rights = shop.psql(rights);
         let rights: Vec<&str> = rights.split(';').collect();
-        assert_eq!(rights.len(), 8 + 6 + 7 + 1, "{rights:?}");
+        assert_eq!(rights.len(), 8 + 6 + 7 + 2 * 4 + 1, "{rights:?}");
         for right in rights {
             shop.psql(&format!("REVOKE {right} FROM shop_app"));
             let outcome = async { walk(&PostgresEngine::connect(&shop.application).await?).await }.await;
@@ -206,9 +236,11 @@ fn a_reader_reads_everything_and_writes_nothing() {
             kind(store.warmup::<Order>().await),
             kind(engine.reserve(1).await),
             kind(engine.commit_with(store.begin(), orders::own("SELECT 1")).await),
+            kind(subscribe(&engine, n).await),
         ] {
             assert_eq!(refused, ErrorKind::ReadOnly);
         }
+        assert!(engine.cursors(None).await.unwrap().cursors.is_empty());
         // Connected as if it might write, it is told by the server.
         let hopeful = EventStore::new(PostgresEngine::connect(&shop.reader).await.unwrap());
         assert_eq!(kind(place(&hopeful, "another").await), ErrorKind::ReadOnly);

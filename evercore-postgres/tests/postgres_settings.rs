@@ -550,3 +550,29 @@ fn a_server_that_is_not_there_or_says_nothing_is_unavailable_in_time() {
         );
     });
 }
+
+#[test]
+fn readers_that_read_ahead_and_rest_hold_no_connection() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let settings = at.builder().pool_size(2).connect_timeout(Duration::from_secs(3));
+        let engine = settings.connect(&at.url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for number in 0..60 {
+            place(&store, &format!("order {number}")).await.unwrap();
+        }
+        let mut resting = Vec::new();
+        for _ in 0..6 {
+            let limit = PageLimit::events(10).unwrap();
+            let mut reader = store.log_reader(LogQuery::after(Position::ZERO).with_limit(limit));
+            assert!(reader.next().await.unwrap().is_some());
+            resting.push(reader);
+        }
+        // Each has begun to read the pages behind, and nobody comes for them.
+        place(&store, "another").await.unwrap();
+        for mut reader in resting {
+            while reader.next().await.unwrap().is_some() {}
+            assert_eq!(reader.position(), store.head().await.unwrap());
+        }
+    });
+}

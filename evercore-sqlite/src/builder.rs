@@ -6,6 +6,7 @@ use std::time::Duration;
 use evercore_core::{Error, ErrorKind, Result};
 
 use crate::engine::SqliteEngine;
+use crate::inline::InlineProjection;
 
 /// What an acknowledged commit survives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -43,6 +44,7 @@ impl Durability {
 #[must_use]
 pub struct Builder {
     pub(crate) settings: Settings,
+    pub(crate) inline: Vec<InlineProjection>,
 }
 
 /// The settings of an engine.
@@ -73,7 +75,7 @@ impl Default for Settings {
 
 impl Builder {
     pub(crate) fn new() -> Self {
-        Self { settings: Settings::default() }
+        Self { settings: Settings::default(), inline: Vec::new() }
     }
 
     /// What an acknowledged commit survives; [`Durability::PowerLoss`] unless set.
@@ -97,8 +99,8 @@ impl Builder {
         self
     }
 
-    /// How long SQL of your own may take that is [committed with](SqliteEngine::commit_with) a unit of work, since
-    /// nobody else writes meanwhile; 5 seconds unless set, at least 1 millisecond.
+    /// How long SQL of your own may take, be it [committed with](SqliteEngine::commit_with) a unit of work or a
+    /// [projection](SqliteEngine::projection)'s, since nobody else writes meanwhile; 5 seconds unless set, at least 1 millisecond.
     pub fn sql_timeout(mut self, timeout: Duration) -> Self {
         self.settings.sql_timeout = timeout.max(Duration::from_millis(1));
         self
@@ -112,7 +114,7 @@ impl Builder {
     }
 
     /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly), and an older
-    /// schema is not migrated. SQLite still needs its files `-wal` and `-shm` beside a store, or leave to make them.
+    /// schema is not migrated: its events are read as ever, and it has no subscriptions. SQLite still needs its files `-wal` and `-shm` beside a store, or leave to make them.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.settings.read_only = read_only;
         self
@@ -130,25 +132,28 @@ impl Builder {
     /// Opens the store in this file.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs;
+    /// [`Invalid`](ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs, and for an
+    /// [inline projection](Self::inline_projection) that is there twice, has version 0, or would have to write where
+    /// nothing is written; [`InvalidName`](ErrorKind::InvalidName) for one whose name cannot be;
+    /// [`Rejected`](ErrorKind::Rejected) if one fails;
     /// [`NotAStore`](ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
     /// missing one that is not to be created; [`SchemaTooNew`](ErrorKind::SchemaTooNew) for a store made by a newer
     /// library; [`ReadOnly`](ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](ErrorKind::Unavailable) if
     /// it stays locked. A file that is refused was not written to.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
         let path = checked(path.as_ref())?;
-        SqliteEngine::open_with(self.settings, Some(path)).await
+        SqliteEngine::open_with(self.settings, self.inline, Some(path)).await
     }
 
     /// Opens a new store in memory, which ends with the engine. It has one connection for all.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) together with `read_only`.
+    /// [`Invalid`](ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline projections.
     pub async fn open_in_memory(self) -> Result<SqliteEngine> {
         if self.settings.read_only {
             return Err(Error::invalid("a store in memory is new, so it cannot be read-only"));
         }
-        SqliteEngine::open_with(self.settings, None).await
+        SqliteEngine::open_with(self.settings, self.inline, None).await
     }
 }
 

@@ -13,10 +13,11 @@ use evercore_core::{
 use crate::builder::{Builder, Settings};
 use crate::commit::Command;
 use crate::error::{SqliteError, outcome_unknown, read_only};
+use crate::inline::InlineProjection;
 use crate::names::Registrar;
 use crate::own_sql::OwnSql;
 use crate::store::Store;
-use crate::{backup, flight, load, log, wait};
+use crate::{backup, flight, guard, load, log, wait};
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -49,9 +50,13 @@ impl SqliteEngine {
         Builder::new()
     }
 
-    pub(crate) async fn open_with(settings: Settings, path: Option<PathBuf>) -> Result<Self> {
-        let open = move || Store::open(settings, path).map(|store| Self(Arc::new(store)));
-        if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await }
+    pub(crate) async fn open_with(
+        settings: Settings,
+        inline: Vec<InlineProjection>,
+        path: Option<PathBuf>,
+    ) -> Result<Self> {
+        let open = move || Store::open(settings, inline, path).map(|store| Self(Arc::new(store)));
+        guard::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
     }
 
     /// The file, with its whole path; `None` for a store in memory.
@@ -117,7 +122,7 @@ impl SqliteEngine {
     }
 
     /// Runs what may block where blocking is allowed.
-    fn run<T: Send + 'static>(
+    pub(crate) fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> BoxFuture<'static, Result<T>> {
@@ -140,7 +145,7 @@ impl SqliteEngine {
             return Err(read_only());
         }
         if self.0.settings.commit_on_caller_thread {
-            return flight::commit_here(&self.0, batch, sql);
+            return guard::go_on(flight::commit_here(&self.0, batch, sql));
         }
         let (answer, is_leader) = self.0.queue.push(batch, sql);
         if is_leader {
@@ -148,7 +153,7 @@ impl SqliteEngine {
             let store = Arc::clone(&self.0);
             blocking::unblock(move || flight::lead(&store)).detach();
         }
-        answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
+        guard::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
     }
 }
 

@@ -3,6 +3,8 @@
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
 
+use crate::guard::Fault;
+
 /// An error from below, before it is named by what the caller can do.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SqliteError {
@@ -21,6 +23,9 @@ pub(crate) enum SqliteError {
     /// A value in the file that evercore cannot have written.
     #[error("damaged: {0}")]
     Damaged(#[from] BoxError),
+    /// The user's SQL in a transaction of ours.
+    #[error(transparent)]
+    User(#[from] Fault),
     /// Already an error of evercore.
     #[error(transparent)]
     Core(#[from] Error),
@@ -38,9 +43,10 @@ impl From<SqliteError> for Error {
             SqliteError::Damaged(_) => {
                 (ErrorKind::NotAStore, "the file has a value that is no value of a store")
             }
-            SqliteError::Core(_) => (ErrorKind::Backend, ""),
+            SqliteError::User(_) | SqliteError::Core(_) => (ErrorKind::Backend, ""),
         };
         match error {
+            SqliteError::User(fault) => fault.into(),
             SqliteError::Core(error) => error,
             other => Self::new(kind, message).with_source(other),
         }
@@ -94,6 +100,11 @@ pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
 /// Whether the disk itself failed.
 pub(crate) fn is_io(error: &rusqlite::Error) -> bool {
     primary_code(error) == Some(ffi::SQLITE_IOERR)
+}
+
+/// Whether a row broke a constraint.
+pub(crate) fn is_constraint(error: &rusqlite::Error) -> bool {
+    primary_code(error) == Some(ffi::SQLITE_CONSTRAINT)
 }
 
 /// By result code alone: messages change from release to release.

@@ -11,6 +11,7 @@ use rusqlite::Connection;
 
 use crate::commit::Writer;
 use crate::error::{self, SqliteError, again, closed, outcome_unknown};
+use crate::inline;
 use crate::names::Registrar;
 use crate::own_sql::OwnSql;
 use crate::store::{Locked, Store};
@@ -180,6 +181,9 @@ fn transact<T>(
         let before = writer.head();
         let outcome = work(&mut writer)?;
         let (head, names) = writer.finish();
+        if before.position < head.position {
+            inline::follow(connection, store, head.position)?;
+        }
         Ok((outcome, before, head, names.into_fresh()))
     })?;
     store.names.learn(fresh);

@@ -1,6 +1,8 @@
 //! Reading the log of the whole store.
 
-use evercore_core::{AggregateId, Direction, Error, Events, LogPage, LogQuery, Position, Timestamp};
+use evercore_core::{
+    AggregateId, Direction, Error, Events, LogPage, LogQuery, PageLimit, Position, Timestamp,
+};
 use rusqlite::{Connection, params_from_iter};
 
 use crate::commit::Head;
@@ -86,6 +88,18 @@ fn matching(
         }
     }
     Ok(page.finish())
+}
+
+/// Every event behind the first position, up to the second, as many as the limit allows.
+pub(crate) fn between(
+    connection: &Connection,
+    names: &Names,
+    (after, to): (Position, Position),
+    limit: PageLimit,
+) -> Result<Events> {
+    let mut page = Page::new(connection, names, limit);
+    page.fill(connection.prepare_cached(ALL_FORWARD)?.query((after.next().get(), to.get()))?, None)?;
+    Ok(page.finish().0)
 }
 
 fn either<'a>(query: &LogQuery, forward: &'a str, backward: &'a str) -> &'a str {

@@ -29,6 +29,11 @@ impl Names {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// The same names for a reader of its own, who may learn what has not committed.
+    pub(crate) fn copy(&self) -> Self {
+        Self(RwLock::new(self.table()))
+    }
+
     /// Takes in what a transaction found or made; to be called after it has committed.
     pub(crate) fn learn(&self, committed: NameTable) {
         if committed.is_empty() {

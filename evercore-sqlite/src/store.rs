@@ -14,6 +14,7 @@ use crate::commit::Head;
 use crate::connection::{self, Role};
 use crate::error::{self, SqliteError, closed};
 use crate::flight::Queue;
+use crate::inline::{self, Inline, InlineProjection};
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
 use crate::pool::Pool;
@@ -37,6 +38,7 @@ pub(crate) struct Store {
     pub(crate) settings: Settings,
     pub(crate) store_id: String,
     pub(crate) names: Names,
+    pub(crate) inline: Vec<Inline>,
     pub(crate) queue: Queue,
     /// Rung after each flight that wrote events.
     pub(crate) committed: Event,
@@ -45,6 +47,9 @@ pub(crate) struct Store {
     state: AtomicU8,
     /// Before the writer, and so dropped before it: who closes last tidies the WAL away, and only a writer can.
     readers: RwLock<Option<Pool>>,
+    /// Held by the next in line for the writer, so that one who comes back at once, as the leader of flights does, gets in
+    /// behind who has waited: a mutex alone would let it in again and again.
+    next: Mutex<()>,
     writer: Mutex<Option<Writer>>,
 }
 
@@ -55,8 +60,16 @@ pub(crate) struct Writer {
 }
 
 impl Store {
-    pub(crate) fn open(settings: Settings, path: Option<PathBuf>) -> Result<Self> {
+    pub(crate) fn open(
+        settings: Settings,
+        inline: Vec<InlineProjection>,
+        path: Option<PathBuf>,
+    ) -> Result<Self> {
         connection::check_library()?;
+        let inline = Inline::checked(inline)?;
+        if settings.read_only && !inline.is_empty() {
+            return Err(Error::invalid("an inline projection writes, so the store cannot be read-only"));
+        }
         let writer = match &path {
             Some(path) => open_file(path, &settings)?,
             None => Some(open_memory(&settings)?),
@@ -67,11 +80,13 @@ impl Store {
             settings,
             store_id: String::new(),
             names: Names::default(),
+            inline,
             queue: Queue::default(),
             committed: Event::new(),
             head: AtomicI64::new(0),
             state: AtomicU8::new(OPEN),
             readers: RwLock::new(readers),
+            next: Mutex::default(),
             writer: Mutex::new(writer.map(|connection| Writer { connection, events_since_look: 0 })),
         };
         store.store_id = store.read(|connection| {
@@ -79,6 +94,7 @@ impl Store {
         })?;
         store.read(|connection| store.names.reload(connection).map(drop))?;
         store.head()?;
+        inline::catch_up(&store)?;
         Ok(store)
     }
 
@@ -108,7 +124,10 @@ impl Store {
         if self.settings.read_only {
             return Err(error::read_only());
         }
-        let writer = match self.writer.lock() {
+        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let writer = self.writer.lock();
+        drop(next);
+        let writer = match writer {
             Ok(writer) => writer,
             Err(poisoned) => {
                 // A panic in mid-transaction: dropping the connection rolls it back and frees the file for others.
@@ -268,11 +287,13 @@ fn open_memory(settings: &Settings) -> error::Result<Connection> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
+
     use super::*;
 
     fn open(path: &Path) -> Store {
         let settings = Settings { busy_timeout: Duration::from_millis(1_234), ..Settings::default() };
-        Store::open(settings, Some(path.to_owned())).unwrap()
+        Store::open(settings, Vec::new(), Some(path.to_owned())).unwrap()
     }
 
     fn names(store: &Store) -> Result<i64> {
@@ -294,6 +315,32 @@ mod tests {
         };
         assert_eq!(store.write(ask).unwrap(), [1_234, 0, 2, 1, 0]);
         assert_eq!(store.read(ask).unwrap(), [1_234, 0, 2, 1, 1]);
+    }
+
+    #[test]
+    fn who_comes_back_for_the_writer_gets_in_behind_who_has_waited() {
+        const WAITS: usize = 50;
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder.path().join("store.db"));
+        let (turns, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let _writer = store.lock().unwrap();
+                    turns.fetch_add(1, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let wait = || {
+                std::thread::sleep(Duration::from_millis(2)); // the other is at it again
+                let before = turns.load(Ordering::SeqCst);
+                let _writer = store.lock().unwrap();
+                turns.load(Ordering::SeqCst) - before
+            };
+            let waited: usize = (0..WAITS).map(|_| wait()).sum();
+            done.store(true, Ordering::SeqCst);
+            assert!(waited <= WAITS / 2, "{waited} turns of another in {WAITS} waits");
+        });
     }
 
     #[test]

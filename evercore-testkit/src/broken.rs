@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Direction, Error, ErrorKind, Event,
-    EventRow, Events, EventsBuilder, History, IdBlock, Key, KeyChange, KnownType, LoadRequest, LogPage,
-    LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Position, Receipt, Result, Sequence,
-    StorageEngine, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
+    Error, ErrorKind, Event, EventRow, Events, EventsBuilder, History, IdBlock, Key, KeyChange, KnownType,
+    Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Parked, Position,
+    Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage, Target, Timestamp,
+    limits,
 };
 
 /// What is wrong with an engine.
@@ -83,6 +84,22 @@ pub enum Fault {
     RemembersLostNames,
     /// `Debug` shows natural keys.
     ShowsKeys,
+    /// A cursor moves for whoever asks, whatever lease he names.
+    IgnoresLeases,
+    /// A lease is given to whoever claims it, though another has it.
+    GivesLeasesTwice,
+    /// A renewal is answered, and the lease ends as if it had not been.
+    ForgetsRenewals,
+    /// A cursor moves from anywhere.
+    MovesFromAnywhere,
+    /// A cursor moves and its parked events are forgotten.
+    LosesParkedEvents,
+    /// A reset leaves the lease with its owner.
+    ResetsSoftly,
+    /// A cursor is made anew whenever it is declared.
+    DeclaresAgain,
+    /// A pause is forgotten.
+    ForgetsPauses,
 }
 
 impl Fault {
@@ -122,6 +139,14 @@ impl Fault {
         Self::WakesNobody,
         Self::RemembersLostNames,
         Self::ShowsKeys,
+        Self::IgnoresLeases,
+        Self::GivesLeasesTwice,
+        Self::ForgetsRenewals,
+        Self::MovesFromAnywhere,
+        Self::LosesParkedEvents,
+        Self::ResetsSoftly,
+        Self::DeclaresAgain,
+        Self::ForgetsPauses,
     ];
 }
 
@@ -152,6 +177,58 @@ impl Broken {
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn known(&self, id: &CursorId) -> Result<Option<Cursor>> {
+        let known = self.inner.cursors(Some(&id.subscription)).await?.cursors;
+        Ok(known.into_iter().find(|cursor| cursor.id == *id))
+    }
+
+    async fn step_badly(&self, id: &CursorId, mut step: Step) -> Result<Option<Cursor>> {
+        let known = self.known(id).await?;
+        let holder = known
+            .as_ref()
+            .and_then(|cursor| Some(Lease { owner: cursor.owner.clone()?, epoch: cursor.epoch }));
+        match (&mut step, known) {
+            (Step::Advance(advance), Some(known)) => {
+                if let (true, Some(holder)) = (self.has(Fault::IgnoresLeases), holder) {
+                    advance.lease = holder;
+                }
+                if self.has(Fault::MovesFromAnywhere) {
+                    advance.from = known.position;
+                    advance.to = advance.to.max(known.position);
+                }
+                if self.has(Fault::LosesParkedEvents) {
+                    advance.parked.clear();
+                }
+            }
+            (Step::Claim { .. }, _) if self.has(Fault::GivesLeasesTwice) => {
+                if let Some(holder) = holder {
+                    self.inner.step(id, &Step::release(holder)).await?;
+                }
+            }
+            (Step::Renew { .. }, known) if self.has(Fault::ForgetsRenewals) => return Ok(known),
+            (Step::Pause, known) if self.has(Fault::ForgetsPauses) => return Ok(known),
+            (Step::Declare { .. }, Some(_)) if self.has(Fault::DeclaresAgain) => {
+                self.inner.step(id, &Step::Remove).await?;
+            }
+            (Step::Reset { position, .. }, Some(known)) if self.has(Fault::ResetsSoftly) => {
+                let position = *position;
+                if let Some(holder) = holder {
+                    self.inner.step(id, &Step::Remove).await?;
+                    let declare = Step::declare(known.partitions, position, known.live_from);
+                    self.inner.step(id, &declare).await?;
+                    let mut epoch = 0;
+                    while epoch < holder.epoch {
+                        let claim = Step::claim(holder.owner.clone(), Duration::from_secs(600));
+                        epoch = self.inner.step(id, &claim).await?.map_or(epoch, |cursor| cursor.epoch);
+                    }
+                    return self.known(id).await;
+                }
+            }
+            _ => {}
+        }
+        self.inner.step(id, &step).await
     }
 
     /// The batch as this engine understands it.
@@ -485,6 +562,25 @@ impl StorageEngine for Broken {
             }
             Ok(types)
         })
+    }
+}
+
+impl SubscriptionStorage for Broken {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        Box::pin(self.step_badly(id, step.clone()))
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        self.inner.cursors(of)
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        self.inner.parked(id, after, limit)
     }
 }
 

@@ -8,6 +8,7 @@ mod given;
 mod model;
 #[cfg(all(feature = "postgres", unix))]
 pub mod postgres;
+pub mod projection;
 mod tools;
 
 pub use cases::{CASES, Case};

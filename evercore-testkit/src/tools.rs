@@ -4,10 +4,11 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+use std::time::Duration;
 
 use evercore_core::{
     Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
@@ -393,5 +394,52 @@ impl<const EVERY: u32, const VERSION: u32> Aggregate for Tally<EVERY, VERSION> {
     fn apply(&mut self, TallyEvent::Counted(number): TallyEvent) {
         self.total += number;
         self.events += 1;
+    }
+}
+
+/// Runs a future for so long at most, and then drops it.
+pub(crate) async fn drop_after<T>(
+    engine: &Engine,
+    time: Duration,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let (mut future, mut timer) = (Box::pin(future), engine.pause(time));
+    poll_fn(|context| match future.as_mut().poll(context) {
+        Poll::Ready(result) => Poll::Ready(Some(result)),
+        Poll::Pending => timer.as_mut().poll(context).map(|()| None),
+    })
+    .await
+}
+
+/// Until this is so; it must be within twenty seconds.
+pub(crate) async fn until(engine: &Engine, mut is_so: impl FnMut() -> bool) {
+    for _ in 0..10_000 {
+        if is_so() {
+            return;
+        }
+        engine.pause(Duration::from_millis(2)).await;
+    }
+    panic!("it did not come to that within twenty seconds");
+}
+
+/// What a handler was given, in order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen(Arc<Mutex<Vec<Event>>>);
+
+impl Seen {
+    pub(crate) fn push(&self, event: &Event) {
+        self.0.lock().unwrap().push(event.clone());
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    pub(crate) fn numbers(&self) -> Vec<i64> {
+        numbers(&self.0.lock().unwrap())
+    }
+
+    pub(crate) fn events(&self) -> Vec<Event> {
+        self.0.lock().unwrap().clone()
     }
 }

@@ -175,4 +175,32 @@ faults! {
     unheard_commits: WakesNobody, ["log::a_commit_wakes_all_who_wait_at_once"];
     remembered_names: RemembersLostNames, ["types::an_interner_remembers_only_what_has_committed"];
     shown_keys: ShowsKeys, ["values::nothing_shows_a_key_or_a_payload"];
+    ignored_leases: IgnoresLeases, [
+        "cursors::every_claim_raises_the_epoch_also_for_the_same_owner",
+        "cursors::a_lease_that_has_expired_is_taken_over",
+    ];
+    leases_given_twice: GivesLeasesTwice, [
+        "cursors::a_claim_is_refused_while_another_has_the_lease",
+        "cursors::of_racing_claims_one_wins",
+        "subscriptions::a_second_claim_is_refused_or_waits_as_asked",
+    ];
+    forgotten_renewals: ForgetsRenewals, [
+        "cursors::a_lease_that_is_renewed_lasts",
+        "subscriptions::a_lease_is_renewed_while_the_handler_runs",
+    ];
+    moves_from_anywhere: MovesFromAnywhere, ["cursors::a_cursor_moves_from_where_it_stands_and_never_back"];
+    lost_parked_events: LosesParkedEvents, [
+        "cursors::parked_events_are_kept_listed_and_forgotten",
+        "cursors::cursors_and_parked_events_survive_reopening",
+        "cursors::a_step_dropped_at_any_await_is_whole_or_absent",
+    ];
+    soft_resets: ResetsSoftly, ["cursors::a_reset_takes_the_lease_and_forgets_what_was_parked"];
+    declared_again: DeclaresAgain, [
+        "cursors::a_cursor_is_made_once",
+        "cursors::racing_declarations_make_one_cursor",
+    ];
+    forgotten_pauses: ForgetsPauses, [
+        "cursors::every_field_of_a_cursor_comes_back",
+        "subscriptions::it_is_paused_and_resumed",
+    ];
 }

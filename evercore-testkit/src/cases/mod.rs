@@ -6,12 +6,14 @@
 mod aggregates;
 mod appends;
 mod commands;
+mod cursors;
 mod keys;
 mod log;
 mod log_reader;
 mod random;
 mod reading;
 mod snapshots;
+mod subscriptions;
 mod types;
 mod unit_of_work;
 mod values;
@@ -252,6 +254,61 @@ cases! {
         bad_metadata_is_refused_where_it_is_born,
         deep_json_comes_back,
         nothing_shows_a_key_or_a_payload,
+    }
+    cursors {
+        a_cursor_is_made_once,
+        cursors_are_listed_in_order_with_the_engines_time,
+        a_claim_is_refused_while_another_has_the_lease,
+        every_claim_raises_the_epoch_also_for_the_same_owner,
+        a_lease_that_has_expired_is_taken_over,
+        a_lease_that_is_renewed_lasts,
+        a_move_renews_the_lease,
+        a_cursor_moves_from_where_it_stands_and_never_back,
+        of_racing_claims_one_wins,
+        racing_declarations_make_one_cursor,
+        racing_moves_are_made_one_after_the_other,
+        every_field_of_a_cursor_comes_back,
+        parked_events_are_kept_listed_and_forgotten,
+        a_reset_takes_the_lease_and_forgets_what_was_parked,
+        a_retired_or_removed_cursor_is_nobodys,
+        cursors_and_parked_events_survive_reopening,
+        a_step_dropped_at_any_await_is_whole_or_absent,
+    }
+    subscriptions {
+        it_begins_where_it_is_told_to,
+        at_the_end_of_an_empty_store_it_misses_nothing_after_a_restart,
+        a_second_claim_is_refused_or_waits_as_asked,
+        an_owner_that_dies_is_replaced_and_nothing_is_missed,
+        a_lease_is_renewed_while_the_handler_runs,
+        a_failing_handler_is_tried_again,
+        then_it_stops_and_says_where,
+        after_a_stop_nobody_tries_at_full_speed,
+        then_it_skips,
+        then_it_parks_and_later_events_of_the_aggregate_wait,
+        then_it_parks_alone_and_all_others_go_on,
+        a_parked_event_is_resumed_and_dropped_while_it_runs,
+        what_was_parked_is_not_forgotten_by_a_reset_nor_resumed_in_vain,
+        operators_of_the_same_store_are_heard_at_once,
+        an_event_that_does_not_decode_is_a_failure_too,
+        a_batch_that_fails_is_tried_one_by_one,
+        a_filter_that_matches_rarely_still_moves_the_cursor,
+        a_changed_filter_takes_effect_after_the_claim_and_whole,
+        it_is_paused_and_resumed,
+        it_is_reset_while_it_runs_and_tells_what_is_a_replay,
+        a_shutdown_acknowledges_what_is_done_and_nothing_else,
+        a_handler_that_does_not_end_is_dropped_after_the_grace,
+        dropping_a_runner_acknowledges_nothing,
+        runners_that_come_and_go_miss_nothing,
+        delivery_equals_storage_in_every_field,
+        an_ephemeral_subscription_follows_the_log_and_writes_nothing,
+        a_new_version_is_built_beside_the_old_one_and_takes_over,
+        versions_that_run_side_by_side_change_over_without_a_gap,
+        who_wrote_it_can_wait_until_a_projection_has_it,
+        partitions_share_the_work_and_keep_each_aggregates_order,
+        partitions_are_shared_evenly_when_runners_come_and_go,
+        a_lag_is_told_in_events_and_in_time,
+        a_cursor_ahead_of_the_log_is_an_error,
+        futures_of_subscriptions_are_send,
     }
     random {
         a_random_walk_agrees_with_a_model,

@@ -1,0 +1,204 @@
+//! What the library tells about itself, by the optional features `tracing` and `metrics`; without them, nothing.
+//!
+//! Every name is here, and in the README of the crate. No payload, no natural key and no text of a user's error is told.
+
+#![cfg_attr(not(all(feature = "tracing", feature = "metrics")), allow(unused_variables))]
+
+use std::future::Future;
+use std::time::Duration;
+
+#[cfg(feature = "tracing")]
+use crate::error::ErrorKind;
+use crate::error::{Error, Result};
+use crate::ids::Position;
+use crate::subscription::{Cursor, CursorId, Delivery, Outcome};
+
+/// Adds to a counter with labels.
+macro_rules! count {
+    ($name:literal, $count:expr $(, $label:literal => $value:expr)*) => {
+        #[cfg(feature = "metrics")]
+        metrics::counter!($name $(, $label => $value)*).increment($count);
+    };
+}
+
+/// Says something that happened.
+macro_rules! say {
+    ($level:ident, $($rest:tt)*) => {
+        #[cfg(feature = "tracing")]
+        tracing::$level!(target: "evercore", $($rest)*);
+    };
+}
+
+/// A span around a future.
+macro_rules! spanned {
+    ($future:expr, $($rest:tt)*) => {{
+        #[cfg(feature = "tracing")]
+        {
+            tracing::Instrument::instrument($future, tracing::info_span!(target: "evercore", $($rest)*))
+        }
+        #[cfg(not(feature = "tracing"))]
+        {
+            $future
+        }
+    }};
+}
+
+/// Around a commit.
+pub(crate) async fn commit<T>(batch_events: usize, work: impl Future<Output = Result<T>>) -> Result<T> {
+    #[cfg(feature = "metrics")]
+    let began = std::time::Instant::now();
+    let outcome = spanned!(work, "commit", events = batch_events).await;
+    #[cfg(feature = "metrics")]
+    metrics::histogram!("evercore_commit_seconds").record(began.elapsed().as_secs_f64());
+    committed(batch_events, outcome.as_ref().err());
+    outcome
+}
+
+fn committed(events: usize, error: Option<&Error>) {
+    let Some(error) = error else {
+        count!("evercore_commits_total", 1);
+        count!("evercore_committed_events_total", events as u64);
+        return;
+    };
+    if error.is_conflict() {
+        count!("evercore_conflicts_total", 1);
+        say!(debug, "a commit met a conflict");
+    } else {
+        count!("evercore_commit_errors_total", 1);
+        say!(warn, kind = kind(error), "a commit failed");
+    }
+}
+
+/// Around a load.
+pub(crate) fn load<T>(
+    aggregate_type: &'static str,
+    work: impl Future<Output = T>,
+) -> impl Future<Output = T> {
+    count!("evercore_loads_total", 1);
+    spanned!(work, "load", aggregate_type)
+}
+
+/// Work is run again after a conflict, or because the engine was unavailable.
+pub(crate) fn run_again() {
+    count!("evercore_retries_total", 1);
+}
+
+/// A snapshot did not decode.
+pub(crate) fn ignored_snapshot() {
+    count!("evercore_snapshots_ignored_total", 1);
+    say!(warn, "a snapshot did not decode and was passed over");
+}
+
+/// Around a handler.
+pub(crate) fn within<T>(delivery: &Delivery, work: impl Future<Output = T>) -> impl Future<Output = T> {
+    spanned!(
+        work,
+        "deliver",
+        subscription = delivery.cursor().subscription.as_str(),
+        version = delivery.cursor().version,
+        partition = delivery.cursor().partition,
+        events = delivery.events().len(),
+        first = delivery.events().first().map(|event| event.position().get()),
+        attempt = delivery.attempt(),
+        replay = delivery.is_replay(),
+    )
+}
+
+pub(crate) fn delivered(delivery: &Delivery, outcome: &Outcome, time: Duration) {
+    let handled = match outcome {
+        Outcome::Advanced(_) => delivery.events().len(),
+        Outcome::Handled(handled) | Outcome::Failed { handled, .. } => *handled,
+        Outcome::Refused(_) => 0,
+    };
+    count!("evercore_deliveries_total", 1, "subscription" => name(delivery.cursor()));
+    count!("evercore_delivered_events_total", handled as u64, "subscription" => name(delivery.cursor()));
+    #[cfg(feature = "metrics")]
+    metrics::histogram!("evercore_delivery_seconds", "subscription" => name(delivery.cursor()))
+        .record(time.as_secs_f64());
+}
+
+pub(crate) fn retried(cursor: &CursorId) {
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    say!(warn, subscription = cursor.subscription.as_str(), "a handler failed, its events are tried again");
+}
+
+pub(crate) fn stopped(cursor: &CursorId, position: Position) {
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    say!(
+        error,
+        subscription = cursor.subscription.as_str(),
+        position = position.get(),
+        "a subscription stops"
+    );
+}
+
+pub(crate) fn skipped(cursor: &CursorId, position: Position) {
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    count!("evercore_skipped_events_total", 1, "subscription" => name(cursor));
+    say!(
+        error,
+        subscription = cursor.subscription.as_str(),
+        position = position.get(),
+        "an event is passed over"
+    );
+}
+
+pub(crate) fn parked_one(cursor: &CursorId, position: Position) {
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    count!("evercore_parked_events_total", 1, "subscription" => name(cursor));
+    say!(error, subscription = cursor.subscription.as_str(), position = position.get(), "an event is parked");
+}
+
+/// How many aggregates wait behind a parked event.
+pub(crate) fn held_back(cursor: &CursorId, aggregates: usize) {
+    #[cfg(feature = "metrics")]
+    metrics::gauge!("evercore_held_back_aggregates", "subscription" => name(cursor), "partition" => partition(cursor))
+        .set(aggregates as f64);
+}
+
+pub(crate) fn moved(cursor: &Cursor, head: Position) {
+    #[cfg(feature = "metrics")]
+    metrics::gauge!(
+        "evercore_lag_events",
+        "subscription" => name(&cursor.id),
+        "partition" => partition(&cursor.id)
+    )
+    .set((head.get() - cursor.position.get()).max(0) as f64);
+}
+
+pub(crate) fn lease_changed(cursor: &CursorId, change: &'static str) {
+    count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => change);
+    say!(
+        info,
+        subscription = cursor.subscription.as_str(),
+        version = cursor.version,
+        partition = cursor.partition,
+        change,
+        "a lease changed"
+    );
+}
+
+#[cfg(feature = "metrics")]
+fn name(cursor: &CursorId) -> String {
+    cursor.subscription.as_str().to_owned()
+}
+
+#[cfg(feature = "metrics")]
+fn partition(cursor: &CursorId) -> String {
+    cursor.partition.to_string()
+}
+
+/// The kind without its values.
+#[cfg(feature = "tracing")]
+fn kind(error: &Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::KeyTaken { .. } => "KeyTaken",
+        ErrorKind::NotFound => "NotFound",
+        ErrorKind::OutcomeUnknown => "OutcomeUnknown",
+        ErrorKind::Unavailable => "Unavailable",
+        ErrorKind::Full => "Full",
+        ErrorKind::Closed => "Closed",
+        ErrorKind::Rejected => "Rejected",
+        _ => "other",
+    }
+}

@@ -1,0 +1,31 @@
+//! Reading the log as it grows: subscriptions, their cursors and leases, and who hands events to handlers.
+//!
+//! From below: [`cursor`] says what a store remembers, [`step`] every way in which that changes, [`storage`] what an engine
+//! does for it. [`held`] is a cursor in hand, [`runner`] delivers from it, [`worker`] has several of them. Users meet
+//! [`settings`], [`owned`], [`ephemeral`] and [`manage`].
+
+mod cursor;
+mod delivery;
+mod ephemeral;
+mod failure;
+mod handler;
+mod held;
+mod manage;
+mod owned;
+mod runner;
+mod settings;
+mod step;
+mod storage;
+mod tail;
+mod worker;
+
+pub use cursor::{Cursor, CursorId, CursorStatus, Failure, Lease, Parked, ParkedChange};
+pub use delivery::{Delivered, Delivery, Outcome, Sink};
+pub use ephemeral::EphemeralSubscription;
+pub use failure::{FailurePolicy, Then};
+pub use manage::CursorState;
+pub use owned::OwnedSubscription;
+pub use settings::{Start, Subscription};
+pub use step::{Advance, Step, Taken};
+pub use storage::{Cursors, SubscriptionStorage};
+pub use worker::RunEnd;

@@ -1,0 +1,254 @@
+//! One cursor, from its claim to the end of its lease: deliver, move on, try again, put aside.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cursor::{Failure, Parked, ParkedChange, stored_error};
+use super::delivery::{Delivery, Outcome, Sink};
+use super::failure::Then;
+use super::held::{Held, is_passing};
+use super::worker::Stop;
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::ids::Position;
+use crate::observe;
+use crate::race::{First, race};
+use crate::retry::backoff;
+use crate::time::Timestamp;
+
+/// Why a runner gave its cursor up.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// It was told to stop.
+    Stopped,
+    /// The subscription is paused, or somebody with fewer cursors gets this one.
+    GivenUp,
+    /// A newer version has taken over.
+    Superseded,
+    /// The lease is lost or the engine out of reach: claim again.
+    Lost,
+    /// For good.
+    Failed(Error),
+}
+
+/// Runs until it ends, and gives the lease back if it still has it.
+pub(crate) async fn run(mut held: Held, sink: Arc<dyn Sink>, stop: Arc<Stop>) -> Ended {
+    let mut runner = Runner { held: &mut held, sink: sink.as_ref(), stop: &stop };
+    let ended = match runner.work().await {
+        Ok(ended) => ended,
+        Err(error) => match error.kind() {
+            ErrorKind::Superseded => Ended::Superseded,
+            ErrorKind::LeaseLost | ErrorKind::NotFound => {
+                observe::lease_changed(&held.context.id, "lost");
+                Ended::Lost
+            }
+            _ if is_passing(&error) => Ended::Lost,
+            _ => Ended::Failed(error),
+        },
+    };
+    // If it cannot be given back, it ends by itself.
+    let _ = held.release().await;
+    ended
+}
+
+struct Runner<'a> {
+    held: &'a mut Held,
+    sink: &'a dyn Sink,
+    stop: &'a Stop,
+}
+
+impl Runner<'_> {
+    async fn work(&mut self) -> Result<Ended> {
+        loop {
+            if self.stop.is_set() {
+                return Ok(Ended::Stopped);
+            }
+            if self.held.is_paused() || (self.held.is_wanted() && self.stop.may_give_up()) {
+                return Ok(Ended::GivenUp);
+            }
+            self.held.renew_if_due().await?;
+            self.held.look_at_parked().await?;
+            self.held.build().await?;
+            self.retry_parked().await?;
+            self.held.pass_by().await?;
+            let time = self.held.subscription.settings.lease / 3;
+            let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
+            let interrupted = race(self.stop.set(), store.operated().rings_after(heard));
+            match race(self.held.next(time), interrupted).await {
+                First::Left(next) => {
+                    if let Some(delivery) = next? {
+                        self.handle(delivery).await?;
+                    }
+                }
+                First::Right(First::Left(())) => {}
+                First::Right(First::Right(())) => self.held.look().await?,
+            }
+        }
+    }
+
+    /// Has a delivery handled, whatever it takes.
+    async fn handle(&mut self, mut delivery: Delivery) -> Result<()> {
+        loop {
+            let advance = self.held.advance_to(delivery.end(), Vec::new());
+            let asked_at = Instant::now();
+            let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
+            match outcome {
+                Outcome::Handled(count) if count >= delivery.events().len() => {
+                    return self.held.advance(advance).await;
+                }
+                Outcome::Handled(count) => {
+                    self.move_past(&delivery, count).await?;
+                    self.held.put_back(&delivery, count);
+                    return Ok(());
+                }
+                Outcome::Advanced(cursor) => {
+                    self.held.was_moved(asked_at, cursor);
+                    return Ok(());
+                }
+                Outcome::Refused(error) => return Err(error),
+                Outcome::Failed { handled, .. } if delivery.events().len() > 1 => {
+                    observe::retried(delivery.cursor());
+                    self.move_past(&delivery, handled).await?;
+                    self.held.put_back_alone(&delivery, handled);
+                    return Ok(());
+                }
+                Outcome::Failed { error, .. } => {
+                    if delivery.attempt() >= self.held.subscription.settings.failure.attempts {
+                        return self.give_up(&delivery, error).await;
+                    }
+                    observe::retried(delivery.cursor());
+                    if !self.pause(delivery.attempt()).await? {
+                        return Ok(());
+                    }
+                    delivery.attempt += 1;
+                }
+            }
+        }
+    }
+
+    /// `None`: the shutdown came, and the handler did not end in time.
+    async fn deliver(&mut self, delivery: &Delivery, advance: &super::Advance) -> Result<Option<Outcome>> {
+        let began = Instant::now();
+        let (stop, grace) = (self.stop, self.held.subscription.settings.grace);
+        let engine = Arc::clone(self.held.subscription.store.engine());
+        let too_late = async move {
+            stop.set().await;
+            engine.pause(grace).await;
+        };
+        let delivered = observe::within(delivery, self.sink.deliver(delivery, advance));
+        let work = race(delivered, too_late);
+        let first = if self.sink.holds_cursor() { work.await } else { self.held.keeping(work).await? };
+        Ok(match first {
+            First::Left(outcome) => {
+                let outcome = if let Outcome::Handled(0) = outcome { nothing_handled() } else { outcome };
+                observe::delivered(delivery, &outcome, began.elapsed());
+                Some(outcome)
+            }
+            First::Right(()) => None,
+        })
+    }
+
+    async fn move_past(&mut self, delivery: &Delivery, handled: usize) -> Result<()> {
+        match handled.checked_sub(1).and_then(|last| delivery.events().get(last)) {
+            Some(last) => self.held.advance(self.held.advance_to(last.position(), Vec::new())).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The pause before the next attempt; false if the shutdown came.
+    async fn pause(&mut self, attempts: u32) -> Result<bool> {
+        let policy = self.held.subscription.settings.failure;
+        let pause = backoff(attempts, policy.first_pause, policy.longest_pause);
+        let engine = Arc::clone(self.held.subscription.store.engine());
+        let paused = race(engine.pause(pause), self.stop.set());
+        Ok(matches!(self.held.keeping(paused).await?, First::Left(())))
+    }
+
+    /// One event that was tried often enough.
+    async fn give_up(&mut self, delivery: &Delivery, error: BoxError) -> Result<()> {
+        let Some(event) = delivery.events().first() else { return Ok(()) };
+        let (position, attempts, text) = (event.position(), delivery.attempt(), stored_error(&*error));
+        let parked = |holds_back| Parked {
+            position,
+            aggregate: event.aggregate(),
+            holds_back,
+            attempts,
+            error: text.clone(),
+            parked_at: Timestamp::now(),
+            is_due: false,
+        };
+        let kept = match self.held.subscription.settings.failure.then {
+            Then::Stop => return Err(self.stop_at(position, attempts, error).await?),
+            Then::Skip => {
+                observe::skipped(delivery.cursor(), position);
+                return self.held.advance(self.held.advance_to(delivery.end(), Vec::new())).await;
+            }
+            Then::Park => parked(true),
+            Then::ParkAlone => parked(false),
+        };
+        let changes = vec![ParkedChange::Keep(kept.clone())];
+        self.held.advance(self.held.advance_to(delivery.end(), changes.clone())).await?;
+        self.held.note_parked(&changes, &kept);
+        observe::parked_one(delivery.cursor(), position);
+        Ok(())
+    }
+
+    async fn stop_at(&mut self, position: Position, attempts: u32, error: BoxError) -> Result<Error> {
+        let id = &self.held.context.id;
+        let message = format!(
+            "the handler of subscription \"{}\" failed at position {position} after {attempts} attempts",
+            id.subscription
+        );
+        observe::stopped(id, position);
+        self.held.fail(Failure { position, attempts, error: stored_error(&*error) }).await?;
+        Ok(Error::new(ErrorKind::Rejected, message).with_source(error))
+    }
+
+    /// Tries parked events again that somebody wants to be tried again, once each.
+    async fn retry_parked(&mut self) -> Result<()> {
+        while !self.stop.is_set() {
+            let Some((parked, delivery, changes)) = self.held.next_due().await? else { return Ok(()) };
+            let advance = self.held.advance_to(delivery.end(), changes.clone());
+            if delivery.events().is_empty() {
+                self.held.advance(advance).await?;
+                self.held.note_parked(&changes, &parked);
+                continue;
+            }
+            let asked_at = Instant::now();
+            let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
+            match outcome {
+                Outcome::Advanced(cursor) => {
+                    self.held.was_moved(asked_at, cursor);
+                    self.held.note_parked(&changes, &parked);
+                }
+                Outcome::Handled(_) => {
+                    self.held.advance(advance).await?;
+                    self.held.note_parked(&changes, &parked);
+                }
+                Outcome::Refused(error) => return Err(error),
+                Outcome::Failed { error, .. } => {
+                    let again = Parked {
+                        attempts: delivery.attempt(),
+                        error: stored_error(&*error),
+                        is_due: false,
+                        ..parked.clone()
+                    };
+                    let changes = vec![ParkedChange::Keep(again)];
+                    let stays = self.held.advance_to(self.held.cursor.position, changes.clone());
+                    self.held.advance(stays).await?;
+                    self.held.note_parked(&changes, &parked);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A sink that gets nowhere has failed, or it would be asked again without a pause.
+fn nothing_handled() -> Outcome {
+    Outcome::Failed { handled: 0, error: "the sink has handled nothing".into() }
+}
+
+/// How long to wait before the next try to claim.
+pub(crate) fn between_claims(lease: Duration) -> Duration {
+    (lease / 4).clamp(Duration::from_millis(5), Duration::from_secs(1))
+}

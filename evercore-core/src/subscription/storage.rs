@@ -1,0 +1,46 @@
+//! What an engine does for subscriptions: three calls on the cursors, nothing else.
+
+use super::cursor::{Cursor, CursorId, Parked};
+use super::step::Step;
+use crate::engine::BoxFuture;
+use crate::error::Result;
+use crate::ids::Position;
+use crate::name::SubscriptionName;
+use crate::time::Timestamp;
+
+/// The room of an engine in which the cursors of durable subscriptions lie; a part of
+/// [`StorageEngine`](crate::StorageEngine).
+///
+/// What a step means is said once, by [`Step::take`]; an engine sees to it that no two steps on one cursor cross.
+pub trait SubscriptionStorage {
+    /// Takes a step on a cursor; gives it as it is afterwards, `None` if it was removed.
+    ///
+    /// * the cursor is read, [the step taken](Step::take) and all of its outcome written, or nothing, in one
+    ///   transaction, which no other step on the same cursor crosses;
+    /// * the time is the engine's clock, never the caller's;
+    /// * what is acknowledged is durable, as a commit is;
+    /// * a claim does not wait for a handler that has the cursor in hand: it is
+    ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all and everybody waits;
+    /// * after `Unavailable` nothing was written, after `OutcomeUnknown` perhaps.
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>>;
+
+    /// The cursors of one subscription, or of all, ordered by id, and the engine's time.
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>>;
+
+    /// Parked events of a cursor behind a position, in order, at most `limit`.
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>>;
+}
+
+/// Cursors as of one moment.
+#[derive(Clone, Debug)]
+pub struct Cursors {
+    /// The cursors.
+    pub cursors: Vec<Cursor>,
+    /// The time of the engine's clock.
+    pub now: Timestamp,
+}

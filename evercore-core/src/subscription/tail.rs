@@ -1,0 +1,48 @@
+//! The log as it grows, page by page.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::engine::{LogPage, LogQuery, StorageEngine};
+use crate::error::Result;
+use crate::ids::Position;
+use crate::log_reader::LogReader;
+
+/// Reads to the end of the log and waits there for more.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    engine: Arc<dyn StorageEngine>,
+    reader: LogReader,
+    /// Where to end, if not at the end of all time.
+    bound: Position,
+}
+
+impl Tail {
+    pub(crate) fn new(engine: &Arc<dyn StorageEngine>, query: LogQuery) -> Self {
+        let bound = query.to;
+        Self { engine: Arc::clone(engine), reader: LogReader::new(Arc::clone(engine), query), bound }
+    }
+
+    /// The next page; without events if nothing passed the filter. `None` if the log did not grow in that time, or the
+    /// bound is reached. Dropped, it loses nothing.
+    pub(crate) async fn next(&mut self, at_most: Duration) -> Result<Option<LogPage>> {
+        if let Some(page) = self.reader.next().await? {
+            return Ok(Some(page));
+        }
+        let position = self.reader.position();
+        if position >= self.bound || self.engine.wait(position, at_most).await? <= position {
+            return Ok(None);
+        }
+        self.reader.next().await
+    }
+
+    /// Whether it will find nothing more, however long it waits.
+    pub(crate) fn is_at_bound(&self) -> bool {
+        self.reader.position() >= self.bound
+    }
+
+    /// Up to where the pages go that were handed out.
+    pub(crate) fn position(&self) -> Position {
+        self.reader.position()
+    }
+}

@@ -1,0 +1,376 @@
+//! Whoever runs a subscription: claims partitions, runs them beside each other, shares them with others.
+
+use std::collections::HashMap;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use super::cursor::{Cursor, CursorStatus};
+use super::delivery::{Delivered, Delivery, Sink};
+use super::handler::{Batches, Each};
+use super::held::{Held, is_passing};
+use super::runner::{self, Ended};
+use super::settings::Subscription;
+use super::step::Step;
+use crate::engine::BoxFuture;
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::name::{OwnerId, SubscriptionName};
+use crate::observe;
+use crate::race::{First, race};
+
+/// Why a subscription is not run any more, without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RunEnd {
+    /// The shutdown came: what was done is acknowledged, nothing else, and the lease is given back.
+    ShutDown,
+    /// A newer version has taken over.
+    Superseded,
+}
+
+impl Subscription {
+    /// Runs the handler for each event, until the shutdown is ready. The cursor is moved after each batch, so an event
+    /// may come again: after a crash, after a lost lease.
+    ///
+    /// Handlers of one partition run one after the other. The lease is renewed while a handler waits for something; one
+    /// that blocks its thread for longer than the lease loses it. Where an engine is out of reach, it is tried again.
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, Result};
+    /// # async fn print(store: EventStore, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+    /// let printer = store.subscription("printer")?;
+    /// printer
+    ///     .run(shutdown, |event| async move {
+    ///         println!("{}: {}", event.position(), event.event_type());
+    ///         Ok(())
+    ///     })
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if the policy is to stop;
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) if another has the lease and it is not to wait;
+    /// [`Invalid`](ErrorKind::Invalid) if the number of partitions is another than before;
+    /// [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; what else the engine says.
+    pub async fn run<F, H>(&self, shutdown: impl Future<Output = ()> + Send, handler: F) -> Result<RunEnd>
+    where
+        F: Fn(Delivered) -> H + Send + Sync + 'static,
+        H: Future<Output = Result<(), BoxError>> + Send + 'static,
+    {
+        self.run_sink(shutdown, Each(handler)).await
+    }
+
+    /// The same for all events of a batch together. After a failure its events come one by one, to find the one at fault.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub async fn run_batches<F, H>(
+        &self,
+        shutdown: impl Future<Output = ()> + Send,
+        handler: F,
+    ) -> Result<RunEnd>
+    where
+        F: Fn(Delivery) -> H + Send + Sync + 'static,
+        H: Future<Output = Result<(), BoxError>> + Send + 'static,
+    {
+        self.run_sink(shutdown, Batches(handler)).await
+    }
+
+    /// The same into an engine's projection, whose handler writes in the transaction that moves the cursor: exactly once.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub async fn run_sink(
+        &self,
+        shutdown: impl Future<Output = ()> + Send,
+        sink: impl Sink + 'static,
+    ) -> Result<RunEnd> {
+        let mut worker = Worker::new(self.clone(), Arc::new(sink))?;
+        let stop = Arc::clone(&worker.stop);
+        let (mut shutdown, mut work) = (pin!(shutdown), pin!(worker.work()));
+        poll_fn(|context| {
+            if !stop.is_set() && shutdown.as_mut().poll(context).is_ready() {
+                stop.set_now();
+            }
+            work.as_mut().poll(context)
+        })
+        .await
+    }
+}
+
+/// The shutdown, as all runners of one worker see it. They are polled together, so nobody needs to be woken.
+#[derive(Debug, Default)]
+pub(crate) struct Stop {
+    is_set: Arc<AtomicBool>,
+    /// How many cursors this worker has.
+    held: AtomicUsize,
+}
+
+impl Stop {
+    pub(crate) fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Acquire)
+    }
+
+    pub(crate) async fn set(&self) {
+        poll_fn(|_| if self.is_set() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    fn set_now(&self) {
+        self.is_set.store(true, Ordering::Release);
+    }
+
+    /// The last one is never given up because somebody else has none.
+    pub(crate) fn may_give_up(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > 1
+    }
+}
+
+struct Worker {
+    subscription: Subscription,
+    owner: OwnerId,
+    sink: Arc<dyn Sink>,
+    stop: Arc<Stop>,
+    runners: Vec<(u32, BoxFuture<'static, Ended>)>,
+    /// The try to get one more cursor; it waits before it ends.
+    claiming: Option<BoxFuture<'static, Result<Claimed>>>,
+    has_failed: Option<Error>,
+}
+
+enum Claimed {
+    /// One more.
+    One(Box<Held>),
+    /// None for now; that was waited for already.
+    None,
+    /// There will be none any more.
+    Superseded,
+}
+
+/// Which cursors there are, and who has them.
+struct Look {
+    free: Vec<u32>,
+    /// By owner, those whose lease holds.
+    owned: HashMap<OwnerId, Vec<u32>>,
+    is_there: bool,
+    is_retired: bool,
+}
+
+impl Worker {
+    fn new(subscription: Subscription, sink: Arc<dyn Sink>) -> Result<Self> {
+        let owner = subscription.new_owner()?;
+        let (stop, runners) = (Arc::default(), Vec::new());
+        Ok(Self { subscription, owner, sink, stop, runners, claiming: None, has_failed: None })
+    }
+
+    async fn work(&mut self) -> Result<RunEnd> {
+        let partitions = self.subscription.settings.partitions as usize;
+        declare(self.subscription.clone(), Arc::clone(&self.stop)).await?;
+        loop {
+            if self.stop.is_set() && self.runners.is_empty() && self.claiming.is_none() {
+                return self.has_failed.take().map_or(Ok(RunEnd::ShutDown), Err);
+            }
+            if self.claiming.is_none() && !self.stop.is_set() && self.runners.len() < partitions {
+                let held = self.runners.iter().map(|(partition, _)| *partition).collect();
+                self.claiming = Some(Box::pin(claim(
+                    self.subscription.clone(),
+                    self.owner.clone(),
+                    held,
+                    Arc::clone(&self.stop),
+                )));
+            }
+            if let Some(end) = self.next().await? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Until a runner ends, or a claim does. After the shutdown both do soon: a lease that was just got is given back.
+    async fn next(&mut self) -> Result<Option<RunEnd>> {
+        match poll_fn(|context| self.poll(context)).await {
+            First::Left(ended) => Ok(self.note_end(ended)),
+            First::Right(claimed) => self.note_claim(claimed),
+        }
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<First<Ended, Result<Claimed>>> {
+        for index in 0..self.runners.len() {
+            if let Poll::Ready(ended) = self.runners[index].1.as_mut().poll(context) {
+                drop(self.runners.swap_remove(index));
+                return Poll::Ready(First::Left(ended));
+            }
+        }
+        if let Some(claiming) = &mut self.claiming
+            && let Poll::Ready(claimed) = claiming.as_mut().poll(context)
+        {
+            self.claiming = None;
+            return Poll::Ready(First::Right(claimed));
+        }
+        Poll::Pending
+    }
+
+    fn note_end(&mut self, ended: Ended) -> Option<RunEnd> {
+        self.stop.held.store(self.runners.len(), Ordering::Relaxed);
+        match ended {
+            Ended::Stopped | Ended::GivenUp | Ended::Lost => None,
+            Ended::Superseded => self.runners.is_empty().then_some(RunEnd::Superseded),
+            Ended::Failed(error) => {
+                // The others end in peace first.
+                self.has_failed.get_or_insert(error);
+                self.stop.set_now();
+                None
+            }
+        }
+    }
+
+    fn note_claim(&mut self, claimed: Result<Claimed>) -> Result<Option<RunEnd>> {
+        match claimed {
+            Ok(Claimed::One(held)) => {
+                let partition = held.context.id.partition;
+                let runner = runner::run(*held, Arc::clone(&self.sink), Arc::clone(&self.stop));
+                self.runners.push((partition, Box::pin(runner)));
+                self.stop.held.store(self.runners.len(), Ordering::Relaxed);
+                Ok(None)
+            }
+            Ok(Claimed::None) => Ok(None),
+            Ok(Claimed::Superseded) => Ok(self.runners.is_empty().then_some(RunEnd::Superseded)),
+            Err(error) if self.runners.is_empty() => Err(error),
+            // The runners meet it too, if it is in everybody's way.
+            Err(_) => Ok(None),
+        }
+    }
+}
+
+/// Sees to it that there are cursors, as soon as the engine can be reached.
+async fn declare(subscription: Subscription, stop: Arc<Stop>) -> Result<()> {
+    loop {
+        match subscription.declare().await {
+            Err(error) if is_passing(&error) && !stop.is_set() => {
+                let time = runner::between_claims(subscription.settings.lease);
+                race(subscription.store.engine().pause(time), stop.set()).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Tries to get one more cursor. Where there is none to be had, that is waited for.
+async fn claim(
+    subscription: Subscription,
+    owner: OwnerId,
+    held: Vec<u32>,
+    stop: Arc<Stop>,
+) -> Result<Claimed> {
+    let time = runner::between_claims(subscription.settings.lease);
+    let outcome = claim_one(&subscription, &owner, &held, &stop).await;
+    let must_wait = match &outcome {
+        Ok(Claimed::One(_)) => false,
+        Ok(Claimed::None | Claimed::Superseded) => true,
+        Err(error) if is_passing(error) => true,
+        Err(_) if !held.is_empty() => true,
+        Err(error) => {
+            subscription.settings.is_standby
+                && matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused)
+        }
+    };
+    if !must_wait {
+        return outcome;
+    }
+    let rung = subscription.store.rings().times();
+    let pause = subscription.store.engine().pause(time);
+    let given_back = subscription.store.rings().rings_after(rung);
+    // A ring may come with each move of a cursor: not every one is worth a look.
+    let wait = async {
+        if matches!(race(pause, given_back).await, First::Right(())) {
+            subscription.store.engine().pause(time / 10).await;
+        }
+    };
+    race(wait, stop.set()).await;
+    match outcome {
+        Ok(Claimed::Superseded) => Ok(Claimed::Superseded),
+        _ => Ok(Claimed::None),
+    }
+}
+
+async fn claim_one(
+    subscription: &Subscription,
+    owner: &OwnerId,
+    held: &[u32],
+    stop: &Stop,
+) -> Result<Claimed> {
+    let mut look = Look::at(subscription, owner, held).await?;
+    if look.is_retired {
+        return Ok(Claimed::Superseded);
+    }
+    if !look.is_there {
+        let message = format!("subscription \"{}\" was removed", subscription.name);
+        return Err(Error::new(ErrorKind::NotFound, message));
+    }
+    // Not all of them in the same order: who comes at the same time wants the same.
+    if !look.free.is_empty() {
+        let first = crate::retry::random_bits() as usize % look.free.len();
+        look.free.rotate_left(first);
+    }
+    let mut refused = Error::already_owned(&subscription.cursor_id(0));
+    for partition in look.free.drain(..) {
+        match Held::claim(subscription, partition, owner, Arc::clone(&stop.is_set)).await {
+            Ok(held) => return Ok(Claimed::One(Box::new(held))),
+            Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused) => {
+                refused = error;
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::Superseded) => return Ok(Claimed::Superseded),
+            Err(error) => return Err(error),
+        }
+    }
+    want_one(subscription, owner, held, &look).await?;
+    Err(refused)
+}
+
+/// Asks whoever has most for one, if that is at least two more than we have.
+async fn want_one(subscription: &Subscription, owner: &OwnerId, held: &[u32], look: &Look) -> Result<()> {
+    let Some(most) = look.owned.values().max_by_key(|owned| owned.len()) else { return Ok(()) };
+    if most.len() < held.len() + 2 {
+        return Ok(());
+    }
+    let which = most[crate::retry::random_bits() as usize % most.len()];
+    let want = Step::Want { owner: owner.clone(), time: subscription.settings.lease };
+    subscription.store.engine().step(&subscription.cursor_id(which), &want).await?;
+    observe::lease_changed(&subscription.cursor_id(which), "wanted");
+    Ok(())
+}
+
+impl Look {
+    async fn at(subscription: &Subscription, owner: &OwnerId, held: &[u32]) -> Result<Self> {
+        let name: &SubscriptionName = &subscription.name;
+        let found = subscription.store.engine().cursors(Some(name)).await?;
+        let own = |cursor: &&Cursor| cursor.id.version == subscription.settings.version;
+        let mut look = Self { free: Vec::new(), owned: HashMap::new(), is_there: false, is_retired: false };
+        for cursor in found.cursors.iter().filter(own) {
+            let partition = cursor.id.partition;
+            look.is_there = true;
+            look.is_retired |= cursor.status == CursorStatus::Retired;
+            match &cursor.owner {
+                Some(other) if other != owner && cursor.is_owned(found.now) => {
+                    look.owned.entry(other.clone()).or_default().push(partition);
+                }
+                _ if held.contains(&partition) => {}
+                _ => look.free.push(partition),
+            }
+        }
+        Ok(look)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_may_be_spawned_on_any_thread() {
+        fn is_send<T: Send>(_: &dyn Fn(&'static Subscription) -> T) {}
+        is_send(&|it| it.run(std::future::pending(), async |_| Ok(())));
+        is_send(&|it| it.run_batches(std::future::pending(), async |_| Ok(())));
+        is_send(&|it| it.claim());
+    }
+}

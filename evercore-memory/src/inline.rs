@@ -1,0 +1,148 @@
+//! Inline projections: values that change in the commit itself, so that they never lag.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use evercore_core::{
+    Batch, BoxError, CursorId, Error, ErrorKind, Event, EventRow, Events, EventsBuilder, Position, Receipt,
+    Result, Step, SubscriptionName,
+};
+
+use crate::engine::MemoryEngine;
+use crate::state::State;
+
+/// Writes what a handler has made of events.
+type Write = Box<dyn FnOnce() + Send>;
+
+type Handle = dyn Fn(&[Event]) -> Result<Write, BoxError> + Send + Sync;
+
+/// A projection that goes along with every commit.
+pub(crate) struct Inline {
+    id: CursorId,
+    handle: Box<Handle>,
+}
+
+impl MemoryEngine {
+    /// Keeps a value up to date in every commit: whoever sees the event sees the value changed. The handler works on a
+    /// copy, which takes the value's place when the commit is sure; if it fails, the commit is
+    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. What is in the log already is handled at once.
+    ///
+    /// The handler runs while the store is locked: it must not call it. Its cursor is listed among the subscriptions.
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    ///
+    /// # fn main() -> evercore_memory::Result<()> {
+    /// let engine = evercore_memory::MemoryEngine::new();
+    /// let count = Arc::new(Mutex::new(0));
+    /// engine.inline_projection("count", 1, Arc::clone(&count), |count, events| {
+    ///     *count += events.len();
+    ///     Ok(())
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0;
+    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on the log.
+    pub fn inline_projection<S, F>(
+        &self,
+        name: impl AsRef<str>,
+        version: u32,
+        value: Arc<Mutex<S>>,
+        handle: F,
+    ) -> Result<()>
+    where
+        S: Clone + Send + 'static,
+        F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        if version == 0 {
+            return Err(Error::invalid("the version of a projection is 1 at least"));
+        }
+        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
+        let handle = move |events: &[Event]| -> Result<Write, BoxError> {
+            let mut next = value.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            handle(&mut next, events)?;
+            let value = Arc::clone(&value);
+            Ok(Box::new(move || *value.lock().unwrap_or_else(PoisonError::into_inner) = next))
+        };
+        self.state().add_inline(Inline { id, handle: Box::new(handle) })
+    }
+}
+
+impl State {
+    fn add_inline(&mut self, inline: Inline) -> Result<()> {
+        let mut events = EventsBuilder::new();
+        self.log
+            .iter()
+            .zip(1..)
+            .for_each(|(event, place)| events.push(event.row(Position::ZERO.plus(place))));
+        inline.handle(&events.finish())?();
+        self.step(&inline.id, &Step::declare(1, self.head(), Some(Position::ZERO)))?;
+        self.inline.push(inline);
+        self.move_inline();
+        Ok(())
+    }
+
+    /// What the inline projections make of a batch that is about to be written; nothing is changed yet.
+    pub(crate) fn project(&self, batch: &Batch, receipt: &Receipt) -> Result<Vec<Write>> {
+        if self.inline.is_empty() || batch.events() == 0 {
+            return Ok(Vec::new());
+        }
+        let events = events_of(batch, receipt);
+        self.inline.iter().map(|inline| inline.handle(&events)).collect()
+    }
+
+    /// To the end of the log, all of them.
+    pub(crate) fn move_inline(&mut self) {
+        let head = self.head();
+        for inline in &self.inline {
+            if let Some(cursor) = self.cursors.get_mut(&inline.id) {
+                cursor.position = head;
+            }
+        }
+    }
+}
+
+impl Inline {
+    fn handle(&self, events: &Events) -> Result<Write> {
+        let events: Vec<Event> = events.iter().collect();
+        (self.handle)(&events).map_err(|source| {
+            let message = format!("the inline projection \"{}\" said no", self.id.subscription);
+            Error::new(ErrorKind::Rejected, message).with_source(source)
+        })
+    }
+}
+
+/// The events of a batch as they will be read.
+fn events_of(batch: &Batch, receipt: &Receipt) -> Events {
+    let (mut page, mut position) = (EventsBuilder::new(), receipt.first);
+    for append in batch.appends() {
+        let mut sequence = append.expected;
+        for event in &append.events {
+            sequence = sequence.next();
+            page.push(EventRow {
+                position,
+                aggregate: append.aggregate,
+                aggregate_type: &append.aggregate_type,
+                sequence,
+                event_type: &event.event_type,
+                time: event.time,
+                recorded_at: receipt.recorded_at,
+                payload: event.payload.as_bytes(),
+                reference: event.metadata.reference(),
+                correlation_id: event.metadata.correlation_id(),
+                causation_id: event.metadata.causation_id(),
+                headers: Some(event.metadata.headers()).filter(|headers| !headers.is_empty()),
+            });
+            position = position.next();
+        }
+    }
+    page.finish()
+}
+
+impl fmt::Debug for Inline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inline").field("id", &self.id).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,67 @@
+//! Projections into a value in memory: the value and the cursor change together or not at all.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Sink, Step};
+
+use crate::engine::MemoryEngine;
+
+type Handle<S> = Box<dyn Fn(&mut S, &Delivery) -> Result<(), BoxError> + Send + Sync>;
+
+/// A value that a subscription keeps up to date, exactly once: the counterpart of the tables that the other engines
+/// write in the transaction of the cursor.
+///
+/// Made by [`MemoryEngine::projection`].
+pub struct Projection<S> {
+    engine: MemoryEngine,
+    value: Arc<Mutex<S>>,
+    handle: Handle<S>,
+}
+
+impl MemoryEngine {
+    /// A projection into this value, for [`Subscription::run_sink`](evercore_core::Subscription::run_sink). The handler
+    /// works on a copy, which takes the value's place when the cursor moves: after an error, a panic or a lost lease the
+    /// value is as it was.
+    ///
+    /// The handler runs while the store is locked: it must not call it.
+    pub fn projection<S, F>(&self, value: Arc<Mutex<S>>, handle: F) -> Projection<S>
+    where
+        S: Clone + Send + 'static,
+        F: Fn(&mut S, &Delivery) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        Projection { engine: self.clone(), value, handle: Box::new(handle) }
+    }
+}
+
+impl<S: Clone> Projection<S> {
+    fn handle_now(&self, delivery: &Delivery, advance: &Advance) -> Outcome {
+        let mut state = self.engine.state();
+        let taken = match state.take(delivery.cursor(), &Step::Advance(advance.clone())) {
+            Ok(taken) => taken,
+            Err(error) => return Outcome::Refused(error),
+        };
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = value.clone();
+        if let Err(error) = (self.handle)(&mut next, delivery) {
+            return Outcome::Failed { handled: 0, error };
+        }
+        *value = next;
+        match state.put(delivery.cursor(), taken) {
+            Some(cursor) => Outcome::Advanced(cursor),
+            None => Outcome::Handled(delivery.events().len()),
+        }
+    }
+}
+
+impl<S: Clone + Send> Sink for Projection<S> {
+    fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome> {
+        Box::pin(async move { self.handle_now(delivery, advance) })
+    }
+}
+
+impl<S> fmt::Debug for Projection<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Projection").field("engine", &self.engine).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,73 @@
+//! The cursors of subscriptions, and the events that were parked.
+
+use evercore_core::{
+    BoxFuture, Cursor, CursorId, Cursors, Parked, ParkedChange, Position, Result, Step, SubscriptionName,
+    SubscriptionStorage, Taken, Timestamp,
+};
+
+use crate::engine::MemoryEngine;
+use crate::state::State;
+
+impl State {
+    pub(crate) fn step(&mut self, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
+        let taken = self.take(id, step)?;
+        Ok(self.put(id, taken))
+    }
+
+    /// What a step comes to; nothing is changed yet.
+    pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
+        step.take(id, self.cursors.get(id).cloned(), Timestamp::now())
+    }
+
+    pub(crate) fn put(&mut self, id: &CursorId, taken: Taken) -> Option<Cursor> {
+        for change in taken.parked {
+            self.change_parked(id, change);
+        }
+        match &taken.cursor {
+            Some(cursor) => self.cursors.insert(id.clone(), cursor.clone()),
+            None => self.cursors.remove(id),
+        };
+        taken.cursor
+    }
+
+    fn change_parked(&mut self, id: &CursorId, change: ParkedChange) {
+        let parked = self.parked.entry(id.clone()).or_default();
+        match change {
+            ParkedChange::Keep(event) => drop(parked.insert(event.position, event)),
+            ParkedChange::Remove(position) => drop(parked.remove(&position)),
+            ParkedChange::Due(which) => {
+                let due =
+                    parked.values_mut().filter(|event| which.is_none_or(|which| which == event.position));
+                due.for_each(|event| event.is_due = true);
+            }
+            _ => parked.clear(),
+        }
+    }
+}
+
+impl SubscriptionStorage for MemoryEngine {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        Box::pin(async move { self.state().step(id, step) })
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        Box::pin(async move {
+            let state = self.state();
+            let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
+            Ok(Cursors { cursors: wanted.cloned().collect(), now: Timestamp::now() })
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        Box::pin(async move {
+            let state = self.state();
+            let parked = state.parked.get(id).into_iter().flat_map(|parked| parked.range(after.next()..));
+            Ok(parked.take(limit).map(|(_, event)| event.clone()).collect())
+        })
+    }
+}

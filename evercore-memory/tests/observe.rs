@@ -1,0 +1,129 @@
+//! What the features `tracing` and `metrics` tell, by the names that are documented.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use evercore_memory::{Aggregate, EventStore, FailurePolicy, Json, MemoryEngine, Then};
+use futures_lite::future::block_on;
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Patient;
+
+#[derive(Serialize, Deserialize)]
+enum PatientEvent {
+    Admitted(String),
+}
+
+impl Aggregate for Patient {
+    const TYPE: &'static str = "patient";
+    type Event = PatientEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, _: PatientEvent) {}
+}
+
+/// The counters and gauges by now, all labels of a name together.
+fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
+    let mut values = BTreeMap::new();
+    for (key, _, _, value) in snapshotter.snapshot().into_vec() {
+        let value = match value {
+            DebugValue::Counter(count) => count as f64,
+            DebugValue::Gauge(value) => value.into_inner(),
+            DebugValue::Histogram(all) => all.len() as f64,
+        };
+        *values.entry(key.key().name().to_owned()).or_insert(0.0) += value;
+    }
+    values
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+async fn work(store: &EventStore) {
+    for number in 0..4 {
+        let mut work = store.begin();
+        let mut patient = work.create_with_key::<Patient>(format!("secret key {number}")).await.unwrap();
+        work.record(&mut patient, PatientEvent::Admitted("secret illness".to_owned())).unwrap();
+        work.commit().await.unwrap();
+    }
+    let stale = store.load::<Patient>("secret key 0").await.unwrap();
+    for is_stale in [false, true] {
+        let (mut work, mut patient) = (store.begin(), stale.clone());
+        work.record(&mut patient, PatientEvent::Admitted("secret again".to_owned())).unwrap();
+        assert_eq!(work.commit().await.is_err(), is_stale);
+    }
+    let policy = FailurePolicy::then(Then::Park).with_attempts(2).with_pauses(Duration::ZERO, Duration::ZERO);
+    let of = store.subscription("wards").unwrap().on_failure(policy);
+    let shutdown = async {
+        while store.subscription_states("wards").await.map_or(5, |states| states[0].lag_events) > 0 {
+            store.engine().pause(Duration::from_millis(1)).await;
+        }
+    };
+    let handler = |event: evercore_memory::Delivered| async move {
+        if event.position().get() == 2 { Err("secret error".into()) } else { Ok(()) }
+    };
+    of.run(shutdown, handler).await.unwrap();
+}
+
+#[test]
+fn commits_loads_deliveries_and_leases_are_told_without_any_content() {
+    let (recorder, lines) = (DebuggingRecorder::new(), Lines::default());
+    let (snapshotter, writer) = (recorder.snapshotter(), lines.clone());
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::TRACE)
+        .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
+        .with_writer(move || writer.clone())
+        .finish();
+    let store = EventStore::new(MemoryEngine::new());
+    let _guard = tracing_subscriber::util::SubscriberInitExt::set_default(subscriber);
+    metrics::with_local_recorder(&recorder, || block_on(work(&store)));
+
+    let values = values(&snapshotter);
+    let expected = [
+        ("evercore_commits_total", 5.0),
+        ("evercore_committed_events_total", 5.0),
+        ("evercore_conflicts_total", 1.0),
+        ("evercore_commit_seconds", 6.0),
+        ("evercore_loads_total", 1.0),
+        ("evercore_delivered_events_total", 4.0),
+        ("evercore_parked_events_total", 1.0),
+        ("evercore_handler_failures_total", 2.0),
+        ("evercore_held_back_aggregates", 1.0),
+        ("evercore_lag_events", 0.0),
+        ("evercore_lease_changes_total", 2.0),
+    ];
+    for (name, value) in expected {
+        assert_eq!(values.get(name), Some(&value), "{name} in {values:#?}");
+    }
+    assert!(values["evercore_deliveries_total"] >= 3.0 && values["evercore_delivery_seconds"] >= 3.0);
+
+    let told = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    for line in [
+        "commit{events=1}",
+        "load{aggregate_type=\"patient\"}",
+        "deliver{subscription=\"wards\"",
+        "an event is parked",
+    ] {
+        assert!(told.contains(line), "{line} in {told}");
+    }
+    assert!(!told.contains("secret"), "{told}");
+    assert!(!format!("{values:?}").contains("secret"));
+}

@@ -1,0 +1,90 @@
+//! Versions of a projection, seen from outside: what a new one is told about events that an older one has handled.
+
+#![allow(clippy::unwrap_used)]
+
+use evercore_memory::{Aggregate, Error, EventStore, Json, MemoryEngine, PageLimit, Start, Subscription};
+use futures_lite::future::block_on;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Tally {
+    count: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+enum TallyEvent {
+    Counted,
+}
+
+impl Aggregate for Tally {
+    const TYPE: &'static str = "tally";
+    type Event = TallyEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, TallyEvent::Counted: TallyEvent) {
+        self.count += 1;
+    }
+}
+
+async fn grown(events: usize) -> EventStore {
+    let store = EventStore::new(MemoryEngine::new());
+    grow(&store, events).await;
+    store
+}
+
+async fn grow(store: &EventStore, events: usize) {
+    for _ in 0..events {
+        let mut work = store.begin();
+        let mut tally = work.load_or_create::<Tally>("one").await.unwrap();
+        work.record(&mut tally, TallyEvent::Counted).unwrap();
+        work.commit().await.unwrap();
+    }
+}
+
+fn version(store: &EventStore, version: u32) -> Subscription {
+    let batch = PageLimit::events(2).unwrap();
+    store.subscription("tallies").unwrap().with_version(version).with_batch(batch)
+}
+
+/// Handles so many events, and tells for each whether it was a replay.
+async fn handle(subscription: &Subscription, events: usize) -> Vec<bool> {
+    let mut owned = subscription.claim().await.unwrap();
+    let mut replays = Vec::new();
+    while replays.len() < events {
+        let delivery = owned.next().await.unwrap();
+        replays.extend(delivery.events().iter().map(|_| delivery.is_replay()));
+        owned.ack(&delivery).await.unwrap();
+    }
+    owned.release().await.unwrap();
+    replays
+}
+
+#[test]
+fn a_new_version_replays_what_the_old_one_has_handled() {
+    block_on(async {
+        let store = grown(6).await;
+        assert_eq!(handle(&version(&store, 1), 4).await, [false; 4]);
+        assert_eq!(handle(&version(&store, 2), 6).await, [true, true, true, true, false, false]);
+    });
+}
+
+#[test]
+fn a_new_version_replays_what_the_old_one_had_handled_before_it_was_reset() {
+    block_on(async {
+        let store = grown(6).await;
+        handle(&version(&store, 1), 4).await;
+        store.reset_subscription("tallies", Start::Beginning).await.unwrap();
+        assert_eq!(handle(&version(&store, 2), 6).await, [true, true, true, true, false, false]);
+    });
+}
+
+#[test]
+fn an_old_version_is_told_that_it_is_superseded() {
+    block_on(async {
+        let store = grown(2).await;
+        handle(&version(&store, 1), 2).await;
+        handle(&version(&store, 2), 2).await;
+        let refused = version(&store, 1).claim().await;
+        assert!(matches!(refused.as_ref().map_err(Error::kind), Err(evercore_memory::ErrorKind::Superseded)));
+    });
+}

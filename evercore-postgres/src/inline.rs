@@ -1,0 +1,279 @@
+//! Inline projections: read models that are written in the transaction of the commit itself, under its lock.
+//!
+//! Each has a cursor in the store, so that it sees every event once, whoever has committed it.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use evercore_core::{
+    Batch, BoxError, BoxFuture, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, PageLimit,
+    Position, Result as CoreResult, Step, SubscriptionName,
+};
+use futures_lite::FutureExt;
+use tokio_postgres::Transaction;
+
+use crate::builder::Settings;
+use crate::commit::{self, Flown, Sorted};
+use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, passes};
+use crate::own_sql::{Fault, open, rejected, run_within};
+use crate::pool::Lent;
+use crate::rows::Page;
+use crate::sql::Sender;
+use crate::store::Store;
+use crate::subscriptions::{self, Writes};
+
+type Handle =
+    dyn for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
+
+/// An inline projection as the builder was told of it.
+#[derive(Clone)]
+pub(crate) struct Wanted {
+    pub(crate) name: String,
+    pub(crate) version: u32,
+    pub(crate) handle: Arc<Handle>,
+}
+
+impl fmt::Debug for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wanted")
+            .field("name", &self.name)
+            .field("version", &self.version)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An inline projection whose name was checked.
+pub(crate) struct Inline {
+    id: CursorId,
+    handle: Arc<Handle>,
+}
+
+/// The inline projections of a store that is to be opened.
+pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
+    let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
+    for wanted in &settings.inline {
+        let (name, version) = (&wanted.name, wanted.version);
+        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
+        if settings.read_only {
+            return Err(Error::invalid(
+                "an inline projection writes, the store was connected to for reading only",
+            ));
+        }
+        if version == 0 {
+            return Err(Error::invalid(format!(
+                "inline projection \"{name}\" has version 0, the first is 1"
+            )));
+        }
+        if checked.iter().any(|other| other.id == id) {
+            return Err(Error::invalid(format!(
+                "there are two inline projections \"{name}\" of version {version}"
+            )));
+        }
+        checked.push(Inline { id, handle: Arc::clone(&wanted.handle) });
+    }
+    Ok(checked)
+}
+
+/// Hands the inline projections all that they have not seen yet.
+pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
+    for inline in &store.inline {
+        let begin = Step::declare(1, Position::ZERO, Some(Position::ZERO));
+        subscriptions::step(store, &inline.id, &begin).await?;
+        while inline.catch_up_once(store).await.map_err(|error| go_on(error.into()))? {}
+    }
+    Ok(())
+}
+
+/// Some batches and what the inline projections make of them, in one transaction; the careful way of a commit.
+pub(crate) async fn fly(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
+    let mut lent = match Lent::to_write(store).await {
+        Ok(lent) => lent,
+        Err(error) => return Flown::RolledBack(error),
+    };
+    match together(store, &mut lent, batches, table).await {
+        Ok((flown, is_clean)) => {
+            if is_clean {
+                lent.put_back();
+            }
+            flown
+        }
+        // Nothing was committed, since that was not asked for yet.
+        Err(error) if is_rolled_back(&error) && is_ours(&error) => Flown::Look,
+        Err(error) => Flown::RolledBack(error),
+    }
+}
+
+/// The whole transaction; whether the connection is as it was goes along.
+async fn together(
+    store: &Store,
+    lent: &mut Lent,
+    batches: &[&Batch],
+    table: &Arc<NameTable>,
+) -> Result<(Flown, bool)> {
+    let named = lent.is_named();
+    let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
+    let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
+    let looked = async {
+        let (known, table) = commit::look(store, sender, batches, table, None).await?;
+        Ok((commit::sort_out(store, sender, batches, known, &table).await?, table))
+    };
+    let (Sorted { mut outcomes, writing, fresh }, table) = store.in_time(looked).await?;
+    if writing.is_empty() {
+        let outcomes = outcomes.into_iter().flatten().collect();
+        return Ok((Flown::Done(outcomes), transaction.rollback().await.is_ok()));
+    }
+    let receipts = store.in_time(commit::write_within(store, sender, &writing)).await?;
+    let head = receipts.iter().map(|(_, receipt)| receipt.last).max().unwrap_or_default();
+    apply(store, sender, &transaction, &newest(&table, fresh.as_ref()), head).await?;
+    match store.in_time(async { Ok(transaction.commit().await?) }).await {
+        Ok(()) => {
+            fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
+            receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
+            Ok((Flown::Done(outcomes.into_iter().flatten().collect()), true))
+        }
+        // A constraint of the user's that is checked at the end.
+        Err(error) if is_rolled_back(&error) && !passes(&error) => {
+            Err(rejected("an inline projection", "failed when it was committed").with_source(error).into())
+        }
+        Err(error) if is_rolled_back(&error) => Err(error),
+        Err(_) => Ok((Flown::Unknown, false)),
+    }
+}
+
+/// The names with those that are registered in the same transaction.
+pub(crate) fn newest(table: &Arc<NameTable>, fresh: Option<&NameTable>) -> Arc<NameTable> {
+    fresh.map_or_else(|| Arc::clone(table), |fresh| Arc::new(fresh.clone()))
+}
+
+/// Hands the inline projections what they have not seen up to `head`, within the transaction that holds the lock of the
+/// log and has written it.
+pub(crate) async fn apply(
+    store: &Store,
+    sender: Sender<'_>,
+    transaction: &Transaction<'_>,
+    table: &Arc<NameTable>,
+    head: Position,
+) -> Result<()> {
+    for inline in store.inline.iter().filter(|_| head > Position::ZERO) {
+        while inline.take_page(store, sender, transaction, table, head).await? {}
+    }
+    Ok(())
+}
+
+impl Inline {
+    /// One page in a transaction of its own, without the lock of the log; whether there is more.
+    async fn catch_up_once(&self, store: &Store) -> Result<bool> {
+        let mut lent = Lent::to_write(store).await?;
+        let named = lent.is_named();
+        let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
+        let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
+        // The head first: the names of all events up to there have committed by then.
+        let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
+        let (head, table) = store.in_time(read).await?;
+        let has_more = self.take_page(store, sender, &transaction, &table, head).await?;
+        store.in_time(async { Ok(transaction.commit().await?) }).await?;
+        lent.put_back();
+        Ok(has_more)
+    }
+
+    /// Handles a page of what comes behind the cursor, and moves it; whether there is more.
+    async fn take_page(
+        &self,
+        store: &Store,
+        sender: Sender<'_>,
+        transaction: &Transaction<'_>,
+        table: &Arc<NameTable>,
+        head: Position,
+    ) -> Result<bool> {
+        let held = store.in_time(subscriptions::hold(store, sender, &self.id, false, None)).await?;
+        let mut cursor = held.cursor.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("{} has lost its cursor, connect again", self.what()))
+        })?;
+        if cursor.status != CursorStatus::Active || cursor.position == head {
+            return Ok(false);
+        }
+        if cursor.position > head {
+            return Err(Error::cursor_ahead(cursor.position, head).into());
+        }
+        let mut page = Page::within(store, sender, Arc::clone(table), PageLimit::default());
+        store.in_time(page.fill(store.sql.log.all_between(cursor.position, head))).await?;
+        let events: Vec<Event> = page.finish().0.iter().collect();
+        let last = events.last().ok_or_else(|| damaged("the log ends before its end"))?;
+        cursor.position = last.position();
+        let handled = run_within(store, sender, &self.what(), || self.handle(transaction, &events)).await;
+        if let Err(fault) = handled {
+            // Where the connection is gone the handler is not to blame.
+            store.in_time(async { Ok(sender.client.batch_execute("ROLLBACK").await?) }).await?;
+            return Err(self.failed(fault));
+        }
+        store.in_time(Writes::put(store, &cursor).send(sender)).await?;
+        Ok(cursor.position < head)
+    }
+
+    /// A panic becomes an error, which knows how to go on: the flight is not the caller's.
+    fn handle<'t>(
+        &'t self,
+        transaction: &'t Transaction<'t>,
+        events: &'t [Event],
+    ) -> BoxFuture<'t, Result<(), BoxError>> {
+        Box::pin(async move {
+            let handled = AssertUnwindSafe(async { (self.handle)(transaction, events).await });
+            handled.catch_unwind().await.unwrap_or_else(|panic| Err(Panicked(Mutex::new(Some(panic))).into()))
+        })
+    }
+
+    fn failed(&self, fault: Fault) -> PostgresError {
+        let source = match fault {
+            Fault::SaidNo(source) => source,
+            Fault::Other(error) => return error.into(),
+        };
+        match source.downcast::<tokio_postgres::Error>() {
+            Ok(error) => match PostgresError::from(*error) {
+                // Met SQL beside another commit, which has the same rows; what the server undid is tried again.
+                error if passes(&error) => error,
+                error => rejected(&self.what(), "said no").with_source(error).into(),
+            },
+            Err(source) => rejected(&self.what(), "said no").with_source(source).into(),
+        }
+    }
+
+    fn what(&self) -> String {
+        format!("inline projection \"{}\"", self.id.subscription)
+    }
+}
+
+impl fmt::Debug for Inline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inline").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// A handler's panic on its way to the caller.
+struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl fmt::Debug for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Panicked")
+    }
+}
+
+impl fmt::Display for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an inline projection panicked")
+    }
+}
+
+impl std::error::Error for Panicked {}
+
+/// In the caller: a panic goes on, any other error stays what it is.
+pub(crate) fn go_on(error: Error) -> Error {
+    let panicked = error.cause::<Panicked>();
+    let panic =
+        panicked.and_then(|panicked| panicked.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+    match panic {
+        Some(panic) => resume_unwind(panic),
+        None => error,
+    }
+}

@@ -1,0 +1,145 @@
+//! Exactly once: the handler writes in the transaction that moves the cursor.
+
+use std::fmt;
+use std::sync::Arc;
+
+use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, Sink, Step};
+use tokio_postgres::Transaction;
+
+use crate::engine::PostgresEngine;
+use crate::error::{Result, is_rolled_back, outcome_unknown};
+use crate::own_sql::{Fault, open, rejected, run_within};
+use crate::pool::Lent;
+use crate::sql::Sender;
+use crate::store::Store;
+use crate::subscriptions;
+use crate::task::in_task;
+
+/// What the errors of this room are about.
+const WHAT: &str = "the projection";
+
+type Handle =
+    dyn for<'t> Fn(&'t Transaction<'t>, &'t Delivery) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
+
+/// A read model in the store's database that a subscription keeps up to date, exactly once.
+///
+/// Made by [`PostgresEngine::projection`].
+#[derive(Clone)]
+pub struct Projection {
+    engine: PostgresEngine,
+    handle: Arc<Handle>,
+}
+
+impl PostgresEngine {
+    /// A projection into tables of this database, for a subscription's `run_sink`. The handler writes in the transaction
+    /// that moves the cursor: its rows and the move are there together, or neither.
+    ///
+    /// ```no_run
+    /// # use evercore_postgres::{PostgresEngine, Projection};
+    /// # fn orders_by_day(engine: &PostgresEngine) -> Projection {
+    /// engine.projection(|sql, delivery| {
+    ///     Box::pin(async move {
+    ///         for event in delivery.events() {
+    ///             let count = "INSERT INTO shop.events_per_order VALUES ($1, 1)
+    ///                          ON CONFLICT (id) DO UPDATE SET events = events_per_order.events + 1";
+    ///             sql.execute(count, &[&event.aggregate().get()]).await?;
+    ///         }
+    ///         Ok(())
+    ///     })
+    /// })
+    /// # }
+    /// ```
+    ///
+    /// The cursor is moved first, so a runner that has lost its lease writes nothing; and nobody else gets hold of the
+    /// cursor while the handler runs, however long ago the lease was renewed. After an error, a panic or a broken
+    /// connection nothing is written. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a delivery,
+    /// and all that is said of the SQL of [`commit_with`](Self::commit_with) holds for it too; a handler that commits by
+    /// itself has moved the cursor. It runs in a task: a caller who goes away does not stop it.
+    pub fn projection<F>(&self, handler: F) -> Projection
+    where
+        F: for<'t> Fn(&'t Transaction<'t>, &'t Delivery) -> BoxFuture<'t, Result<(), BoxError>>
+            + Send
+            + Sync
+            + 'static,
+    {
+        Projection { engine: self.clone(), handle: Arc::new(handler) }
+    }
+}
+
+impl Sink for Projection {
+    fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome> {
+        let (store, handle) = (Arc::clone(self.engine.store()), Arc::clone(&self.handle));
+        let (delivery, advance) = (delivery.clone(), advance.clone());
+        Box::pin(async move {
+            match in_task(async move { fly(&store, &*handle, &delivery, advance).await }).await {
+                Ok(Ok(outcome)) => outcome,
+                Ok(Err(error)) => Outcome::Refused(error.into()),
+                Err(error) => Outcome::Refused(error),
+            }
+        })
+    }
+}
+
+impl fmt::Debug for Projection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Projection").field("engine", &self.engine).finish_non_exhaustive()
+    }
+}
+
+async fn fly(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
+    store.check_writable()?;
+    let _turn = store.turns.take(store.settings.connect_timeout).await?;
+    let mut lent = Lent::to_write(store).await?;
+    let outcome = together(store, &mut lent, handle, delivery, &Step::Advance(advance)).await?;
+    // After anything else the connection may not be what it was.
+    if matches!(outcome, Outcome::Advanced(_)) {
+        lent.put_back();
+    }
+    Ok(outcome)
+}
+
+/// The whole transaction: the cursor, what the handler writes, and the commit.
+async fn together(
+    store: &Store,
+    lent: &mut Lent,
+    handle: &Handle,
+    delivery: &Delivery,
+    step: &Step,
+) -> Result<Outcome> {
+    let named = lent.is_named();
+    let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
+    let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
+    let moved = store.in_time(subscriptions::step_within(store, sender, delivery.cursor(), step)).await;
+    let handled = match &moved {
+        Ok(_) => run_within(store, sender, WHAT, || handle(&transaction, delivery)).await,
+        Err(_) => Ok(()),
+    };
+    if moved.is_err() || handled.is_err() {
+        // Where the connection is gone the handler is not to blame.
+        store.in_time(async { Ok(transaction.rollback().await?) }).await?;
+    } else {
+        match store.in_time(async { Ok(transaction.commit().await?) }).await {
+            Ok(()) => {}
+            // A constraint of the user's that is checked at the end.
+            Err(error) if is_rolled_back(&error) => {
+                return Ok(failed(rejected(WHAT, AT_THE_END).with_source(error)));
+            }
+            Err(error) => return Ok(Outcome::Refused(outcome_unknown().with_source(error))),
+        }
+    }
+    let cursor = moved?;
+    Ok(match handled {
+        Ok(()) => cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced),
+        Err(Fault::SaidNo(error)) => failed(error),
+        Err(Fault::Other(error)) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
+            failed(error)
+        }
+        Err(Fault::Other(error)) => Outcome::Refused(error),
+    })
+}
+
+const AT_THE_END: &str = "failed when it was committed";
+
+fn failed(error: impl Into<BoxError>) -> Outcome {
+    Outcome::Failed { handled: 0, error: error.into() }
+}

@@ -1,0 +1,109 @@
+//! Projections into tables of the store's own file: the tables and the cursor change together or not at all.
+
+use std::fmt;
+use std::sync::Arc;
+
+use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Result, Sink, Step};
+use rusqlite::Connection;
+
+use crate::engine::SqliteEngine;
+use crate::error::{self, SqliteError};
+use crate::guard::{self, Panic};
+use crate::store::Store;
+use crate::subscriptions;
+use crate::transaction::{self, Failure};
+
+type Handle = dyn Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync;
+
+/// A read model in tables beside the log, which a subscription keeps up to date, exactly once.
+///
+/// Made by [`SqliteEngine::projection`].
+#[derive(Clone)]
+pub struct Projection {
+    engine: SqliteEngine,
+    handle: Arc<Handle>,
+}
+
+impl SqliteEngine {
+    /// A projection into tables of this store's file, to be run by `Subscription::run_sink`. The handler writes in the
+    /// transaction that moves the cursor, and only if the lease is still held: after an error, a panic, a crash or a lost
+    /// lease the tables are as they were, and the events come again.
+    ///
+    /// ```
+    /// # use evercore_sqlite::{EventStore, Result, SqliteEngine};
+    /// # fn main() -> Result<()> { futures_lite::future::block_on(async {
+    /// let engine = SqliteEngine::open_in_memory().await?;
+    /// let store = EventStore::new(engine.clone());
+    /// let table = "CREATE TABLE IF NOT EXISTS shop_totals (aggregate INTEGER PRIMARY KEY, events INTEGER NOT NULL) STRICT";
+    /// engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
+    ///
+    /// let totals = engine.projection(|sql, delivery| {
+    ///     let mut count = sql.prepare_cached(
+    ///         "INSERT INTO shop_totals VALUES (?1, 1) ON CONFLICT DO UPDATE SET events = events + 1",
+    ///     )?;
+    ///     for event in delivery.events() {
+    ///         count.execute([event.aggregate().get()])?;
+    ///     }
+    ///     Ok(())
+    /// });
+    /// # let _ = totals;
+    /// # Ok(()) }) }
+    /// ```
+    ///
+    /// While it runs, nobody else writes. It is held to what SQL in [`commit_with`](Self::commit_with) is held to: the
+    /// [`sql_timeout`](crate::Builder::sql_timeout), which is for one delivery, no COMMIT and no ROLLBACK, and nothing
+    /// but SQL on tables of its own. What breaks these rules has failed, as has a constraint that is looked at in the
+    /// end. A panic goes on in whoever delivers.
+    pub fn projection<F>(&self, handle: F) -> Projection
+    where
+        F: Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        Projection { engine: self.clone(), handle: Arc::new(handle) }
+    }
+}
+
+impl Sink for Projection {
+    fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome> {
+        let (handle, delivery) = (Arc::clone(&self.handle), delivery.clone());
+        let step = Step::Advance(advance.clone());
+        let outcome = self.engine.run(move |store| deliver(store, &*handle, &delivery, &step));
+        Box::pin(async move {
+            let outcome = outcome.await.unwrap_or_else(Outcome::Refused);
+            if let Outcome::Failed { error, .. } = &outcome
+                && let Some(panic) = error.downcast_ref::<Panic>()
+            {
+                panic.go_on();
+            }
+            outcome
+        })
+    }
+}
+
+/// The cursor goes first: whoever has lost the lease writes nothing.
+fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
+    let mut writer = store.lock()?;
+    let moved = transaction::write(&writer.get()?.connection, |connection| {
+        let cursor = subscriptions::take(connection, delivery.cursor(), step)?;
+        let sql = |connection: &Connection| handle(connection, delivery);
+        guard::run(connection, store.settings.sql_timeout, "the projection", sql)?;
+        Ok(cursor)
+    });
+    Ok(match moved {
+        Ok(Some(cursor)) => Outcome::Advanced(cursor),
+        Ok(None) => Outcome::Handled(delivery.events().len()),
+        Err(Failure::RolledBack(SqliteError::User(fault))) => {
+            Outcome::Failed { handled: 0, error: fault.into_source() }
+        }
+        // Only a constraint of the user's can be broken by then.
+        Err(Failure::RolledBack(SqliteError::Sqlite(error))) if error::is_constraint(&error) => {
+            Outcome::Failed { handled: 0, error: error.into() }
+        }
+        Err(failure) => Outcome::Refused(store.told(&mut writer, failure)),
+    })
+}
+
+impl fmt::Debug for Projection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Projection").field("engine", &self.engine).finish_non_exhaustive()
+    }
+}

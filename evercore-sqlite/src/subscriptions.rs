@@ -1,0 +1,296 @@
+//! The cursors of subscriptions, and the events that were parked.
+
+use evercore_core::{
+    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Failure, OwnerId, Parked, ParkedChange,
+    Position, Result, Step, SubscriptionName, SubscriptionStorage, Timestamp,
+};
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, Row, params};
+
+use crate::engine::SqliteEngine;
+use crate::error::{self, damaged};
+
+macro_rules! select_cursors {
+    ($rest:literal) => {
+        concat!(
+            "SELECT subscription, version, partition, partitions, position, epoch, owner, expires_at, ",
+            "wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, ",
+            "parked_changes FROM cursors ",
+            $rest
+        )
+    };
+}
+
+const CURSOR: &str = select_cursors!("WHERE subscription = ?1 AND version = ?2 AND partition = ?3");
+const CURSORS: &str = select_cursors!("ORDER BY subscription, version, partition");
+const CURSORS_OF: &str = select_cursors!("WHERE subscription = ?1 ORDER BY version, partition");
+
+const HAS_CURSORS: &str =
+    "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'cursors')";
+
+const PUT_CURSOR: &str = "
+    INSERT OR REPLACE INTO cursors (subscription, version, partition, partitions, position, epoch, owner, expires_at,
+                                    wanted_by, wanted_until, live_from, status, failed_position, failed_attempts,
+                                    failed_error, parked_changes)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)";
+
+const REMOVE_CURSOR: &str = "DELETE FROM cursors WHERE subscription = ?1 AND version = ?2 AND partition = ?3";
+
+const PARKED: &str = "
+    SELECT position, aggregate_id, holds_back, attempts, error, parked_at, is_due FROM parked_events
+    WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND position > ?4
+    ORDER BY position LIMIT ?5";
+
+const KEEP_PARKED: &str = "
+    INSERT OR REPLACE INTO parked_events (subscription, version, partition, position, aggregate_id, holds_back,
+                                          attempts, error, parked_at, is_due)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
+
+const REMOVE_PARKED: &str = "
+    DELETE FROM parked_events WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND position = ?4";
+
+const REMOVE_ALL_PARKED: &str = "
+    DELETE FROM parked_events WHERE subscription = ?1 AND version = ?2 AND partition = ?3";
+
+const PARKED_IS_DUE: &str = "
+    UPDATE parked_events SET is_due = 1
+    WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND (?4 IS NULL OR position = ?4)";
+
+impl SubscriptionStorage for SqliteEngine {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        let (id, step) = (id.clone(), step.clone());
+        self.run(move |store| {
+            // A claim in vain shall neither wait for the writer nor keep it from others.
+            if step.is_claim() && !store.settings.read_only {
+                store.read(|connection| {
+                    Ok(step.take(&id, cursor(connection, &id)?, Timestamp::now()).map(drop)?)
+                })?;
+            }
+            store.write(|connection| take(connection, &id, &step))
+        })
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        let of = of.cloned();
+        self.run(move |store| {
+            store.read(|connection| {
+                let cursors = if store.settings.read_only && !has_cursors(connection)? {
+                    Vec::new()
+                } else {
+                    cursors(connection, of.as_ref())?
+                };
+                Ok(Cursors { cursors, now: Timestamp::now() })
+            })
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        let id = id.clone();
+        self.run(move |store| {
+            store.read(|connection| {
+                if store.settings.read_only && !has_cursors(connection)? {
+                    return Ok(Vec::new());
+                }
+                parked(connection, &id, after, limit)
+            })
+        })
+    }
+}
+
+/// Takes a step in the open transaction; gives the cursor as it is afterwards. Nothing is written where nothing changes,
+/// and then there is nothing to flush.
+pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> error::Result<Option<Cursor>> {
+    let before = cursor(connection, id)?;
+    let taken = step.take(id, before.clone(), Timestamp::now())?;
+    if taken.cursor != before {
+        match &taken.cursor {
+            Some(cursor) => put(connection, cursor)?,
+            None => drop(connection.prepare_cached(REMOVE_CURSOR)?.execute(key(id))?),
+        }
+    }
+    for change in &taken.parked {
+        change_parked(connection, id, change)?;
+    }
+    Ok(taken.cursor)
+}
+
+fn key(id: &CursorId) -> (&str, u32, u32) {
+    (id.subscription.as_str(), id.version, id.partition)
+}
+
+fn cursor(connection: &Connection, id: &CursorId) -> error::Result<Option<Cursor>> {
+    let mut statement = connection.prepare_cached(CURSOR)?;
+    let mut rows = statement.query(key(id))?;
+    rows.next()?.map(cursor_of).transpose()
+}
+
+fn cursors(connection: &Connection, of: Option<&SubscriptionName>) -> error::Result<Vec<Cursor>> {
+    let mut statement = connection.prepare_cached(if of.is_some() { CURSORS_OF } else { CURSORS })?;
+    let mut rows = match of {
+        Some(subscription) => statement.query([subscription.as_str()])?,
+        None => statement.query([])?,
+    };
+    let mut cursors = Vec::new();
+    while let Some(row) = rows.next()? {
+        cursors.push(cursor_of(row)?);
+    }
+    Ok(cursors)
+}
+
+/// A store of schema version 1 that is only read has none, until somebody else migrates it.
+fn has_cursors(connection: &Connection) -> error::Result<bool> {
+    Ok(connection.prepare_cached(HAS_CURSORS)?.query_row([], |row| row.get(0))?)
+}
+
+fn cursor_of(row: &Row<'_>) -> error::Result<Cursor> {
+    let failure = match row.get(12)? {
+        Some(failed) => {
+            Some(Failure { position: position(failed)?, attempts: row.get(13)?, error: row.get(14)? })
+        }
+        None => None,
+    };
+    let id = CursorId {
+        subscription: SubscriptionName::new(row.get_ref(0)?.as_str().map_err(damaged)?).map_err(damaged)?,
+        version: row.get(1)?,
+        partition: row.get(2)?,
+    };
+    Ok(Cursor {
+        id,
+        partitions: row.get(3)?,
+        position: position(row.get(4)?)?,
+        epoch: row.get(5)?,
+        owner: owner(row.get_ref(6)?)?,
+        expires_at: time(row.get(7)?)?,
+        wanted_by: owner(row.get_ref(8)?)?,
+        wanted_until: time(row.get(9)?)?,
+        live_from: row.get::<_, Option<i64>>(10)?.map(position).transpose()?,
+        status: CursorStatus::from_code(row.get(11)?).map_err(damaged)?,
+        failure,
+        parked_changes: row.get(15)?,
+    })
+}
+
+fn position(stored: i64) -> error::Result<Position> {
+    Position::new(stored).map_err(damaged)
+}
+
+fn time(micros: i64) -> error::Result<Timestamp> {
+    Timestamp::from_micros(micros).map_err(damaged)
+}
+
+fn owner(stored: ValueRef<'_>) -> error::Result<Option<OwnerId>> {
+    stored.as_str_or_null().map_err(damaged)?.map(OwnerId::new).transpose().map_err(damaged)
+}
+
+fn put(connection: &Connection, cursor: &Cursor) -> error::Result<()> {
+    let failure = cursor.failure.as_ref();
+    connection.prepare_cached(PUT_CURSOR)?.execute(params![
+        cursor.id.subscription.as_str(),
+        cursor.id.version,
+        cursor.id.partition,
+        cursor.partitions,
+        cursor.position.get(),
+        cursor.epoch,
+        cursor.owner.as_ref().map(OwnerId::as_str),
+        cursor.expires_at.as_micros(),
+        cursor.wanted_by.as_ref().map(OwnerId::as_str),
+        cursor.wanted_until.as_micros(),
+        cursor.live_from.map(Position::get),
+        cursor.status.code(),
+        failure.map(|failure| failure.position.get()),
+        failure.map(|failure| failure.attempts),
+        failure.map(|failure| failure.error.as_str()),
+        cursor.parked_changes,
+    ])?;
+    Ok(())
+}
+
+fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) -> error::Result<()> {
+    let (subscription, version, partition) = key(id);
+    match change {
+        ParkedChange::Keep(event) => {
+            connection.prepare_cached(KEEP_PARKED)?.execute(params![
+                subscription,
+                version,
+                partition,
+                event.position.get(),
+                event.aggregate.get(),
+                event.holds_back,
+                event.attempts,
+                event.error,
+                event.parked_at.as_micros(),
+                event.is_due,
+            ])?;
+        }
+        ParkedChange::Remove(position) => {
+            let one = (subscription, version, partition, position.get());
+            connection.prepare_cached(REMOVE_PARKED)?.execute(one)?;
+        }
+        ParkedChange::Due(which) => {
+            let due = (subscription, version, partition, which.map(Position::get));
+            connection.prepare_cached(PARKED_IS_DUE)?.execute(due)?;
+        }
+        _ => {
+            connection.prepare_cached(REMOVE_ALL_PARKED)?.execute(key(id))?;
+        }
+    }
+    Ok(())
+}
+
+fn parked(
+    connection: &Connection,
+    id: &CursorId,
+    after: Position,
+    limit: usize,
+) -> error::Result<Vec<Parked>> {
+    let (subscription, version, partition) = key(id);
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let mut statement = connection.prepare_cached(PARKED)?;
+    let mut rows = statement.query((subscription, version, partition, after.get(), limit))?;
+    let mut parked = Vec::new();
+    while let Some(row) = rows.next()? {
+        parked.push(Parked {
+            position: position(row.get(0)?)?,
+            aggregate: AggregateId::new(row.get(1)?).map_err(damaged)?,
+            holds_back: row.get(2)?,
+            attempts: row.get(3)?,
+            error: row.get(4)?,
+            parked_at: time(row.get(5)?)?,
+            is_due: row.get(6)?,
+        });
+    }
+    Ok(parked)
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::params_from_iter;
+
+    use super::*;
+
+    #[test]
+    fn no_query_sorts_or_looks_at_cursors_it_is_not_about() {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(include_str!("../migrations/V2__subscriptions.sql")).unwrap();
+        let plan = |sql: &str| {
+            let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+            let count = statement.parameter_count();
+            let rows = statement.query_map(params_from_iter(vec![1; count]), |row| row.get(3)).unwrap();
+            rows.map(Result::unwrap).collect::<Vec<String>>()
+        };
+        let whole = "(subscription=? AND version=? AND partition=?)";
+        assert_eq!(plan(CURSOR), [format!("SEARCH cursors USING PRIMARY KEY {whole}")]);
+        assert_eq!(plan(CURSORS), ["SCAN cursors"]);
+        assert_eq!(plan(CURSORS_OF), ["SEARCH cursors USING PRIMARY KEY (subscription=?)"]);
+        let behind = "(subscription=? AND version=? AND partition=? AND position>?)";
+        assert_eq!(plan(PARKED), [format!("SEARCH parked_events USING PRIMARY KEY {behind}")]);
+        for sql in [PARKED_IS_DUE, REMOVE_ALL_PARKED] {
+            assert_eq!(plan(sql), [format!("SEARCH parked_events USING PRIMARY KEY {whole}")]);
+        }
+    }
+}

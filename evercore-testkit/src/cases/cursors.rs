@@ -1,0 +1,357 @@
+//! What a store keeps of subscriptions: cursors, leases and parked events, one step after the other.
+
+use std::time::Duration;
+
+use evercore_core::{
+    Advance, Cursor, CursorId, CursorStatus, ErrorKind, Failure, Lease, OwnerId, Parked, ParkedChange,
+    Position, Result, Step, SubscriptionName, Timestamp,
+};
+
+use crate::fixture::Fixture;
+use crate::tools::*;
+
+const LONG: Duration = Duration::from_secs(600);
+const SHORT: Duration = Duration::from_millis(30);
+
+fn cursor(name: &str, version: u32, partition: u32) -> CursorId {
+    CursorId { subscription: SubscriptionName::new(name).unwrap(), version, partition }
+}
+
+fn owner(name: &str) -> OwnerId {
+    OwnerId::new(name).unwrap()
+}
+
+async fn step(engine: &Engine, id: &CursorId, step: Step) -> Result<Cursor> {
+    engine.step(id, &step).await.map(|cursor| cursor.expect("the cursor is there"))
+}
+
+async fn declared(engine: &Engine, name: &str) -> CursorId {
+    let id = cursor(name, 1, 0);
+    step(engine, &id, Step::declare(1, Position::ZERO, Some(Position::ZERO))).await.unwrap();
+    id
+}
+
+async fn claimed(engine: &Engine, id: &CursorId, by: &str, time: Duration) -> Lease {
+    let cursor = step(engine, id, Step::claim(owner(by), time)).await.unwrap();
+    Lease { owner: owner(by), epoch: cursor.epoch }
+}
+
+fn advance(lease: &Lease, from: i64, to: i64) -> Step {
+    Step::Advance(Advance::new(lease.clone(), place(from), place(to), LONG))
+}
+
+fn parked_at(position: i64) -> Parked {
+    Parked {
+        position: place(position),
+        aggregate: evercore_core::AggregateId::new(7).unwrap(),
+        holds_back: true,
+        attempts: 3,
+        error: "it \u{fffd} said 'no'; DROP TABLE cursors".to_owned(),
+        parked_at: Timestamp::from_micros(1_700_000_000_123_456).unwrap(),
+        is_due: false,
+    }
+}
+
+async fn all_parked(engine: &Engine, id: &CursorId) -> Vec<Parked> {
+    engine.parked(id, Position::ZERO, 100).await.unwrap()
+}
+
+async fn the(engine: &Engine, id: &CursorId) -> Cursor {
+    let all = engine.cursors(Some(&id.subscription)).await.unwrap().cursors;
+    all.into_iter().find(|cursor| cursor.id == *id).expect("the cursor is there")
+}
+
+pub(crate) async fn a_cursor_is_made_once(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = cursor("mails", 1, 0);
+    assert_kind!(step(&engine, &id, Step::claim(owner("a"), LONG)).await, ErrorKind::NotFound);
+    let made = step(&engine, &id, Step::declare(1, place(5), None)).await.unwrap();
+    assert_eq!((made.position, made.epoch, made.owner.clone(), made.live_from), (place(5), 0, None, None));
+    assert_eq!(made.status, CursorStatus::Active);
+    let again = step(&engine, &id, Step::declare(1, place(9), Some(place(9)))).await.unwrap();
+    assert_eq!(again, made, "one that is there stays as it is");
+    assert_kind!(step(&engine, &id, Step::declare(2, place(5), None)).await, ErrorKind::Invalid);
+    assert_eq!(the(&engine, &id).await, made);
+}
+
+pub(crate) async fn cursors_are_listed_in_order_with_the_engines_time(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    for (name, version, partition) in [("b", 1, 0), ("a", 10, 1), ("a", 10, 0), ("a", 2, 0), ("B", 1, 0)] {
+        step(&engine, &cursor(name, version, partition), Step::declare(2, place(1), None)).await.unwrap();
+    }
+    let listed = engine.cursors(None).await.unwrap();
+    let ids: Vec<CursorId> = listed.cursors.into_iter().map(|cursor| cursor.id).collect();
+    let expected = [("B", 1, 0), ("a", 2, 0), ("a", 10, 0), ("a", 10, 1), ("b", 1, 0)];
+    assert_eq!(ids, expected.map(|(name, version, partition)| cursor(name, version, partition)));
+    let distance = listed.now.since(Timestamp::now()).max(Timestamp::now().since(listed.now));
+    assert!(distance < Duration::from_secs(60), "{distance:?}");
+    let one = engine.cursors(Some(&SubscriptionName::new("a").unwrap())).await.unwrap().cursors;
+    assert_eq!(one.len(), 3);
+    assert!(engine.cursors(Some(&SubscriptionName::new("c").unwrap())).await.unwrap().cursors.is_empty());
+}
+
+pub(crate) async fn a_claim_is_refused_while_another_has_the_lease(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    claimed(&engine, &id, "first", LONG).await;
+    assert_kind!(step(&engine, &id, Step::claim(owner("second"), LONG)).await, ErrorKind::AlreadyOwned);
+    assert_eq!(the(&engine, &id).await.owner, Some(owner("first")));
+}
+
+pub(crate) async fn every_claim_raises_the_epoch_also_for_the_same_owner(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let first = claimed(&engine, &id, "same", LONG).await;
+    let second = claimed(&engine, &id, "same", LONG).await;
+    assert_eq!((first.epoch, second.epoch), (1, 2));
+    assert_kind!(step(&engine, &id, advance(&first, 0, 1)).await, ErrorKind::LeaseLost);
+    step(&engine, &id, Step::release(second)).await.unwrap();
+    assert_eq!(claimed(&engine, &id, "other", LONG).await.epoch, 3);
+}
+
+pub(crate) async fn a_lease_that_has_expired_is_taken_over(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let first = claimed(&engine, &id, "first", SHORT).await;
+    engine.pause(SHORT * 2).await;
+    let second = claimed(&engine, &id, "second", LONG).await;
+    assert_eq!(second.epoch, first.epoch + 1);
+    // The one who slept comes back.
+    assert_kind!(step(&engine, &id, advance(&first, 0, 3)).await, ErrorKind::LeaseLost);
+    assert_kind!(step(&engine, &id, Step::renew(first.clone(), LONG)).await, ErrorKind::LeaseLost);
+    step(&engine, &id, Step::release(first)).await.unwrap();
+    let now = the(&engine, &id).await;
+    assert_eq!((now.position, now.owner), (Position::ZERO, Some(owner("second"))));
+}
+
+pub(crate) async fn a_lease_that_is_renewed_lasts(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", SHORT).await;
+    step(&engine, &id, Step::renew(lease.clone(), LONG)).await.unwrap();
+    engine.pause(SHORT * 2).await;
+    assert_kind!(step(&engine, &id, Step::claim(owner("second"), LONG)).await, ErrorKind::AlreadyOwned);
+    step(&engine, &id, Step::release(lease)).await.unwrap();
+    claimed(&engine, &id, "second", LONG).await;
+}
+
+pub(crate) async fn a_move_renews_the_lease(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", SHORT).await;
+    step(&engine, &id, advance(&lease, 0, 2)).await.unwrap();
+    engine.pause(SHORT * 2).await;
+    assert_kind!(step(&engine, &id, Step::claim(owner("second"), LONG)).await, ErrorKind::AlreadyOwned);
+}
+
+pub(crate) async fn a_cursor_moves_from_where_it_stands_and_never_back(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    step(&engine, &id, advance(&lease, 0, 10)).await.unwrap();
+    for (from, to) in [(0, 20), (9, 20), (11, 20), (10, 9)] {
+        assert_kind!(step(&engine, &id, advance(&lease, from, to)).await, ErrorKind::LeaseLost);
+    }
+    assert_eq!(the(&engine, &id).await.position, place(10));
+    step(&engine, &id, advance(&lease, 10, 10)).await.unwrap();
+    step(&engine, &id, advance(&lease, 10, i64::MAX)).await.unwrap();
+    assert_eq!(the(&engine, &id).await.position, Position::MAX);
+}
+
+pub(crate) async fn of_racing_claims_one_wins(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let Some(another) = fixture.another().await else { return };
+    for round in 1..=10 {
+        let engines = [fixture.engine(), another.clone()];
+        let won = fixture.threads(8, async |number| {
+            let claim = Step::claim(owner(&format!("{number}")), LONG);
+            match engines[number % 2].step(&id, &claim).await {
+                Ok(cursor) => Some(cursor.unwrap().epoch),
+                Err(error) => {
+                    assert!(matches!(error.kind(), ErrorKind::AlreadyOwned), "{error:?}");
+                    None
+                }
+            }
+        });
+        let won: Vec<i64> = won.into_iter().flatten().collect();
+        assert_eq!(won, [round]);
+        let holder = the(&engine, &id).await.owner.unwrap();
+        step(&engine, &id, Step::release(Lease { owner: holder, epoch: round })).await.unwrap();
+    }
+}
+
+pub(crate) async fn racing_declarations_make_one_cursor(fixture: &mut Fixture) {
+    let (engine, id) = (fixture.engine(), cursor("mails", 1, 0));
+    let made = fixture.threads(8, async |number| {
+        step(&engine, &id, Step::declare(1, place(number as i64), None)).await.unwrap()
+    });
+    assert!(made.windows(2).all(|pair| pair[0] == pair[1]), "{made:?}");
+}
+
+pub(crate) async fn racing_moves_are_made_one_after_the_other(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "all", LONG).await;
+    let moved = fixture.threads(4, async |_| {
+        let mut moved = 0;
+        while moved < 10 {
+            let from = the(&engine, &id).await.position.get();
+            moved += i64::from(step(&engine, &id, advance(&lease, from, from + 1)).await.is_ok());
+        }
+        moved
+    });
+    assert_eq!(the(&engine, &id).await.position.get(), moved.into_iter().sum::<i64>());
+}
+
+pub(crate) async fn every_field_of_a_cursor_comes_back(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let text = "Ünïcode 🎈 'quoted'; --";
+    let id = cursor(text, u32::MAX, 1_023);
+    let parked = parked_at(3);
+    step(&engine, &id, Step::declare(1_024, place(2), None)).await.unwrap();
+    let lease = claimed(&engine, &id, text, LONG).await;
+    let keep = vec![ParkedChange::Keep(parked.clone())];
+    let moved = Advance::new(lease.clone(), place(2), place(4), LONG).with_parked(keep);
+    step(&engine, &id, Step::Advance(moved)).await.unwrap();
+    let failed =
+        Step::fail(lease, Failure { position: place(5), attempts: u32::MAX, error: text.to_owned() }, LONG);
+    let failed = step(&engine, &id, failed).await.unwrap();
+    assert_eq!(the(&engine, &id).await, failed);
+    assert_eq!(failed.failure.as_ref().map(|failure| failure.error.as_str()), Some(text));
+    assert_kind!(step(&engine, &id, Step::claim(owner("next"), LONG)).await, ErrorKind::AlreadyOwned);
+    step(&engine, &id, Step::Pause).await.unwrap();
+    assert_kind!(step(&engine, &id, Step::claim(owner("next"), LONG)).await, ErrorKind::Paused);
+    step(&engine, &id, Step::Resume).await.unwrap();
+    let claimed = step(&engine, &id, Step::claim(owner("next"), LONG)).await.unwrap();
+    let lease = Lease { owner: owner("next"), epoch: claimed.epoch };
+    step(&engine, &id, Step::want(owner("third"), LONG)).await.unwrap();
+    let live = step(&engine, &id, Step::go_live(lease, place(4))).await.unwrap();
+    assert_eq!((live.wanted_by.clone(), live.live_from), (Some(owner("third")), Some(place(4))));
+    assert_eq!(the(&engine, &id).await, live);
+    assert_eq!(all_parked(&engine, &id).await, [parked]);
+}
+
+pub(crate) async fn parked_events_are_kept_listed_and_forgotten(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (id, other) = (declared(&engine, "mails").await, declared(&engine, "others").await);
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let keep = (1..=5).map(|position| ParkedChange::Keep(parked_at(position))).collect();
+    step(
+        &engine,
+        &id,
+        Step::Advance(Advance::new(lease.clone(), place(0), place(9), LONG).with_parked(keep)),
+    )
+    .await
+    .unwrap();
+    let at = |parked: &[Parked]| parked.iter().map(|it| it.position.get()).collect::<Vec<_>>();
+    assert_eq!(at(&all_parked(&engine, &id).await), [1, 2, 3, 4, 5]);
+    assert_eq!(at(&engine.parked(&id, place(2), 2).await.unwrap()), [3, 4]);
+    assert!(all_parked(&engine, &other).await.is_empty());
+
+    let before = the(&engine, &id).await.parked_changes;
+    step(&engine, &id, Step::resume_parked(Some(place(2)))).await.unwrap();
+    let due = |parked: Vec<Parked>| at(&parked.into_iter().filter(|it| it.is_due).collect::<Vec<_>>());
+    assert_eq!(due(all_parked(&engine, &id).await), [2]);
+    step(&engine, &id, Step::resume_parked(None)).await.unwrap();
+    assert_eq!(due(all_parked(&engine, &id).await), [1, 2, 3, 4, 5]);
+    step(&engine, &id, Step::drop_parked(Some(place(4)))).await.unwrap();
+    assert!(the(&engine, &id).await.parked_changes > before);
+
+    let changed = Parked { attempts: 9, holds_back: false, error: String::new(), ..parked_at(3) };
+    let changes = vec![ParkedChange::Remove(place(1)), ParkedChange::Keep(changed.clone())];
+    step(
+        &engine,
+        &id,
+        Step::Advance(Advance::new(lease.clone(), place(9), place(9), LONG).with_parked(changes)),
+    )
+    .await
+    .unwrap();
+    let left = all_parked(&engine, &id).await;
+    assert_eq!(at(&left), [2, 3, 5]);
+    assert_eq!(left[1], changed);
+
+    // A move that is refused takes its parked events with it.
+    let refused = Advance::new(lease, place(8), place(10), LONG).with_parked(vec![ParkedChange::RemoveAll]);
+    assert_kind!(step(&engine, &id, Step::Advance(refused)).await, ErrorKind::LeaseLost);
+    assert_eq!(at(&all_parked(&engine, &id).await), [2, 3, 5]);
+    step(&engine, &id, Step::drop_parked(None)).await.unwrap();
+    assert!(all_parked(&engine, &id).await.is_empty());
+}
+
+pub(crate) async fn a_reset_takes_the_lease_and_forgets_what_was_parked(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let keep = vec![ParkedChange::Keep(parked_at(3))];
+    step(
+        &engine,
+        &id,
+        Step::Advance(Advance::new(lease.clone(), place(0), place(9), LONG).with_parked(keep)),
+    )
+    .await
+    .unwrap();
+    let reset = step(&engine, &id, Step::reset(place(4))).await.unwrap();
+    assert_eq!((reset.position, reset.live_from, reset.owner), (place(4), Some(place(9)), None));
+    assert!(reset.epoch > lease.epoch);
+    assert_kind!(step(&engine, &id, advance(&lease, 4, 5)).await, ErrorKind::LeaseLost);
+    assert!(all_parked(&engine, &id).await.is_empty());
+    claimed(&engine, &id, "second", LONG).await;
+}
+
+pub(crate) async fn a_retired_or_removed_cursor_is_nobodys(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let retired = step(&engine, &id, Step::Retire).await.unwrap();
+    assert_eq!(retired.status, CursorStatus::Retired);
+    assert_eq!(step(&engine, &id, Step::Retire).await.unwrap(), retired, "again is harmless");
+    for refused in [advance(&lease, 0, 1), Step::claim(owner("b"), LONG), Step::Pause, Step::reset(place(0))]
+    {
+        assert_kind!(step(&engine, &id, refused).await, ErrorKind::Superseded);
+    }
+    assert!(engine.step(&id, &Step::Remove).await.unwrap().is_none());
+    assert_kind!(engine.step(&id, &Step::Remove).await, ErrorKind::NotFound);
+    assert!(engine.cursors(None).await.unwrap().cursors.is_empty());
+    assert_eq!(step(&engine, &id, Step::declare(3, place(0), None)).await.unwrap().epoch, 0);
+}
+
+pub(crate) async fn cursors_and_parked_events_survive_reopening(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let keep = vec![ParkedChange::Keep(parked_at(3))];
+    step(&engine, &id, Step::Advance(Advance::new(lease, place(0), place(9), LONG).with_parked(keep)))
+        .await
+        .unwrap();
+    let before = the(&engine, &id).await;
+    drop(engine);
+    let Some(engine) = fixture.reopen().await else { return };
+    assert_eq!(the(&engine, &id).await, before);
+    assert_eq!(all_parked(&engine, &id).await, [parked_at(3)]);
+    assert_kind!(step(&engine, &id, Step::claim(owner("second"), LONG)).await, ErrorKind::AlreadyOwned);
+}
+
+pub(crate) async fn a_step_dropped_at_any_await_is_whole_or_absent(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    for polls in 0..30 {
+        let from = settled(&engine, &id).await.0;
+        let keep = vec![ParkedChange::Keep(parked_at(from + 1))];
+        let moved =
+            Step::Advance(Advance::new(lease.clone(), place(from), place(from + 1), LONG).with_parked(keep));
+        let ended = poll_at_most(polls, engine.step(&id, &moved)).await.is_some();
+        let (position, parked) = settled(&engine, &id).await;
+        assert!(position == from || position == from + 1);
+        assert_eq!(parked, position, "as many parked events as moves");
+        assert!(!ended || position == from + 1);
+    }
+}
+
+/// Position and number of parked events, after whatever is still on its way.
+async fn settled(engine: &Engine, id: &CursorId) -> (i64, i64) {
+    // A step waits for the one before it.
+    let position = step(engine, id, Step::want(owner("nobody"), SHORT)).await.unwrap().position.get();
+    (position, all_parked(engine, id).await.len() as i64)
+}
