@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Durability, Error, EventStore, Filter,
-    Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, Sequence, SqliteEngine, StateAggregate,
-    Timestamp,
+    Aggregate, AggregateQuery, AggregateType, AsOf, BoxError, CommandId, Direction, Durability, Error,
+    EventStore, FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd,
+    Sequence, SqliteEngine, Start, StateAggregate, Then, Timestamp,
 };
 use evercore_testkit::Given;
+use futures_lite::future::zip;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -96,6 +97,10 @@ pub(crate) async fn run() -> Result<()> {
     guards(&store).await?;
     command_ids(&store).await?;
     own_sql(&engine, &store).await?;
+    subscriptions(&store).await?;
+    projections(&engine, &store).await?;
+    live(&store).await?;
+    by_hand(&store).await?;
     metadata(&store).await?;
     as_of(&store).await?;
     reading(&store).await?;
@@ -187,6 +192,84 @@ async fn own_sql(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     };
     engine.commit_with(work, send).await?; // the event and the row, or neither
     Ok(())
+}
+
+async fn subscriptions(store: &EventStore) -> Result<()> {
+    let shutdown = done(store, "mails");
+    store
+        .subscription("mails")?
+        .with_filter(Filter::all().with_aggregate_type(AggregateType::new("account")?))
+        .on_failure(FailurePolicy::then(Then::Park).with_attempts(3)) // then put aside; see `store.parked`
+        .run(shutdown, |event| async move {
+            let AccountEvent::Withdrawn { amount } = event.decode::<Account>()? else { return Ok(()) };
+            if !event.is_replay() {
+                println!("a mail about {amount} withdrawn from account {}", event.aggregate());
+            }
+            Ok(())
+        })
+        .await?;
+    Ok(())
+}
+
+async fn projections(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
+    let table = "CREATE TABLE bank_totals (account INTEGER PRIMARY KEY, deposited INTEGER NOT NULL) STRICT";
+    engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
+
+    // The handler writes in the transaction that moves the cursor: each event counts once.
+    let totals = engine.projection(|sql, delivery| {
+        let add = "INSERT INTO bank_totals VALUES (?1, ?2)
+                   ON CONFLICT (account) DO UPDATE SET deposited = deposited + excluded.deposited";
+        let mut add = sql.prepare_cached(add)?;
+        for event in delivery.events() {
+            if let AccountEvent::Deposited { amount } = event.decode::<Account>()? {
+                add.execute((event.aggregate().get(), amount))?;
+            }
+        }
+        Ok(())
+    });
+    let of_accounts = Filter::all().with_aggregate_type(AggregateType::new("account")?);
+    let subscription = store.subscription("totals")?.with_filter(of_accounts);
+    subscription.declare().await?;
+    let running = subscription.run_sink(done(store, "totals"), totals);
+
+    // Whoever wrote can wait until the projection has it, and then read it there.
+    let reading = async {
+        let receipt =
+            store.update::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 9 }]).await?;
+        store.wait_for(&receipt, "totals", Duration::from_secs(5)).await
+    };
+    let (ended, read) = zip(running, reading).await;
+    read?;
+    assert_eq!(ended?, RunEnd::ShutDown);
+    Ok(())
+}
+
+/// A shutdown that comes as soon as a subscription has seen the whole log. Yours is Ctrl-C.
+async fn done(store: &EventStore, name: &str) {
+    let head = store.head().await.unwrap_or_default();
+    while store.wait_for_position(head, name, Duration::from_secs(5)).await.is_err() {
+        store.engine().pause(Duration::from_millis(5)).await;
+    }
+}
+
+async fn live(store: &EventStore) -> Result<()> {
+    let mut news = store.subscribe(Filter::all(), Start::Beginning).await?; // no row is written
+    let first = news.next().await?; // waits until there is something
+    assert_eq!(first.first().map(|event| event.position()), Some(Position::ZERO.next()));
+    Ok(())
+}
+
+async fn by_hand(store: &EventStore) -> Result<()> {
+    let mut audit = store.subscription("audit")?.claim().await?; // waits while another owner has it
+    let delivery = audit.next().await?;
+    println!("{} events to look at, lease {}", delivery.events().len(), delivery.lease().epoch);
+    audit.ack(&delivery).await?; // `LeaseLost` if another owner has come meanwhile
+    audit.release().await?;
+
+    for state in store.subscriptions().await? {
+        println!("{} is {} events behind", state.cursor.id.subscription, state.lag_events);
+    }
+    store.reset_subscription("audit", Start::Beginning).await // from then on all of it is a replay
 }
 
 async fn metadata(store: &EventStore) -> Result<()> {

@@ -1,0 +1,107 @@
+//! The examples of subscriptions, as their users meet them.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use evercore_sqlite::rusqlite::Connection;
+
+#[allow(dead_code)]
+#[path = "../examples/cache.rs"]
+mod cache;
+#[allow(dead_code)]
+#[path = "../examples/outbox.rs"]
+mod outbox;
+
+/// The program of an example, which `cargo test --tests` does not build by itself.
+fn example(name: &str) -> PathBuf {
+    let mut build = Command::new(env!("CARGO"));
+    build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--example", name]);
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    assert!(build.status().unwrap().success());
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples").join(name)
+}
+
+/// How many events the table of a version has, if it is what the log says up to the cursor; by SQL, not by evercore.
+fn projected(file: &Path, version: u32) -> i64 {
+    let sql = Connection::open(file).unwrap();
+    let one = |query: &str| sql.query_row(query, (), |row| row.get::<_, i64>(0)).unwrap_or(0);
+    let cursor = one(&format!("SELECT position FROM cursors WHERE version = {version}"));
+    let (columns, sums) = match version {
+        1 => ("customer, day, orders", "count(*)"),
+        _ => ("customer, day, orders, cents", "count(*), sum(payload ->> 'cents')"),
+    };
+    let table = format!("SELECT {columns} FROM shop_days_{version}");
+    let log = format!(
+        "SELECT payload ->> 'customer', payload ->> 'day', {sums} FROM event_log
+         WHERE position <= {cursor} GROUP BY 1, 2"
+    );
+    let differences = format!(
+        "SELECT (SELECT count(*) FROM ({table} EXCEPT {log})) + (SELECT count(*) FROM ({log} EXCEPT {table}))"
+    );
+    let is_made = one("SELECT count(*) FROM sqlite_schema WHERE name = 'shop_days_2'") == 1;
+    assert!(!is_made || sql.query_row(&differences, (), |row| row.get(0)) == Ok(0), "version {version}");
+    cursor
+}
+
+/// `EVERCORE_KILLS` says how often.
+#[test]
+fn the_projection_is_what_the_log_says_after_every_kill_9() {
+    let kills: u32 = std::env::var("EVERCORE_KILLS").map_or(10, |kills| kills.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("orders.db");
+    let program = example("projection");
+    let start = |orders: &str, version: &str| {
+        let mut command = Command::new(&program);
+        command.arg(&file).args([orders, version]).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let mut behind = 0;
+    for kill in 0..kills {
+        let version = if kill < kills / 2 { "1" } else { "2" };
+        let mut child = start("1000000", version);
+        std::thread::sleep(Duration::from_millis(fastrand::u64(50..700)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if !file.exists() {
+            continue; // killed before it made the file
+        }
+        let (first, second) = (projected(&file, 1), projected(&file, 2));
+        let sql = Connection::open(&file).unwrap();
+        let head: i64 = sql.query_row("SELECT count(*) FROM event_log", (), |row| row.get(0)).unwrap_or(0);
+        behind += i64::from(first.max(second) < head);
+    }
+    let output = start("100", "2").wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("version 2 is live"));
+    let (first, second) = (projected(&file, 1), projected(&file, 2));
+    let sql = Connection::open(&file).unwrap();
+    let ask = |query: &str| sql.query_row(query, (), |row| row.get::<_, i64>(0)).unwrap();
+    let claims = ask("SELECT sum(epoch) FROM cursors");
+    assert_eq!(second, ask("SELECT count(*) FROM event_log"));
+    println!(
+        "{kills} kills, {behind} times the table was behind the log, {claims} claims; \
+         version 1 has {first} events, version 2 all {second}, each once"
+    );
+}
+
+#[tokio::test]
+async fn every_letter_of_the_outbox_is_delivered_once() {
+    let books = outbox::run().await.unwrap();
+    let positions: Vec<i64> = books.delivered.keys().map(|position| position.get()).collect();
+    assert_eq!(positions, (1..=8).collect::<Vec<_>>());
+    let attempts = 8 + books.busy + books.known_already + books.fenced_off;
+    assert!(books.calls > attempts, "the letter without an address was tried, too");
+    assert_eq!(books.known_already, books.lost_answers);
+    assert_eq!(books.fenced_off, 1);
+    assert!(books.busy > 0 && books.lost_answers > 0);
+}
+
+#[tokio::test]
+async fn the_cache_is_warm_and_fresh_and_writes_nothing() {
+    cache::run().await.unwrap(); // it says so itself
+}
