@@ -1,4 +1,4 @@
-//! The workloads W1 … W6, W3p, W8, growth and latency: our engine against a floor in the same run, interleaved.
+//! The workloads W1 … W8, W3p, a projection, growth and latency: our engine against a floor in the same run, interleaved.
 //!
 //! ```text
 //! cargo bench -p evercore-postgres                 all, at sizes that take some minutes
@@ -12,15 +12,25 @@
 
 #![allow(clippy::unwrap_used)] // a benchmark that meets an error stops there
 
+#[allow(dead_code)]
+#[path = "../../examples/postgres_loan_applications/application.rs"]
+mod application;
 mod domain;
 mod floor;
+#[path = "../../examples/postgres_loan_applications/import.rs"]
+mod import;
 mod processes;
+#[path = "../../examples/postgres_loan_applications/source.rs"]
+mod source;
+mod subscriptions;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use domain::{Counter, counted};
+/// For the files of the example.
+use evercore_postgres as evercore;
 use evercore_postgres::{
     AggregateId, AsOf, EventStore, Loaded, LogQuery, PageLimit, Position, PostgresEngine, Sequence,
 };
@@ -62,6 +72,8 @@ fn main() {
     bench.w4();
     bench.w5();
     bench.w6();
+    bench.w7();
+    bench.projection();
     bench.w8();
     bench.growth();
     bench.latency();
@@ -525,6 +537,11 @@ fn compare(name: &str, target: &str, events: i64, mut ours: impl FnMut(usize), m
     }
     let [our, theirs, ratio] = [our_rates, floor_rates, ratios].map(median);
     println!("{name:42} {our:>12.0} {theirs:>12.0} {ratio:>7.2}  {target}");
+}
+
+/// What the import prints.
+fn rate(events: i64, began: Instant) -> String {
+    format!("{:.0} events/s", events as f64 / began.elapsed().as_secs_f64())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -1,4 +1,4 @@
-//! The workloads W1 … W8, growth, memory and cost: our engine against a floor in the same run, interleaved.
+//! The workloads W1 … W8, a projection, growth, memory and cost: our engine against a floor in the same run, interleaved.
 //!
 //! ```text
 //! cargo bench -p evercore-sqlite                 all, at sizes that take a few minutes
@@ -11,9 +11,17 @@
 
 #![allow(clippy::unwrap_used)] // a benchmark that meets an error stops there
 
+#[allow(dead_code)]
+#[path = "../../examples/loan_applications/application.rs"]
+mod application;
 mod domain;
 mod floor;
+#[path = "../../examples/loan_applications/import.rs"]
+mod import;
 mod memory_floor;
+#[path = "../../examples/loan_applications/source.rs"]
+mod source;
+mod subscriptions;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -21,6 +29,8 @@ use std::time::Instant;
 
 use domain::{Content, Counter, counted};
 use evercore_memory::MemoryEngine;
+/// For the files of the example.
+use evercore_sqlite as evercore;
 use evercore_sqlite::{
     AggregateId, Durability, EventStore, Loaded, LogQuery, PageLimit, Position, SqliteEngine,
 };
@@ -67,6 +77,8 @@ fn main() {
     bench.w4();
     bench.w5();
     bench.w6();
+    bench.w7();
+    bench.projection();
     bench.w8();
     bench.growth();
     bench.memory();
@@ -626,6 +638,11 @@ fn compare(name: &str, target: &str, events: i64, mut ours: impl FnMut(usize), m
     }
     let [our, theirs, ratio] = [our_rates, floor_rates, ratios].map(median);
     println!("{name:42} {our:>12.0} {theirs:>12.0} {ratio:>7.2}  {target}");
+}
+
+/// What the import prints.
+fn rate(events: i64, began: Instant) -> String {
+    format!("{:.0} events/s", events as f64 / began.elapsed().as_secs_f64())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
