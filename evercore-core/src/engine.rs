@@ -26,6 +26,7 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 ///
 /// * every future may be dropped at any await without harm: nothing is half written, nothing is left locked;
 /// * no call blocks the executor's thread on disk or network, unless the user asked for it;
+/// * a page of the log that was begun holds nothing that others need while nobody polls it: it is read ahead;
 /// * bad input never arrives here: names, keys, payloads and batches were checked where they were born;
 /// * nothing it says, logs or shows by `Debug` has a payload, a natural key or a password in it;
 /// * type names are the engine's to intern, and an interner remembers only what has committed.
