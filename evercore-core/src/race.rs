@@ -1,8 +1,9 @@
 //! Futures that run beside each other in one task, without a runtime.
 
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 /// Which of two came first.
@@ -35,36 +36,80 @@ pub(crate) struct Bell(Mutex<Rung>);
 #[derive(Debug, Default)]
 struct Rung {
     times: u64,
-    listeners: Vec<Waker>,
+    listeners: BTreeMap<u64, Waker>,
+    next_listener: u64,
 }
 
 impl Bell {
     pub(crate) fn ring(&self) {
         let listeners = {
-            let mut rung = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut rung = self.rung();
             rung.times += 1;
             std::mem::take(&mut rung.listeners)
         };
-        listeners.into_iter().for_each(Waker::wake);
+        listeners.into_values().for_each(Waker::wake);
     }
 
     /// How often it has rung: listen for what comes after that.
     pub(crate) fn times(&self) -> u64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).times
+        self.rung().times
     }
 
     /// Until it has rung more often than that.
-    pub(crate) async fn rings_after(&self, times: u64) {
-        poll_fn(|context| {
-            let mut rung = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if rung.times > times {
-                return Poll::Ready(());
-            }
-            if !rung.listeners.iter().any(|waker| waker.will_wake(context.waker())) {
-                rung.listeners.push(context.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await;
+    pub(crate) fn rings_after(&self, times: u64) -> Listening<'_> {
+        let mut rung = self.rung();
+        rung.next_listener += 1;
+        Listening { bell: self, times, number: rung.next_listener }
+    }
+
+    fn rung(&self) -> MutexGuard<'_, Rung> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Someone who listens; dropped, nothing of it is left.
+#[derive(Debug)]
+pub(crate) struct Listening<'a> {
+    bell: &'a Bell,
+    times: u64,
+    number: u64,
+}
+
+impl Future for Listening<'_> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let mut rung = self.bell.rung();
+        if rung.times > self.times {
+            return Poll::Ready(());
+        }
+        rung.listeners.insert(self.number, context.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        self.bell.rung().listeners.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_of_who_listened_and_went() {
+        let bell = Bell::default();
+        let mut context = Context::from_waker(Waker::noop());
+        for _ in 0..3 {
+            assert!(pin!(bell.rings_after(bell.times())).poll(&mut context).is_pending());
+        }
+        assert!(bell.rung().listeners.is_empty());
+        let mut waiting = pin!(bell.rings_after(0));
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        bell.ring();
+        assert!(waiting.as_mut().poll(&mut context).is_ready());
+        assert!(pin!(bell.rings_after(0)).poll(&mut context).is_ready());
     }
 }

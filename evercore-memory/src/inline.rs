@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use evercore_core::{
-    Batch, BoxError, CursorId, Error, ErrorKind, Event, EventRow, Events, EventsBuilder, Position, Receipt,
-    Result, Step, SubscriptionName,
+    Batch, BoxError, CursorId, CursorStatus, Error, ErrorKind, Event, EventRow, Events, EventsBuilder,
+    Position, Receipt, Result, Step, SubscriptionName,
 };
 
 use crate::engine::MemoryEngine;
@@ -43,7 +43,7 @@ impl MemoryEngine {
     /// ```
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0;
+    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if it is there already;
     /// [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on the log.
     pub fn inline_projection<S, F>(
         &self,
@@ -72,13 +72,14 @@ impl MemoryEngine {
 
 impl State {
     fn add_inline(&mut self, inline: Inline) -> Result<()> {
-        let mut events = EventsBuilder::new();
-        self.log
-            .iter()
-            .zip(1..)
-            .for_each(|(event, place)| events.push(event.row(Position::ZERO.plus(place))));
-        inline.handle(&events.finish())?();
-        self.step(&inline.id, &Step::declare(1, self.head(), Some(Position::ZERO)))?;
+        if self.inline.iter().any(|known| known.id == inline.id) {
+            let message = format!("the inline projection \"{}\" is there twice", inline.id.subscription);
+            return Err(Error::invalid(message));
+        }
+        self.step(&inline.id, &Step::declare(1, Position::ZERO, Some(Position::ZERO)))?;
+        if let Some(events) = self.behind(&inline, &Events::default()) {
+            inline.handle(&events)?();
+        }
         self.inline.push(inline);
         self.move_inline();
         Ok(())
@@ -89,15 +90,31 @@ impl State {
         if self.inline.is_empty() || batch.events() == 0 {
             return Ok(Vec::new());
         }
-        let events = events_of(batch, receipt);
-        self.inline.iter().map(|inline| inline.handle(&events)).collect()
+        let behind = self.inline.iter().filter_map(|inline| {
+            let events = self.behind(inline, &events_of(batch, receipt))?;
+            Some(inline.handle(&events))
+        });
+        behind.collect()
     }
 
-    /// To the end of the log, all of them.
+    /// What is before a projection, and these; `None` if its cursor was paused, retired or removed by hand.
+    fn behind(&self, inline: &Inline, more: &Events) -> Option<Vec<Event>> {
+        let cursor = self.cursors.get(&inline.id).filter(|cursor| cursor.status == CursorStatus::Active)?;
+        let mut before = EventsBuilder::new();
+        let done = usize::try_from(cursor.position.get()).unwrap_or(usize::MAX).min(self.log.len());
+        for (event, place) in self.log[done..].iter().zip(1..) {
+            before.push(event.row(cursor.position.plus(place)));
+        }
+        Some(before.finish().iter().chain(more.iter()).collect())
+    }
+
+    /// To the end of the log, all that may move.
     pub(crate) fn move_inline(&mut self) {
         let head = self.head();
         for inline in &self.inline {
-            if let Some(cursor) = self.cursors.get_mut(&inline.id) {
+            if let Some(cursor) = self.cursors.get_mut(&inline.id)
+                && cursor.status == CursorStatus::Active
+            {
                 cursor.position = head;
             }
         }
@@ -105,9 +122,8 @@ impl State {
 }
 
 impl Inline {
-    fn handle(&self, events: &Events) -> Result<Write> {
-        let events: Vec<Event> = events.iter().collect();
-        (self.handle)(&events).map_err(|source| {
+    fn handle(&self, events: &[Event]) -> Result<Write> {
+        (self.handle)(events).map_err(|source| {
             let message = format!("the inline projection \"{}\" said no", self.id.subscription);
             Error::new(ErrorKind::Rejected, message).with_source(source)
         })

@@ -16,6 +16,7 @@ use crate::commit::{self, Flown};
 use crate::error::{again, outcome_unknown};
 use crate::inline;
 use crate::store::Store;
+use crate::task::no_runtime;
 use crate::wait;
 
 /// How many events one flight carries, unless a single batch has more.
@@ -123,10 +124,7 @@ impl Waiting {
 /// polled, would hold up everybody else.
 pub(crate) async fn commit(store: &Arc<Store>, batch: Batch) -> Result<Receipt> {
     store.check_writable()?;
-    let runtime = Handle::try_current().map_err(|error| {
-        Error::new(ErrorKind::Backend, "the PostgreSQL engine runs on tokio, and there is none")
-            .with_source(error)
-    })?;
+    let runtime = Handle::try_current().map_err(no_runtime)?;
     let (answer, is_leader) = store.queue.push(batch);
     if is_leader {
         runtime.spawn(lead(Leader { store: Arc::clone(store), has_resigned: false }));

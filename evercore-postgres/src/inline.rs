@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use evercore_core::{
-    Batch, BoxError, BoxFuture, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, PageLimit,
-    Position, Result as CoreResult, Step, SubscriptionName,
+    Batch, BoxError, BoxFuture, CursorId, CursorStatus, Error, Event, NameTable, PageLimit, Position,
+    Result as CoreResult, Step, SubscriptionName,
 };
 use futures_lite::FutureExt;
 use tokio_postgres::Transaction;
@@ -188,9 +188,8 @@ impl Inline {
         head: Position,
     ) -> Result<bool> {
         let held = store.in_time(subscriptions::hold(store, sender, &self.id, false, None)).await?;
-        let mut cursor = held.cursor.ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("{} has lost its cursor, connect again", self.what()))
-        })?;
+        // One that was removed by hand is left alone.
+        let Some(mut cursor) = held.cursor else { return Ok(false) };
         if cursor.status != CursorStatus::Active || cursor.position == head {
             return Ok(false);
         }

@@ -328,5 +328,12 @@ fn settings_for_the_commit(settings: &Settings) -> String {
 
 fn settings_for_own_sql(settings: &Settings) -> String {
     let timeout = settings.sql_timeout.as_millis();
-    format!("{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}", set_local(settings))
+    // The server must not end the session of one who waits for something else before we can say that it took too long.
+    let idle = settings.sql_timeout.saturating_mul(2).saturating_add(settings.statement_timeout).as_millis();
+    format!(
+        "{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}; \
+         SET LOCAL idle_in_transaction_session_timeout = {}",
+        set_local(settings),
+        idle.min(i32::MAX as u128)
+    )
 }

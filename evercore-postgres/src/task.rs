@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::panic::resume_unwind;
 
-use evercore_core::Error;
+use evercore_core::{Error, ErrorKind};
+use tokio::runtime::{Handle, TryCurrentError};
 
 use crate::error::outcome_unknown;
 
@@ -11,11 +12,18 @@ use crate::error::outcome_unknown;
 pub(crate) async fn in_task<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, Error> {
-    match tokio::spawn(work).await {
+    let runtime = Handle::try_current().map_err(no_runtime)?;
+    match runtime.spawn(work).await {
         Ok(outcome) => Ok(outcome),
         Err(error) => match error.try_into_panic() {
             Ok(panic) => resume_unwind(panic),
             Err(_) => Err(outcome_unknown()),
         },
     }
+}
+
+/// Who is called outside of tokio.
+pub(crate) fn no_runtime(error: TryCurrentError) -> Error {
+    Error::new(ErrorKind::Backend, "the PostgreSQL engine runs on tokio, and there is none")
+        .with_source(error)
 }

@@ -19,7 +19,8 @@ pub struct CursorId {
 
 /// A right to move a cursor: the owner, and the epoch, which grows at every claim. Both are named in every move.
 ///
-/// For a sink that is not in the store, the epoch serves as a fencing token: let it refuse a smaller one.
+/// For a sink that is not in the store, the epoch serves as a fencing token: let it refuse a smaller one for the same
+/// [`CursorId`]. Another version counts anew, and so does a cursor that was removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// Who holds it.
@@ -98,7 +99,8 @@ pub struct Failure {
     pub position: Position,
     /// How often it was tried.
     pub attempts: u32,
-    /// What the handler said the last time, cut to [`limits::STORED_ERROR_BYTES`].
+    /// What the handler said the last time, and what caused it, cut to [`limits::STORED_ERROR_BYTES`]. It is the user's own
+    /// text, or that of a database: show it to those who may see the data.
     pub error: String,
 }
 

@@ -75,6 +75,12 @@ impl Delivery {
         self.context.is_stopping.load(Ordering::Acquire)
     }
 
+    /// One of its events, to be given up alone.
+    pub(crate) fn only(&self, index: usize) -> Option<Self> {
+        let event = self.events.get(index)?.clone();
+        Some(Self { end: event.position(), events: Arc::new([event]), ..self.clone() })
+    }
+
     /// Each event with what the delivery says about it.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Delivered> + '_ {
         (0..self.events.len()).map(|index| Delivered { delivery: self.clone(), index })
@@ -140,6 +146,11 @@ impl fmt::Debug for Delivered {
 pub trait Sink: Send + Sync {
     /// Has a delivery handled. `advance` is what moves the cursor past it.
     fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome>;
+
+    /// Whether a failure is that of the event behind those that were handled, and none behind that was tried.
+    fn tells_which(&self) -> bool {
+        false
+    }
 
     /// Whether nobody else can get the cursor while this is at work, so that the lease need not be renewed meanwhile:
     /// as it is where the cursor is moved in a transaction before the handler runs in it.

@@ -7,6 +7,7 @@ use std::time::Duration;
 ///
 /// The default stops after five attempts, with pauses from 100 ms up to 10 s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FailurePolicy {
     /// How often an event is tried at most, the first time included; 0 counts as 1.
     pub attempts: u32,

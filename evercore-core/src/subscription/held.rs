@@ -14,6 +14,7 @@ use crate::engine::{LogPage, LogQuery};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::ids::{AggregateId, Position};
+use crate::limits;
 use crate::name::OwnerId;
 use crate::race::{First, race};
 
@@ -36,6 +37,7 @@ pub(crate) struct Held {
     renewed_at: Instant,
     next_renewal: Instant,
     moved_at: Instant,
+    began_at: Position,
     tail: Tail,
     /// Where the log ended when it was last read.
     head: Position,
@@ -64,7 +66,7 @@ impl Held {
         is_stopping: Arc<AtomicBool>,
     ) -> Result<Self> {
         let (id, engine) = (subscription.cursor_id(partition), subscription.store.engine());
-        let asked_at = Instant::now();
+        let (asked_at, heard) = (Instant::now(), subscription.store.operated().times());
         let claim = Step::claim(owner.clone(), subscription.settings.lease);
         let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
@@ -74,13 +76,14 @@ impl Held {
             renewed_at: asked_at,
             next_renewal: asked_at + subscription.settings.lease / 3,
             moved_at: asked_at,
+            began_at: cursor.position,
             head: cursor.position,
             pending: VecDeque::new(),
             pending_end: cursor.position,
             taken_to: cursor.position,
             handed_out: cursor.position,
             alone_to: cursor.position,
-            heard: subscription.store.operated().times(),
+            heard,
             parked_seen: None,
             held_back: HashSet::new(),
             due: Vec::new(),
@@ -186,6 +189,11 @@ impl Held {
         self.handed_out <= self.cursor.position
     }
 
+    /// Whether the cursor has moved under this lease.
+    pub(crate) fn has_moved(&self) -> bool {
+        self.cursor.position > self.began_at
+    }
+
     pub(crate) fn is_paused(&self) -> bool {
         self.cursor.status == CursorStatus::Paused
     }
@@ -197,23 +205,33 @@ impl Held {
         Advance { lease: self.context.lease.clone(), from, to: to.max(from), time, parked }
     }
 
-    /// Moves the cursor.
+    /// Moves the cursor. An answer may have been lost, and a step that was given up may still have taken effect: while the
+    /// lease holds, nobody else can have moved it, so where it stands is of our own doing.
     pub(crate) async fn advance(&mut self, advance: Advance) -> Result<()> {
         let asked_at = Instant::now();
-        let to = advance.to;
-        match self.step(&Step::Advance(advance)).await {
+        let (from, to) = (advance.from, advance.to);
+        match self.step(&Step::Advance(advance.clone())).await {
             Ok(()) => {}
-            // It may have been moved all the same; nobody else can have done so.
-            Err(error) if matches!(error.kind(), ErrorKind::OutcomeUnknown | ErrorKind::Unavailable) => {
-                self.step(&Step::renew(self.context.lease.clone(), self.subscription.settings.lease)).await?;
-                if self.cursor.position != to {
+            Err(error) if is_passing(&error) => {
+                self.hold().await?;
+                if from == to || self.cursor.position < to {
                     return Err(error);
                 }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::LeaseLost) => {
+                self.hold().await?;
+                let from = self.cursor.position;
+                self.step(&Step::Advance(Advance { from, to: to.max(from), ..advance })).await?;
             }
             Err(error) => return Err(error),
         }
         self.moved(asked_at);
         Ok(())
+    }
+
+    /// Renews the lease whatever the time, or finds that it is lost; the cursor is as it stands now.
+    async fn hold(&mut self) -> Result<()> {
+        self.step(&Step::renew(self.context.lease.clone(), self.subscription.settings.lease)).await
     }
 
     /// A sink has moved it.
@@ -241,7 +259,6 @@ impl Held {
     pub(crate) async fn release(&mut self) -> Result<()> {
         let release = Step::release(self.context.lease.clone());
         let released = self.subscription.store.engine().step(&self.context.id, &release).await;
-        crate::observe::lease_changed(&self.context.id, "released");
         self.subscription.store.rings().ring();
         released.map(drop)
     }
@@ -318,23 +335,22 @@ impl Held {
         self.cursor.live_from.is_none_or(|from| position <= from)
     }
 
-    /// Hands out again, one by one, what has been tried together and failed; the first `handled` are done.
-    pub(crate) fn put_back_alone(&mut self, delivery: &Delivery, handled: usize) {
-        if let Some(last) = delivery.events()[handled..].last() {
+    /// Hands out again what was not handled, the next `alone` of it one by one, because one of those fails.
+    pub(crate) fn put_back_alone(&mut self, delivery: &Delivery, handled: usize, alone: usize) {
+        let mut tried = delivery.events().iter().skip(handled).take(alone);
+        if let Some(last) = tried.next_back() {
             self.alone_to = last.position();
         }
-        self.put_back(delivery, handled);
+        self.put_back();
     }
 
-    /// Hands out again what was not handled; the first `handled` are done.
-    pub(crate) fn put_back(&mut self, delivery: &Delivery, handled: usize) {
-        let rest = &delivery.events()[handled..];
-        self.pending_end = self.pending_end.max(delivery.end());
-        for event in rest.iter().rev() {
-            self.pending.push_front(event.clone());
-        }
+    /// Hands out again what is behind the cursor: read anew, since what was passed over in between may concern somebody now.
+    pub(crate) fn put_back(&mut self) {
+        self.pending.clear();
         self.taken_to = self.cursor.position;
         self.handed_out = self.cursor.position;
+        self.pending_end = self.cursor.position;
+        self.read_from(self.tail.bound());
     }
 
     /// Looks at the parked events, if somebody has changed something about them.
@@ -361,7 +377,7 @@ impl Held {
     pub(crate) async fn next_due(&mut self) -> Result<Option<(Parked, Delivery, Vec<ParkedChange>)>> {
         let Some(parked) = self.due.pop() else { return Ok(None) };
         let before = Position::new(parked.position.get() - 1)?;
-        let limit = crate::engine::PageLimit::events(2)?;
+        let limit = crate::engine::PageLimit::events(2)?.and_bytes(limits::PAGE_BYTES)?;
         let mut query = LogQuery::after(before).with_limit(limit);
         if parked.holds_back {
             // It, and the next of its aggregate that had to wait.
@@ -370,9 +386,18 @@ impl Held {
         } else {
             query = query.up_to(parked.position);
         }
-        let page = self.subscription.store.read_log(&query).await?.events;
-        let event = page.iter().find(|event| event.position() == parked.position);
-        let next = page.iter().find(|event| event.position() > parked.position);
+        let (mut event, mut next) = (None, None);
+        while next.is_none() && query.from < query.to {
+            let page = self.subscription.store.read_log(&query).await?;
+            for found in &page.events {
+                let place = if found.position() == parked.position { &mut event } else { &mut next };
+                place.get_or_insert(found);
+            }
+            if page.scanned <= query.from {
+                break;
+            }
+            query.from = page.scanned;
+        }
         let mut changes = vec![ParkedChange::Remove(parked.position)];
         if let Some(next) = next {
             let waiting =
@@ -389,6 +414,11 @@ impl Held {
             end: self.taken_to,
         };
         Ok(Some((parked, delivery, changes)))
+    }
+
+    /// Whether there are parked events that are to be tried again.
+    pub(crate) fn has_due(&self) -> bool {
+        !self.due.is_empty()
     }
 
     /// What the rows of parked events are by now.
@@ -426,6 +456,11 @@ impl Held {
         let distance = target.get() - self.taken_to.get();
         if distance > i64::try_from(self.subscription.settings.batch.max_events()).unwrap_or(i64::MAX) {
             self.read_from(target);
+            return Ok(());
+        }
+        if older.iter().any(|other| other.status == CursorStatus::Paused) {
+            // Whoever paused it did not mean this one either.
+            store.engine().pause(PASS_BY).await;
             return Ok(());
         }
         // From here on the older ones stand still, and what they have done is a replay for this one.

@@ -27,6 +27,8 @@ pub struct CursorState {
     pub cursor: Cursor,
     /// Whether somebody holds its lease at the moment.
     pub is_owned: bool,
+    /// Whether it stands behind the end of the log, which then has lost its tail, or is another one.
+    pub is_ahead: bool,
     /// How many events of the log lie behind it, whether they concern it or not.
     pub lag_events: u64,
     /// How long ago the oldest of those was recorded, by the engine's clock; zero if there is none.
@@ -57,7 +59,8 @@ impl EventStore {
                     oldest.map_or(Duration::ZERO, |event| found.now.since(event.recorded_at()))
                 }
             };
-            states.push(CursorState { is_owned: cursor.is_owned(found.now), lag_events, lag_time, cursor });
+            let (is_owned, is_ahead) = (cursor.is_owned(found.now), cursor.position > head);
+            states.push(CursorState { is_owned, is_ahead, lag_events, lag_time, cursor });
         }
         Ok(states)
     }
@@ -73,8 +76,8 @@ impl EventStore {
         if states.is_empty() { Err(no_subscription(&name)) } else { Ok(states) }
     }
 
-    /// The version of a projection that readers should use: the newest that is built and has taken over; the newest of
-    /// all if there is none.
+    /// The version of a projection that readers should use: the newest that is built and has taken over; the oldest that
+    /// is not over if there is none.
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).
@@ -172,7 +175,7 @@ impl EventStore {
     }
 
     /// Forgets one version of a subscription, its cursors and parked events. A runner of it loses its lease. What the
-    /// handler wrote stays.
+    /// handler wrote stays. Not while a newer one is being built: that would take what this one has handled for live.
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound) if there is none; what the engine says.
@@ -186,6 +189,7 @@ impl EventStore {
         for id in ids {
             self.engine().step(&id, &Step::Remove).await?;
         }
+        self.operated().ring();
         Ok(())
     }
 
@@ -246,7 +250,12 @@ impl EventStore {
 }
 
 /// The version that counts, and how far all its partitions have come.
-fn live(cursors: Vec<Cursor>) -> Result<(u32, Position)> {
+fn live(mut cursors: Vec<Cursor>) -> Result<(u32, Position)> {
+    let is_over = |cursor: &Cursor| cursor.status == CursorStatus::Retired;
+    let going: Vec<u32> = cursors.iter().filter(|it| !is_over(it)).map(|it| it.id.version).collect();
+    if !going.is_empty() {
+        cursors.retain(|cursor| going.contains(&cursor.id.version));
+    }
     let mut versions: Vec<(u32, bool, Position)> = Vec::new();
     for cursor in cursors {
         let is_built = cursor.live_from.is_some_and(|from| cursor.position >= from);

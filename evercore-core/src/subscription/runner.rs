@@ -25,7 +25,10 @@ pub(crate) enum Ended {
     /// A newer version has taken over.
     Superseded,
     /// The lease is lost or the engine out of reach: claim again.
-    Lost,
+    Lost {
+        /// Whether the cursor has moved before.
+        has_moved: bool,
+    },
     /// For good.
     Failed(Error),
 }
@@ -39,14 +42,16 @@ pub(crate) async fn run(mut held: Held, sink: Arc<dyn Sink>, stop: Arc<Stop>) ->
             ErrorKind::Superseded => Ended::Superseded,
             ErrorKind::LeaseLost | ErrorKind::NotFound => {
                 observe::lease_changed(&held.context.id, "lost");
-                Ended::Lost
+                Ended::Lost { has_moved: held.has_moved() }
             }
-            _ if is_passing(&error) => Ended::Lost,
+            _ if is_passing(&error) => Ended::Lost { has_moved: held.has_moved() },
             _ => Ended::Failed(error),
         },
     };
     // If it cannot be given back, it ends by itself.
-    let _ = held.release().await;
+    if held.release().await.is_ok() && matches!(ended, Ended::Stopped | Ended::GivenUp) {
+        observe::lease_changed(&held.context.id, "released");
+    }
     ended
 }
 
@@ -71,6 +76,7 @@ impl Runner<'_> {
             self.retry_parked().await?;
             self.held.pass_by().await?;
             let time = self.held.subscription.settings.lease / 3;
+            let time = if self.held.has_due() { Duration::ZERO } else { time };
             let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
             let interrupted = race(self.stop.set(), store.operated().rings_after(heard));
             match race(self.held.next(time), interrupted).await {
@@ -97,7 +103,7 @@ impl Runner<'_> {
                 }
                 Outcome::Handled(count) => {
                     self.move_past(&delivery, count).await?;
-                    self.held.put_back(&delivery, count);
+                    self.held.put_back();
                     return Ok(());
                 }
                 Outcome::Advanced(cursor) => {
@@ -105,11 +111,12 @@ impl Runner<'_> {
                     return Ok(());
                 }
                 Outcome::Refused(error) => return Err(error),
-                Outcome::Failed { handled, .. } if delivery.events().len() > 1 => {
-                    observe::retried(delivery.cursor());
-                    self.move_past(&delivery, handled).await?;
-                    self.held.put_back_alone(&delivery, handled);
-                    return Ok(());
+                // A handler may end early when it is to stop, and that is nobody's fault.
+                Outcome::Failed { handled, .. } if self.stop.is_set() => {
+                    return self.move_past(&delivery, handled).await;
+                }
+                Outcome::Failed { handled, error } if delivery.events().len() > 1 => {
+                    return self.take_apart(&delivery, handled, error).await;
                 }
                 Outcome::Failed { error, .. } => {
                     if delivery.attempt() >= self.held.subscription.settings.failure.attempts {
@@ -123,6 +130,26 @@ impl Runner<'_> {
                 }
             }
         }
+    }
+
+    /// Several events were tried together, and one of them fails.
+    async fn take_apart(&mut self, delivery: &Delivery, handled: usize, error: BoxError) -> Result<()> {
+        self.move_past(delivery, handled).await?;
+        let is_known = self.sink.tells_which();
+        if is_known
+            && self.held.subscription.settings.failure.attempts <= 1
+            && let Some(failed) = delivery.only(handled)
+        {
+            self.give_up(&failed, error).await?;
+            self.held.put_back();
+            return Ok(());
+        }
+        observe::retried(delivery.cursor());
+        if self.pause(delivery.attempt()).await? {
+            let tried = if is_known { 1 } else { delivery.events().len() };
+            self.held.put_back_alone(delivery, handled, tried);
+        }
+        Ok(())
     }
 
     /// `None`: the shutdown came, and the handler did not end in time.
@@ -139,6 +166,10 @@ impl Runner<'_> {
         let first = if self.sink.holds_cursor() { work.await } else { self.held.keeping(work).await? };
         Ok(match first {
             First::Left(outcome) => {
+                if self.sink.holds_cursor() && matches!(outcome, Outcome::Failed { .. }) {
+                    // Nobody has renewed it meanwhile; if nobody has claimed it either, it is still ours.
+                    self.held.look().await?;
+                }
                 let outcome = if let Outcome::Handled(0) = outcome { nothing_handled() } else { outcome };
                 observe::delivered(delivery, &outcome, began.elapsed());
                 Some(outcome)
@@ -203,15 +234,14 @@ impl Runner<'_> {
         Ok(Error::new(ErrorKind::Rejected, message).with_source(error))
     }
 
-    /// Tries parked events again that somebody wants to be tried again, once each.
+    /// Tries a parked event again that somebody wants to be tried again, once.
     async fn retry_parked(&mut self) -> Result<()> {
-        while !self.stop.is_set() {
-            let Some((parked, delivery, changes)) = self.held.next_due().await? else { return Ok(()) };
+        if let Some((parked, delivery, changes)) = self.held.next_due().await? {
             let advance = self.held.advance_to(delivery.end(), changes.clone());
             if delivery.events().is_empty() {
                 self.held.advance(advance).await?;
                 self.held.note_parked(&changes, &parked);
-                continue;
+                return Ok(());
             }
             let asked_at = Instant::now();
             let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
@@ -225,7 +255,9 @@ impl Runner<'_> {
                     self.held.note_parked(&changes, &parked);
                 }
                 Outcome::Refused(error) => return Err(error),
+                Outcome::Failed { .. } if self.stop.is_set() => {}
                 Outcome::Failed { error, .. } => {
+                    observe::retried(delivery.cursor());
                     let again = Parked {
                         attempts: delivery.attempt(),
                         error: stored_error(&*error),
@@ -246,6 +278,12 @@ impl Runner<'_> {
 /// A sink that gets nowhere has failed, or it would be asked again without a pause.
 fn nothing_handled() -> Outcome {
     Outcome::Failed { handled: 0, error: "the sink has handled nothing".into() }
+}
+
+/// How long to wait before a claim after so many leases that were lost before anything was done.
+pub(crate) fn after_losses(losses: u32, lease: Duration) -> Duration {
+    let pause = Duration::from_millis(10).saturating_mul(1 << losses.saturating_sub(1).min(10));
+    if losses == 0 { Duration::ZERO } else { pause.min(between_claims(lease)) }
 }
 
 /// How long to wait before the next try to claim.

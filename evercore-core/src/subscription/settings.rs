@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::cursor::{Cursor, CursorId};
+use super::cursor::{Cursor, CursorId, CursorStatus};
 use super::failure::FailurePolicy;
 use super::step::Step;
 use crate::engine::{Filter, PageLimit};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
@@ -145,10 +145,10 @@ impl Subscription {
     }
 
     /// How long a lease lasts unless it is renewed, which happens when a third of it is over, also while a handler is at
-    /// work; 30 s unless said otherwise, 10 ms at least. So long others wait for an owner that died.
+    /// work; 30 s unless said otherwise, from 10 ms to a day. So long others wait for an owner that died.
     #[must_use]
     pub fn with_lease(mut self, time: Duration) -> Self {
-        self.settings.lease = time.max(Duration::from_millis(10));
+        self.settings.lease = time.clamp(Duration::from_millis(10), Duration::from_secs(86_400));
         self
     }
 
@@ -220,6 +220,7 @@ impl Subscription {
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the version is 0, or the number of partitions is another than before;
+    /// [`Superseded`](crate::ErrorKind::Superseded) if it has no cursors and a newer version has;
     /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start lies behind the end of the log; what the engine says.
     pub async fn declare(&self) -> Result<()> {
         let Settings { version, partitions, start, .. } = self.settings;
@@ -243,13 +244,21 @@ impl Subscription {
         if u32::try_from(own.len()).is_ok_and(|own| own == partitions) {
             return Ok(());
         }
+        if own.is_empty() && known.iter().any(|cursor| cursor.id.version > version) {
+            let message =
+                format!("version {version} of subscription \"{}\" comes after a newer one", self.name);
+            return Err(Error::new(ErrorKind::Superseded, message));
+        }
         // Whoever began to make them and got no further has resolved the start already.
-        let position = match own.first().and_then(|begun| begun.live_from) {
+        let start = match own.first().and_then(|begun| begun.live_from) {
             Some(resolved) => resolved,
             None => start.resolve(&self.store).await?,
         };
+        // What an older version has still before it is for this one, wherever this one would begin by itself.
+        let others = known.iter().filter(|it| it.id.version < version && it.status != CursorStatus::Retired);
+        let position = others.map(|older| older.position).fold(start, Position::min);
         let is_first = known.iter().all(|cursor| cursor.id.version >= version);
-        let live_from = is_first.then_some(position);
+        let live_from = is_first.then_some(start);
         for partition in 0..partitions {
             let declare = Step::Declare { partitions, position, live_from };
             engine.step(&self.cursor_id(partition), &declare).await?;

@@ -200,7 +200,7 @@ impl Step {
     /// [`Invalid`](ErrorKind::Invalid) if it has another number of partitions. Then nothing is written.
     pub fn take(&self, id: &CursorId, cursor: Option<Cursor>, now: Timestamp) -> Result<Taken> {
         if let Self::Declare { partitions, position, live_from } = self {
-            return declare(id, cursor, (*partitions, *position, *live_from), now);
+            return declare(id, cursor, (*partitions, *position, *live_from));
         }
         let mut cursor = cursor.ok_or_else(|| {
             Error::new(
@@ -227,7 +227,7 @@ impl Step {
             }
             Self::Release { lease } => {
                 if cursor.check(lease).is_ok() {
-                    cursor.end_lease(now);
+                    cursor.end_lease(Timestamp::MIN);
                 }
             }
             Self::Want { owner, time } => {
@@ -239,14 +239,14 @@ impl Step {
                 cursor.live_from = Some(*from);
             }
             Self::Pause => cursor.pause()?,
-            Self::Resume => cursor.resume(now)?,
+            Self::Resume => cursor.resume()?,
             Self::Reset { position } => {
-                cursor.reset(*position, now)?;
+                cursor.reset(*position)?;
                 parked.push(ParkedChange::RemoveAll);
             }
             Self::Retire => {
                 if cursor.status != CursorStatus::Retired {
-                    cursor.take_lease(now);
+                    cursor.take_lease();
                     cursor.status = CursorStatus::Retired;
                 }
             }
@@ -276,7 +276,6 @@ fn declare(
     id: &CursorId,
     known: Option<Cursor>,
     (partitions, position, live_from): (u32, Position, Option<Position>),
-    now: Timestamp,
 ) -> Result<Taken> {
     if let Some(known) = known {
         if known.partitions != partitions {
@@ -293,9 +292,10 @@ fn declare(
         position,
         epoch: 0,
         owner: None,
-        expires_at: now,
+        // Not now: a clock may go back.
+        expires_at: Timestamp::MIN,
         wanted_by: None,
-        wanted_until: now,
+        wanted_until: Timestamp::MIN,
         live_from,
         status: CursorStatus::Active,
         failure: None,
@@ -364,8 +364,8 @@ impl Cursor {
     }
 
     /// From whoever has it: the epoch that it names is old now.
-    fn take_lease(&mut self, now: Timestamp) {
-        self.end_lease(now);
+    fn take_lease(&mut self) {
+        self.end_lease(Timestamp::MIN);
         self.epoch += 1;
     }
 
@@ -378,22 +378,22 @@ impl Cursor {
     }
 
     /// Also ends the rest after a failure.
-    fn resume(&mut self, now: Timestamp) -> Result<()> {
+    fn resume(&mut self) -> Result<()> {
         self.pause()?;
         self.status = CursorStatus::Active;
         if self.owner.is_none() {
-            self.expires_at = now;
+            self.end_lease(Timestamp::MIN);
         }
         Ok(())
     }
 
     /// What was live once is a replay when it comes again.
-    fn reset(&mut self, position: Position, now: Timestamp) -> Result<()> {
+    fn reset(&mut self, position: Position) -> Result<()> {
         if self.status == CursorStatus::Retired {
             return Err(self.is_superseded());
         }
         self.live_from = self.live_from.map(|from| from.max(self.position));
-        self.take_lease(now);
+        self.take_lease();
         self.position = position;
         self.failure = None;
         self.parked_changes += 1;

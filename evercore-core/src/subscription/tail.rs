@@ -41,6 +41,11 @@ impl Tail {
         self.reader.position() >= self.bound
     }
 
+    /// Where it ends.
+    pub(crate) fn bound(&self) -> Position {
+        self.bound
+    }
+
     /// Up to where the pages go that were handed out.
     pub(crate) fn position(&self) -> Position {
         self.reader.position()

@@ -137,6 +137,8 @@ struct Worker {
     /// The try to get one more cursor; it waits before it ends.
     claiming: Option<BoxFuture<'static, Result<Claimed>>>,
     has_failed: Option<Error>,
+    /// How many leases in a row were lost before anything was done: the next claim comes after a pause.
+    losses: u32,
 }
 
 enum Claimed {
@@ -161,12 +163,15 @@ impl Worker {
     fn new(subscription: Subscription, sink: Arc<dyn Sink>) -> Result<Self> {
         let owner = subscription.new_owner()?;
         let (stop, runners) = (Arc::default(), Vec::new());
-        Ok(Self { subscription, owner, sink, stop, runners, claiming: None, has_failed: None })
+        Ok(Self { subscription, owner, sink, stop, runners, claiming: None, has_failed: None, losses: 0 })
     }
 
     async fn work(&mut self) -> Result<RunEnd> {
         let partitions = self.subscription.settings.partitions as usize;
-        declare(self.subscription.clone(), Arc::clone(&self.stop)).await?;
+        match declare(self.subscription.clone(), Arc::clone(&self.stop)).await {
+            Err(error) if matches!(error.kind(), ErrorKind::Superseded) => return Ok(RunEnd::Superseded),
+            declared => declared?,
+        }
         loop {
             if self.stop.is_set() && self.runners.is_empty() && self.claiming.is_none() {
                 return self.has_failed.take().map_or(Ok(RunEnd::ShutDown), Err);
@@ -178,6 +183,7 @@ impl Worker {
                     self.owner.clone(),
                     held,
                     Arc::clone(&self.stop),
+                    self.losses,
                 )));
             }
             if let Some(end) = self.next().await? {
@@ -213,8 +219,15 @@ impl Worker {
     fn note_end(&mut self, ended: Ended) -> Option<RunEnd> {
         self.stop.held.store(self.runners.len(), Ordering::Relaxed);
         match ended {
-            Ended::Stopped | Ended::GivenUp | Ended::Lost => None,
-            Ended::Superseded => self.runners.is_empty().then_some(RunEnd::Superseded),
+            Ended::Stopped | Ended::GivenUp => None,
+            Ended::Lost { has_moved } => {
+                self.losses = if has_moved { 0 } else { self.losses.saturating_add(1) };
+                None
+            }
+            Ended::Superseded if self.has_failed.is_none() => {
+                self.runners.is_empty().then_some(RunEnd::Superseded)
+            }
+            Ended::Superseded => None,
             Ended::Failed(error) => {
                 // The others end in peace first.
                 self.has_failed.get_or_insert(error);
@@ -234,7 +247,10 @@ impl Worker {
                 Ok(None)
             }
             Ok(Claimed::None) => Ok(None),
-            Ok(Claimed::Superseded) => Ok(self.runners.is_empty().then_some(RunEnd::Superseded)),
+            Ok(Claimed::Superseded) if self.has_failed.is_none() => {
+                Ok(self.runners.is_empty().then_some(RunEnd::Superseded))
+            }
+            Ok(Claimed::Superseded) => Ok(None),
             Err(error) if self.runners.is_empty() => Err(error),
             // The runners meet it too, if it is in everybody's way.
             Err(_) => Ok(None),
@@ -261,8 +277,18 @@ async fn claim(
     owner: OwnerId,
     held: Vec<u32>,
     stop: Arc<Stop>,
+    losses: u32,
 ) -> Result<Claimed> {
     let time = runner::between_claims(subscription.settings.lease);
+    let rung = subscription.store.rings().times();
+    if losses > 0 {
+        // What lost the last lease may be there still.
+        let pause = runner::after_losses(losses, subscription.settings.lease);
+        race(subscription.store.engine().pause(pause), stop.set()).await;
+        if stop.is_set() {
+            return Ok(Claimed::None);
+        }
+    }
     let outcome = claim_one(&subscription, &owner, &held, &stop).await;
     let must_wait = match &outcome {
         Ok(Claimed::One(_)) => false,
@@ -277,7 +303,6 @@ async fn claim(
     if !must_wait {
         return outcome;
     }
-    let rung = subscription.store.rings().times();
     let pause = subscription.store.engine().pause(time);
     let given_back = subscription.store.rings().rings_after(rung);
     // A ring may come with each move of a cursor: not every one is worth a look.
@@ -300,7 +325,7 @@ async fn claim_one(
     stop: &Stop,
 ) -> Result<Claimed> {
     let mut look = Look::at(subscription, owner, held).await?;
-    if look.is_retired {
+    if look.is_retired && !look.is_there {
         return Ok(Claimed::Superseded);
     }
     if !look.is_there {
@@ -319,7 +344,8 @@ async fn claim_one(
             Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused) => {
                 refused = error;
             }
-            Err(error) if matches!(error.kind(), ErrorKind::Superseded) => return Ok(Claimed::Superseded),
+            // Just now; the next look knows whether that was the last.
+            Err(error) if matches!(error.kind(), ErrorKind::Superseded) => {}
             Err(error) => return Err(error),
         }
     }
@@ -348,8 +374,11 @@ impl Look {
         let mut look = Self { free: Vec::new(), owned: HashMap::new(), is_there: false, is_retired: false };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
+            if cursor.status == CursorStatus::Retired {
+                look.is_retired = true;
+                continue;
+            }
             look.is_there = true;
-            look.is_retired |= cursor.status == CursorStatus::Retired;
             match &cursor.owner {
                 Some(other) if other != owner && cursor.is_owned(found.now) => {
                     look.owned.entry(other.clone()).or_default().push(partition);

@@ -23,6 +23,9 @@ use crate::tools;
 /// How long a wait lasts that nobody ends; nothing depends on it.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// How many looks, a millisecond apart, another try may take to come.
+const PATIENCE: usize = 30;
+
 pub(crate) struct World {
     pub(crate) store: EventStore,
     filter: Filter,
@@ -229,10 +232,11 @@ impl World {
         cursor.is_some_and(|cursor| cursor.live_from.is_some() && cursor.position >= target)
     }
 
-    /// However long the pause before another try takes: what is done must not depend on it.
-    fn is_idle(&self, in_hand: usize) -> bool {
+    /// However long the pause before another try takes: what is done must not depend on it. Who has lost the lease
+    /// meanwhile owes none.
+    fn is_idle(&self, in_hand: usize, looks: usize) -> bool {
         let state = self.state();
-        state.in_hand <= in_hand && !state.owes_another_try
+        state.in_hand <= in_hand && (!state.owes_another_try || looks > PATIENCE)
     }
 
     /// Until the cursor is behind all that concerns the projection. `in_hand` is how many handlers stand still meanwhile.
@@ -240,7 +244,7 @@ impl World {
         for looks in 0_usize.. {
             // Woken when a cursor moves. Of an older version perhaps, or there is no cursor yet.
             let _ = self.store.wait_for_position(self.target().await, &id.subscription, LOOK).await;
-            if self.is_idle(in_hand) && self.has_caught_up(id).await {
+            if self.is_idle(in_hand, looks) && self.has_caught_up(id).await {
                 return;
             }
             if looks < 4 {
