@@ -54,7 +54,15 @@ integration-test-postgres:
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
+    just torture-sqlite
     just torture-postgres {{ steps }} {{ seed }}
+
+# The long runs on SQLite that say what they have counted; EVERCORE_LOAN_LOG names the loan log, if there is one.
+torture-sqlite:
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite \
+        cargo test --locked --release -p evercore-sqlite --all-features --test torture -- --nocapture --test-threads=1
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite \
+        cargo test --locked --release -p evercore-sqlite --all-features --test loan_applications -- --nocapture live
 
 # The long runs on PostgreSQL alone.
 torture-postgres steps="20000" seed=`echo $RANDOM`:
@@ -62,6 +70,8 @@ torture-postgres steps="20000" seed=`echo $RANDOM`:
         cargo test --locked --release -p evercore-postgres --all-features --test conformance -- direct::random
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
         cargo test --locked --release -p evercore-postgres --all-features --test torture -- --nocapture --test-threads=1
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
+        cargo test --locked --release -p evercore-postgres --all-features --test postgres_loan_applications -- --nocapture
 
 # The benchmarks, each beside its floor. Arguments choose among them: `just bench W3`.
 bench *args: (bench-sqlite args) (bench-postgres args)

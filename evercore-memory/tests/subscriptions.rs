@@ -38,7 +38,7 @@ fn policy() -> FailurePolicy {
         .with_pauses(Duration::from_millis(1), Duration::from_millis(1))
 }
 async fn pause(ms: u64) {
-    futures_timer::Delay::new(Duration::from_millis(ms)).await
+    futures_timer::Delay::new(Duration::from_millis(ms)).await;
 }
 async fn parked_one(store: &EventStore) -> CursorId {
     loop {
@@ -127,7 +127,7 @@ fn what_waits_is_not_lost_when_others_are_tried_again() {
         let s = stop.clone();
         let shutdown = async move {
             while !s.load(Ordering::Relaxed) {
-                pause(5).await
+                pause(5).await;
             }
         };
         let (st, f, fo, se) = (store.clone(), fixed, failed_once, seen.clone());
@@ -160,11 +160,10 @@ fn what_waits_is_not_lost_when_others_are_tried_again() {
             stop.store(true, Ordering::Relaxed);
         };
         zip(run, drive).await.0.unwrap();
-        let parked = store.parked("s").await.unwrap();
         let mut seen = seen.lock().unwrap().clone();
         seen.sort();
         assert_eq!(seen, [1, 2, 3, 4]);
-    })
+    });
 }
 
 #[test]
@@ -180,7 +179,7 @@ fn large_events_that_wait_come_all() {
         let s = stop.clone();
         let shutdown = async move {
             while !s.load(Ordering::Relaxed) {
-                pause(5).await
+                pause(5).await;
             }
         };
         let (f, se) = (fixed.clone(), seen.clone());
@@ -204,10 +203,9 @@ fn large_events_that_wait_come_all() {
             stop.store(true, Ordering::Relaxed);
         };
         zip(run, drive).await.0.unwrap();
-        let parked = store.parked("s").await.unwrap();
         let seen = seen.lock().unwrap().clone();
         assert_eq!(seen, [1, 2, 3]);
-    })
+    });
 }
 
 #[test]
@@ -236,7 +234,7 @@ fn a_new_version_begins_where_the_old_one_lags() {
         let one = sub(1).claim().await.map(|_| ());
 
         assert!(next.unwrap() == 5 || one.is_ok());
-    })
+    });
 }
 
 #[test]
@@ -267,7 +265,7 @@ fn an_old_version_does_not_come_back() {
             let d = one.next().await.unwrap();
             panic!("v1 again, replay: {}", d.is_replay());
         }
-    })
+    });
 }
 
 #[test]
@@ -287,8 +285,9 @@ fn a_paused_version_is_not_taken_over() {
         assert!(!delivered.unwrap());
         store.resume_subscription("s").await.unwrap();
         assert!(!two.next().await.unwrap().is_replay());
-    })
+    });
 }
+
 #[test]
 fn a_lease_without_end() {
     block_on(async {
@@ -297,7 +296,7 @@ fn a_lease_without_end() {
         let sub = store.subscription("s").unwrap().with_lease(Duration::MAX);
         let mut owned = sub.claim().await.unwrap();
         owned.next().await.unwrap();
-    })
+    });
 }
 
 #[test]
@@ -307,18 +306,18 @@ fn a_shutdown_skips_nothing() {
         say(&store, "b", 1).await;
         let sub =
             store.subscription("s").unwrap().on_failure(FailurePolicy::then(Then::Skip).with_attempts(1));
-        let end = sub
-            .run_batches(pause(50), |d: Delivery| async move {
-                while !d.is_stopping() {
-                    pause(5).await
-                }
-                Err("stopping".into())
-            })
-            .await;
-
+        sub.run_batches(pause(50), |d: Delivery| async move {
+            while !d.is_stopping() {
+                pause(5).await;
+            }
+            Err("stopping".into())
+        })
+        .await
+        .unwrap();
         assert_eq!(store.subscription_states("s").await.unwrap()[0].cursor.position, Position::ZERO);
-    })
+    });
 }
+
 #[test]
 fn a_dropped_ack_keeps_the_lease() {
     block_on(async {
@@ -330,7 +329,7 @@ fn a_dropped_ack_keeps_the_lease() {
         say(&store, "a", 1).await;
         let two = owned.next().await.unwrap();
         owned.ack(&two).await.unwrap();
-    })
+    });
 }
 
 #[test]
@@ -347,7 +346,7 @@ fn a_dropped_next_keeps_the_lease() {
             };
             or(async { owned.next().await.map(drop) }, tick).await.unwrap();
         }
-    })
+    });
 }
 
 #[test]
@@ -372,7 +371,7 @@ fn a_reset_does_not_bring_a_retired_version_back() {
         assert_eq!(store.live_version("s").await.unwrap(), 2);
         store.reset_subscription("s", Start::Beginning).await.unwrap();
         assert_eq!(store.live_version("s").await.unwrap(), 2);
-    })
+    });
 }
 
 struct Refuses(Arc<AtomicUsize>);
@@ -418,7 +417,7 @@ fn each_event_has_its_attempts_and_its_pauses() {
         let of = store.subscription("s").unwrap().on_failure(policy);
         let all = async {
             while store.parked("s").await.map_or(0, |parked| parked.len()) < 5 {
-                pause(2).await
+                pause(2).await;
             }
         };
         of.run(all, move |event| {

@@ -168,3 +168,29 @@ fn after_kill_9_everything_acknowledged_is_there_and_no_half_unit() {
         "{kills} kills, {files} files, {beyond} times one unit more than acknowledged, 0 lost, 0 half units"
     );
 }
+
+/// Eight writers replay the log while a subscription keeps the tables. `EVERCORE_LOAN_LOG` names the log where
+/// `EVERCORE_TORTURE` is `full`; otherwise it is one of the same shape, made up.
+#[test]
+fn tables_built_live_are_what_the_log_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let made_up = write_log(folder.path(), 4_300);
+    let with_work = std::fs::read_to_string(&made_up).unwrap();
+    let with_work = with_work.replace("A_PARTLYSUBMITTED,COMPLETE,112", "W_Nabellen offertes,START,113");
+    let with_work = with_work.replace("A_PREACCEPTED,COMPLETE", "W_Nabellen offertes,COMPLETE");
+    std::fs::write(&made_up, with_work).unwrap();
+    let is_full = std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full");
+    let named = std::env::var_os("EVERCORE_LOAN_LOG").filter(|_| is_full).map(PathBuf::from);
+    if is_full && named.is_none() {
+        eprintln!("SKIPPED: the real log of loan applications; EVERCORE_LOAN_LOG does not name one");
+    }
+    for log in [Some(made_up), named].into_iter().flatten() {
+        let file = folder.path().join("live.db");
+        let output = example().arg("--live").arg(&log).arg(&file).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        println!("{text}");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("the tables are what the log says"), "{text}");
+        std::fs::remove_file(file).unwrap();
+    }
+}

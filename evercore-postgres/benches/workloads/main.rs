@@ -17,6 +17,7 @@
 mod application;
 mod domain;
 mod floor;
+#[allow(dead_code)]
 #[path = "../../examples/postgres_loan_applications/import.rs"]
 mod import;
 mod processes;

@@ -7,9 +7,14 @@
 //! Without a log it makes a small one of its own. The log goes in in its own order, one event a line, so the position
 //! of the last event is the number of lines that are in: a run that was stopped goes on where it ended, and a second
 //! run finds nothing to do.
+//!
+//! With `--live` eight writers replay it at the same time into an empty store, and a subscription keeps two tables
+//! meanwhile, which are held against the log in the end.
 
 mod application;
 mod import;
+mod live;
+mod projection;
 mod report;
 mod source;
 
@@ -22,13 +27,22 @@ use evercore_postgres as evercore;
 
 #[tokio::main]
 async fn main() {
-    let mut arguments = std::env::args_os().skip(1);
+    let (flags, arguments): (Vec<_>, Vec<_>) =
+        std::env::args_os().skip(1).partition(|argument| argument == "--live");
+    let mut arguments = arguments.into_iter();
     let url = arguments.next().and_then(|url| url.into_string().ok());
     let Some(url) = url else {
-        eprintln!("usage: postgres_loan_applications postgres://user:password@host/database [LOG.csv]");
+        eprintln!(
+            "usage: postgres_loan_applications postgres://user:password@host/database [LOG.csv] [--live]"
+        );
         std::process::exit(2);
     };
-    if let Err(error) = run(&url, arguments.next().map(PathBuf::from).as_deref()).await {
+    let log = arguments.next().map(PathBuf::from);
+    let outcome = match flags.is_empty() {
+        true => run(&url, log.as_deref()).await,
+        false => run_live(&url, log.as_deref()).await,
+    };
+    if let Err(error) = outcome {
         eprintln!("error: {error}");
         let mut source = error.source();
         while let Some(cause) = source {
@@ -49,6 +63,24 @@ async fn run(url: &str, log: Option<&Path>) -> Result<(), BoxError> {
     report::report(&EventStore::new(engine.clone())).await?;
     engine.close().await?;
     imported
+}
+
+async fn run_live(url: &str, log: Option<&Path>) -> Result<(), BoxError> {
+    let engine = PostgresEngine::builder().schema(projection::SCHEMA)?.connect(url).await?;
+    let outcome = live::live(&engine, log).await;
+    engine.close().await?;
+    outcome
+}
+
+/// Runs beside the caller.
+fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> impl Future<Output = T> {
+    let task = tokio::spawn(work);
+    async {
+        match task.await {
+            Ok(done) => done,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
 }
 
 fn rate(events: i64, began: Instant) -> String {

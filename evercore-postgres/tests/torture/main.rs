@@ -5,16 +5,26 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
+/// The files that are the same on every engine say so.
+use evercore_postgres as evercore;
+
 mod book;
 mod crash;
 mod cuts;
 mod drops;
 mod foreign;
+mod ground;
 mod hot;
+mod kit;
+mod live;
 mod load;
 mod log;
 mod processes;
+mod restart;
+mod runners;
 mod skew;
 mod stall;
+mod tally;
 mod tools;
+mod unfenced;
 mod writers;

@@ -89,13 +89,13 @@ impl Trial {
 }
 
 /// The reader that this library is not: it goes on behind the largest id it has seen.
-struct Naive {
+pub(crate) struct Naive {
     is_over: Arc<AtomicBool>,
     reader: JoinHandle<HashSet<i64>>,
 }
 
 impl Naive {
-    async fn start(url: &str) -> Self {
+    pub(crate) async fn start(url: &str) -> Self {
         let (client, is_over) = (connect(url).await, Arc::new(AtomicBool::new(false)));
         let ends = Arc::clone(&is_over);
         let reader = tokio::spawn(async move {
@@ -116,7 +116,7 @@ impl Naive {
     }
 
     /// How many rows there are and how many of them it has not seen. What lies beside the events is all there, too.
-    async fn finish(self, url: &str, log: &Log) -> (usize, usize) {
+    pub(crate) async fn finish(self, url: &str, log: &Log) -> (usize, usize) {
         self.is_over.store(true, Ordering::Release);
         let seen = self.reader.await.unwrap();
         let rows = connect(url).await.query("SELECT unit FROM beside", &[]).await.unwrap();

@@ -16,6 +16,7 @@
 mod application;
 mod domain;
 mod floor;
+#[allow(dead_code)]
 #[path = "../../examples/loan_applications/import.rs"]
 mod import;
 mod memory_floor;

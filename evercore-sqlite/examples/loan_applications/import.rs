@@ -33,7 +33,7 @@ pub(crate) async fn import(store: EventStore, log: Option<&Path>) -> Result<(), 
     outcome
 }
 
-struct Import {
+pub(crate) struct Import {
     store: EventStore,
     head: Position,
     /// What is loaded stays loaded: a handle is good for the next unit once its own has committed.
@@ -41,6 +41,11 @@ struct Import {
 }
 
 impl Import {
+    /// Into a store that is empty, or for one of those who fill it at the same time.
+    pub(crate) fn into(store: EventStore) -> Self {
+        Self { store, head: Position::ZERO, applications: HashMap::new() }
+    }
+
     /// Passes over the lines that are in, and makes sure that the last of them is the last event.
     async fn skip(&self, lines: &mut impl Iterator<Item = Result<Line, BoxError>>) -> Result<(), BoxError> {
         let Some(last) = usize::try_from(self.head.get())?.checked_sub(1) else { return Ok(()) };
@@ -52,7 +57,7 @@ impl Import {
         if is_same { Ok(()) } else { Err("the store holds another log".into()) }
     }
 
-    async fn take_all(
+    pub(crate) async fn take_all(
         &mut self,
         lines: impl Iterator<Item = Result<Line, BoxError>>,
         bar: &ProgressBar,

@@ -7,9 +7,14 @@
 //! Without a log it makes a small one of its own. The log goes in in its own order, one event a line, so the position
 //! of the last event is the number of lines that are in: a run that was stopped goes on where it ended, and a second
 //! run finds nothing to do.
+//!
+//! With `--live` eight writers replay it at the same time into an empty store, and a subscription keeps two tables
+//! meanwhile, which are held against the log in the end.
 
 mod application;
 mod import;
+mod live;
+mod projection;
 mod report;
 mod source;
 
@@ -21,13 +26,20 @@ use evercore::{BoxError, EventStore, SqliteEngine};
 use evercore_sqlite as evercore;
 
 fn main() {
-    let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
+    let (flags, arguments): (Vec<_>, Vec<_>) =
+        std::env::args_os().skip(1).map(PathBuf::from).partition(|argument| argument == Path::new("--live"));
+    let mut arguments = arguments.into_iter();
     let (log, file) = (arguments.next(), arguments.next());
     let file = file.unwrap_or_else(|| match &log {
-        Some(_) => "loan_applications.db".into(),
+        Some(_) if flags.is_empty() => "loan_applications.db".into(),
+        Some(_) => "loan_applications_live.db".into(),
         None => std::env::temp_dir().join(format!("evercore-loan_applications-{}.db", std::process::id())),
     });
-    if let Err(error) = smol::block_on(run(log.as_deref(), &file)) {
+    let outcome = match flags.is_empty() {
+        true => smol::block_on(run(log.as_deref(), &file)),
+        false => smol::block_on(run_live(log.as_deref(), &file)),
+    };
+    if let Err(error) = outcome {
         eprintln!("error: {error}");
         let mut source = error.source();
         while let Some(cause) = source {
@@ -48,6 +60,18 @@ async fn run(log: Option<&Path>, file: &Path) -> Result<(), BoxError> {
     engine.close().await?;
     println!("file {} bytes: {}", std::fs::metadata(file)?.len(), file.display());
     imported
+}
+
+async fn run_live(log: Option<&Path>, file: &Path) -> Result<(), BoxError> {
+    let engine = SqliteEngine::open(file).await?;
+    let outcome = live::live(&engine, log).await;
+    engine.close().await?;
+    outcome
+}
+
+/// Runs beside the caller.
+fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> impl Future<Output = T> {
+    smol::spawn(work)
 }
 
 fn rate(events: i64, began: Instant) -> String {

@@ -11,7 +11,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::application::ApplicationEvent;
 
 /// One line: what happened to which application, when, and who did it.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Line {
     pub(crate) case: String,
     pub(crate) time: Timestamp,

@@ -1,0 +1,1 @@
+../../../evercore-sqlite/examples/loan_applications/live.rs

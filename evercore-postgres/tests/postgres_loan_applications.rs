@@ -1,0 +1,37 @@
+//! The example that imports a log, run live: eight writers replay it while a subscription keeps two tables.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use evercore_testkit::postgres::Server;
+
+/// Builds the example, which `cargo test --tests` does not, and gives the command that runs it.
+fn example() -> Command {
+    let mut build = Command::new(env!("CARGO"));
+    let example = ["build", "--quiet", "--example", "postgres_loan_applications"];
+    build.current_dir(env!("CARGO_MANIFEST_DIR")).args(example);
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    assert!(build.status().unwrap().success());
+    let test = std::env::current_exe().unwrap();
+    Command::new(test.parent().unwrap().parent().unwrap().join("examples/postgres_loan_applications"))
+}
+
+/// `EVERCORE_LOAN_LOG` names the log where `EVERCORE_TORTURE` is `full`; otherwise the example makes up its own.
+#[test]
+fn tables_built_live_are_what_the_log_says() {
+    let Some(server) = Server::builder().start_or_skip() else { return };
+    let is_full = std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full");
+    let named = std::env::var_os("EVERCORE_LOAN_LOG").filter(|_| is_full).map(PathBuf::from);
+    if is_full && named.is_none() {
+        eprintln!("SKIPPED: the real log of loan applications; EVERCORE_LOAN_LOG does not name one");
+    }
+    let output = example().arg("--live").arg(server.url()).args(named).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("the tables are what the log says"), "{text}");
+}
