@@ -10,7 +10,8 @@ use evercore_testkit::postgres::Server;
 /// Builds the example, which `cargo test --tests` does not, and gives the command that runs it.
 fn example() -> Command {
     let mut build = Command::new(env!("CARGO"));
-    let example = ["build", "--quiet", "--example", "postgres_loan_applications"];
+    let example =
+        ["build", "--quiet", "--workspace", "--all-features", "--example", "postgres_loan_applications"];
     build.current_dir(env!("CARGO_MANIFEST_DIR")).args(example);
     if !cfg!(debug_assertions) {
         build.arg("--release");

@@ -366,7 +366,6 @@ fn the_clock_is_the_servers() {
             );
         };
         is_tomorrow(cursor.expires_at);
-        is_tomorrow(cursor.wanted_until);
         is_tomorrow(engine.cursors(None).await.unwrap().now);
     });
 }
@@ -765,7 +764,7 @@ fn an_inline_projection_whose_connections_are_killed_at_random_equals_the_log() 
             let store = EventStore::new(engine.clone());
             tokio::spawn(async move {
                 let mut acknowledged = 0;
-                while acknowledged < 25 {
+                while acknowledged < 60 {
                     match self::place(&store, &format!("order {writer}")).await {
                         Ok(_) => acknowledged += 1,
                         Err(error) => {
@@ -784,7 +783,7 @@ fn an_inline_projection_whose_connections_are_killed_at_random_equals_the_log() 
         soon("what was begun has ended", done).await;
         let head = reading.head().await.unwrap().get();
         println!("{head} events, {killed} connections killed");
-        assert!(head >= 75 && killed > 10, "{head} {killed}");
+        assert!(head >= 180 && killed > 5, "{head} {killed}");
         assert_eq!((positions(&reading).await, seen(&place)), (up_to(head), up_to(head)));
     });
 }

@@ -18,7 +18,14 @@ mod outbox;
 /// The program of an example, which `cargo test --tests` does not build by itself.
 fn example(name: &str) -> PathBuf {
     let mut build = Command::new(env!("CARGO"));
-    build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--example", name]);
+    build.current_dir(env!("CARGO_MANIFEST_DIR")).args([
+        "build",
+        "--quiet",
+        "--workspace",
+        "--all-features",
+        "--example",
+        name,
+    ]);
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }

@@ -21,6 +21,8 @@ fn example() -> Command {
         build.current_dir(env!("CARGO_MANIFEST_DIR")).args([
             "build",
             "--quiet",
+            "--workspace",
+            "--all-features",
             "--example",
             "loan_applications",
         ]);
