@@ -332,7 +332,7 @@ caught! {
     inserting_is_caught: Inserts within 10;
     skipping_retries_is_caught: SkipsRetries within 10;
     noting_too_early_is_caught: NotesTooEarly within 10;
-    overwriting_late_is_caught: OverwritesLate within 10;
+    overwriting_late_is_caught: OverwritesLate within 40;
     writing_beside_the_transaction_is_caught: WritesBeside within 10;
 }
 

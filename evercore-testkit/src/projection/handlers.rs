@@ -61,6 +61,10 @@ where
         })
     }
 
+    fn tells_which(&self) -> bool {
+        true
+    }
+
     fn holds_cursor(&self) -> bool {
         false
     }

@@ -157,6 +157,10 @@ impl<P: ProjectionUnderTest> Sink for Process<P> {
         })
     }
 
+    fn tells_which(&self) -> bool {
+        self.handler.tells_which()
+    }
+
     fn holds_cursor(&self) -> bool {
         self.handler.holds_cursor()
     }
@@ -190,6 +194,10 @@ impl Sink for Other {
             }
             outcome
         })
+    }
+
+    fn tells_which(&self) -> bool {
+        self.handler.tells_which()
     }
 
     fn holds_cursor(&self) -> bool {
