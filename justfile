@@ -91,6 +91,10 @@ scratch *args:
     [ -e scratch/Cargo.toml ] || scripts/make-scratch
     cargo run --manifest-path scratch/Cargo.toml --target-dir target -- {{ args }}
 
-# Pack every crate as it would be published, and build it from its package.
+# Pack every crate as it would be published, and build it from its package. Cargo takes a version of a registry for
+# unchanging, also in the registry that it makes here of crates not yet published: what it unpacked and built of them
+# the last time goes first.
 package *args:
-    cargo package --locked --workspace {{ args }}
+    rm -rf target/packaging/package "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/evercore-*
+    cargo clean --quiet --locked --workspace --target-dir target/packaging
+    cargo package --locked --workspace --target-dir target/packaging {{ args }}
