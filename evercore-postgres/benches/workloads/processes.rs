@@ -1,10 +1,12 @@
-//! W3p: several processes with some writers each, on one store.
+//! W3p: several processes with some writers each, on one store. And the process that follows others, for W7.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, Stdio};
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use evercore_postgres::{EventStore, PostgresEngine};
+use evercore_postgres::{CursorState, Event, EventStore, Position, PostgresEngine, Start, Timestamp};
+use hdrhistogram::Histogram;
 
 use crate::floor::Floor;
 use crate::{append, counters, median, runtime};
@@ -24,9 +26,11 @@ pub(crate) fn child() {
     let [what, writers, url] = parts[..] else { panic!("{task}") };
     let writers: i64 = writers.parse().unwrap();
     let runtime = runtime();
+    if what == "follow" {
+        return runtime.block_on(follow(url));
+    }
     let go = || {
-        println!("ready");
-        std::io::stdin().lock().read_line(&mut String::new()).unwrap();
+        told_after("ready");
         Instant::now() + MEASURED
     };
     let tasks: Vec<_> = if what == "ours" {
@@ -63,6 +67,72 @@ pub(crate) fn child() {
     };
     let count: u64 = tasks.into_iter().map(|task| runtime.block_on(task).unwrap()).sum();
     println!("{count}");
+}
+
+/// Says something, and waits for a line.
+fn told_after(said: &str) -> String {
+    println!("{said}");
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).unwrap();
+    line
+}
+
+/// Handles what comes, until it is told up to where; then says how many events came and after how many microseconds,
+/// from the time in the event on, the moment at which its writer began.
+async fn follow(url: &str) {
+    let store = EventStore::new(PostgresEngine::connect(url).await.unwrap());
+    let name = format!("follower {}", std::process::id());
+    let subscription = store.subscription(&name).unwrap().starting(Start::End);
+    let delays = Arc::new(Mutex::new(Histogram::<u64>::new(3).unwrap()));
+    let seen = Arc::clone(&delays);
+    let handler = move |delivery: evercore_postgres::Delivery| {
+        let (now, mut seen) = (Timestamp::now(), seen.lock().unwrap());
+        let delay = |event: &Event| u64::try_from(now.since(event.time()).as_micros()).unwrap();
+        delivery.events().iter().for_each(|event| seen.record(delay(event)).unwrap());
+        async { Ok(()) }
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let shutdown = async {
+        let _ = stopped.await;
+    };
+    let runner = tokio::spawn(async move { subscription.run_batches(shutdown, handler).await.unwrap() });
+    // Before its cursor is there, it is not found.
+    let has_lease = |states: Vec<CursorState>| states.iter().all(|state| state.cursor.owner.is_some());
+    while !store.subscription_states(&name).await.is_ok_and(has_lease) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let told = tokio::task::spawn_blocking(|| told_after("ready")).await.unwrap();
+    let head = Position::new(told.trim().parse().unwrap()).unwrap();
+    store.wait_for_position(head, &name, Duration::from_secs(60)).await.unwrap();
+    stop.send(()).unwrap();
+    runner.await.unwrap();
+    let delays = delays.lock().unwrap();
+    println!("{} {} {}", delays.len(), delays.value_at_quantile(0.5), delays.value_at_quantile(0.99));
+}
+
+/// A process that follows a store with a subscription of its own.
+pub(crate) struct Follower {
+    child: Child,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Follower {
+    /// It has its lease when this returns.
+    pub(crate) fn start(url: &str) -> Self {
+        let mut child = start("follow", 0, url);
+        let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(output.next().unwrap().unwrap(), "ready");
+        Self { child, output }
+    }
+
+    /// Lets it come to there, and stop: how many events it has handled, and after how many microseconds, p50 and p99.
+    pub(crate) fn stop(mut self, head: Position) -> [u64; 3] {
+        writeln!(self.child.stdin.take().unwrap(), "{head}").unwrap();
+        let line = self.output.next().unwrap().unwrap();
+        assert!(self.child.wait().unwrap().success());
+        let numbers: Vec<u64> = line.split(' ').map(|number| number.parse().unwrap()).collect();
+        numbers.try_into().unwrap()
+    }
 }
 
 fn start(what: &str, writers: usize, url: &str) -> Child {
