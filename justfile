@@ -59,7 +59,7 @@ torture steps="20000" kills="20" seed=`echo $RANDOM`:
 
 # The long runs on SQLite that say what they have counted; EVERCORE_LOAN_LOG names the loan log, if there is one.
 torture-sqlite:
-    EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite \
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite,faketime \
         cargo test --locked --release -p evercore-sqlite --all-features --test torture -- --nocapture --test-threads=1
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite \
         cargo test --locked --release -p evercore-sqlite --all-features --test loan_applications -- --nocapture live
@@ -68,7 +68,7 @@ torture-sqlite:
 torture-postgres steps="20000" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=postgres \
         cargo test --locked --release -p evercore-postgres --all-features --test conformance -- direct::random
-    EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
+    EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres,faketime \
         cargo test --locked --release -p evercore-postgres --all-features --test torture -- --nocapture --test-threads=1
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
         cargo test --locked --release -p evercore-postgres --all-features --test postgres_loan_applications -- --nocapture

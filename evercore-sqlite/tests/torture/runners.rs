@@ -269,7 +269,8 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// Debian's libfaketime, or the one that `EVERCORE_FAKETIME` names; `None` after saying so.
+/// Debian's libfaketime, or the one that `EVERCORE_FAKETIME` names; `None` after saying so, unless `EVERCORE_REQUIRE` has
+/// `faketime`.
 fn faketime() -> Option<PathBuf> {
     let known = ["x86_64", "aarch64"]
         .map(|machine| format!("/usr/lib/{machine}-linux-gnu/faketime/libfaketimeMT.so.1"));
@@ -277,8 +278,10 @@ fn faketime() -> Option<PathBuf> {
     let found = named.into_iter().chain(known).map(PathBuf::from).find(|path| path.exists());
     if found.is_none() {
         eprintln!(
-            "SKIPPED: runners by a wrong clock; there is no libfaketime (Debian: apt-get install faketime)"
+            "SKIPPED: runners by a wrong clock; there is no libfaketime (Debian: apt-get install libfaketime)"
         );
+        let required = std::env::var("EVERCORE_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|name| name == "faketime"), "\"faketime\" is required");
     }
     found
 }
