@@ -241,6 +241,7 @@ async fn parked_on(
 pub(crate) async fn step(store: &Store, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
     if let Step::Advance(advance) = step
         && advance.parked.is_empty()
+        && advance.parked_seen.is_none()
         && let Some(cursor) = advance_alone(store, id, advance).await?
     {
         return Ok(Some(cursor));

@@ -202,7 +202,12 @@ impl Held {
     pub(crate) fn advance_to(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
         let time = self.subscription.settings.lease;
         let from = self.cursor.position;
-        Advance { lease: self.context.lease.clone(), from, to: to.max(from), time, parked }
+        Advance { lease: self.context.lease.clone(), from, to: to.max(from), time, parked, parked_seen: None }
+    }
+
+    /// The same for a parked event that is tried again: what an operator says meanwhile goes before it.
+    pub(crate) fn change_parked(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
+        Advance { parked_seen: self.parked_seen, ..self.advance_to(to, parked) }
     }
 
     /// Moves the cursor. An answer may have been lost, and a step that was given up may still have taken effect: while the
@@ -355,7 +360,7 @@ impl Held {
 
     /// Looks at the parked events, if somebody has changed something about them.
     pub(crate) async fn look_at_parked(&mut self) -> Result<()> {
-        if self.parked_seen == Some(self.cursor.parked_changes) {
+        if !self.parked_were_changed() {
             return Ok(());
         }
         let (changes, engine) = (self.cursor.parked_changes, Arc::clone(self.subscription.store.engine()));
@@ -371,6 +376,18 @@ impl Held {
         (self.held_back, self.due, self.parked_seen) = (held_back, due, Some(changes));
         crate::observe::held_back(&self.context.id, self.held_back.len());
         Ok(())
+    }
+
+    /// Whether operators have changed something about parked events since we looked at them.
+    pub(crate) fn parked_were_changed(&self) -> bool {
+        self.parked_seen != Some(self.cursor.parked_changes)
+    }
+
+    /// Looks at the parked events again, and takes this one, if nobody has dropped it.
+    pub(crate) async fn take_due(&mut self, parked: &Parked) -> Result<bool> {
+        self.look_at_parked().await?;
+        let place = self.due.iter().position(|due| due.position == parked.position);
+        Ok(place.map(|place| self.due.remove(place)).is_some())
     }
 
     /// The next parked event that is to be tried again, and what becomes of its row when it is handled.

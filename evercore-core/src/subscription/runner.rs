@@ -237,11 +237,9 @@ impl Runner<'_> {
     /// Tries a parked event again that somebody wants to be tried again, once.
     async fn retry_parked(&mut self) -> Result<()> {
         if let Some((parked, delivery, changes)) = self.held.next_due().await? {
-            let advance = self.held.advance_to(delivery.end(), changes.clone());
+            let advance = self.held.change_parked(delivery.end(), changes.clone());
             if delivery.events().is_empty() {
-                self.held.advance(advance).await?;
-                self.held.note_parked(&changes, &parked);
-                return Ok(());
+                return self.change_parked(&parked, delivery.end(), changes).await.map(drop);
             }
             let asked_at = Instant::now();
             let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
@@ -251,8 +249,17 @@ impl Runner<'_> {
                     self.held.note_parked(&changes, &parked);
                 }
                 Outcome::Handled(_) => {
-                    self.held.advance(advance).await?;
-                    self.held.note_parked(&changes, &parked);
+                    while !self.change_parked(&parked, delivery.end(), changes.clone()).await? {
+                        if !self.held.take_due(&parked).await? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Outcome::Refused(error) if matches!(error.kind(), ErrorKind::LeaseLost) => {
+                    self.held.look().await?;
+                    if !self.held.parked_were_changed() {
+                        return Err(error);
+                    }
                 }
                 Outcome::Refused(error) => return Err(error),
                 Outcome::Failed { .. } if self.stop.is_set() => {}
@@ -264,14 +271,32 @@ impl Runner<'_> {
                         is_due: false,
                         ..parked.clone()
                     };
-                    let changes = vec![ParkedChange::Keep(again)];
-                    let stays = self.held.advance_to(self.held.cursor.position, changes.clone());
-                    self.held.advance(stays).await?;
-                    self.held.note_parked(&changes, &parked);
+                    let (stays, changes) = (self.held.cursor.position, vec![ParkedChange::Keep(again)]);
+                    self.change_parked(&parked, stays, changes).await?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Writes what became of a parked event; false, and nothing is written, if operators have changed something meanwhile.
+    async fn change_parked(
+        &mut self,
+        parked: &Parked,
+        to: Position,
+        changes: Vec<ParkedChange>,
+    ) -> Result<bool> {
+        let advance = self.held.change_parked(to, changes.clone());
+        match self.held.advance(advance).await {
+            Err(error) if matches!(error.kind(), ErrorKind::LeaseLost) && self.held.parked_were_changed() => {
+                Ok(false)
+            }
+            moved => {
+                moved?;
+                self.held.note_parked(&changes, parked);
+                Ok(true)
+            }
+        }
     }
 }
 

@@ -115,18 +115,28 @@ pub struct Advance {
     pub time: Duration,
     /// What becomes of parked events.
     pub parked: Vec<ParkedChange>,
+    /// The [`parked_changes`](Cursor::parked_changes) of the cursor when those were looked at: if operators have changed
+    /// something since, the move is refused. `None`: that is no matter.
+    pub parked_seen: Option<i64>,
 }
 
 impl Advance {
     /// A move from one position to another, which renews the lease for this time.
     pub const fn new(lease: Lease, from: Position, to: Position, time: Duration) -> Self {
-        Self { lease, from, to, time, parked: Vec::new() }
+        Self { lease, from, to, time, parked: Vec::new(), parked_seen: None }
     }
 
     /// The same, with what becomes of parked events.
     #[must_use]
     pub fn with_parked(mut self, parked: Vec<ParkedChange>) -> Self {
         self.parked = parked;
+        self
+    }
+
+    /// The same, refused if operators have changed something about parked events since then.
+    #[must_use]
+    pub fn with_parked_seen(mut self, changes: i64) -> Self {
+        self.parked_seen = Some(changes);
         self
     }
 }
@@ -348,6 +358,11 @@ impl Cursor {
         self.check(&advance.lease)?;
         if self.position != advance.from || advance.to < advance.from {
             let message = format!("the cursor of subscription \"{}\" stands elsewhere", self.id.subscription);
+            return Err(Error::new(ErrorKind::LeaseLost, message));
+        }
+        if advance.parked_seen.is_some_and(|seen| seen != self.parked_changes) {
+            let message =
+                format!("parked events of subscription \"{}\" were changed by hand", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
         }
         self.position = advance.to;

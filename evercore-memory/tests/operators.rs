@@ -1,0 +1,201 @@
+//! Operators and runners at the same time: what an operator has asked for is not undone by a handler that was at work.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use evercore_memory::{
+    Advance, Aggregate, CursorId, EventStore, FailurePolicy, Json, MemoryEngine, Parked, Position, Step,
+    Subscription, Then,
+};
+use futures_lite::future::{block_on, zip};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Talk {
+    n: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+enum TalkEvent {
+    Said,
+}
+
+impl Aggregate for Talk {
+    const TYPE: &'static str = "talk";
+    type Event = TalkEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, TalkEvent::Said: TalkEvent) {
+        self.n += 1;
+    }
+}
+
+async fn say(store: &EventStore, key: &str) {
+    let mut work = store.begin();
+    let mut talk = work.load_or_create::<Talk>(key).await.unwrap();
+    work.record(&mut talk, TalkEvent::Said).unwrap();
+    work.commit().await.unwrap();
+}
+
+async fn pause(ms: u64) {
+    futures_timer::Delay::new(Duration::from_millis(ms)).await;
+}
+
+async fn until(mut is_so: impl AsyncFnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so().await {
+        assert!(began.elapsed() < Duration::from_secs(5), "it never came");
+        pause(2).await;
+    }
+}
+
+fn subscription(store: &EventStore) -> Subscription {
+    let policy = FailurePolicy::then(Then::Park).with_attempts(1).with_pauses(Duration::ZERO, Duration::ZERO);
+    store.subscription("s").unwrap().on_failure(policy)
+}
+
+async fn parked(store: &EventStore) -> Vec<(CursorId, Parked)> {
+    store.parked("s").await.unwrap_or_default()
+}
+
+/// A handler that fails when it is told to, and can be held in the middle of an event.
+#[derive(Clone, Default)]
+struct Held {
+    fails: Arc<AtomicBool>,
+    waits: Arc<AtomicBool>,
+    is_inside: Arc<AtomicBool>,
+    handled: Arc<Mutex<Vec<i64>>>,
+}
+
+impl Held {
+    async fn handle(self, position: Position) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let fails = self.fails.load(Ordering::SeqCst);
+        self.is_inside.store(true, Ordering::SeqCst);
+        while self.waits.load(Ordering::SeqCst) {
+            pause(1).await;
+        }
+        self.is_inside.store(false, Ordering::SeqCst);
+        if fails {
+            return Err("poison".into());
+        }
+        self.handled.lock().unwrap().push(position.get());
+        Ok(())
+    }
+
+    async fn is_inside(&self) {
+        until(async || self.is_inside.load(Ordering::SeqCst)).await;
+    }
+
+    fn go_on(&self) {
+        self.waits.store(false, Ordering::SeqCst);
+    }
+
+    fn handled(&self) -> Vec<i64> {
+        self.handled.lock().unwrap().clone()
+    }
+}
+
+/// Runs a subscription over two events of one aggregate, the first of which was parked and is being tried again, and then
+/// does this.
+async fn while_tried_again(fails: bool, then: impl AsyncFnOnce(&EventStore, &Held, CursorId)) -> Held {
+    let store = EventStore::new(MemoryEngine::new());
+    say(&store, "a").await;
+    say(&store, "a").await;
+    let (held, over) = (Held::default(), AtomicBool::new(false));
+    held.fails.store(true, Ordering::SeqCst);
+    let handler = held.clone();
+    let of = subscription(&store);
+    let shutdown = async {
+        while !over.load(Ordering::SeqCst) {
+            pause(2).await;
+        }
+    };
+    let run = of.run(shutdown, move |event| handler.clone().handle(event.position()));
+    let operator = async {
+        until(async || parked(&store).await.len() == 1).await;
+        until(async || store.subscription_states("s").await.unwrap()[0].lag_events == 0).await;
+        held.waits.store(true, Ordering::SeqCst);
+        held.fails.store(fails, Ordering::SeqCst);
+        let id = parked(&store).await.remove(0).0;
+        store.resume_parked(&id, None).await.unwrap();
+        held.is_inside().await;
+        then(&store, &held, id).await;
+        over.store(true, Ordering::SeqCst);
+    };
+    zip(run, operator).await.0.unwrap();
+    held
+}
+
+#[test]
+fn a_parked_event_that_is_dropped_while_it_fails_again_stays_dropped() {
+    block_on(async {
+        while_tried_again(true, async |store, held, id| {
+            store.drop_parked(&id, None).await.unwrap();
+            held.go_on();
+            pause(50).await;
+            assert_eq!(parked(store).await, []);
+        })
+        .await;
+    });
+}
+
+#[test]
+fn a_move_is_refused_where_an_operator_has_changed_parked_events_since_they_were_looked_at() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let of = subscription(&store).claim().await.unwrap();
+        let (id, position) = (of.cursor().id.clone(), of.position());
+        store.resume_parked(&id, None).await.unwrap();
+        let move_of = || Advance::new(of.lease().clone(), position, position, Duration::from_secs(1));
+        for (seen, is_taken) in [(0, false), (1, true)] {
+            let moved = store.engine().step(&id, &Step::Advance(move_of().with_parked_seen(seen))).await;
+            assert_eq!(moved.is_ok(), is_taken);
+        }
+        store.engine().step(&id, &Step::Advance(move_of())).await.unwrap();
+    });
+}
+
+#[test]
+fn what_waits_behind_an_event_that_is_dropped_while_it_is_handled_is_passed_over() {
+    block_on(async {
+        let held = while_tried_again(false, async |store, held, id| {
+            store.drop_parked(&id, None).await.unwrap();
+            held.go_on();
+            pause(50).await;
+            assert_eq!(parked(store).await, []);
+        })
+        .await;
+        assert_eq!(held.handled(), [1]);
+    });
+}
+
+#[test]
+fn a_parked_event_that_is_resumed_while_it_fails_again_is_tried_once_more() {
+    block_on(async {
+        let held = while_tried_again(true, async |store, held, id| {
+            store.resume_parked(&id, None).await.unwrap();
+            // The attempt at work has seen what was wrong before, the next one does not.
+            held.fails.store(false, Ordering::SeqCst);
+            held.go_on();
+            until(async || parked(store).await.is_empty()).await;
+        })
+        .await;
+        assert_eq!(held.handled(), [1, 2]);
+    });
+}
+
+#[test]
+fn a_parked_event_that_was_handled_is_not_handled_again_because_another_is_resumed() {
+    block_on(async {
+        let held = while_tried_again(false, async |store, held, id| {
+            store.resume_parked(&id, Position::new(99).ok()).await.unwrap();
+            held.go_on();
+            until(async || parked(store).await.is_empty()).await;
+        })
+        .await;
+        assert_eq!(held.handled(), [1, 2]);
+    });
+}
