@@ -23,7 +23,9 @@ impl State {
         let projected = self.project(batch, &receipt)?;
         self.write(batch, &receipt);
         projected.into_iter().for_each(|write| write());
-        self.move_inline();
+        if batch.events() > 0 {
+            self.move_inline();
+        }
         Ok(receipt)
     }
 

@@ -80,8 +80,8 @@ impl State {
         if let Some(events) = self.behind(&inline, &Events::default()) {
             inline.handle(&events)?();
         }
+        self.move_to_head(&inline.id);
         self.inline.push(inline);
-        self.move_inline();
         Ok(())
     }
 
@@ -108,15 +108,19 @@ impl State {
         Some(before.finish().iter().chain(more.iter()).collect())
     }
 
-    /// To the end of the log, all that may move.
+    /// To the end of the log, all that may move; they have handled what was before it.
     pub(crate) fn move_inline(&mut self) {
+        for id in self.inline.iter().map(|inline| inline.id.clone()).collect::<Vec<_>>() {
+            self.move_to_head(&id);
+        }
+    }
+
+    fn move_to_head(&mut self, id: &CursorId) {
         let head = self.head();
-        for inline in &self.inline {
-            if let Some(cursor) = self.cursors.get_mut(&inline.id)
-                && cursor.status == CursorStatus::Active
-            {
-                cursor.position = head;
-            }
+        if let Some(cursor) = self.cursors.get_mut(id)
+            && cursor.status == CursorStatus::Active
+        {
+            cursor.position = head;
         }
     }
 }

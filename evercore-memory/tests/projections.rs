@@ -125,3 +125,35 @@ fn an_inline_projection_never_lags_and_refuses_whole_commits() {
         assert!(engine.inline_projection("sums", 0, Arc::clone(&sums), |_, _| Ok(())).is_err());
     });
 }
+
+#[test]
+fn an_inline_projection_passes_nothing_over() {
+    let engine = MemoryEngine::new();
+    let store = EventStore::new(engine.clone());
+    let count = Arc::new(Mutex::new(0));
+    let counted = |name: &str, count: &Arc<Mutex<usize>>| {
+        let handle = |count: &mut usize, events: &[evercore_memory::Event]| {
+            *count += events.len();
+            Ok(())
+        };
+        engine.inline_projection(name, 1, Arc::clone(count), handle).unwrap();
+    };
+    counted("count", &count);
+    block_on(async {
+        deposit(&store, "one", 1).await.unwrap();
+        store.pause_subscription("count").await.unwrap();
+        deposit(&store, "one", 1).await.unwrap();
+        store.resume_subscription("count").await.unwrap();
+
+        // A commit without events, and a projection that is new, are no reason to move this one.
+        let mut work = store.begin();
+        work.create_with_key::<Account>("another").await.unwrap();
+        work.commit().await.unwrap();
+        let other = Arc::new(Mutex::new(0));
+        counted("other", &other);
+        assert_eq!(*other.lock().unwrap(), 2);
+
+        deposit(&store, "one", 1).await.unwrap();
+        assert_eq!((*count.lock().unwrap(), *other.lock().unwrap()), (3, 3));
+    });
+}
