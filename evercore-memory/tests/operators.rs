@@ -2,15 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use evercore_memory::{
-    Advance, Aggregate, CursorId, EventStore, FailurePolicy, Json, MemoryEngine, Parked, Position, Step,
-    Subscription, Then,
+    Advance, Aggregate, CursorId, Delivery, EventStore, FailurePolicy, Json, MemoryEngine, Parked, Position,
+    Step, Subscription, Then,
 };
-use futures_lite::future::{block_on, zip};
+use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Default, Serialize, Deserialize)]
@@ -197,5 +197,36 @@ fn a_parked_event_that_was_handled_is_not_handled_again_because_another_is_resum
         })
         .await;
         assert_eq!(held.handled(), [1, 2]);
+    });
+}
+
+#[test]
+fn a_pause_is_heeded_between_two_attempts() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        say(&store, "a").await;
+        let pauses = (Duration::from_millis(20), Duration::from_millis(20));
+        let policy = FailurePolicy::default().with_attempts(u32::MAX).with_pauses(pauses.0, pauses.1);
+        let (tries, of) = (Arc::new(AtomicU32::new(0)), subscription(&store).on_failure(policy));
+        let handler = Arc::clone(&tries);
+        let run = async {
+            of.run_batches(std::future::pending(), move |_: Delivery| {
+                handler.fetch_add(1, Ordering::SeqCst);
+                async { Err("down".into()) }
+            })
+            .await
+            .unwrap();
+        };
+        let operator = async {
+            until(async || tries.load(Ordering::SeqCst) > 2).await;
+            store.pause_subscription("s").await.unwrap();
+            pause(50).await;
+            let before = tries.load(Ordering::SeqCst);
+            pause(200).await;
+            assert_eq!(tries.load(Ordering::SeqCst), before, "it goes on");
+            store.resume_subscription("s").await.unwrap();
+            until(async || tries.load(Ordering::SeqCst) > before).await;
+        };
+        or(run, operator).await;
     });
 }

@@ -67,7 +67,7 @@ impl Runner<'_> {
             if self.stop.is_set() {
                 return Ok(Ended::Stopped);
             }
-            if self.held.is_paused() || (self.held.is_wanted() && self.stop.may_give_up()) {
+            if self.is_to_give_up() {
                 return Ok(Ended::GivenUp);
             }
             self.held.renew_if_due().await?;
@@ -89,6 +89,10 @@ impl Runner<'_> {
                 First::Right(First::Right(())) => self.held.look().await?,
             }
         }
+    }
+
+    fn is_to_give_up(&self) -> bool {
+        self.held.is_paused() || (self.held.is_wanted() && self.stop.may_give_up())
     }
 
     /// Has a delivery handled, whatever it takes.
@@ -124,6 +128,7 @@ impl Runner<'_> {
                     }
                     observe::retried(delivery.cursor());
                     if !self.pause(delivery.attempt()).await? {
+                        self.held.put_back();
                         return Ok(());
                     }
                     delivery.attempt += 1;
@@ -148,6 +153,8 @@ impl Runner<'_> {
         if self.pause(delivery.attempt()).await? {
             let tried = if is_known { 1 } else { delivery.events().len() };
             self.held.put_back_alone(delivery, handled, tried);
+        } else {
+            self.held.put_back();
         }
         Ok(())
     }
@@ -185,13 +192,23 @@ impl Runner<'_> {
         }
     }
 
-    /// The pause before the next attempt; false if the shutdown came.
+    /// The pause before the next attempt; false if there is to be none, because of a shutdown or of operators.
     async fn pause(&mut self, attempts: u32) -> Result<bool> {
         let policy = self.held.subscription.settings.failure;
         let pause = backoff(attempts, policy.first_pause, policy.longest_pause);
-        let engine = Arc::clone(self.held.subscription.store.engine());
-        let paused = race(engine.pause(pause), self.stop.set());
-        Ok(matches!(self.held.keeping(paused).await?, First::Left(())))
+        let store = self.held.subscription.store.clone();
+        let mut paused = store.engine().pause(pause);
+        loop {
+            let interrupted = race(self.stop.set(), store.operated().rings_after(self.held.heard()));
+            match self.held.keeping(race(paused.as_mut(), interrupted)).await? {
+                First::Left(()) => return Ok(!self.is_to_give_up()),
+                First::Right(First::Left(())) => return Ok(false),
+                First::Right(First::Right(())) => self.held.look().await?,
+            }
+            if self.is_to_give_up() {
+                return Ok(false);
+            }
+        }
     }
 
     /// One event that was tried often enough.
