@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use evercore_memory::{
-    Advance, Aggregate, CursorId, Delivery, EventStore, FailurePolicy, Json, MemoryEngine, Parked, Position,
-    Step, Subscription, Then,
+    Advance, Aggregate, CursorId, Delivery, EventStore, FailurePolicy, Filter, Json, MemoryEngine, Parked,
+    Position, Step, Subscription, Then,
 };
 use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
@@ -59,6 +59,12 @@ fn subscription(store: &EventStore) -> Subscription {
 
 async fn parked(store: &EventStore) -> Vec<(CursorId, Parked)> {
     store.parked("s").await.unwrap_or_default()
+}
+
+async fn number_parked(store: &EventStore, number: usize) {
+    while parked(store).await.len() != number {
+        pause(2).await;
+    }
 }
 
 /// A handler that fails when it is told to, and can be held in the middle of an event.
@@ -228,5 +234,35 @@ fn a_pause_is_heeded_between_two_attempts() {
             until(async || tries.load(Ordering::SeqCst) > before).await;
         };
         or(run, operator).await;
+    });
+}
+
+#[test]
+fn a_parked_event_that_the_filter_does_not_let_through_any_more_is_done() {
+    block_on(async {
+        for then in [Then::Park, Then::ParkAlone] {
+            let store = EventStore::new(MemoryEngine::new());
+            say(&store, "a").await;
+            say(&store, "b").await;
+            let policy = FailurePolicy::then(then).with_attempts(1);
+            let of = subscription(&store).on_failure(policy);
+            let two = number_parked(&store, 2);
+            of.run(two, async |_| Err("poison".into())).await.unwrap();
+
+            let id = parked(&store).await.remove(0).0;
+            store.resume_parked(&id, None).await.unwrap();
+            let b = store.find::<Talk>("b").await.unwrap().unwrap();
+            let of = of.with_filter(Filter::all().with_aggregate(b));
+            let handled: Arc<Mutex<Vec<i64>>> = Arc::default();
+            let handler = Arc::clone(&handled);
+            let none = number_parked(&store, 0);
+            of.run(none, move |event| {
+                handler.lock().unwrap().push(event.position().get());
+                async { Ok(()) }
+            })
+            .await
+            .unwrap();
+            assert_eq!(*handled.lock().unwrap(), [2]);
+        }
     });
 }

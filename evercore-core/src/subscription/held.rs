@@ -395,11 +395,14 @@ impl Held {
         let Some(parked) = self.due.pop() else { return Ok(None) };
         let before = Position::new(parked.position.get() - 1)?;
         let limit = crate::engine::PageLimit::events(2)?.and_bytes(limits::PAGE_BYTES)?;
-        let mut query = LogQuery::after(before).with_limit(limit);
-        if parked.holds_back {
+        let settings = &self.subscription.settings;
+        let filter = settings.filter.clone().with_aggregate(parked.aggregate);
+        let mut query = LogQuery::after(before).with_limit(limit).with_filter(filter);
+        if settings.filter.aggregate.is_some_and(|only| only != parked.aggregate) {
+            query = query.up_to(before);
+        } else if parked.holds_back {
             // It, and the next of its aggregate that had to wait.
-            let filter = self.subscription.settings.filter.clone().with_aggregate(parked.aggregate);
-            query = query.up_to(self.taken_to).with_filter(filter);
+            query = query.up_to(self.taken_to);
         } else {
             query = query.up_to(parked.position);
         }
