@@ -215,6 +215,11 @@ impl PageLimit {
         self.bytes
     }
 
+    /// The same with one event at least: what is read for ever gets somewhere.
+    pub(crate) fn at_least_one(self) -> Self {
+        Self { events: self.events.max(1), ..self }
+    }
+
     /// Whether a page that holds `events` events and `bytes` bytes has room for one event of `next` bytes.
     pub const fn has_room(self, events: usize, bytes: usize, next: usize) -> bool {
         events < self.events && (events == 0 || bytes + next <= self.bytes)

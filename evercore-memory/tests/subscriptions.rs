@@ -431,3 +431,23 @@ fn each_event_has_its_attempts_and_its_pauses() {
         assert!(began.elapsed() > Duration::from_millis(20), "no pause at all in {:?}", began.elapsed());
     });
 }
+
+#[test]
+fn a_batch_has_one_event_at_least() {
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        block_on(async {
+            let store = EventStore::new(MemoryEngine::new());
+            say(&store, "a", 1).await;
+            let none = PageLimit::events(0).unwrap();
+            let mut owned = store.subscription("s").unwrap().with_batch(none).claim().await.unwrap();
+            done.send(owned.next().await.unwrap().events().len()).unwrap();
+            let news = store.subscribe(Filter::all(), Start::Beginning).await.unwrap();
+            done.send(news.with_batch(none).next().await.unwrap().len()).unwrap();
+        });
+    });
+    // On a thread of its own, since it would never end.
+    for _ in 0..2 {
+        assert_eq!(is_done.recv_timeout(Duration::from_secs(2)), Ok(1));
+    }
+}

@@ -52,10 +52,10 @@ pub struct EphemeralSubscription {
 }
 
 impl EphemeralSubscription {
-    /// The same with at most so much at once; to be said before the first [`next`](Self::next).
+    /// The same with at most so much at once; to be said before the first [`next`](Self::next). 0 events count as 1.
     #[must_use]
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
-        self.query = self.query.with_limit(limit);
+        self.query = self.query.with_limit(limit.at_least_one());
         self.query.from = self.tail.position();
         self.tail = Tail::new(self.store.engine(), self.query.clone());
         self

@@ -137,10 +137,10 @@ impl Subscription {
         self
     }
 
-    /// At most so many events and bytes at once.
+    /// At most so many events and bytes at once; 0 events count as 1.
     #[must_use]
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
-        self.settings.batch = limit;
+        self.settings.batch = limit.at_least_one();
         self
     }
 
