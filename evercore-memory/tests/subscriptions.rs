@@ -53,10 +53,19 @@ async fn parked_one(store: &EventStore) -> CursorId {
 
 /// As an engine whose step is carried through in a task: the answer comes later than the effect.
 #[derive(Debug)]
-struct Late(MemoryEngine);
+struct Late(MemoryEngine, Renewals);
+#[derive(Debug, PartialEq)]
+enum Renewals {
+    Answered,
+    /// As on a connection that is dead, and nobody knows.
+    NotAnswered,
+}
 impl SubscriptionStorage for Late {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         Box::pin(async move {
+            if self.1 == Renewals::NotAnswered && matches!(step, Step::Renew { .. }) {
+                std::future::pending::<()>().await;
+            }
             let done = self.0.step(id, step).await;
             pause(20).await;
             done
@@ -321,7 +330,7 @@ fn a_shutdown_skips_nothing() {
 #[test]
 fn a_dropped_ack_keeps_the_lease() {
     block_on(async {
-        let store = EventStore::new(Late(MemoryEngine::new()));
+        let store = EventStore::new(Late(MemoryEngine::new(), Renewals::Answered));
         say(&store, "a", 1).await;
         let mut owned = store.subscription("s").unwrap().claim().await.unwrap();
         let one = owned.next().await.unwrap();
@@ -335,7 +344,7 @@ fn a_dropped_ack_keeps_the_lease() {
 #[test]
 fn a_dropped_next_keeps_the_lease() {
     block_on(async {
-        let store = EventStore::new(Late(MemoryEngine::new()));
+        let store = EventStore::new(Late(MemoryEngine::new(), Renewals::Answered));
         let none = Filter::all().with_aggregate_type(AggregateType::new("nothing").unwrap());
         let mut owned = store.subscription("s").unwrap().with_filter(none).claim().await.unwrap();
         for i in 0..60 {
@@ -450,4 +459,18 @@ fn a_batch_has_one_event_at_least() {
     for _ in 0..2 {
         assert_eq!(is_done.recv_timeout(Duration::from_secs(2)), Ok(1));
     }
+}
+
+#[test]
+fn a_handler_does_not_outlive_a_lease_whose_renewal_is_not_answered() {
+    block_on(async {
+        let store = EventStore::new(Late(MemoryEngine::new(), Renewals::NotAnswered));
+        say(&store, "a", 1).await;
+        let lease = Duration::from_millis(300);
+        let mut owned = store.subscription("s").unwrap().with_lease(lease).claim().await.unwrap();
+        let began = Instant::now();
+        let kept = owned.keep(pause(2_000)).await;
+        assert!(matches!(kept.map_err(|error| error.kind().clone()), Err(ErrorKind::LeaseLost)));
+        assert!(began.elapsed() < lease, "{:?}", began.elapsed());
+    });
 }

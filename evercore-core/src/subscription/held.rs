@@ -122,17 +122,20 @@ impl Held {
 
     /// Runs work and keeps the lease meanwhile; work whose lease is lost is dropped.
     pub(crate) async fn keeping<T>(&mut self, work: impl Future<Output = T> + Send) -> Result<T> {
-        let mut work = std::pin::pin!(work);
+        let (mut work, engine) = (std::pin::pin!(work), Arc::clone(self.subscription.store.engine()));
+        let until = |time: Instant| engine.pause(time.saturating_duration_since(Instant::now()));
         loop {
             self.check_time()?;
-            let pause = self.next_renewal.saturating_duration_since(Instant::now());
-            let timer = self.subscription.store.engine().pause(pause);
-            if let First::Left(done) = race(work.as_mut(), timer).await {
+            if let First::Left(done) = race(work.as_mut(), until(self.next_renewal)).await {
                 return Ok(done);
             }
             self.check_time()?;
-            if let First::Left(done) = race(work.as_mut(), self.renew()).await.flatten_right()? {
-                return Ok(done);
+            // An answer that does not come is no renewal.
+            let too_late = until(self.valid_until());
+            match race(work.as_mut(), race(self.renew(), too_late)).await {
+                First::Left(done) => return Ok(done),
+                First::Right(First::Left(renewed)) => renewed?,
+                First::Right(First::Right(())) => {}
             }
         }
     }
@@ -496,16 +499,6 @@ impl Held {
         self.read_from(Position::MAX);
         crate::observe::lease_changed(&own, "took over");
         Ok(())
-    }
-}
-
-impl<A> First<A, Result<()>> {
-    /// The left one, if it came first; the right one's error, if that did.
-    fn flatten_right(self) -> Result<First<A, ()>> {
-        match self {
-            Self::Left(left) => Ok(First::Left(left)),
-            Self::Right(right) => right.map(First::Right),
-        }
     }
 }
 
