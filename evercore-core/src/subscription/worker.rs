@@ -153,8 +153,10 @@ enum Claimed {
 /// Which cursors there are, and who has them.
 struct Look {
     free: Vec<u32>,
-    /// By owner, those whose lease holds.
+    /// By owner, those whose lease holds and for which nobody asks.
     owned: HashMap<OwnerId, Vec<u32>>,
+    /// How many we ask for already: their owners let go when they see it, which may be many looks later.
+    asked: usize,
     is_there: bool,
     is_retired: bool,
 }
@@ -353,10 +355,10 @@ async fn claim_one(
     Err(refused)
 }
 
-/// Asks whoever has most for one, if that is at least two more than we have.
+/// Asks whoever has most for one, if that is at least two more than we have; what was asked for counts as given.
 async fn want_one(subscription: &Subscription, owner: &OwnerId, held: &[u32], look: &Look) -> Result<()> {
     let Some(most) = look.owned.values().max_by_key(|owned| owned.len()) else { return Ok(()) };
-    if most.len() < held.len() + 2 {
+    if most.len() < held.len() + look.asked + 2 {
         return Ok(());
     }
     let which = most[crate::retry::random_bits() as usize % most.len()];
@@ -371,7 +373,8 @@ impl Look {
         let name: &SubscriptionName = &subscription.name;
         let found = subscription.store.engine().cursors(Some(name)).await?;
         let own = |cursor: &&Cursor| cursor.id.version == subscription.settings.version;
-        let mut look = Self { free: Vec::new(), owned: HashMap::new(), is_there: false, is_retired: false };
+        let mut look =
+            Self { free: Vec::new(), owned: HashMap::new(), asked: 0, is_there: false, is_retired: false };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
             if cursor.status == CursorStatus::Retired {
@@ -381,7 +384,10 @@ impl Look {
             look.is_there = true;
             match &cursor.owner {
                 Some(other) if other != owner && cursor.is_owned(found.now) => {
-                    look.owned.entry(other.clone()).or_default().push(partition);
+                    match cursor.wanted_by.as_ref().filter(|_| cursor.wanted_until > found.now) {
+                        Some(wanted) => look.asked += usize::from(wanted == owner),
+                        None => look.owned.entry(other.clone()).or_default().push(partition),
+                    }
                 }
                 _ if held.contains(&partition) => {}
                 _ => look.free.push(partition),
