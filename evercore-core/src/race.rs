@@ -29,6 +29,19 @@ fn first_of<A, B>(
     right.poll(context).map(First::Right)
 }
 
+/// Lets others have their turn, in this task and on this thread.
+pub(crate) async fn others_first() {
+    let mut was_their_turn = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut was_their_turn, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// Rings for all who listen.
 #[derive(Debug, Default)]
 pub(crate) struct Bell(Mutex<Rung>);

@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use evercore_memory::*;
@@ -472,5 +474,29 @@ fn a_handler_does_not_outlive_a_lease_whose_renewal_is_not_answered() {
         let kept = owned.keep(pause(2_000)).await;
         assert!(matches!(kept.map_err(|error| error.kind().clone()), Err(ErrorKind::LeaseLost)));
         assert!(began.elapsed() < lease, "{:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn a_shutdown_is_seen_by_a_runner_that_never_waits() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        for _ in 0..200 {
+            say(&store, "a", 1).await;
+        }
+        let handled = Arc::new(AtomicUsize::new(0));
+        let handler = Arc::clone(&handled);
+        let enough = poll_fn(|_| match handled.load(Ordering::Relaxed) {
+            0..50 => Poll::Pending,
+            _ => Poll::Ready(()),
+        });
+        let of = store.subscription("s").unwrap().with_batch(PageLimit::events(10).unwrap());
+        of.run(enough, move |_| {
+            handler.fetch_add(1, Ordering::Relaxed);
+            async { Ok(()) }
+        })
+        .await
+        .unwrap();
+        assert_eq!(handled.load(Ordering::Relaxed), 50);
     });
 }
