@@ -500,3 +500,20 @@ fn a_shutdown_is_seen_by_a_runner_that_never_waits() {
         assert_eq!(handled.load(Ordering::Relaxed), 50);
     });
 }
+
+#[test]
+fn who_waits_to_claim_is_told_that_a_lease_was_given_back() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let of = store.subscription("s").unwrap();
+        let first = of.claim().await.unwrap();
+        let began = Instant::now();
+        let (second, ()) = zip(of.claim(), async {
+            pause(20).await;
+            first.release().await.unwrap();
+        })
+        .await;
+        second.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    });
+}

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::cursor::{Cursor, Lease};
 use super::delivery::Delivery;
 use super::held::{Held, is_passing};
-use super::runner::between_claims;
 use super::settings::Subscription;
+use super::worker::before_next_claim;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 
@@ -36,7 +36,7 @@ impl Subscription {
         self.declare().await?;
         let owner = self.new_owner()?;
         loop {
-            let mut refused = None;
+            let (rung, mut refused) = (self.store.rings().times(), None);
             for partition in 0..self.settings.partitions {
                 match Held::claim(self, partition, &owner, std::sync::Arc::default()).await {
                     Ok(held) => return Ok(OwnedSubscription { held }),
@@ -49,7 +49,7 @@ impl Subscription {
             if !may_wait || !(is_busy || is_passing(&error)) {
                 return Err(error);
             }
-            self.store.engine().pause(between_claims(self.settings.lease)).await;
+            before_next_claim(self, rung).await;
         }
     }
 }

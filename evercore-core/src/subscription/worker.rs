@@ -281,7 +281,6 @@ async fn claim(
     stop: Arc<Stop>,
     losses: u32,
 ) -> Result<Claimed> {
-    let time = runner::between_claims(subscription.settings.lease);
     let rung = subscription.store.rings().times();
     if losses > 0 {
         // What lost the last lease may be there still.
@@ -305,18 +304,20 @@ async fn claim(
     if !must_wait {
         return outcome;
     }
-    let pause = subscription.store.engine().pause(time);
-    let given_back = subscription.store.rings().rings_after(rung);
-    // A ring may come with each move of a cursor: not every one is worth a look.
-    let wait = async {
-        if matches!(race(pause, given_back).await, First::Right(())) {
-            subscription.store.engine().pause(time / 10).await;
-        }
-    };
-    race(wait, stop.set()).await;
+    race(before_next_claim(&subscription, rung), stop.set()).await;
     match outcome {
         Ok(Claimed::Superseded) => Ok(Claimed::Superseded),
         _ => Ok(Claimed::None),
+    }
+}
+
+/// Until a lease may have been given back, since so many rings, or has ended by itself.
+pub(crate) async fn before_next_claim(subscription: &Subscription, rung: u64) {
+    let (time, store) = (runner::between_claims(subscription.settings.lease), &subscription.store);
+    let given_back = store.rings().rings_after(rung);
+    if matches!(race(store.engine().pause(time), given_back).await, First::Right(())) {
+        // A ring may come with each move of a cursor: not every one is worth a look.
+        store.engine().pause(time / 10).await;
     }
 }
 
