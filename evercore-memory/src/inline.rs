@@ -27,7 +27,8 @@ impl MemoryEngine {
     /// copy, which takes the value's place when the commit is sure; if it fails, the commit is
     /// [`Rejected`](ErrorKind::Rejected) and writes nothing. What is in the log already is handled at once.
     ///
-    /// The handler runs while the store is locked: it must not call it. Its cursor is listed among the subscriptions.
+    /// The handler runs while the store is locked: it must not call it. The value belongs to this one projection, others
+    /// only read it: what they write is lost where a commit is at work. Its cursor is listed among the subscriptions.
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};

@@ -26,7 +26,7 @@ pub enum Start {
     End,
     /// With the event behind this position.
     After(Position),
-    /// With the first event that was recorded at this time or later.
+    /// With the first event that was recorded at this time or later. A time to come is the end of the log.
     At(Timestamp),
 }
 
