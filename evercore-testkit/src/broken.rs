@@ -94,6 +94,8 @@ pub enum Fault {
     MovesFromAnywhere,
     /// A cursor moves and its parked events are forgotten.
     LosesParkedEvents,
+    /// A cursor moves although parked events were changed since its owner looked at them.
+    OverlooksOperators,
     /// A reset leaves the lease with its owner.
     ResetsSoftly,
     /// A cursor is made anew whenever it is declared.
@@ -144,6 +146,7 @@ impl Fault {
         Self::ForgetsRenewals,
         Self::MovesFromAnywhere,
         Self::LosesParkedEvents,
+        Self::OverlooksOperators,
         Self::ResetsSoftly,
         Self::DeclaresAgain,
         Self::ForgetsPauses,
@@ -200,6 +203,9 @@ impl Broken {
                 }
                 if self.has(Fault::LosesParkedEvents) {
                     advance.parked.clear();
+                }
+                if self.has(Fault::OverlooksOperators) {
+                    advance.parked_seen = None;
                 }
             }
             (Step::Claim { .. }, _) if self.has(Fault::GivesLeasesTwice) => {

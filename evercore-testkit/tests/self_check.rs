@@ -194,6 +194,7 @@ faults! {
         "cursors::cursors_and_parked_events_survive_reopening",
         "cursors::a_step_dropped_at_any_await_is_whole_or_absent",
     ];
+    overlooked_operators: OverlooksOperators, ["cursors::a_move_that_knows_less_of_parked_events_is_refused"];
     soft_resets: ResetsSoftly, ["cursors::a_reset_takes_the_lease_and_forgets_what_was_parked"];
     declared_again: DeclaresAgain, [
         "cursors::a_cursor_is_made_once",

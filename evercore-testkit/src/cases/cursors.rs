@@ -279,6 +279,25 @@ pub(crate) async fn parked_events_are_kept_listed_and_forgotten(fixture: &mut Fi
     assert!(all_parked(&engine, &id).await.is_empty());
 }
 
+pub(crate) async fn a_move_that_knows_less_of_parked_events_is_refused(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "reader").await;
+    let lease = claimed(&engine, &id, "owner", LONG).await;
+    let keep = vec![ParkedChange::Keep(parked_at(3))];
+    let parks = Advance::new(lease.clone(), place(0), place(4), LONG).with_parked(keep.clone());
+    let seen = step(&engine, &id, Step::Advance(parks)).await.unwrap().parked_changes;
+    step(&engine, &id, Step::drop_parked(None)).await.unwrap();
+    for parked in [Vec::new(), keep] {
+        let late = Advance::new(lease.clone(), place(4), place(5), LONG).with_parked_seen(seen);
+        let late = Step::Advance(late.with_parked(parked));
+        assert_kind!(step(&engine, &id, late).await, ErrorKind::LeaseLost);
+    }
+    let cursor = the(&engine, &id).await;
+    assert_eq!((cursor.position, all_parked(&engine, &id).await), (place(4), Vec::new()));
+    let now = Advance::new(lease, place(4), place(5), LONG).with_parked_seen(cursor.parked_changes);
+    assert_eq!(step(&engine, &id, Step::Advance(now)).await.unwrap().position, place(5));
+}
+
 pub(crate) async fn a_reset_takes_the_lease_and_forgets_what_was_parked(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = declared(&engine, "mails").await;

@@ -269,6 +269,7 @@ cases! {
         racing_moves_are_made_one_after_the_other,
         every_field_of_a_cursor_comes_back,
         parked_events_are_kept_listed_and_forgotten,
+        a_move_that_knows_less_of_parked_events_is_refused,
         a_reset_takes_the_lease_and_forgets_what_was_parked,
         a_retired_or_removed_cursor_is_nobodys,
         cursors_and_parked_events_survive_reopening,
