@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use evercore_memory::{Aggregate, Error, EventStore, Json, MemoryEngine, PageLimit, Start, Subscription};
-use futures_lite::future::block_on;
+use std::time::Duration;
+
+use evercore_memory::{
+    Aggregate, Error, EventStore, Json, MemoryEngine, PageLimit, RunEnd, Start, Subscription,
+};
+use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Default, Serialize, Deserialize)]
@@ -86,5 +90,31 @@ fn an_old_version_is_told_that_it_is_superseded() {
         handle(&version(&store, 2), 2).await;
         let refused = version(&store, 1).claim().await;
         assert!(matches!(refused.as_ref().map_err(Error::kind), Err(evercore_memory::ErrorKind::Superseded)));
+    });
+}
+
+/// Without a bell it would end when a third of its lease is over, which is 10 s here.
+#[test]
+fn a_version_that_waits_for_events_ends_as_soon_as_it_is_superseded() {
+    block_on(async {
+        let store = grown(3).await;
+        let (old, new) = (version(&store, 1), version(&store, 2));
+        let old = old.run(std::future::pending(), |_| async { Ok(()) });
+        let new = async {
+            store.engine().pause(Duration::from_millis(20)).await;
+            let took_over = async {
+                while store.live_version("tallies").await.unwrap_or(1) < 2 {
+                    store.engine().pause(Duration::from_millis(1)).await;
+                }
+                store.engine().pause(Duration::from_secs(2)).await;
+            };
+            new.run(took_over, |_| async { Ok(()) }).await
+        };
+        let too_late = async {
+            store.engine().pause(Duration::from_secs(1)).await;
+            Err(Error::invalid("it still runs"))
+        };
+        let (old, new) = zip(or(old, too_late), new).await;
+        assert_eq!((old.unwrap(), new.unwrap()), (RunEnd::Superseded, RunEnd::ShutDown));
     });
 }

@@ -497,6 +497,8 @@ impl Held {
         let lease = self.context.lease.clone();
         self.step(&Step::GoLive { lease, from }).await?;
         self.read_from(Position::MAX);
+        // Owners of the older ones may be waiting for events: they are to see that they are over.
+        store.operated().ring();
         crate::observe::lease_changed(&own, "took over");
         Ok(())
     }
