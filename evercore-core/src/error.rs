@@ -89,7 +89,7 @@ pub enum ErrorKind {
     /// The cursor belongs to another owner, or was reset: what was done with it since may be done again by that owner.
     /// Stop; claim it again if you want it back.
     LeaseLost,
-    /// Another owner holds the lease of the cursor. Wait, or leave it to that owner.
+    /// Another owner holds the lease of the cursor, or it rests after a failure. Wait, or leave it to that owner.
     AlreadyOwned,
     /// The subscription is paused. Resume it.
     Paused,

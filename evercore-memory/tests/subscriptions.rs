@@ -517,3 +517,20 @@ fn who_waits_to_claim_is_told_that_a_lease_was_given_back() {
         assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
     });
 }
+
+#[test]
+fn who_may_not_claim_after_a_stop_is_told_why() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        say(&store, "a", 1).await;
+        let policy = FailurePolicy::default().with_attempts(1);
+        let sub = store.subscription("s").unwrap().on_failure(policy).without_standby();
+        sub.run(std::future::pending(), |_| async { Err("poison".into()) }).await.unwrap_err();
+        let refused = sub.claim().await.map(drop).unwrap_err();
+        assert_eq!(*refused.kind(), ErrorKind::AlreadyOwned);
+        let message = "subscription \"s\" rests after it failed at position 1; resuming it ends the rest";
+        assert_eq!(refused.to_string(), message);
+        store.resume_subscription("s").await.unwrap();
+        sub.claim().await.unwrap();
+    });
+}

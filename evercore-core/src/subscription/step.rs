@@ -328,7 +328,7 @@ impl Cursor {
         }
         let is_own = self.owner.as_ref() == Some(owner);
         if self.expires_at > now && !is_own {
-            return Err(Error::already_owned(&self.id));
+            return Err(self.is_not_free());
         }
         let is_wanted =
             self.wanted_until > now && self.wanted_by.as_ref().is_some_and(|wanted| wanted != owner);
@@ -413,6 +413,20 @@ impl Cursor {
         self.failure = None;
         self.parked_changes += 1;
         Ok(())
+    }
+
+    /// Because another owner has it, or because the last one has stopped at an event a moment ago.
+    fn is_not_free(&self) -> Error {
+        match &self.failure {
+            Some(failure) if self.owner.is_none() => {
+                let message = format!(
+                    "subscription \"{}\" rests after it failed at position {}; resuming it ends the rest",
+                    self.id.subscription, failure.position
+                );
+                Error::new(ErrorKind::AlreadyOwned, message)
+            }
+            _ => Error::already_owned(&self.id),
+        }
     }
 
     fn is_paused(&self) -> Error {
