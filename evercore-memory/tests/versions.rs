@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use evercore_memory::{
-    Aggregate, Error, EventStore, Json, MemoryEngine, PageLimit, RunEnd, Start, Subscription,
+    Aggregate, Error, ErrorKind, EventStore, Json, MemoryEngine, PageLimit, RunEnd, Start, Subscription,
 };
 use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
@@ -116,5 +116,21 @@ fn a_version_that_waits_for_events_ends_as_soon_as_it_is_superseded() {
         };
         let (old, new) = zip(or(old, too_late), new).await;
         assert_eq!((old.unwrap(), new.unwrap()), (RunEnd::Superseded, RunEnd::ShutDown));
+    });
+}
+
+/// What it has handled would be live once more for the new one.
+#[test]
+fn a_version_is_not_removed_while_a_newer_one_is_being_built() {
+    block_on(async {
+        let store = grown(4).await;
+        assert_eq!(handle(&version(&store, 1), 4).await, [false; 4]);
+        version(&store, 2).declare().await.unwrap();
+        let refused = store.remove_subscription("tallies", 1).await.unwrap_err();
+        assert_eq!(*refused.kind(), ErrorKind::Invalid, "{refused}");
+        assert_eq!(handle(&version(&store, 2), 4).await, [true; 4]);
+        store.remove_subscription("tallies", 2).await.unwrap();
+        store.remove_subscription("tallies", 1).await.unwrap();
+        assert!(store.subscriptions().await.unwrap().is_empty());
     });
 }

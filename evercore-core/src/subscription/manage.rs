@@ -175,13 +175,23 @@ impl EventStore {
     }
 
     /// Forgets one version of a subscription, its cursors and parked events. A runner of it loses its lease. What the
-    /// handler wrote stays. Not while a newer one is being built: that would take what this one has handled for live.
+    /// handler wrote stays. Run again, it begins anew, and unless an older version is there, all of it is live.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is none; what the engine says.
+    /// [`NotFound`](ErrorKind::NotFound) if there is none; [`Invalid`](ErrorKind::Invalid) while a newer one is being built,
+    /// which would take what this one has handled for live: remove that one first, or let it take over; what the engine says.
     pub async fn remove_subscription(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
         let name = SubscriptionName::new(name)?;
-        let cursors = self.known(&name).await?.into_iter().filter(|cursor| cursor.id.version == version);
+        let known = self.known(&name).await?;
+        let is_built_upon = |newer: &Cursor| newer.id.version > version && newer.live_from.is_none();
+        if let Some(newer) = known.iter().find(|cursor| is_built_upon(cursor)) {
+            let message = format!(
+                "version {} of subscription \"{name}\" is being built beside version {version}",
+                newer.id.version
+            );
+            return Err(Error::invalid(message));
+        }
+        let cursors = known.into_iter().filter(|cursor| cursor.id.version == version);
         let ids: Vec<CursorId> = cursors.map(|cursor| cursor.id).collect();
         if ids.is_empty() {
             return Err(no_subscription(&name));
