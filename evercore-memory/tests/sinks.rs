@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use evercore_memory::{
-    Advance, Aggregate, BoxFuture, Delivery, EventStore, Json, MemoryEngine, Outcome, Position, Sink,
+    Advance, Aggregate, BoxFuture, Delivery, ErrorKind, EventStore, Json, MemoryEngine, Outcome, Position,
+    Sink,
 };
 use futures_lite::future::block_on;
 use serde::{Deserialize, Serialize};
@@ -69,5 +70,25 @@ fn what_a_sink_has_not_handled_comes_next() {
         let states = store.subscription_states("two").await.unwrap();
         assert_eq!(states[0].cursor.position, Position::new(7).unwrap());
         assert_eq!(*sink.0.lock().unwrap(), (1..=7).map(|position| (position, 1)).collect::<Vec<_>>());
+    });
+}
+
+/// It would find no cursor there, for ever.
+#[test]
+fn a_projection_of_another_store_is_refused() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let mut work = store.begin();
+        let mut tally = work.create::<Tally>().await.unwrap();
+        work.record(&mut tally, TallyEvent::Counted).unwrap();
+        work.commit().await.unwrap();
+        let elsewhere = MemoryEngine::new();
+        let sink = elsewhere.projection(Arc::new(Mutex::new(0)), |count, delivery| {
+            *count += delivery.events().len();
+            Ok(())
+        });
+        let soon = store.engine().pause(Duration::from_secs(2));
+        let refused = store.subscription("tallies").unwrap().run_sink(soon, sink).await;
+        assert_eq!(*refused.unwrap_err().kind(), ErrorKind::Invalid);
     });
 }

@@ -116,7 +116,7 @@ impl Runner<'_> {
                     self.held.was_moved(asked_at, cursor);
                     return Ok(());
                 }
-                Outcome::Refused(error) => return Err(error),
+                Outcome::Refused(error) => return Err(self.refused(error).await?),
                 // A handler may end early when it is to stop, and that is nobody's fault.
                 Outcome::Failed { handled, .. } if self.stop.is_set() => {
                     return self.move_past(&delivery, handled).await;
@@ -137,6 +137,19 @@ impl Runner<'_> {
                 }
             }
         }
+    }
+
+    /// A sink that does not find the cursor, which is there, looks in another store; otherwise the error says it all.
+    async fn refused(&mut self, error: Error) -> Result<Error> {
+        if !matches!(error.kind(), ErrorKind::NotFound) {
+            return Ok(error);
+        }
+        self.held.look().await?;
+        let message = format!(
+            "the projection belongs to another store than subscription \"{}\"",
+            self.held.context.id.subscription
+        );
+        Ok(Error::invalid(message).with_source(error))
     }
 
     /// Several events were tried together, and one of them fails.
@@ -280,7 +293,7 @@ impl Runner<'_> {
                         return Err(error);
                     }
                 }
-                Outcome::Refused(error) => return Err(error),
+                Outcome::Refused(error) => return Err(self.refused(error).await?),
                 Outcome::Failed { .. } if self.stop.is_set() => {}
                 Outcome::Failed { error, .. } => {
                     observe::retried(delivery.cursor());

@@ -82,7 +82,7 @@ impl Subscription {
     /// The same into an engine's projection, whose handler writes in the transaction that moves the cursor: exactly once.
     ///
     /// # Errors
-    /// As [`run`](Self::run).
+    /// As [`run`](Self::run); [`Invalid`](ErrorKind::Invalid) if the projection belongs to another store.
     pub async fn run_sink(
         &self,
         shutdown: impl Future<Output = ()> + Send,
