@@ -51,8 +51,13 @@ impl Builder {
     /// Its place in the log is a cursor of this name and version, partition 0 of 1, which is listed with those of
     /// subscriptions and is not to be run as one. A new name or version begins at the beginning of the log: all there is
     /// is handled while the store is opened, 1,000 events to a transaction. What another process commits without the
-    /// projection is handled by the next commit here. While its cursor is paused, retired or removed, it does nothing. To
-    /// fill the tables anew, empty them and reset the cursor: the next commit that has events does the rest.
+    /// projection is handled by the next commit here. While its cursor is paused, retired or removed, it does nothing.
+    ///
+    /// To fill the tables anew, pause its cursor, reset it, empty the tables and resume it: what was committed between any
+    /// two of these is then neither missing nor there twice. The next commit that has events does the rest, all of it in its
+    /// own transaction; for a long log a new version with tables of its own is better, which is filled while the store is opened.
+    /// The cursor of a version that no program has any more stays where it is until it is
+    /// [removed](evercore_core::EventStore::remove_subscription).
     ///
     /// Every commit waits for it, so it should be quick. It is held to what SQL in
     /// [`commit_with`](crate::SqliteEngine::commit_with) is held to; the [`sql_timeout`](Self::sql_timeout) is for up to

@@ -15,7 +15,7 @@ use common::{Folder, append, as_child, block_on, child, create, event, kind, one
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
     Aggregate, AggregateId, Batch, BoxError, Builder, CursorId, CursorStatus, ErrorKind, Event, EventStore,
-    Json, Position, Result, SqliteEngine, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
+    Json, Position, Result, SqliteEngine, Start, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
 };
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS shop_log (position INTEGER, event TEXT, payload BLOB) STRICT";
@@ -408,6 +408,27 @@ fn after_a_reset_the_next_commit_fills_the_table_anew() {
             engine.step(&id(), &Step::reset(Position::ZERO)).await.unwrap();
             one(&engine, aggregate, 1_500, "Paid").await.unwrap();
             is_complete(&engine, 1_501).await;
+        }
+    });
+}
+
+#[test]
+fn a_table_is_filled_anew_by_pause_reset_empty_resume_while_others_commit() {
+    let folder = Folder::new();
+    block_on(async {
+        for engine in all(&folder).await {
+            let aggregate = many(&engine, 20).await;
+            let store = EventStore::new(engine.clone());
+            store.pause_subscription("copy").await.unwrap();
+            one(&engine, aggregate, 20, "Paid").await.unwrap();
+            store.reset_subscription("copy", Start::Beginning).await.unwrap();
+            one(&engine, aggregate, 21, "Paid").await.unwrap();
+            let empty = |sql: &Connection| Ok(sql.execute_batch("DELETE FROM shop_log")?);
+            engine.commit_with(store.begin(), empty).await.unwrap();
+            one(&engine, aggregate, 22, "Paid").await.unwrap();
+            store.resume_subscription("copy").await.unwrap();
+            one(&engine, aggregate, 23, "Paid").await.unwrap();
+            is_complete(&engine, 24).await;
         }
     });
 }
