@@ -62,7 +62,8 @@ pub enum ErrorKind {
     Invalid,
     /// The event would bring the aggregate into a state that its `validate` refuses. The source tells why.
     InvalidState,
-    /// The user's own decision said no, or SQL of the user's own in a commit. The source is its error.
+    /// The user's own decision said no, or SQL of the user's own in a commit, an inline projection, or the handler of a
+    /// subscription whose policy is to stop. The source is its error.
     Rejected,
     /// An event or a state could not be encoded or decoded. Mend the type, or the data.
     #[non_exhaustive]

@@ -145,7 +145,8 @@ impl Builder {
         SqliteEngine::open_with(self.settings, self.inline, Some(path)).await
     }
 
-    /// Opens a new store in memory, which ends with the engine. It has one connection for all.
+    /// Opens a new store in memory, which ends with the engine. It has one connection for all, so tables of your own are
+    /// read there too: in [`commit_with`](SqliteEngine::commit_with) a unit that holds nothing.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline projections.

@@ -29,7 +29,9 @@ pub struct CursorState {
     pub is_owned: bool,
     /// Whether it stands behind the end of the log, which then has lost its tail, or is another one.
     pub is_ahead: bool,
-    /// How many events of the log lie behind it, whether they concern it or not.
+    /// How many events of the log lie behind it, whether they concern it or not. It grows for ever where nobody moves the
+    /// cursor any more: where a newer version has taken over ([`Retired`](CursorStatus::Retired)), or no program has that
+    /// inline projection. [`EventStore::remove_subscription`] removes those.
     pub lag_events: u64,
     /// How long ago the oldest of those was recorded, by the engine's clock; zero if there is none.
     pub lag_time: Duration,
@@ -95,6 +97,9 @@ impl EventStore {
     /// that wrote no event. It is the live version that counts. A cursor that is moved through a clone of this store is
     /// noticed at once, others within 20 ms.
     ///
+    /// An event that was parked or skipped counts as seen. Where a cursor has only to pass events that its filter leaves out, or that belong to other partitions, it does so up
+    /// to 50 ms after its last move; with several partitions all of them have to come that far.
+    ///
     /// ```
     /// # use std::time::Duration;
     /// # use evercore_core::{EventStore, Receipt, Result};
@@ -106,7 +111,7 @@ impl EventStore {
     ///
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if it has not come that far in time; [`NotFound`](ErrorKind::NotFound) if
-    /// there is no such subscription; [`InvalidName`](ErrorKind::InvalidName); what the engine says.
+    /// there is no such subscription (yet: see [`declare`](super::Subscription::declare)); [`InvalidName`](ErrorKind::InvalidName); what the engine says.
     pub async fn wait_for(&self, receipt: &Receipt, name: impl AsRef<str>, at_most: Duration) -> Result<()> {
         self.wait_for_position(receipt.last, name, at_most).await
     }
@@ -136,10 +141,12 @@ impl EventStore {
         }
     }
 
-    /// Has all owners of a subscription end what they are about and stop; nobody can claim it until it is resumed.
+    /// Has all owners of a subscription end what they are about and stop; nobody can claim it until it is resumed. Those
+    /// who [run](super::Subscription::run) it wait, and go on then.
     ///
-    /// An owner that runs through a clone of this store learns of it at once, others with their next step, at the latest
-    /// when a third of the lease is over. So it is with all calls here.
+    /// An owner that runs through a clone of this store learns of it at once, others, and those who have
+    /// [claimed](super::Subscription::claim) it, with their next step, at the latest when a third of the lease is over. So
+    /// it is with all calls here. This does not wait for it: an owner may still write when it has returned.
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).
@@ -157,6 +164,11 @@ impl EventStore {
 
     /// Has a subscription begin elsewhere. Its owners lose their leases. What lies before the old cursor comes as
     /// [replay](super::Delivery::is_replay); so parked events, which were not handled, have to be resumed or dropped first.
+    ///
+    /// What the handler wrote stays. To fill the tables of a projection anew in their place: pause, reset, empty them,
+    /// resume. In another order something may be written in between that then is there twice or missing: until it is reset
+    /// an owner may still write, and while it is paused no other comes. A new
+    /// [version](super::Subscription::with_version) spares readers the time without a table.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if there are parked events; [`CursorAhead`](ErrorKind::CursorAhead) past the end of
@@ -236,7 +248,8 @@ impl EventStore {
     }
 
     /// Has a parked event tried again, once, by whoever [runs](super::Subscription::run) the subscription; `None`: all of
-    /// them. Events that waited behind it follow in order.
+    /// them. Events that waited behind it follow in order. If it fails, it is parked as before, with the new error. That
+    /// nothing is parked at this position is no error.
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; [`Superseded`](ErrorKind::Superseded) if nobody will

@@ -12,8 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 
 impl Subscription {
-    /// Claims the first partition that is free and reads from its cursor on. Waits while another owner has it, unless it
-    /// is [not to](Self::without_standby).
+    /// Claims the first partition that is free and reads from its cursor on. Waits while another owner has it, it is
+    /// paused, or rests after a failure, unless it is [not to](Self::without_standby). The failure policy is for those who
+    /// [run](Self::run) the subscription; here an event that cannot be handled is yours to deal with.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result};
@@ -30,7 +31,7 @@ impl Subscription {
     /// ```
     ///
     /// # Errors
-    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) if it is not to wait; [`Superseded`](ErrorKind::Superseded) if a newer
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is not to wait; [`Superseded`](ErrorKind::Superseded) if a newer
     /// version has taken over; otherwise as [`run`](Self::run).
     pub async fn claim(&self) -> Result<OwnedSubscription> {
         self.declare().await?;

@@ -123,7 +123,8 @@ impl EventStore {
 }
 
 impl Subscription {
-    /// Only what passes this filter; all events unless said otherwise. The cursor moves past the rest.
+    /// Only what passes this filter; all events unless said otherwise. The cursor moves past the rest, which does not come
+    /// again when the filter is widened.
     #[must_use]
     pub fn with_filter(mut self, filter: Filter) -> Self {
         self.settings.filter = filter;
@@ -169,7 +170,8 @@ impl Subscription {
     /// The version of the projection; 1 unless said otherwise. A new version has a cursor of its own: it is built from
     /// its start beside the version before, all of it [replay](super::Delivery::is_replay), and takes over when it has
     /// caught up. It should write elsewhere than the old one. What the old one has parked is replay too: resume or drop it
-    /// before.
+    /// before. It does not take over from one that is paused. The cursors of the old one stay, retired, until they are
+    /// [removed](EventStore::remove_subscription).
     #[must_use]
     pub fn with_version(mut self, version: u32) -> Self {
         self.settings.version = version;
@@ -178,7 +180,7 @@ impl Subscription {
 
     /// Shares the work among this many cursors, each with a lease of its own: those who run the subscription get
     /// about as many each. All events of one aggregate belong to one partition, and stay in order. The number is
-    /// fixed once the cursors are made.
+    /// fixed once the cursors are made, for later versions too.
     #[must_use]
     pub fn with_partitions(mut self, partitions: u32) -> Self {
         self.settings.partitions = partitions;
@@ -186,7 +188,7 @@ impl Subscription {
     }
 
     /// Refuses to wait for a lease that another has: running or claiming is then
-    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned).
+    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), or [`Paused`](crate::ErrorKind::Paused).
     #[must_use]
     pub fn without_standby(mut self) -> Self {
         self.settings.is_standby = false;

@@ -35,7 +35,12 @@ impl Subscription {
     /// may come again: after a crash, after a lost lease.
     ///
     /// Handlers of one partition run one after the other. The lease is renewed while a handler waits for something; one
-    /// that blocks its thread for longer than the lease loses it. Where an engine is out of reach, it is tried again.
+    /// that blocks its thread for longer than the lease loses it. Where an engine is out of reach, it is tried again. While
+    /// the subscription is paused this waits, and goes on when it is resumed.
+    ///
+    /// A handler owns what it needs: a `move` closure that clones an [`Arc`] for each event. One that panics takes the run
+    /// with it: that is no attempt, nothing is parked, and the event comes again to the next owner. After a panic, and if
+    /// this future is dropped, the lease is not given back but ends by itself; so end it by the shutdown.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result};
@@ -52,7 +57,8 @@ impl Subscription {
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the handler's error if the policy is to stop;
-    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) if another has the lease and it is not to wait;
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is
+    /// [not to wait](Self::without_standby); [`NotFound`](ErrorKind::NotFound) if the subscription was removed meanwhile;
     /// [`Invalid`](ErrorKind::Invalid) if the number of partitions is another than before;
     /// [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; what else the engine says.
     pub async fn run<F, H>(&self, shutdown: impl Future<Output = ()> + Send, handler: F) -> Result<RunEnd>
@@ -63,7 +69,8 @@ impl Subscription {
         self.run_sink(shutdown, Each(handler)).await
     }
 
-    /// The same for all events of a batch together. After a failure its events come one by one, to find the one at fault.
+    /// The same for all events of a batch together. After a failure its events come one by one, to find the one at fault:
+    /// those before it for a second time.
     ///
     /// # Errors
     /// As [`run`](Self::run).
