@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use evercore_memory::{
-    Advance, Aggregate, CursorId, Delivery, EventStore, FailurePolicy, Filter, Json, MemoryEngine, Parked,
-    Position, Step, Subscription, Then,
+    Advance, Aggregate, CursorId, Delivery, ErrorKind, EventStore, FailurePolicy, Filter, Json, MemoryEngine,
+    Parked, Position, Step, Subscription, Then,
 };
 use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
@@ -264,5 +264,25 @@ fn a_parked_event_that_the_filter_does_not_let_through_any_more_is_done() {
             .unwrap();
             assert_eq!(*handled.lock().unwrap(), [2]);
         }
+    });
+}
+
+#[test]
+fn who_has_claimed_it_hears_of_a_pause_and_of_its_end_at_once() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let mut owned = store.subscription("s").unwrap().claim().await.unwrap();
+        let began = Instant::now();
+        let (next, ()) = zip(owned.next(), async {
+            pause(20).await;
+            store.pause_subscription("s").await.unwrap();
+        })
+        .await;
+        assert!(matches!(next.map_err(|error| error.kind().clone()), Err(ErrorKind::Paused)));
+        say(&store, "a").await;
+        assert!(owned.next().await.is_err());
+        store.resume_subscription("s").await.unwrap();
+        assert_eq!(owned.next().await.unwrap().events().len(), 1);
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     });
 }

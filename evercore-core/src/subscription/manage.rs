@@ -97,8 +97,9 @@ impl EventStore {
     /// that wrote no event. It is the live version that counts. A cursor that is moved through a clone of this store is
     /// noticed at once, others within 20 ms.
     ///
-    /// An event that was parked or skipped counts as seen. Where a cursor has only to pass events that its filter leaves out, or that belong to other partitions, it does so up
-    /// to 50 ms after its last move; with several partitions all of them have to come that far.
+    /// An event that was parked or skipped counts as seen. Where a cursor has only to pass events that its filter leaves
+    /// out, or that belong to other partitions, it does so up to 50 ms after its last move; with several partitions all of
+    /// them have to come that far.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -111,7 +112,8 @@ impl EventStore {
     ///
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if it has not come that far in time; [`NotFound`](ErrorKind::NotFound) if
-    /// there is no such subscription (yet: see [`declare`](super::Subscription::declare)); [`InvalidName`](ErrorKind::InvalidName); what the engine says.
+    /// there is no such subscription (yet: see [`declare`](super::Subscription::declare));
+    /// [`InvalidName`](ErrorKind::InvalidName); what the engine says.
     pub async fn wait_for(&self, receipt: &Receipt, name: impl AsRef<str>, at_most: Duration) -> Result<()> {
         self.wait_for_position(receipt.last, name, at_most).await
     }
@@ -144,9 +146,9 @@ impl EventStore {
     /// Has all owners of a subscription end what they are about and stop; nobody can claim it until it is resumed. Those
     /// who [run](super::Subscription::run) it wait, and go on then.
     ///
-    /// An owner that runs through a clone of this store learns of it at once, others, and those who have
-    /// [claimed](super::Subscription::claim) it, with their next step, at the latest when a third of the lease is over. So
-    /// it is with all calls here. This does not wait for it: an owner may still write when it has returned.
+    /// An owner that works through a clone of this store learns of it at once, others with their next step, at the latest
+    /// when a third of the lease is over. So it is with all calls here. This does not wait for it: an owner may still write
+    /// when it has returned.
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).

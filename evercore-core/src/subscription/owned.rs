@@ -10,6 +10,7 @@ use super::settings::Subscription;
 use super::worker::before_next_claim;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
+use crate::race::{First, race};
 
 impl Subscription {
     /// Claims the first partition that is free and reads from its cursor on. Waits while another owner has it, it is
@@ -31,8 +32,8 @@ impl Subscription {
     /// ```
     ///
     /// # Errors
-    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is not to wait; [`Superseded`](ErrorKind::Superseded) if a newer
-    /// version has taken over; otherwise as [`run`](Self::run).
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is not to wait;
+    /// [`Superseded`](ErrorKind::Superseded) if a newer version has taken over; otherwise as [`run`](Self::run).
     pub async fn claim(&self) -> Result<OwnedSubscription> {
         self.declare().await?;
         let owner = self.new_owner()?;
@@ -77,14 +78,24 @@ impl OwnedSubscription {
         loop {
             self.held.renew_if_due().await?;
             if self.held.is_paused() {
+                // It may have been resumed meanwhile.
+                self.held.look().await?;
+            }
+            if self.held.is_paused() {
                 let message = format!("subscription \"{}\" is paused", self.held.subscription.name());
                 return Err(Error::new(ErrorKind::Paused, message));
             }
             self.held.look_at_parked().await?;
             self.held.build().await?;
             let time: Duration = self.held.subscription.settings.lease / 3;
-            if let Some(delivery) = self.held.next(time).await? {
-                return Ok(delivery);
+            let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
+            match race(self.held.next(time), store.operated().rings_after(heard)).await {
+                First::Left(next) => {
+                    if let Some(delivery) = next? {
+                        return Ok(delivery);
+                    }
+                }
+                First::Right(()) => self.held.look().await?,
             }
             if self.held.has_nothing_out() {
                 self.held.pass_by().await?;
