@@ -473,6 +473,30 @@ fn a_projection_writes_with_the_cursor_or_not_at_all() {
     });
 }
 
+/// The server would take it for a client that has gone; a handler that blocks its thread stops our own clock too.
+#[test]
+fn a_handler_that_waits_for_something_else_for_too_long_has_failed() {
+    block_on(async {
+        for (place, engine) in all(|builder| builder.sql_timeout(Duration::from_millis(300))).await {
+            let table = table(&place);
+            fill(&engine, 3).await;
+            let (id, cursor) = begin(&engine, "idle").await;
+            let step = next(&engine, &cursor, 9).await.unwrap();
+            let sink = engine.projection(move |sql, delivery| {
+                let table = table.clone();
+                Box::pin(async move {
+                    note(sql, &table, delivery.events()).await?;
+                    tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(900)));
+                    Ok(())
+                })
+            });
+            let error = failed(deliver(&sink, &step).await);
+            assert!(error.to_string().contains("took longer"), "{error}");
+            assert_eq!((find(&engine, &id).await, seen(&place)), (cursor, vec![]));
+        }
+    });
+}
+
 #[test]
 fn what_a_handler_sets_does_not_reach_others() {
     block_on(async {

@@ -1,0 +1,110 @@
+//! Inline projections beside operators, other processes and slow handlers.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+mod common;
+mod orders;
+
+use std::time::Duration;
+
+use common::{Place, block_on};
+use evercore_postgres::tokio_postgres::Transaction;
+use evercore_postgres::{
+    BoxError, BoxFuture, ErrorKind, Event, EventStore, Position, Result, StorageEngine, SubscriptionStorage,
+};
+use orders::{all_of, own, place, place_with, positions, up_to};
+
+/// The table in which the projections of these tests write down which events they have seen.
+fn table(place: &Place) -> String {
+    place.psql("CREATE TABLE @seen (position BIGINT NOT NULL)");
+    format!("{}.seen", place.schema)
+}
+
+fn seen(place: &Place) -> Vec<i64> {
+    let text =
+        place.psql("SELECT coalesce(string_agg(position::text, ' ' ORDER BY position), '') FROM @seen");
+    text.split_whitespace().map(|position| position.parse().unwrap()).collect()
+}
+
+/// Tells the compiler for how long its argument lives.
+fn handler<F>(handle: F) -> F
+where
+    F: for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>>
+        + Send
+        + Sync
+        + 'static,
+{
+    handle
+}
+
+/// Writes down which events come, and takes its time.
+fn noting(
+    table: &str,
+    pause: Duration,
+) -> impl for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>>
++ Clone
++ Send
++ Sync
++ 'static {
+    let note = format!("INSERT INTO {table} SELECT unnest($1::bigint[])");
+    handler(move |sql, events| {
+        let note = note.clone();
+        Box::pin(async move {
+            let positions: Vec<i64> = events.iter().map(|event| event.position().get()).collect();
+            sql.execute(&note, &[&positions]).await?;
+            tokio::time::sleep(pause).await;
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn one_that_was_removed_while_the_engine_runs_is_left_alone() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        drop(place.engine().await);
+        let table = table(&place);
+        let with = || place.builder().inline_projection("inline", 1, noting(&table, Duration::ZERO));
+        let engine = with().connect(&place.url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        self::place(&store, "first").await.unwrap();
+        place_with(&engine, "first", own("SELECT 1")).await.unwrap();
+        store.remove_subscription("inline", 1).await.unwrap();
+        self::place(&store, "first").await.unwrap();
+        place_with(&engine, "first", own("SELECT 1")).await.unwrap();
+        assert_eq!((positions(&engine).await, seen(&place)), (up_to(4), up_to(2)));
+        assert!(engine.cursors(None).await.unwrap().cursors.is_empty());
+        // Who connects again begins again.
+        place.psql("TRUNCATE @seen");
+        let again = with().connect(&place.url).await.unwrap();
+        assert_eq!(seen(&place), up_to(4));
+        // And the one that runs goes on with it.
+        self::place(&store, "first").await.unwrap();
+        self::place(&EventStore::new(again), "first").await.unwrap();
+        assert_eq!(seen(&place), up_to(6));
+    });
+}
+
+/// As in a commit alone, so beside SQL of one's own: the server does not take the client for gone.
+#[test]
+fn one_that_waits_for_something_else_for_too_long_is_rejected() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        drop(place.engine().await);
+        let blocking = handler(|_, _| {
+            Box::pin(async {
+                tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(900)));
+                Ok(())
+            })
+        });
+        let with = place.builder().sql_timeout(Duration::from_millis(300));
+        let engine = with.inline_projection("idle", 1, blocking).connect(&place.url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for outcome in [self::place(&store, "a").await, place_with(&engine, "b", own("SELECT 1")).await] {
+            let error = outcome.unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Rejected, "{}", all_of(&error));
+            assert!(error.to_string().contains("took longer"), "{error}");
+        }
+        assert_eq!(engine.head().await.unwrap(), Position::ZERO);
+    });
+}
