@@ -169,7 +169,9 @@ impl Inline {
         let named = lent.is_named();
         let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
         let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
-        // The head first: the names of all events up to there have committed by then.
+        // The cursor before the head: a commit of another process may move it while this waits for it.
+        store.in_time(subscriptions::hold(store, sender, &self.id, false, None)).await?;
+        // The head before the names: those of all events up to there have committed by then.
         let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
         let (head, table) = store.in_time(read).await?;
         let has_more = self.take_page(store, sender, &transaction, &table, head).await?;

@@ -5,6 +5,8 @@
 mod common;
 mod orders;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{Place, block_on};
@@ -106,5 +108,39 @@ fn one_that_waits_for_something_else_for_too_long_is_rejected() {
             assert!(error.to_string().contains("took longer"), "{error}");
         }
         assert_eq!(engine.head().await.unwrap(), Position::ZERO);
+    });
+}
+
+#[test]
+fn one_may_connect_while_others_commit() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        drop(place.engine().await);
+        let table = table(&place);
+        let with = || {
+            let noting = noting(&table, Duration::from_millis(10));
+            place.builder().inline_projection("inline", 1, noting)
+        };
+        let engine = with().connect(&place.url).await.unwrap();
+        let is_done = Arc::new(AtomicBool::new(false));
+        let writers = (0..3).map(|writer| {
+            let (store, is_done) = (EventStore::new(engine.clone()), Arc::clone(&is_done));
+            tokio::spawn(async move {
+                while !is_done.load(Ordering::Acquire) {
+                    self::place(&store, &format!("order {writer}")).await.unwrap();
+                }
+            })
+        });
+        let writers: Vec<_> = writers.collect();
+        for _ in 0..20 {
+            let other = with().connect(&place.url).await.unwrap_or_else(|error| panic!("{}", all_of(&error)));
+            self::place(&EventStore::new(other), "other").await.unwrap();
+        }
+        is_done.store(true, Ordering::Release);
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        let log = positions(&engine).await;
+        assert_eq!(seen(&place), log);
     });
 }
