@@ -111,8 +111,10 @@ fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
         | SqlState::ADMIN_SHUTDOWN
         | SqlState::CRASH_SHUTDOWN
         | SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is busy or restarting"),
-        // So says PgBouncer to settings for a session.
-        SqlState::PROTOCOL_VIOLATION => (ErrorKind::Backend, UNTOLD_POOLER),
+        SqlState::PROTOCOL_VIOLATION if error.as_db_error().is_some_and(is_of_pooler) => {
+            (ErrorKind::Unavailable, "the pooler in between does not reach the server, or refused")
+        }
+        SqlState::PROTOCOL_VIOLATION => (ErrorKind::Backend, "PostgreSQL refused"),
         _ => match code.code().get(..2) {
             Some("08" | "53" | "57") => {
                 (ErrorKind::Unavailable, "the server is out of reach or of resources")
@@ -180,6 +182,20 @@ fn spoken(error: &PostgresError) -> Option<&DbError> {
         PostgresError::Pool(PoolError::Backend(error)) => error.as_db_error(),
         _ => None,
     }
+}
+
+/// PgBouncer has one code for all that it says itself: that the server is away, that a client has waited for too long, and
+/// that it takes no settings for a session. A server tells the severity in English too, PgBouncer does not.
+fn is_of_pooler(spoken: &DbError) -> bool {
+    *spoken.code() == SqlState::PROTOCOL_VIOLATION && spoken.parsed_severity().is_none()
+}
+
+/// Why the first connection cannot be had: a pooler that nobody told of refuses the settings of our sessions.
+pub(crate) fn at_first(error: PostgresError, has_sessions: bool) -> Error {
+    if has_sessions && spoken(&error).is_some_and(is_of_pooler) {
+        return Error::new(ErrorKind::Backend, UNTOLD_POOLER).with_source(error);
+    }
+    error.into()
 }
 
 /// Whether a statement that failed so has left nothing behind, for sure: the server said ERROR and goes on. What ends

@@ -7,7 +7,7 @@ use refinery_core::traits::r#async::{AsyncQuery, AsyncTransaction};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, GenericClient, IsolationLevel, Row, Transaction};
 
-use crate::error::{Result, UNTOLD_POOLER};
+use crate::error::{Result, UNTOLD_POOLER, at_first};
 use crate::pool::Lent;
 use crate::store::{Store, not_a_store};
 
@@ -36,7 +36,8 @@ enum Found {
 
 /// Sees to it that there is a store of the version that this library knows.
 pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
-    let lent = Lent::to_read(store).await?;
+    let has_sessions = store.settings.has_sessions();
+    let lent = Lent::to_read(store).await.map_err(|error| at_first(error, has_sessions))?;
     let outcome = store.in_time(async { look(store, lent.sender()?.client).await }).await;
     let found = lent.after(outcome)?;
     let may_migrate = store.settings.migrate && !store.settings.read_only;

@@ -5,7 +5,7 @@
 mod common;
 mod orders;
 
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use common::{Place, block_on};
@@ -13,7 +13,9 @@ use evercore_postgres::{
     CommandId, ErrorKind, EventStore, Filter, LogQuery, PageLimit, Position, PostgresEngine, StorageEngine,
 };
 use evercore_testkit::postgres::{PgBouncer, Server};
-use orders::{Order, OrderEvent, all_of, closure, noted, own, place, place_with, positions, skipped, up_to};
+use orders::{
+    Order, OrderEvent, all_of, closure, noted, own, place, place_with, positions, skipped, soon, up_to,
+};
 
 /// A server, and a pooler with so few connections to it that clients share them.
 struct Pooled {
@@ -176,5 +178,53 @@ fn a_pooler_that_nobody_told_of_is_found_out_at_connect() {
                 assert!(error.to_string().contains("Builder::pooler"), "{error}");
             }
         }
+    });
+}
+
+/// PgBouncer says all that it says itself with the code by which it refuses settings of a session.
+#[test]
+fn a_server_that_restarts_behind_a_pooler_is_waited_for() {
+    block_on(async {
+        let settings = [("default_pool_size", "3"), ("server_login_retry", "1"), ("query_wait_timeout", "2")];
+        let Some(pooled) = start(&settings) else { return };
+        let at = Place::on(pooled.pooler.url());
+        let engine = engine(&at).await;
+        let store = EventStore::new(engine.clone());
+        place(&store, "first").await.unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let running = tokio::spawn({
+            let (seen, subscription) = (
+                Arc::clone(&seen),
+                store.subscription("news").unwrap().with_lease(Duration::from_millis(600)),
+            );
+            async move {
+                let shutdown = async { drop(stopped.await) };
+                subscription
+                    .run(shutdown, move |event| {
+                        seen.lock().unwrap().push(event.position().get());
+                        async { Ok(()) }
+                    })
+                    .await
+            }
+        });
+        let saw = |count: i64| {
+            let seen = Arc::clone(&seen);
+            async move { seen.lock().unwrap().contains(&count) }
+        };
+        soon("the first comes", || saw(1)).await;
+        pooled.server.stop().unwrap();
+        let end = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < end {
+            let error = engine.head().await.unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Unavailable, "{}", all_of(&error));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        pooled.server.start_again().unwrap();
+        soon("it answers again", async || place(&store, "first").await.is_ok()).await;
+        assert!(!running.is_finished(), "{:?}", running.await);
+        soon("the next comes", || saw(2)).await;
+        stop.send(()).unwrap();
+        running.await.unwrap().unwrap();
     });
 }
