@@ -27,6 +27,9 @@ use crate::wait;
 const AS_IT_COMES: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable_bitmapscan TO DEFAULT; \
      SET LOCAL plan_cache_mode TO DEFAULT; SET LOCAL jit TO DEFAULT";
 
+/// As the session began; RESET ALL leaves out who one is.
+const BACK: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL";
+
 /// A transaction that was ended and begun again has another time.
 const WHICH: &str = "SELECT (extract(epoch FROM transaction_timestamp()) * 1000000)::bigint";
 
@@ -323,7 +326,7 @@ pub(crate) async fn open<'c>(
 /// What the user's SQL has set goes back to what it was, also for those who get the connection next: what was set without
 /// LOCAL would stay. On other people's connections, settings are other people's.
 fn settings_for_the_commit(settings: &Settings) -> String {
-    if settings.has_sessions() { "RESET ALL".to_owned() } else { set_local(settings) }
+    if settings.has_sessions() { BACK.to_owned() } else { set_local(settings) }
 }
 
 fn settings_for_own_sql(settings: &Settings) -> String {

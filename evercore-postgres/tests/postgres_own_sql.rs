@@ -538,6 +538,24 @@ fn what_the_sql_sets_for_its_session_does_not_reach_others() {
     });
 }
 
+/// RESET ALL leaves the role as it is.
+#[test]
+fn a_role_that_the_sql_takes_is_not_that_of_the_commit_nor_of_others() {
+    block_on(async {
+        let Some(shop) = Shop::with(|builder| builder.pool_size(2)).await else { return };
+        for set in ["SET ROLE pg_monitor", "SET SESSION AUTHORIZATION pg_monitor"] {
+            let outcome = shop.place("second", own(set)).await;
+            outcome.unwrap_or_else(|error| panic!("{set}: {}", all_of(&error)));
+            let clients = (shop.engine.pool().get().await.unwrap(), shop.engine.pool().get().await.unwrap());
+            for client in [clients.0, clients.1] {
+                let user = "SELECT session_user || ' ' || current_user || ' ' || current_setting('role')";
+                let user: String = client.query_one(user, &[]).await.unwrap().get(0);
+                assert_eq!(user, "evercore evercore none", "{set}");
+            }
+        }
+    });
+}
+
 #[test]
 fn a_dropped_call_is_carried_through_whole_or_not_at_all() {
     block_on(async {
