@@ -181,6 +181,7 @@ impl SubscriptionSql {
     }
 }
 
+/// All of it in tasks: whoever asks and is then not polled keeps no connection from others.
 impl SubscriptionStorage for PostgresEngine {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, CoreResult<Option<Cursor>>> {
         Box::pin(async move {
@@ -192,9 +193,8 @@ impl SubscriptionStorage for PostgresEngine {
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, CoreResult<Cursors>> {
         Box::pin(async move {
-            let lent = Lent::to_read(self.store()).await?;
-            let outcome = self.store().in_time(cursors_on(self.store(), &lent, of)).await;
-            Ok(lent.after(outcome)?)
+            let (store, of) = (Arc::clone(self.store()), of.cloned());
+            Ok(in_task(async move { self::cursors(&store, of.as_ref()).await }).await??)
         })
     }
 
@@ -205,11 +205,16 @@ impl SubscriptionStorage for PostgresEngine {
         limit: usize,
     ) -> BoxFuture<'a, CoreResult<Vec<Parked>>> {
         Box::pin(async move {
-            let lent = Lent::to_read(self.store()).await?;
-            let outcome = self.store().in_time(parked_on(self.store(), &lent, id, after, limit)).await;
-            Ok(lent.after(outcome)?)
+            let (store, id) = (Arc::clone(self.store()), id.clone());
+            Ok(in_task(async move { self::parked(&store, &id, after, limit).await }).await??)
         })
     }
+}
+
+async fn cursors(store: &Store, of: Option<&SubscriptionName>) -> Result<Cursors> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(cursors_on(store, &lent, of)).await;
+    lent.after(outcome)
 }
 
 async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -> Result<Cursors> {
@@ -221,6 +226,12 @@ async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -
     let (rows, now) = zip(list.rows(values), now.rows(&[])).await;
     let cursors = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
     Ok(Cursors { cursors, now: time_of(&now?)? })
+}
+
+async fn parked(store: &Store, id: &CursorId, after: Position, limit: usize) -> Result<Vec<Parked>> {
+    let lent = Lent::to_read(store).await?;
+    let outcome = store.in_time(parked_on(store, &lent, id, after, limit)).await;
+    lent.after(outcome)
 }
 
 async fn parked_on(

@@ -18,6 +18,7 @@ use crate::log;
 use crate::pool::Lent;
 use crate::sql::{Schema, Sql};
 use crate::store::Store;
+use crate::task::in_task;
 
 /// How often to look although notifications come: one may have been lost with the process that owed it.
 const FALLBACK: Duration = Duration::from_secs(1);
@@ -97,7 +98,9 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
     }
     let until = Instant::now() + at_most.min(FOREVER);
     let _waiting = Waiting::new(store);
-    log::head(store).await?;
+    // In a task: who waits may not be polled for long, and must not keep the connection.
+    let looking = Arc::clone(store);
+    in_task(async move { log::head(&looking).await }).await??;
     loop {
         store.check_open()?;
         let head = Position::new(*seen.borrow_and_update()).unwrap_or_default();

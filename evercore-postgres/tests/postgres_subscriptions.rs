@@ -497,6 +497,35 @@ fn a_handler_that_waits_for_something_else_for_too_long_has_failed() {
     });
 }
 
+/// A future that was begun and is not polled must not keep a connection from others.
+#[test]
+fn whoever_waits_for_events_and_is_not_polled_holds_up_nobody() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        let engine = place.builder().pool_size(2).connect(&place.url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for polls in 1..12 {
+            let mut owned = Vec::new();
+            for name in ["one", "two"] {
+                owned.push(store.subscription(format!("{name} {polls}")).unwrap().claim().await.unwrap());
+            }
+            let mut resting: Vec<_> = owned.iter_mut().map(|owned| Box::pin(owned.next())).collect();
+            for _ in 0..polls {
+                for next in &mut resting {
+                    assert!(poll_at_most(1, next).await.is_none());
+                }
+                tokio::time::sleep(Duration::from_millis(3)).await;
+            }
+            for next in &mut resting {
+                assert!(poll_at_most(1, next).await.is_none());
+            }
+            let began = Instant::now();
+            engine.head().await.unwrap_or_else(|error| panic!("{polls} polls: {}", all_of(&error)));
+            assert!(began.elapsed() < Duration::from_secs(1), "{polls} polls");
+        }
+    });
+}
+
 #[test]
 fn what_a_handler_sets_does_not_reach_others() {
     block_on(async {
