@@ -205,8 +205,8 @@ impl Inline {
         cursor.position = last.position();
         let handled = run_within(store, sender, &self.what(), || self.handle(transaction, &events)).await;
         if let Err(fault) = handled {
-            // Where the connection is gone the handler is not to blame.
-            store.in_time(async { Ok(sender.client.batch_execute("ROLLBACK").await?) }).await?;
+            let ended = store.in_time(async { Ok(sender.client.batch_execute("ROLLBACK").await?) }).await;
+            fault.unless_late(ended)?;
             return Err(self.failed(fault));
         }
         store.in_time(Writes::put(store, &cursor).send(sender)).await?;
@@ -228,7 +228,7 @@ impl Inline {
     fn failed(&self, fault: Fault) -> PostgresError {
         let source = match fault {
             Fault::SaidNo(source) => source,
-            Fault::Other(error) => return error.into(),
+            Fault::TooLong(error) | Fault::Other(error) => return error.into(),
         };
         match source.downcast::<tokio_postgres::Error>() {
             Ok(error) => match PostgresError::from(*error) {

@@ -241,6 +241,8 @@ const WHAT: &str = "the SQL beside the commit";
 pub(crate) enum Fault {
     /// It said no, in time.
     SaidNo(BoxError),
+    /// It took too long; the server may have ended the session for that.
+    TooLong(Error),
     /// Anything else.
     Other(Error),
 }
@@ -249,8 +251,14 @@ impl Fault {
     pub(crate) fn into_error(self, what: &str) -> Error {
         match self {
             Self::SaidNo(source) => rejected(what, "said no").with_source(source),
-            Self::Other(error) => error,
+            Self::TooLong(error) | Self::Other(error) => error,
         }
+    }
+
+    /// How the end of the transaction went, where that matters: with a connection that is gone the handler is not to blame,
+    /// unless it took too long.
+    pub(crate) fn unless_late<T>(&self, ended: Result<T>) -> Result<()> {
+        if matches!(self, Self::TooLong(_)) { Ok(()) } else { ended.map(drop) }
     }
 }
 
@@ -292,8 +300,8 @@ async fn run<'t>(
     let too_long = || rejected(what, &format!("took longer than {at_most:?}"));
     match outcome {
         Ok(Err(source)) if !is_late => return Err(Fault::SaidNo(source)),
-        Ok(Err(source)) => return Err(Fault::Other(too_long().with_source(source))),
-        _ if is_late => return Err(Fault::Other(too_long())),
+        Ok(Err(source)) => return Err(Fault::TooLong(too_long().with_source(source))),
+        _ if is_late => return Err(Fault::TooLong(too_long())),
         _ => {}
     }
     match store.in_time(which()).await {
@@ -331,12 +339,5 @@ fn settings_for_the_commit(settings: &Settings) -> String {
 
 fn settings_for_own_sql(settings: &Settings) -> String {
     let timeout = settings.sql_timeout.as_millis();
-    // The server must not end the session of one who waits for something else before we can say that it took too long.
-    let idle = settings.sql_timeout.saturating_mul(2).saturating_add(settings.statement_timeout).as_millis();
-    format!(
-        "{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}; \
-         SET LOCAL idle_in_transaction_session_timeout = {}",
-        set_local(settings),
-        idle.min(i32::MAX as u128)
-    )
+    format!("{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}", set_local(settings))
 }

@@ -115,8 +115,8 @@ async fn together(
         Err(_) => Ok(()),
     };
     if moved.is_err() || handled.is_err() {
-        // Where the connection is gone the handler is not to blame.
-        store.in_time(async { Ok(transaction.rollback().await?) }).await?;
+        let ended = store.in_time(async { Ok(transaction.rollback().await?) }).await;
+        handled.as_ref().err().map_or(Ok(()), |fault| fault.unless_late(ended))?;
     } else {
         match store.in_time(async { Ok(transaction.commit().await?) }).await {
             Ok(()) => {}
@@ -131,6 +131,7 @@ async fn together(
     Ok(match handled {
         Ok(()) => cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced),
         Err(Fault::SaidNo(error)) => failed(error),
+        Err(Fault::TooLong(error)) => failed(error),
         Err(Fault::Other(error)) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
             failed(error)
         }

@@ -7,7 +7,7 @@ mod orders;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Place, block_on};
 use evercore_postgres::tokio_postgres::Transaction;
@@ -108,6 +108,39 @@ fn one_that_waits_for_something_else_for_too_long_is_rejected() {
             assert!(error.to_string().contains("took longer"), "{error}");
         }
         assert_eq!(engine.head().await.unwrap(), Position::ZERO);
+    });
+}
+
+/// It holds the log: a process that stands still there must not stop all others for longer than they wait.
+#[test]
+fn one_that_stands_still_does_not_stop_the_commits_of_others() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        let with = || {
+            let with = place.builder().sql_timeout(Duration::from_millis(500));
+            with.statement_timeout(Duration::from_secs(2))
+        };
+        let plain = with().connect(&place.url).await.unwrap();
+        let is_first = AtomicBool::new(true);
+        let standing = handler(move |_, _| {
+            let is_first = is_first.swap(false, Ordering::AcqRel);
+            Box::pin(async move {
+                if is_first {
+                    tokio::task::block_in_place(|| std::thread::sleep(Duration::from_secs(4)));
+                }
+                Ok(())
+            })
+        });
+        let engine = with().inline_projection("still", 1, standing).connect(&place.url).await.unwrap();
+        let still = tokio::spawn(async move { self::place(&EventStore::new(engine), "still").await });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let began = Instant::now();
+        let outcome = self::place(&EventStore::new(plain.clone()), "plain").await;
+        outcome.unwrap_or_else(|error| panic!("{}", all_of(&error)));
+        assert!(began.elapsed() < Duration::from_millis(1_900), "{:?}", began.elapsed());
+        let error = still.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Rejected, "{}", all_of(&error));
+        assert_eq!(positions(&plain).await, [1]);
     });
 }
 
