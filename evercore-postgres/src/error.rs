@@ -218,7 +218,10 @@ pub(crate) fn is_ours(error: &PostgresError) -> bool {
 
 /// Whether the server undid a transaction for a reason that passes by itself.
 pub(crate) fn passes(error: &PostgresError) -> bool {
-    spoken(error).is_some_and(|spoken| {
-        [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(spoken.code())
-    })
+    spoken(error).is_some_and(|spoken| undoes(spoken.code()))
+}
+
+/// Whether the server says so when transactions met each other.
+pub(crate) fn undoes(code: &SqlState) -> bool {
+    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code)
 }

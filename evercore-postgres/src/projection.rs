@@ -7,7 +7,7 @@ use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, 
 use tokio_postgres::Transaction;
 
 use crate::engine::PostgresEngine;
-use crate::error::{Result, is_rolled_back, outcome_unknown};
+use crate::error::{Result, is_rolled_back, outcome_unknown, undoes};
 use crate::own_sql::{Fault, open, rejected, run_within};
 use crate::pool::Lent;
 use crate::sql::Sender;
@@ -17,6 +17,9 @@ use crate::task::in_task;
 
 /// What the errors of this room are about.
 const WHAT: &str = "the projection";
+
+/// How often a handler runs at most that meets other transactions in a deadlock.
+const ATTEMPTS: usize = 3;
 
 type Handle =
     dyn for<'t> Fn(&'t Transaction<'t>, &'t Delivery) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
@@ -86,16 +89,34 @@ impl fmt::Debug for Projection {
     }
 }
 
+/// What the server undid because another transaction wanted the same rows is no failure of the handler's, which may be
+/// counted against the event: it runs again.
 async fn fly(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
+    let step = Step::Advance(advance);
+    for _ in 1..ATTEMPTS {
+        match fly_once(store, handle, delivery, &step).await? {
+            Outcome::Failed { error, .. } if was_undone(&error) => {}
+            outcome => return Ok(outcome),
+        }
+    }
+    fly_once(store, handle, delivery, &step).await
+}
+
+async fn fly_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
     store.check_writable()?;
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
-    let outcome = together(store, &mut lent, handle, delivery, &Step::Advance(advance)).await?;
+    let outcome = together(store, &mut lent, handle, delivery, step).await?;
     // After anything else the connection may not be what it was.
     if matches!(outcome, Outcome::Advanced(_)) {
         lent.put_back();
     }
     Ok(outcome)
+}
+
+fn was_undone(error: &BoxError) -> bool {
+    let code = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+    code.is_some_and(undoes)
 }
 
 /// The whole transaction: the cursor, what the handler writes, and the commit.

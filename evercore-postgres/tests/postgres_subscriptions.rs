@@ -497,6 +497,45 @@ fn a_handler_that_waits_for_something_else_for_too_long_has_failed() {
     });
 }
 
+/// Each has a row that the other wants.
+#[test]
+fn a_deadlock_of_two_projections_is_no_failure_of_a_handler() {
+    block_on(async {
+        for (place, engine) in all(|builder| builder).await {
+            let table = table(&place);
+            place.psql(
+                "CREATE TABLE @rows (id INT PRIMARY KEY, n INT); INSERT INTO @rows VALUES (1, 0), (2, 0)",
+            );
+            fill(&engine, 3).await;
+            let mut delivering = Vec::new();
+            for (name, first) in [("one", 1), ("two", 2)] {
+                let (_, cursor) = begin(&engine, name).await;
+                let step = next(&engine, &cursor, 9).await.unwrap();
+                let (table, rows) = (table.clone(), format!("{}.rows", place.schema));
+                let sink = engine.projection(move |sql, delivery| {
+                    let (table, rows) = (table.clone(), rows.clone());
+                    Box::pin(async move {
+                        note(sql, &table, delivery.events()).await?;
+                        for id in [first, 3 - first] {
+                            let add =
+                                format!("UPDATE {rows} SET n = n + 1 WHERE id = {id}; SELECT pg_sleep(0.2)");
+                            sql.batch_execute(&add).await?;
+                        }
+                        Ok(())
+                    })
+                });
+                delivering.push(tokio::spawn(async move { sink.deliver(&step.0, &step.1).await }));
+            }
+            for delivering in delivering {
+                let outcome = delivering.await.unwrap();
+                assert!(matches!(outcome, Outcome::Advanced(_)), "{outcome:?}");
+            }
+            assert_eq!(seen(&place), [1, 1, 2, 2, 3, 3]);
+            assert_eq!(place.psql("SELECT sum(n) FROM @rows"), "4");
+        }
+    });
+}
+
 /// A future that was begun and is not polled must not keep a connection from others.
 #[test]
 fn whoever_waits_for_events_and_is_not_polled_holds_up_nobody() {
