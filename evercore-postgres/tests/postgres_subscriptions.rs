@@ -292,6 +292,70 @@ fn an_old_lease_cannot_move_the_cursor() {
     });
 }
 
+/// The plain move is one statement; it leaves the cursor as the long way would, which is the rule of all engines.
+#[test]
+fn a_move_in_one_statement_is_the_step_of_all_engines() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        let engine = place.engine().await;
+        let id = id("moved");
+        declare(&engine, &id).await;
+        let mut random = fastrand::Rng::with_seed(1);
+        let (mut moved, mut refused) = (0, 0);
+        for round in 0..1_000 {
+            let of = |random: &mut fastrand::Rng, from: &[&str]| from[random.usize(0..from.len())].to_owned();
+            let mut set = vec![
+                format!("position = {}, epoch = {}", random.i64(2..4), random.i64(1..3)),
+                format!("owner = {}", of(&mut random, &["'me'", "'me'", "'you'", "NULL"])),
+                format!(
+                    "expires_at = {}",
+                    of(&mut random, &["0", "-62135596800000000", "253402300799999999"])
+                ),
+                format!("wanted_by = {}", of(&mut random, &["'you'", "NULL"])),
+                format!("wanted_until = {}", of(&mut random, &["0", "253402300799999999"])),
+                format!("live_from = {}", of(&mut random, &["0", "3", "NULL"])),
+                format!("status = {}", of(&mut random, &["0", "0", "1", "2"])),
+                format!("parked_changes = {}", of(&mut random, &["0", "7"])),
+            ];
+            set.push(match of(&mut random, &["", "2", "3", "4", "5", "6"]).as_str() {
+                "" => "failed_position = NULL, failed_attempts = NULL, failed_error = NULL".to_owned(),
+                at => format!("failed_position = {at}, failed_attempts = 5, failed_error = 'no'"),
+            });
+            let client = engine.pool().get().await.unwrap();
+            let sql = format!("UPDATE {}.cursors SET {}", place.schema, set.join(", "));
+            client.batch_execute(&sql).await.unwrap();
+            drop(client);
+            let before = engine.cursors(None).await.unwrap();
+            let lease = Lease { owner: owner("me"), epoch: random.i64(1..3) };
+            let (from, to) = (at(random.i64(2..4)), at(random.i64(2..7)));
+            let time = [TIME, Duration::ZERO, Duration::from_micros(u64::MAX / 4), Duration::MAX];
+            let time = time[random.usize(0..4)];
+            let step = Step::Advance(Advance::new(lease, from, to, time));
+            let expected = step.take(&id, Some(before.cursors[0].clone()), before.now);
+            let stepped = engine.step(&id, &step).await;
+            let now = engine.cursors(None).await.unwrap();
+            match (expected, stepped) {
+                (Ok(taken), Ok(cursor)) => {
+                    let (mut expected, cursor) = (taken.cursor.unwrap(), cursor.unwrap());
+                    assert!(expected.expires_at <= cursor.expires_at, "round {round}");
+                    assert!(cursor.expires_at <= now.now.plus(time), "round {round}");
+                    expected.expires_at = cursor.expires_at;
+                    assert_eq!((&expected, &now.cursors[0]), (&cursor, &cursor), "round {round}");
+                    moved += 1;
+                }
+                (Err(expected), Err(error)) => {
+                    assert_eq!(expected.kind(), error.kind(), "round {round}");
+                    assert_eq!(now.cursors, before.cursors, "round {round}");
+                    refused += 1;
+                }
+                (expected, stepped) => panic!("round {round}: {expected:?}, {stepped:?}"),
+            }
+        }
+        println!("{moved} moved, {refused} refused");
+        assert!(moved > 50 && refused > 50, "{moved} {refused}");
+    });
+}
+
 #[test]
 fn the_cursor_and_its_parked_events_are_written_together_or_not_at_all() {
     block_on(async {
