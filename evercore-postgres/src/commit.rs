@@ -15,7 +15,7 @@ use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 
 use crate::check::{Checked, Command, Known, Questions};
-use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back};
+use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, takes_no_writes};
 use crate::names::{self, stored};
 use crate::pool::Lent;
 use crate::sql::{Schema, Sender, Sql, begin};
@@ -110,7 +110,7 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
     let columns = writing.columns();
     let written = store.in_time(ready.write(&store.settings, &columns.values())).await;
     let is_known = written.as_ref().err().is_none_or(is_rolled_back);
-    if is_known {
+    if is_known && !written.as_ref().is_err_and(takes_no_writes) {
         lent.put_back();
     }
     match written {

@@ -205,6 +205,11 @@ pub(crate) fn is_rolled_back(error: &PostgresError) -> bool {
     matches!(error, PostgresError::Postgres(_)) && spoken(error).is_some_and(ended_well)
 }
 
+/// Whether the session takes no writes. Another may, once the host is what it should be, so this one is given up.
+pub(crate) fn takes_no_writes(error: &PostgresError) -> bool {
+    spoken(error).is_some_and(|spoken| *spoken.code() == SqlState::READ_ONLY_SQL_TRANSACTION)
+}
+
 /// Whether the statement met one of the store's own constraints, which calls for a look. Matched by prefix: a
 /// distributed PostgreSQL adds the number of a shard to the name.
 pub(crate) fn is_ours(error: &PostgresError) -> bool {

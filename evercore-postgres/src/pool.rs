@@ -7,7 +7,7 @@ use std::time::Duration;
 use deadpool_postgres::{ClientWrapper, Object, PoolError};
 use evercore_core::{Error, ErrorKind};
 
-use crate::error::{PostgresError, Result, closed, is_rolled_back};
+use crate::error::{PostgresError, Result, closed, is_rolled_back, takes_no_writes};
 use crate::sql::Sender;
 use crate::store::Store;
 
@@ -68,7 +68,7 @@ impl Lent {
     /// Gives it back after a read, unless that tells that it is of no use any more.
     pub(crate) fn after<T>(self, outcome: Result<T>) -> Result<T> {
         match &outcome {
-            Err(PostgresError::Postgres(_)) if outcome.as_ref().is_err_and(is_rolled_back) => {}
+            Err(error) if is_rolled_back(error) && !takes_no_writes(error) => {}
             Err(PostgresError::Postgres(_) | PostgresError::Silent(_)) => self.spoil(),
             _ => {}
         }

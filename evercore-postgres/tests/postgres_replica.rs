@@ -180,6 +180,27 @@ fn who_connects_to_a_standby_to_write_is_told_so() {
     });
 }
 
+/// A session keeps to what it was told when it began: as one to a host that was the primary before, or is not yet.
+#[test]
+fn sessions_that_take_no_writes_are_given_up() {
+    block_on(async {
+        let Some(server) = Server::builder().start_or_skip() else { return };
+        let at = Place::on(server.url());
+        place(&EventStore::new(at.engine().await), "first").await.unwrap();
+        let set = |to| format!("ALTER DATABASE postgres SET default_transaction_read_only = {to}");
+        server.psql("template1", &set("on")).unwrap();
+        let engine = at.builder().pool_size(2).connect(&at.url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for _ in 0..3 {
+            assert_eq!(kind(place(&store, "first").await), ErrorKind::ReadOnly);
+            assert_eq!(kind(engine.reserve(1).await), ErrorKind::ReadOnly);
+        }
+        server.psql("template1", &set("off")).unwrap();
+        soon("it takes writes again", async || place(&store, "first").await.is_ok()).await;
+        assert_eq!(positions(&engine).await, [1, 2]);
+    });
+}
+
 /// Tries until it goes through: what fails on the way is what one may try again.
 async fn place_at_last(store: &EventStore, key: &str) {
     soon("commits go through again", async || match place(store, key).await {
