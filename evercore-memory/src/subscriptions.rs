@@ -16,7 +16,7 @@ impl State {
 
     /// What a step comes to; nothing is changed yet.
     pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
-        step.take(id, self.cursors.get(id).cloned(), Timestamp::now())
+        step.take(id, self.cursors.get(id).cloned(), Timestamp::now(), self.head())
     }
 
     pub(crate) fn put(&mut self, id: &CursorId, taken: Taken) -> Option<Cursor> {

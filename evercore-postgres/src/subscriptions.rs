@@ -60,7 +60,13 @@ const HOLD_IF_FREE: &str =
     concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE SKIP LOCKED");
 
 /// A statement behind the lock: within one, the clock may be read before the wait.
-const LOOK: &str = concat!("SELECT ", server_time!(), ", EXISTS (SELECT FROM @cursors", this_cursor!(), ")");
+const LOOK: &str = concat!(
+    "SELECT ",
+    server_time!(),
+    ", EXISTS (SELECT FROM @cursors",
+    this_cursor!(),
+    "), (SELECT l.position FROM @log_end l WHERE l.one = 1)"
+);
 
 /// Waits for one who makes the same cursor, and then leaves it alone.
 const MAKE: &str = concat!(
@@ -88,7 +94,8 @@ const ADVANCE: &str = concat!(
          failed_attempts = CASE WHEN failed_position > $7 THEN failed_attempts END,
          failed_error = CASE WHEN failed_position > $7 THEN failed_error END",
     this_cursor!(),
-    " AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6 RETURNING ",
+    " AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
+         AND $7 <= (SELECT l.position FROM @log_end l WHERE l.one = 1) RETURNING ",
     cursor_columns!()
 );
 
@@ -317,7 +324,7 @@ async fn step_once(store: &Store, id: &CursorId, step: &Step) -> Result<Stepped>
         return roll_back(store, lent, Ok(Stepped::Held)).await;
     }
     let writes = step
-        .take(id, held.cursor.clone(), held.now)
+        .take(id, held.cursor.clone(), held.now, held.head)
         .map(|taken| (Writes::of(store, id, &held, &taken), taken));
     let (writes, taken) = match writes {
         Ok((writes, taken)) if !writes.0.is_empty() => (writes, taken),
@@ -352,7 +359,7 @@ pub(crate) async fn step_within(
     if held.is_held_by_another(step) {
         return Err(Error::already_owned(id).into());
     }
-    let taken = step.take(id, held.cursor.clone(), held.now)?;
+    let taken = step.take(id, held.cursor.clone(), held.now, held.head)?;
     Writes::of(store, id, &held, &taken).send(sender).await?;
     Ok(taken.cursor)
 }
@@ -363,6 +370,7 @@ pub(crate) struct Held {
     /// Whether there is one, be it in other hands.
     is_there: bool,
     now: Timestamp,
+    head: Position,
 }
 
 impl Held {
@@ -394,8 +402,9 @@ pub(crate) async fn hold(
     begun?;
     let cursor = rows?.first().map(read_cursor).transpose()?;
     let looked = looked?;
-    let is_there = looked.first().map(|row| row.try_get(1)).transpose()?.unwrap_or(false);
-    Ok(Held { cursor, is_there, now: time_of(&looked)? })
+    let looked = looked.first().ok_or_else(|| damaged("the server's clock is missing"))?;
+    let head = Position::new(looked.try_get(2)?).map_err(damaged)?;
+    Ok(Held { cursor, is_there: looked.try_get(1)?, now: time(looked, 0)?, head })
 }
 
 /// What a step writes: statements with their values, the cursor's first.

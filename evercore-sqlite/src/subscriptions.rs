@@ -2,11 +2,12 @@
 
 use evercore_core::{
     AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Failure, OwnerId, Parked, ParkedChange,
-    Position, Result, Step, SubscriptionName, SubscriptionStorage, Timestamp,
+    Position, Result, Step, SubscriptionName, SubscriptionStorage, Taken, Timestamp,
 };
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
 
+use crate::commit::Head;
 use crate::engine::SqliteEngine;
 use crate::error::{self, damaged};
 
@@ -62,9 +63,8 @@ impl SubscriptionStorage for SqliteEngine {
         self.run(move |store| {
             // A claim in vain shall neither wait for the writer nor keep it from others.
             if step.is_claim() && !store.settings.read_only {
-                store.read(|connection| {
-                    Ok(step.take(&id, cursor(connection, &id)?, Timestamp::now()).map(drop)?)
-                })?;
+                store
+                    .read(|connection| outcome(connection, &id, &step, cursor(connection, &id)?).map(drop))?;
             }
             store.write(|connection| take(connection, &id, &step))
         })
@@ -106,7 +106,7 @@ impl SubscriptionStorage for SqliteEngine {
 /// and then there is nothing to flush.
 pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> error::Result<Option<Cursor>> {
     let before = cursor(connection, id)?;
-    let taken = step.take(id, before.clone(), Timestamp::now())?;
+    let taken = outcome(connection, id, step, before.clone())?;
     if taken.cursor != before {
         match &taken.cursor {
             Some(cursor) => put(connection, cursor)?,
@@ -117,6 +117,16 @@ pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> error
         change_parked(connection, id, change)?;
     }
     Ok(taken.cursor)
+}
+
+/// What comes of it, not yet written.
+fn outcome(
+    connection: &Connection,
+    id: &CursorId,
+    step: &Step,
+    before: Option<Cursor>,
+) -> error::Result<Taken> {
+    Ok(step.take(id, before, Timestamp::now(), Head::read(connection)?.position)?)
 }
 
 fn key(id: &CursorId) -> (&str, u32, u32) {

@@ -92,6 +92,8 @@ pub enum Fault {
     ForgetsRenewals,
     /// A cursor moves from anywhere.
     MovesFromAnywhere,
+    /// A cursor moves past the end of the log.
+    MovesPastTheEnd,
     /// A cursor moves and its parked events are forgotten.
     LosesParkedEvents,
     /// A cursor moves although parked events were changed since its owner looked at them.
@@ -145,6 +147,7 @@ impl Fault {
         Self::GivesLeasesTwice,
         Self::ForgetsRenewals,
         Self::MovesFromAnywhere,
+        Self::MovesPastTheEnd,
         Self::LosesParkedEvents,
         Self::OverlooksOperators,
         Self::ResetsSoftly,
@@ -196,6 +199,9 @@ impl Broken {
             (Step::Advance(advance), Some(known)) => {
                 if let (true, Some(holder)) = (self.has(Fault::IgnoresLeases), holder) {
                     advance.lease = holder;
+                }
+                if self.has(Fault::MovesPastTheEnd) && advance.to > self.inner.head().await? {
+                    return Ok(Some(Cursor { position: advance.to, ..known }));
                 }
                 if self.has(Fault::MovesFromAnywhere) {
                     advance.from = known.position;

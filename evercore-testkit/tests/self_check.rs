@@ -189,6 +189,7 @@ faults! {
         "subscriptions::a_lease_is_renewed_while_the_handler_runs",
     ];
     moves_from_anywhere: MovesFromAnywhere, ["cursors::a_cursor_moves_from_where_it_stands_and_never_back"];
+    moves_past_the_end: MovesPastTheEnd, ["cursors::a_cursor_does_not_move_past_the_end_of_the_log"];
     lost_parked_events: LosesParkedEvents, [
         "cursors::parked_events_are_kept_listed_and_forgotten",
         "cursors::cursors_and_parked_events_survive_reopening",

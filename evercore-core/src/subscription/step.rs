@@ -202,13 +202,21 @@ impl Step {
         Self::Reset { position }
     }
 
-    /// What comes of this step on a cursor that is as given, or is not there, at this time of the engine's clock.
+    /// What comes of this step on a cursor that is as given, or is not there, at this time of the engine's clock, where the
+    /// log ends at `head`.
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost), [`AlreadyOwned`](ErrorKind::AlreadyOwned), [`Paused`](ErrorKind::Paused),
     /// [`Superseded`](ErrorKind::Superseded); [`NotFound`](ErrorKind::NotFound) if there is no such cursor;
+    /// [`CursorAhead`](ErrorKind::CursorAhead) for a move past the end of the log, which has lost its tail since it was read;
     /// [`Invalid`](ErrorKind::Invalid) if it has another number of partitions. Then nothing is written.
-    pub fn take(&self, id: &CursorId, cursor: Option<Cursor>, now: Timestamp) -> Result<Taken> {
+    pub fn take(
+        &self,
+        id: &CursorId,
+        cursor: Option<Cursor>,
+        now: Timestamp,
+        head: Position,
+    ) -> Result<Taken> {
         if let Self::Declare { partitions, position, live_from } = self {
             return declare(id, cursor, (*partitions, *position, *live_from));
         }
@@ -227,7 +235,7 @@ impl Step {
                 cursor.expires_at = now.plus(*time);
             }
             Self::Advance(advance) => {
-                cursor.advance(advance, now)?;
+                cursor.advance(advance, now, head)?;
                 parked.clone_from(&advance.parked);
             }
             Self::Fail { lease, failure, rest } => {
@@ -354,7 +362,7 @@ impl Cursor {
         Ok(())
     }
 
-    fn advance(&mut self, advance: &Advance, now: Timestamp) -> Result<()> {
+    fn advance(&mut self, advance: &Advance, now: Timestamp, head: Position) -> Result<()> {
         self.check(&advance.lease)?;
         if self.position != advance.from || advance.to < advance.from {
             let message = format!("the cursor of subscription \"{}\" stands elsewhere", self.id.subscription);
@@ -364,6 +372,9 @@ impl Cursor {
             let message =
                 format!("parked events of subscription \"{}\" were changed by hand", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
+        }
+        if advance.to > head {
+            return Err(Error::cursor_ahead(advance.to, head));
         }
         self.position = advance.to;
         self.expires_at = now.plus(advance.time);

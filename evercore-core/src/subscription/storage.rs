@@ -18,6 +18,7 @@ pub trait SubscriptionStorage {
     /// * the cursor is read, [the step taken](Step::take) and all of its outcome written, or nothing, in one
     ///   transaction, which no other step on the same cursor crosses;
     /// * the time is the engine's clock, never the caller's;
+    /// * no cursor moves past the end of the log, as it is by then;
     /// * what is acknowledged is durable, as a commit is;
     /// * a claim does not wait for a handler that has the cursor in hand: it is
     ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all and everybody waits;

@@ -61,7 +61,7 @@ pub(crate) fn new_aggregate(id: AggregateId, key: Option<&str>) -> NewAggregate 
 }
 
 /// Makes an aggregate with one event.
-pub(crate) async fn create(engine: &SqliteEngine, key: Option<&str>) -> Result<(AggregateId, Receipt)> {
+pub(crate) async fn create(engine: &dyn StorageEngine, key: Option<&str>) -> Result<(AggregateId, Receipt)> {
     let id = engine.reserve(1).await?.next().unwrap();
     let mut batch = Batch::new();
     batch.create(new_aggregate(id, key))?;

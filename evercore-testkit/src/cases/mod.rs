@@ -264,6 +264,7 @@ cases! {
         a_lease_that_is_renewed_lasts,
         a_move_renews_the_lease,
         a_cursor_moves_from_where_it_stands_and_never_back,
+        a_cursor_does_not_move_past_the_end_of_the_log,
         of_racing_claims_one_wins,
         racing_declarations_make_one_cursor,
         racing_moves_are_made_one_after_the_other,
