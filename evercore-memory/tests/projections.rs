@@ -157,3 +157,27 @@ fn an_inline_projection_passes_nothing_over() {
         assert_eq!((*count.lock().unwrap(), *other.lock().unwrap()), (3, 3));
     });
 }
+
+#[test]
+fn a_projection_that_takes_longer_than_its_lease_keeps_it_while_nobody_else_wants_it() {
+    block_on(async {
+        let engine = MemoryEngine::new();
+        let store = EventStore::new(engine.clone());
+        for amount in 1..=4 {
+            deposit(&store, "account", amount).await.unwrap();
+        }
+        let slow = engine.projection(Arc::new(Mutex::new(0)), |count, _| {
+            std::thread::sleep(Duration::from_millis(60));
+            *count += 1;
+            Ok(())
+        });
+        let subscription = store.subscription("slow").unwrap().with_lease(Duration::from_millis(30));
+        subscription.declare().await.unwrap();
+        let done = async {
+            let head = store.head().await.unwrap();
+            store.wait_for_position(head, "slow", Duration::from_secs(5)).await.unwrap();
+        };
+        subscription.with_batch(PageLimit::events(1).unwrap()).run_sink(done, slow).await.unwrap();
+        assert_eq!(store.subscription_states("slow").await.unwrap()[0].cursor.epoch, 1, "claims");
+    });
+}

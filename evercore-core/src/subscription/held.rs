@@ -242,10 +242,12 @@ impl Held {
         self.step(&Step::renew(self.context.lease.clone(), self.subscription.settings.lease)).await
     }
 
-    /// A sink has moved it.
-    pub(crate) fn was_moved(&mut self, asked_at: Instant, cursor: Cursor) {
+    /// A sink has moved it, and nobody could have it meanwhile: where that took long, the lease may be over by now and
+    /// still be ours.
+    pub(crate) async fn was_moved(&mut self, asked_at: Instant, cursor: Cursor) -> Result<()> {
         self.cursor = cursor;
         self.moved(asked_at);
+        if Instant::now() < self.next_renewal { Ok(()) } else { self.look().await }
     }
 
     fn moved(&mut self, asked_at: Instant) {

@@ -113,7 +113,7 @@ impl Runner<'_> {
                     return Ok(());
                 }
                 Outcome::Advanced(cursor) => {
-                    self.held.was_moved(asked_at, cursor);
+                    self.held.was_moved(asked_at, cursor).await?;
                     return Ok(());
                 }
                 Outcome::Refused(error) => return Err(self.refused(error).await?),
@@ -277,7 +277,7 @@ impl Runner<'_> {
             let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
             match outcome {
                 Outcome::Advanced(cursor) => {
-                    self.held.was_moved(asked_at, cursor);
+                    self.held.was_moved(asked_at, cursor).await?;
                     self.held.note_parked(&changes, &parked);
                 }
                 Outcome::Handled(_) => {
