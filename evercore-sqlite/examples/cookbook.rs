@@ -11,7 +11,6 @@ use evercore_sqlite::{
     Sequence, SqliteEngine, Start, StateAggregate, Then, Timestamp,
 };
 use evercore_testkit::Given;
-use futures_lite::future::zip;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -230,17 +229,19 @@ async fn projections(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     let of_accounts = Filter::all().with_aggregate_type(AggregateType::new("account")?);
     let subscription = store.subscription("totals")?.with_filter(of_accounts);
     subscription.declare().await?;
-    let running = subscription.run_sink(done(store, "totals"), totals);
 
     // Whoever wrote can wait until the projection has it, and then read it there.
+    let mut read = Ok(());
     let reading = async {
-        let receipt =
-            store.update::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 9 }]).await?;
-        store.wait_for(&receipt, "totals", Duration::from_secs(5)).await
+        let deposit = |_: &Account| [AccountEvent::Deposited { amount: 9 }];
+        read = match store.update::<Account, _, _>("bob", deposit).await {
+            Ok(receipt) => store.wait_for(&receipt, "totals", Duration::from_secs(5)).await,
+            Err(error) => Err(error),
+        };
     };
-    let (ended, read) = zip(running, reading).await;
+    let ended = subscription.run_sink(reading, totals).await?; // until then; yours until Ctrl-C
     read?;
-    assert_eq!(ended?, RunEnd::ShutDown);
+    assert_eq!(ended, RunEnd::ShutDown);
     Ok(())
 }
 
