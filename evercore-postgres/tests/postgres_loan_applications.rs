@@ -2,24 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
+#[path = "common/example.rs"]
+mod example;
+
 use std::path::PathBuf;
 use std::process::Command;
 
 use evercore_testkit::postgres::Server;
-
-/// Builds the example, which `cargo test --tests` does not, and gives the command that runs it.
-fn example() -> Command {
-    let mut build = Command::new(env!("CARGO"));
-    let example =
-        ["build", "--quiet", "--workspace", "--all-features", "--example", "postgres_loan_applications"];
-    build.current_dir(env!("CARGO_MANIFEST_DIR")).args(example);
-    if !cfg!(debug_assertions) {
-        build.arg("--release");
-    }
-    assert!(build.status().unwrap().success());
-    let test = std::env::current_exe().unwrap();
-    Command::new(test.parent().unwrap().parent().unwrap().join("examples/postgres_loan_applications"))
-}
+use example::example;
 
 /// `EVERCORE_LOAN_LOG` names the log where `EVERCORE_TORTURE` is `full`; otherwise the example makes up its own.
 #[test]
@@ -30,7 +20,8 @@ fn tables_built_live_are_what_the_log_says() {
     if is_full && named.is_none() {
         eprintln!("SKIPPED: the real log of loan applications; EVERCORE_LOAN_LOG does not name one");
     }
-    let output = example().arg("--live").arg(server.url()).args(named).output().unwrap();
+    let program = example("postgres_loan_applications");
+    let output = Command::new(program).arg("--live").arg(server.url()).args(named).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -2,37 +2,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use evercore_sqlite::rusqlite::Connection;
+use example::example;
 
 #[allow(dead_code)]
 #[path = "../examples/cache.rs"]
 mod cache;
+#[path = "common/example.rs"]
+mod example;
 #[allow(dead_code)]
 #[path = "../examples/outbox.rs"]
 mod outbox;
-
-/// The program of an example, which `cargo test --tests` does not build by itself.
-fn example(name: &str) -> PathBuf {
-    let mut build = Command::new(env!("CARGO"));
-    build.current_dir(env!("CARGO_MANIFEST_DIR")).args([
-        "build",
-        "--quiet",
-        "--workspace",
-        "--all-features",
-        "--example",
-        name,
-    ]);
-    if !cfg!(debug_assertions) {
-        build.arg("--release");
-    }
-    assert!(build.status().unwrap().success());
-    let test = std::env::current_exe().unwrap();
-    test.parent().unwrap().parent().unwrap().join("examples").join(name)
-}
 
 /// How many events the table of a version has, if it is what the log says up to the cursor; by SQL, not by evercore.
 fn projected(file: &Path, version: u32) -> i64 {

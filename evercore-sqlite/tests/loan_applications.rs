@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/example.rs"]
+mod example;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -9,34 +12,19 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use evercore_sqlite::{Direction, EventStore, LogQuery, Position, SqliteEngine};
+use example::example;
 
 /// Lines in one unit of work of the example.
 const UNIT: i64 = 500;
 
-/// Builds the example, which `cargo test --tests` does not, and gives the command that runs it.
-fn example() -> Command {
+/// The command that runs it; built once.
+fn loan_applications() -> Command {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    Command::new(PROGRAM.get_or_init(|| {
-        let mut build = Command::new(env!("CARGO"));
-        build.current_dir(env!("CARGO_MANIFEST_DIR")).args([
-            "build",
-            "--quiet",
-            "--workspace",
-            "--all-features",
-            "--example",
-            "loan_applications",
-        ]);
-        if !cfg!(debug_assertions) {
-            build.arg("--release");
-        }
-        assert!(build.status().unwrap().success());
-        let test = std::env::current_exe().unwrap();
-        test.parent().unwrap().parent().unwrap().join("examples/loan_applications")
-    }))
+    Command::new(PROGRAM.get_or_init(|| example("loan_applications")))
 }
 
 fn run(log: &Path, file: &Path) -> Output {
-    example().arg(log).arg(file).output().unwrap()
+    loan_applications().arg(log).arg(file).output().unwrap()
 }
 
 /// A log of so many lines: applications of five lines each, woven into one another.
@@ -128,7 +116,7 @@ fn after_kill_9_everything_acknowledged_is_there_and_no_half_unit() {
     let log = write_log(folder.path(), lines);
     let (mut file, mut killed, mut files, mut beyond) = (folder.path().join("loans-0.db"), 0, 1, 0);
     while killed < kills {
-        let mut child = example()
+        let mut child = loan_applications()
             .args([&log, &file])
             .env("EVERCORE_ACKNOWLEDGE", "1")
             .stdout(Stdio::piped())
@@ -188,7 +176,7 @@ fn tables_built_live_are_what_the_log_says() {
     }
     for log in [Some(made_up), named].into_iter().flatten() {
         let file = folder.path().join("live.db");
-        let output = example().arg("--live").arg(&log).arg(&file).output().unwrap();
+        let output = loan_applications().arg("--live").arg(&log).arg(&file).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         println!("{text}");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -110,7 +110,7 @@ impl Trial {
 
     /// Sends units this way, and says how often what happened.
     async fn run(self) {
-        let units: i64 = if self.way == Way::Late { sized(3, 45) } else { sized(40, 300) };
+        let units: i64 = if self.way == Way::Late { sized(3, 45) } else { sized(25, 300) };
         let stop = Arc::new(AtomicBool::new(false));
         let neighbours: Vec<_> = (1..WRITERS).map(|nth| self.neighbour(nth, &stop)).collect();
         for nth in 1..=units {

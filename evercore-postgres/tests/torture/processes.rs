@@ -19,7 +19,7 @@ const WRITERS: usize = 16;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_event_is_skipped_doubled_or_lost_among_4_processes() {
-    let seconds = sized(4, 60);
+    let seconds = sized(3, 60);
     if let Ok(task) = std::env::var(CHILD) {
         return be_child(&task, seconds).await;
     }

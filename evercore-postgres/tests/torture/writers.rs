@@ -31,7 +31,7 @@ async fn no_event_is_skipped_doubled_or_lost_among_64_writers() {
     for _ in 0..4 {
         engines.push(engine(&trial.url).await);
     }
-    let until = Instant::now() + Duration::from_secs(sized(4, 60));
+    let until = Instant::now() + Duration::from_secs(sized(3, 60));
     load::run(&engines, 0..64, until, &trial.book).await;
     trial.end("64 writers").await;
 }

@@ -112,7 +112,7 @@ fn torture<P: ProjectionUnderTest<Engine = Engine>>(what: &str) {
             places.lock().unwrap().push(place);
             engine
         };
-        let report = Torture::<P>::on(engines).seeds(sized(20, 300)).happenings(sized(4, 10)).run().await;
+        let report = Torture::<P>::on(engines).seeds(sized(8, 300)).happenings(sized(4, 10)).run().await;
         println!("{what}: {report}");
     });
 }

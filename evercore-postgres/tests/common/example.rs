@@ -1,0 +1,1 @@
+../../../evercore-sqlite/tests/common/example.rs
