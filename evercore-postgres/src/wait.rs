@@ -3,12 +3,13 @@
 //! A notification is a hint: what counts is the look at the end of the log that it causes. So a lost one costs a second,
 //! and a false one costs a look.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use evercore_core::{Position, Result as CoreResult};
-use tokio::sync::{Notify, watch};
+use futures_lite::future::or;
+use tokio::sync::{Mutex, Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::types::Type;
@@ -42,6 +43,10 @@ pub(crate) struct Watch {
     is_watched: AtomicBool,
     is_announced: AtomicBool,
     hint: Arc<Notify>,
+    /// Who looks at the log's end, one at a time.
+    turn: Mutex<()>,
+    /// How many such looks have ended well.
+    looks: AtomicU64,
 }
 
 impl Watch {
@@ -54,6 +59,8 @@ impl Watch {
             is_watched: AtomicBool::new(false),
             is_announced: AtomicBool::new(false),
             hint: Arc::new(Notify::new()),
+            turn: Mutex::new(()),
+            looks: AtomicU64::new(0),
         }
     }
 
@@ -100,7 +107,13 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
     let _waiting = Waiting::new(store);
     // In a task: who waits may not be polled for long, and must not keep the connection.
     let looking = Arc::clone(store);
-    in_task(async move { log::head(&looking).await }).await??;
+    let looked = async { in_task(async move { look(&looking).await }).await };
+    // A commit that is heard of meanwhile will do as well.
+    let woken = async {
+        let _ = seen.clone().wait_for(|seen| *seen > after.get() || store.check_open().is_err()).await;
+        Ok(Ok(()))
+    };
+    or(looked, woken).await??;
     loop {
         store.check_open()?;
         let head = Position::new(*seen.borrow_and_update()).unwrap_or_default();
@@ -108,6 +121,20 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
             return Ok(head);
         }
     }
+}
+
+/// Looks where the log ends, or lets another look do that began after this was asked for. However many wait, they need
+/// one connection: a second might have to be made, and a server that lets nobody new in would hold them up. Behind a look
+/// that gets no answer nobody stands for long.
+async fn look(store: &Store) -> Result<()> {
+    let asked = store.watch.looks.load(Ordering::SeqCst);
+    let _turn = timeout(FALLBACK, store.watch.turn.lock()).await;
+    // The first to end since may have begun before; the second has not.
+    if store.watch.looks.load(Ordering::SeqCst) < asked + 2 {
+        log::head(store).await?;
+        store.watch.looks.fetch_add(1, Ordering::SeqCst);
+    }
+    Ok(())
 }
 
 /// Somebody waits, so somebody must watch.
@@ -168,7 +195,7 @@ async fn keep_watch(mut watching: Watching) {
         }
         // Who begins to wait looks himself. If it fails, the next will tell.
         if is_wanted {
-            let _ = log::head(&store).await;
+            let _ = look(&store).await;
         }
         let hears = listener.as_ref().is_some_and(Listener::hears);
         let pause = if hears { FALLBACK } else { store.settings.poll_interval };
