@@ -18,6 +18,8 @@ pub(crate) async fn run(ground: &Ground, task: &Task, trouble: &Trouble, until: 
         let is_mine = ground.execute(&claim).await > 0;
         let position = ground.rows::<1>("SELECT position FROM @unfenced").await[0][0];
         if position >= task.target {
+            // By a clock that is ahead it would last for hours, and one who stalls may yet put the cursor back.
+            ground.sql(&format!("UPDATE @unfenced SET expires = 0 WHERE owner = {me}")).await;
             return;
         }
         if !is_mine {
