@@ -1,7 +1,7 @@
 //! Projections into a value in memory: the value and the cursor change together or not at all.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Sink, Step};
 
@@ -24,7 +24,8 @@ impl MemoryEngine {
     /// works on a copy, which takes the value's place when the cursor moves: after an error, a panic or a lost lease the
     /// value is as it was.
     ///
-    /// The handler runs while the store is locked: it must not call it.
+    /// The handler runs while the store is locked: it must not call it. The value belongs to this one projection, others
+    /// only read it: what they write is lost where a handler is at work.
     pub fn projection<S, F>(&self, value: Arc<Mutex<S>>, handle: F) -> Projection<S>
     where
         S: Clone + Send + 'static,
@@ -41,16 +42,20 @@ impl<S: Clone> Projection<S> {
             Ok(taken) => taken,
             Err(error) => return Outcome::Refused(error),
         };
-        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = value.clone();
+        // Not locked while the handler runs, whose panic would leave it poisoned.
+        let mut next = self.value().clone();
         if let Err(error) = (self.handle)(&mut next, delivery) {
             return Outcome::Failed { handled: 0, error };
         }
-        *value = next;
+        *self.value() = next;
         match state.put(delivery.cursor(), taken) {
             Some(cursor) => Outcome::Advanced(cursor),
             None => Outcome::Handled(delivery.events().len()),
         }
+    }
+
+    fn value(&self) -> MutexGuard<'_, S> {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -61,8 +61,10 @@ fn a_projection_counts_each_event_once_though_its_handler_fails_and_panics() {
         let projection = engine.projection(Arc::clone(&sums), move |sums, delivery| {
             for event in delivery.events() {
                 add(sums, event)?;
-                if count.fetch_add(1, Ordering::Relaxed) % 9 == 8 {
-                    return Err("not now".into());
+                match count.fetch_add(1, Ordering::Relaxed) % 18 {
+                    8 => return Err("not now".into()),
+                    17 => std::panic::resume_unwind(Box::new("not now")),
+                    _ => {}
                 }
             }
             Ok(())

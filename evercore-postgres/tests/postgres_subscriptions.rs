@@ -15,9 +15,9 @@ use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, Client, NoTls, Transaction};
 use evercore_postgres::{
     Advance, AggregateId, BoxError, BoxFuture, Builder, Cursor, CursorId, CursorStatus, Delivery, ErrorKind,
-    Event, EventStore, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, ParkedChange, Position,
-    PostgresEngine, Projection, Result, Sink, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
-    Timestamp,
+    Event, EventStore, FailurePolicy, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, ParkedChange,
+    Position, PostgresEngine, Projection, Result, Sink, Step, StorageEngine, SubscriptionName,
+    SubscriptionStorage, Then, Timestamp,
 };
 use evercore_testkit::poll_at_most;
 use evercore_testkit::postgres::{Cut, PgBouncer, Proxy, Server, Trigger};
@@ -500,6 +500,34 @@ fn a_claim_does_not_wait_for_a_handler_at_work() {
             assert!(began.elapsed() < Duration::from_millis(400), "{:?}", began.elapsed());
             assert!(matches!(working.await.unwrap(), Outcome::Advanced(cursor) if cursor.position == at(3)));
             assert_eq!(seen(&place), up_to(3));
+        }
+    });
+}
+
+#[test]
+fn a_projection_that_panics_at_one_event_goes_on_with_the_others() {
+    block_on(async {
+        for (place, engine) in all(|builder| builder).await {
+            let table = table(&place);
+            fill(&engine, 6).await;
+            let panics = engine.projection(move |sql, delivery| {
+                let table = table.clone();
+                Box::pin(async move {
+                    note(sql, &table, delivery.events()).await?;
+                    assert!(delivery.events().iter().all(|event| event.position() != at(3)), "no third");
+                    Ok(())
+                })
+            });
+            let store = EventStore::new(engine.clone());
+            let policy = FailurePolicy::then(Then::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
+            let of = store.subscription("seen").unwrap().on_failure(policy.with_attempts(2));
+            of.declare().await.unwrap();
+            let done = async { store.wait_for_position(at(6), "seen", TIME).await.unwrap() };
+            of.run_sink(done, panics).await.unwrap();
+            let parked = store.parked("seen").await.unwrap();
+            assert_eq!((parked.len(), parked[0].1.position), (1, at(3)));
+            assert_eq!(parked[0].1.error, "the handler panicked: no third");
+            assert_eq!(seen(&place), [1, 2, 4, 5, 6]);
         }
     });
 }

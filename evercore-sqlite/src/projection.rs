@@ -53,7 +53,7 @@ impl SqliteEngine {
     /// While it runs, nobody else writes. It is held to what SQL in [`commit_with`](Self::commit_with) is held to: the
     /// [`sql_timeout`](crate::Builder::sql_timeout), which is for one delivery, no COMMIT and no ROLLBACK, and nothing
     /// but SQL on tables of its own. What breaks these rules has failed, as has a constraint that is looked at in the
-    /// end. A panic goes on in whoever delivers.
+    /// end. A panic goes on in whoever delivers, and is a failure to a subscription.
     pub fn projection<F>(&self, handle: F) -> Projection
     where
         F: Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync + 'static,

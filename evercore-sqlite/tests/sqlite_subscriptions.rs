@@ -17,9 +17,9 @@ use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
     Advance, AggregateId, Batch, BoxError, Cursor, CursorId, CursorStatus, Delivery, ErrorKind, Event,
-    EventStore, Failure, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, ParkedChange, Position,
-    Projection, Result, Sink, SqliteEngine, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
-    Timestamp,
+    EventStore, Failure, FailurePolicy, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, ParkedChange,
+    Position, Projection, Result, Sink, SqliteEngine, Step, StorageEngine, SubscriptionName,
+    SubscriptionStorage, Then, Timestamp,
 };
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -598,6 +598,32 @@ fn a_panic_of_a_projection_writes_nothing_and_goes_on_in_who_delivers() {
             is_at(&engine, 3).await;
         });
     }
+}
+
+#[test]
+fn a_projection_that_panics_at_one_event_goes_on_with_the_others() {
+    let folder = Folder::new();
+    block_on(async {
+        for engine in all(&folder).await {
+            make_table(&engine).await;
+            commit_events(&engine, 6).await;
+            let panics = engine.projection(|sql, delivery| {
+                note(sql, delivery.events())?;
+                assert!(delivery.events().iter().all(|event| event.position().get() != 3), "no third");
+                Ok(())
+            });
+            let store = EventStore::new(engine.clone());
+            let policy = FailurePolicy::then(Then::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
+            let of = store.subscription("seen").unwrap().on_failure(policy.with_attempts(2));
+            let done = async { store.wait_for_position(at(6), "seen", HOUR).await.unwrap() };
+            of.declare().await.unwrap();
+            of.run_sink(done, panics).await.unwrap();
+            let parked = store.parked("seen").await.unwrap();
+            assert_eq!((parked.len(), parked[0].1.position), (1, at(3)));
+            assert_eq!(parked[0].1.error, "the handler panicked: no third");
+            assert_eq!(seen(&engine).await, [1, 2, 4, 5, 6]);
+        }
+    });
 }
 
 #[test]

@@ -1,7 +1,11 @@
-//! Handlers that are plain functions: the cursor is moved after them, so they see each event at least once.
+//! Handlers that are plain functions: the cursor is moved after them, so they see each event at least once. And what
+//! becomes of a handler's panic, whoever calls it.
 
-use std::future::Future;
+use std::any::Any;
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
+use std::task::Poll;
 
 use super::delivery::{Delivered, Delivery, Outcome, Sink};
 use super::step::Advance;
@@ -22,7 +26,7 @@ where
                 if handled > 0 && delivery.is_stopping() {
                     return Outcome::Handled(handled);
                 }
-                if let Err(error) = pin!((self.0)(event)).await {
+                if let Err(error) = caught(async { (self.0)(event).await }).await.flatten() {
                     return Outcome::Failed { handled, error };
                 }
             }
@@ -59,4 +63,23 @@ where
     fn holds_cursor(&self) -> bool {
         false
     }
+}
+
+/// Does the work; a panic in it is an error like any other, and what it left behind is dropped. A handler that cannot
+/// bear one event must not stop all others for good.
+pub(super) async fn caught<T>(work: impl Future<Output = T>) -> Result<T, BoxError> {
+    let mut work = pin!(work);
+    poll_fn(|context| {
+        // What the handler shares with others is as safe from its panics as in a task of a runtime.
+        match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
+            Ok(polled) => polled.map(Ok),
+            Err(panic) => Poll::Ready(Err(panicked(&*panic).into())),
+        }
+    })
+    .await
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> String {
+    let said = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    said.map_or_else(|| "the handler panicked".to_owned(), |said| format!("the handler panicked: {said}"))
 }

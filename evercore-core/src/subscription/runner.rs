@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::cursor::{Failure, Parked, ParkedChange, stored_error};
 use super::delivery::{Delivery, Outcome, Sink};
 use super::failure::Then;
+use super::handler::caught;
 use super::held::{Held, is_passing};
 use super::worker::Stop;
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -183,11 +184,13 @@ impl Runner<'_> {
             stop.set().await;
             engine.pause(grace).await;
         };
-        let delivered = observe::within(delivery, self.sink.deliver(delivery, advance));
+        let delivered = caught(async { self.sink.deliver(delivery, advance).await });
+        let delivered = observe::within(delivery, delivered);
         let work = race(delivered, too_late);
         let first = if self.sink.holds_cursor() { work.await } else { self.held.keeping(work).await? };
         Ok(match first {
             First::Left(outcome) => {
+                let outcome = outcome.unwrap_or_else(|error| Outcome::Failed { handled: 0, error });
                 if self.sink.holds_cursor() && matches!(outcome, Outcome::Failed { .. }) {
                     // Nobody has renewed it meanwhile; if nobody has claimed it either, it is still ours.
                     self.held.look().await?;

@@ -38,9 +38,9 @@ impl Subscription {
     /// that blocks its thread for longer than the lease loses it. Where an engine is out of reach, it is tried again. While
     /// the subscription is paused this waits, and goes on when it is resumed.
     ///
-    /// A handler owns what it needs: a `move` closure that clones an [`Arc`] for each event. One that panics takes the run
-    /// with it: that is no attempt, nothing is parked, and the event comes again to the next owner. After a panic, and if
-    /// this future is dropped, the lease is not given back but ends by itself; so end it by the shutdown.
+    /// A handler owns what it needs: a `move` closure that clones an [`Arc`] for each event. One that panics has failed, as
+    /// if it had returned an error. If this future is dropped, the lease is not given back but ends by itself; so end it by
+    /// the shutdown.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result};

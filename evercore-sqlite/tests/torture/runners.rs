@@ -1,9 +1,14 @@
 //! Six who run the same subscription, stall for longer than their lease and crash between effect and cursor: in threads with
 //! an engine each, which share a clock, and in processes, whose clocks may be an hour off.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::future::{Future, poll_fn};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -63,10 +68,10 @@ pub(crate) struct Trouble {
     pauses: u32,
     crashes: u32,
     notes: Notes,
+    /// Set by a runner in a thread that crashes: whoever polls it drops it.
+    #[serde(skip)]
+    has_crashed: Arc<AtomicBool>,
 }
-
-/// Thrown by a runner in a thread that crashes.
-struct Crash;
 
 impl Trouble {
     /// Whether it is to be now; once in any case, or a short run would perhaps be without.
@@ -93,7 +98,9 @@ impl Trouble {
             if std::env::var_os(RUNNER).is_some() {
                 std::process::abort();
             }
-            resume_unwind(Box::new(Crash));
+            self.has_crashed.store(true, Ordering::SeqCst);
+            // What it is about does not go on, transaction and all.
+            resume_unwind(Box::new("a crash"));
         }
     }
 }
@@ -208,7 +215,7 @@ impl Trial {
     }
 
     fn task(&self, (pauses, crashes): (u32, u32), lease: Duration) -> Task {
-        let trouble = Trouble { pauses, crashes, notes: self.notes() };
+        let trouble = Trouble { pauses, crashes, notes: self.notes(), has_crashed: Arc::default() };
         let (address, target) = (self.place.address.clone(), self.events);
         Task { way: self.way, address, target, lease, trouble, hours: 0, now: seconds() }
     }
@@ -233,11 +240,18 @@ impl Trial {
 }
 
 fn has_crashed(task: &Task) -> bool {
-    match catch_unwind(AssertUnwindSafe(|| alone(task.clone().run()))) {
-        Ok(()) => false,
-        Err(panic) if panic.is::<Crash>() => true,
-        Err(panic) => resume_unwind(panic),
-    }
+    let crashed = Arc::<AtomicBool>::default();
+    let trouble = Trouble { has_crashed: Arc::clone(&crashed), ..task.trouble.clone() };
+    let task = Task { trouble, ..task.clone() };
+    alone(async {
+        let mut run = pin!(task.run());
+        poll_fn(|context| {
+            let is_done = run.as_mut().poll(context).is_ready();
+            let has_crashed = crashed.load(Ordering::SeqCst);
+            if is_done || has_crashed { Poll::Ready(has_crashed) } else { Poll::Pending }
+        })
+        .await
+    })
 }
 
 /// The same in a process of its own, whose clock may be off.

@@ -292,6 +292,7 @@ cases! {
         what_was_parked_is_not_forgotten_by_a_reset_nor_resumed_in_vain,
         operators_of_the_same_store_are_heard_at_once,
         an_event_that_does_not_decode_is_a_failure_too,
+        a_handler_that_panics_has_failed,
         a_batch_that_fails_is_tried_one_by_one,
         a_filter_that_matches_rarely_still_moves_the_cursor,
         a_changed_filter_takes_effect_after_the_claim_and_whole,

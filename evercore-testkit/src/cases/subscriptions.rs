@@ -412,6 +412,50 @@ pub(crate) async fn an_event_that_does_not_decode_is_a_failure_too(fixture: &mut
     assert_eq!(seen.numbers(), [1, 3]);
 }
 
+pub(crate) async fn a_handler_that_panics_has_failed(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    grown(&engine, "user", 6).await;
+    let panic_at = |position: i64| {
+        if position == 3 {
+            std::panic::resume_unwind(Box::new("no third"));
+        }
+    };
+    let (each, batches) = (Seen::default(), Seen::default());
+    let seen = each.clone();
+    let of = subscription(&store, "mails").on_failure(no_pause(Then::ParkAlone));
+    let run = of.run(until(&engine, || each.len() >= 5), move |event| {
+        // One panics when it is called, or when it is polled: here at the first attempt, there at the others.
+        if event.attempt() == 1 {
+            panic_at(event.position().get());
+        }
+        let seen = seen.clone();
+        async move {
+            panic_at(event.position().get());
+            seen.push(&event);
+            Ok(())
+        }
+    });
+    assert_eq!(run.await.unwrap(), RunEnd::ShutDown);
+    let seen = batches.clone();
+    let of = subscription(&store, "sums").on_failure(no_pause(Then::ParkAlone));
+    let run = of.run_batches(until(&engine, || batches.len() >= 5), move |delivery| {
+        let seen = seen.clone();
+        async move {
+            delivery.events().iter().for_each(|event| panic_at(event.position().get()));
+            delivery.events().iter().for_each(|event| seen.push(event));
+            Ok(())
+        }
+    });
+    assert_eq!(run.await.unwrap(), RunEnd::ShutDown);
+    for (name, seen) in [("mails", each), ("sums", batches)] {
+        assert_eq!(seen.numbers(), [1, 2, 4, 5, 6]);
+        let parked = store.parked(name).await.unwrap();
+        let [(_, parked)] = &parked[..] else { panic!("{parked:?}") };
+        assert_eq!((parked.position, parked.attempts), (place(3), 3));
+        assert_eq!(parked.error, "the handler panicked: no third");
+    }
+}
+
 pub(crate) async fn a_batch_that_fails_is_tried_one_by_one(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 10).await;
