@@ -30,9 +30,10 @@ core-tree:
     echo "$tree"
     [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
 
-# All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`.
+# All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`. Many
+# wait more than they compute: two for each core.
 test *args:
-    cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
+    RUST_TEST_THREADS="${RUST_TEST_THREADS:-$((2 * {{ num_cpus() }}))}" cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
 
 # The conformance suite on every engine of this version, none skipped.
 integration-test: integration-test-memory integration-test-sqlite integration-test-postgres

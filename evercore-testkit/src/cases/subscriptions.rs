@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use evercore_core::{
-    CursorState, ErrorKind, Event, EventStore, FailurePolicy, Filter, LogQuery, Metadata, OwnerId, Position,
-    RunEnd, Start, Step, Subscription, SubscriptionName, Then, Timestamp,
+    CursorState, CursorStatus, ErrorKind, Event, EventStore, FailurePolicy, Filter, LogQuery, Metadata,
+    OwnerId, Position, RunEnd, Start, Step, Subscription, SubscriptionName, Then, Timestamp,
 };
 
 use crate::fixture::Fixture;
@@ -374,6 +374,7 @@ pub(crate) async fn operators_of_the_same_store_are_heard_at_once(fixture: &mut 
         store.reset_subscription("mails", Start::Beginning).await.unwrap();
         until(&engine, || seen.len() >= 6).await;
         store.pause_subscription("mails").await.unwrap();
+        assert_eq!(state(&store, "mails").await.cursor.status, CursorStatus::Paused);
         while state(&store, "mails").await.is_owned {
             engine.pause(Duration::from_millis(2)).await;
         }
@@ -540,6 +541,7 @@ pub(crate) async fn it_is_paused_and_resumed(fixture: &mut Fixture) {
     let operator = async {
         until(&engine, || seen.len() >= 3).await;
         store.pause_subscription("mails").await.unwrap();
+        assert_eq!(state(&store, "mails").await.cursor.status, CursorStatus::Paused);
         while state(&store, "mails").await.is_owned {
             engine.pause(Duration::from_millis(2)).await;
         }
