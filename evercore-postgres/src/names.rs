@@ -68,18 +68,21 @@ impl Names {
         Ok(self.learn(fresh))
     }
 
-    /// Runs a read; once more with all names, should it meet one that is not known here yet.
+    /// Runs a read, again with all names there are by then as long as it meets one that is not known here yet. Only one
+    /// that is in no table is damage.
     pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
         &self,
         lent: &Lent,
         read: impl Fn() -> W,
     ) -> Result<T> {
-        match read().await {
-            Err(PostgresError::UnknownName(_)) => {
-                self.reload(lent.sender()?).await?;
-                read().await
+        loop {
+            let number = match read().await {
+                Err(PostgresError::UnknownName(number)) => number,
+                outcome => return outcome,
+            };
+            if self.reload(lent.sender()?).await?.event_type(number).is_none() {
+                return Err(PostgresError::UnknownName(number));
             }
-            outcome => outcome,
         }
     }
 

@@ -74,6 +74,7 @@ cases! {
         a_store_warms_up_with_the_names_of_its_codec,
         warming_up_at_once_is_harmless,
         two_engines_on_one_storage_agree,
+        a_reader_meets_names_as_they_come,
         names_survive_reopening,
     }
     aggregates {

@@ -1,6 +1,6 @@
 //! Type names: interned by the engine, exact, and remembered only once committed.
 
-use evercore_core::{AggregateType, ErrorKind, EventType, KnownType, limits};
+use evercore_core::{AggregateType, ErrorKind, EventType, KnownType, LogQuery, Position, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -149,6 +149,32 @@ pub(crate) async fn two_engines_on_one_storage_agree(fixture: &mut Fixture) {
             assert_eq!(event.aggregate_type().as_str().as_bytes(), event.payload());
         }
     }
+}
+
+pub(crate) async fn a_reader_meets_names_as_they_come(fixture: &mut Fixture) {
+    const NAMES: usize = 60;
+    let engine = fixture.engine();
+    let Some(other) = fixture.another().await else { return };
+    let id = grown(&engine, "user", 0).await;
+    fixture.threads(4, async |number| {
+        if number == 0 {
+            for place in 0..NAMES {
+                let (name, expected) = (format!("Name {place}"), i64::try_from(place).unwrap());
+                let one = unit().events(id, "user", expected, vec![event(&name, name.as_bytes())]);
+                one.commit(&engine).await.unwrap();
+            }
+            return;
+        }
+        let mut seen = 0;
+        while seen < NAMES {
+            let page = other.read_log(&LogQuery::after(Position::ZERO)).await.unwrap();
+            for event in &page.events {
+                assert_eq!(event.event_type().as_str().as_bytes(), event.payload());
+            }
+            seen = page.events.len();
+            history(&other, id).await;
+        }
+    });
 }
 
 pub(crate) async fn names_survive_reopening(fixture: &mut Fixture) {
