@@ -92,7 +92,7 @@ pub(crate) enum Flown {
 
 /// One statement, one round trip.
 pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable) -> Flown {
-    let writing = match optimistic(batches, table) {
+    let writing = match optimistic(store, batches, table) {
         Ok(Some(writing)) => writing,
         Ok(None) => return Flown::Look,
         Err(error) => return Flown::RolledBack(error),
@@ -115,9 +115,17 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
     }
     match written {
         Ok(rows) => match rows.first().map(|row| writing.receipts(row)) {
-            Some(Ok(receipts)) => Flown::Done(in_place(batches.len(), receipts)),
+            Some(Ok(receipts)) => {
+                note(store, &writing, &receipts, table);
+                Flown::Done(in_place(batches.len(), receipts))
+            }
             Some(Err(_)) => Flown::Unknown,
-            None => Flown::Look,
+            None => {
+                if writing.witness().is_some() {
+                    store.written.forget();
+                }
+                Flown::Look
+            }
         },
         Err(error) if is_known && is_ours(&error) => Flown::Look,
         Err(error) if is_known => Flown::RolledBack(error),
@@ -125,8 +133,14 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
     }
 }
 
+/// What was written need not be looked up by the next.
+fn note(store: &Store, writing: &Writing<'_>, receipts: &[(usize, Receipt)], table: &NameTable) {
+    let receipts = writing.batches().zip(receipts.iter().map(|(_, receipt)| receipt));
+    store.written.note(&receipts.collect::<Vec<_>>(), writing.witness(), table);
+}
+
 /// What can be written without a look, if nobody was faster; `None` if something calls for one.
-fn optimistic<'a>(batches: &[&'a Batch], table: &NameTable) -> Result<Option<Writing<'a>>> {
+fn optimistic<'a>(store: &Store, batches: &[&'a Batch], table: &NameTable) -> Result<Option<Writing<'a>>> {
     let mut flight = Flight::default();
     let mut writing = Writing::default();
     for (index, batch) in batches.iter().enumerate() {
@@ -140,7 +154,8 @@ fn optimistic<'a>(batches: &[&'a Batch], table: &NameTable) -> Result<Option<Wri
             added => added?,
         }
     }
-    Ok(Some(writing))
+    let is_plain = writing.rely_on(&store.written.book());
+    Ok(is_plain.then_some(writing))
 }
 
 /// What the batches of a flight do, to find those that depend on each other.

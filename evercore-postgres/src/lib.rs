@@ -28,6 +28,7 @@ mod tls;
 mod wait;
 mod write;
 mod writing;
+mod written;
 
 pub use builder::{Builder, SynchronousCommit};
 pub use engine::PostgresEngine;

@@ -22,6 +22,7 @@ use crate::rows::UsualSize;
 use crate::sql::{Schema, Sql};
 use crate::subscriptions::SubscriptionSql;
 use crate::wait::Watch;
+use crate::written::Written;
 
 pub(crate) struct Store {
     pub(crate) settings: Settings,
@@ -31,6 +32,7 @@ pub(crate) struct Store {
     pub(crate) sql: Statements,
     pub(crate) names: Names,
     pub(crate) queue: Queue,
+    pub(crate) written: Written,
     pub(crate) turns: Turns,
     pub(crate) watch: Watch,
     pub(crate) usual_size: UsualSize,
@@ -69,6 +71,7 @@ impl Store {
             names: Names::new(&settings.schema),
             watch: Watch::new(&settings.schema),
             queue: Queue::default(),
+            written: Written::default(),
             turns: Turns::new(pool.status().max_size),
             usual_size: UsualSize::default(),
             store_id: OnceLock::new(),

@@ -14,7 +14,15 @@ use crate::sql::{Schema, Sql};
 /// one by one: a plan that hashes a table that is small today would be kept when it is large.
 ///
 /// A table of its own, of one row or none: so it is looked at once, and not again after each wait for the lock.
-const IF_NONE_IS_STALE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE NOT EXISTS (
+const IF_NONE_IS_STALE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE NOT EXISTS (";
+
+/// The same where the engine knows some of the aggregates from its own writing, for which the witness stands.
+const IF_WITNESSED: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok
+    WHERE (SELECT (w.position, w.recorded_at) = (?::bigint, ?::bigint) FROM @events w
+           WHERE w.aggregate_id = ?::bigint AND w.sequence = ?::bigint)
+    AND NOT EXISTS (";
+
+const STALE: &str = "
     SELECT FROM unnest(?::bigint[], ?::int[], ?::bigint[]) AS g (id, type_id, expected)
     WHERE (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = g.id) IS DISTINCT FROM g.type_id
        OR (g.expected > 0 AND (SELECT e.sequence FROM @events e
@@ -124,6 +132,8 @@ pub(crate) enum Look {
     OneGrown,
     OneMade,
     Many,
+    /// The witness, and what it does not stand for.
+    Witnessed,
 }
 
 /// Which events the statement writes.
@@ -135,7 +145,7 @@ pub(crate) enum Rows {
     WithMetadata,
 }
 
-const LOOKS: [Look; 4] = [Look::Nothing, Look::OneGrown, Look::OneMade, Look::Many];
+const LOOKS: [Look; 5] = [Look::Nothing, Look::OneGrown, Look::OneMade, Look::Many, Look::Witnessed];
 const ROWS: [Rows; 4] = [Rows::None, Rows::One, Rows::Plain, Rows::WithMetadata];
 const FORMS: usize = LOOKS.len() * ROWS.len() * 16;
 
@@ -178,9 +188,12 @@ impl Form {
         let (look, rows) = (|look| self.look == look, |rows| self.rows == rows);
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
-        let parts: [(bool, &str, &[Type]); 15] = [
+        let witness = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
+        let parts: [(bool, &str, &[Type]); 17] = [
             (true, "WITH ", &[]),
-            (look(Look::Many), IF_NONE_IS_STALE, &[N, I, N]),
+            (look(Look::Many), IF_NONE_IS_STALE, &[]),
+            (look(Look::Witnessed), IF_WITNESSED, &witness),
+            (look(Look::Many) || look(Look::Witnessed), STALE, &[N, I, N]),
             (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, I]),
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
             (true, LOG_END, &[Type::INT8]),

@@ -13,11 +13,14 @@ use tokio_postgres::types::ToSql;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::stored;
 use crate::write::{Form, Look, Rows};
+use crate::written::{Book, Reached, Witness};
 
 /// What one statement is to write, column by column, and which batches are in it.
 #[derive(Debug, Default)]
 pub(crate) struct Writing<'a> {
     growths: (Vec<i64>, Vec<i32>, Vec<i64>),
+    /// The event that stands for all aggregates that are not among these.
+    witness: Option<Witness>,
     /// The numbers of all event types of the first growth's aggregate type.
     event_types: Vec<i32>,
     made: (Vec<i64>, Vec<i32>, Vec<Option<&'a str>>),
@@ -114,6 +117,40 @@ impl<'a> Writing<'a> {
         self.growths.2.push(growth.expected.get());
     }
 
+    /// Has the statement look for the witness in place of all that this engine knows by itself; `false` if that shows
+    /// somebody to be stale. A single aggregate is as soon looked up as the witness.
+    pub(crate) fn rely_on(&mut self, book: &Book) -> bool {
+        let Some(witness) = book.witness().filter(|_| self.growths.0.len() > 1) else { return true };
+        self.witness = Some(witness);
+        let growths = std::mem::take(&mut self.growths);
+        for ((id, type_number), expected) in growths.0.into_iter().zip(growths.1).zip(growths.2) {
+            let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
+            match reached {
+                Some(Reached { type_number: known, sequence }) if sequence.get() >= expected => {
+                    if stored(known) != type_number || sequence.get() > expected {
+                        return false;
+                    }
+                }
+                _ => {
+                    self.growths.0.push(id);
+                    self.growths.1.push(type_number);
+                    self.growths.2.push(expected);
+                }
+            }
+        }
+        true
+    }
+
+    /// The event for which the statement looks.
+    pub(crate) fn witness(&self) -> Option<Witness> {
+        self.witness
+    }
+
+    /// The batches that are in it, in the order of their receipts.
+    pub(crate) fn batches(&self) -> impl Iterator<Item = &'a Batch> {
+        self.batches.iter().map(|(_, batch, _)| *batch)
+    }
+
     /// Adds a batch, behind those that are in it. `limit` gives the sequence that a snapshot must not be ahead of.
     /// `UnknownName` if a name is not in `table`; what was added by then is of no use.
     pub(crate) fn add(
@@ -208,6 +245,7 @@ impl<'a> Writing<'a> {
 
     pub(crate) fn form(&self) -> Form {
         let look = match self.growths.2[..] {
+            _ if self.witness.is_some() => Look::Witnessed,
             [] => Look::Nothing,
             [0] => Look::OneMade,
             [_] => Look::OneGrown,
@@ -276,8 +314,14 @@ impl Columns<'_> {
         let Writing { growths, event_types, made, events, commands, .. } = self.writing;
         let form = self.writing.form();
         let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
+        if let Some(witness) = &self.writing.witness {
+            values.extend([&witness.position as &(dyn ToSql + Sync), &witness.recorded_at]);
+            values.extend([&witness.aggregate as &(dyn ToSql + Sync), &witness.sequence]);
+        }
         match form.look {
-            Look::Many => values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]),
+            Look::Many | Look::Witnessed => {
+                values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]);
+            }
             Look::OneGrown => {
                 values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], event_types]);
             }

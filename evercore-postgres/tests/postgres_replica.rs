@@ -8,12 +8,13 @@ mod orders;
 use std::time::{Duration, Instant};
 
 use common::{Place, block_on};
+use evercore_postgres::tokio_postgres::{self, NoTls};
 use evercore_postgres::{
-    CommandId, Error, ErrorKind, EventStore, EventType, Filter, LogQuery, PageLimit, Position,
-    PostgresEngine, StorageEngine,
+    CommandId, Error, ErrorKind, EventStore, EventType, Filter, Loaded, LogQuery, PageLimit, Position,
+    PostgresEngine, Receipt, Result, StorageEngine,
 };
 use evercore_testkit::postgres::Server;
-use orders::{Order, all_of, kind, noted, place, positions, skipped, soon, up_to};
+use orders::{Order, OrderEvent, all_of, kind, noted, place, positions, skipped, soon, up_to};
 
 /// A primary and a standby that follows it.
 struct Pair {
@@ -284,4 +285,75 @@ fn a_reader_ahead_of_a_log_that_lost_its_tail_is_told_and_others_go_on() {
         assert_eq!(positions(&engine).await, up_to(11));
         assert_eq!(store.load::<Order>("first").await.unwrap().events, 11);
     });
+}
+
+/// Several commits go together, so that what the engine has written itself is not looked up.
+#[test]
+fn who_has_written_what_a_failover_lost_is_in_conflict_and_leaves_no_hole() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let engine = pair.at.builder().connect(&pair.both()).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        let mut orders = Vec::new();
+        for key in ["a", "b", "c", "d"] {
+            place(&store, key).await.unwrap();
+            orders.push(store.load::<Order>(key).await.unwrap());
+        }
+        let primary = pair.primary.url();
+        for _ in 0..3 {
+            all_at_once(&pair.at, &primary, &store, &mut orders).await;
+        }
+        pair.standby_has(16).await;
+        pair.cut().await;
+        for _ in 0..2 {
+            all_at_once(&pair.at, &primary, &store, &mut orders).await;
+        }
+        pair.fail_over();
+        soon("there is a server again", async || store.head().await.is_ok()).await;
+        assert_eq!(store.head().await.unwrap().get(), 16);
+        for outcome in together(&pair.at, &pair.standby.url(), &store, &mut orders).await {
+            let error = outcome.unwrap_err();
+            assert!(error.is_conflict(), "{}", all_of(&error));
+        }
+        assert_eq!(positions(&engine).await, up_to(16));
+        for order in &mut orders {
+            *order = store.load::<Order>(order.id()).await.unwrap();
+            assert_eq!(order.events, 4);
+        }
+        all_at_once(&pair.at, &pair.standby.url(), &store, &mut orders).await;
+        assert_eq!(positions(&engine).await, up_to(20));
+    });
+}
+
+async fn all_at_once(at: &Place, url: &str, store: &EventStore, orders: &mut [Loaded<Order>]) {
+    for outcome in together(at, url, store, orders).await {
+        outcome.unwrap();
+    }
+}
+
+/// One more event of each, all in one flight but the first: it is held up until the others queue behind it.
+async fn together(
+    at: &Place,
+    url: &str,
+    store: &EventStore,
+    orders: &mut [Loaded<Order>],
+) -> Vec<Result<Receipt>> {
+    let (mut side, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let lock = side.transaction().await.unwrap();
+    let log_end = format!("SELECT position FROM {}.log_end FOR UPDATE", at.schema);
+    lock.batch_execute(&log_end).await.unwrap();
+    let mut commits = Vec::new();
+    for order in orders {
+        let mut work = store.begin();
+        work.record(order, OrderEvent::Placed).unwrap();
+        commits.push(tokio::spawn(work.commit()));
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    lock.rollback().await.unwrap();
+    let mut outcomes = Vec::new();
+    for commit in commits {
+        outcomes.push(commit.await.unwrap());
+    }
+    outcomes
 }
