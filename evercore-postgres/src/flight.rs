@@ -11,6 +11,7 @@ use evercore_core::{Batch, CommandId, Error, ErrorKind, Position, Receipt, Resul
 use futures_channel::oneshot;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::task::yield_now;
 
 use crate::commit::{self, Flown};
 use crate::error::{again, outcome_unknown};
@@ -67,6 +68,20 @@ impl Queue {
     /// The jobs of the next flight; if there are none, the leader is one no more.
     fn take_or_resign(&self) -> Option<Vec<Job>> {
         if self.resign_if_empty() { None } else { Some(self.lock().take()) }
+    }
+
+    /// Lets those who have just got an answer run, who may have more to commit: they go along with the next flight instead
+    /// of the one after it.
+    async fn gather(&self) {
+        let mut waiting = 0;
+        loop {
+            yield_now().await;
+            let queued = self.lock().jobs.len();
+            if queued <= waiting {
+                return;
+            }
+            waiting = queued;
+        }
     }
 
     /// Waits until nobody leads.
@@ -153,6 +168,7 @@ impl Drop for Leader {
 async fn lead(mut leader: Leader) {
     while let Some(jobs) = leader.store.queue.take_or_resign() {
         fly(&leader.store, jobs).await;
+        leader.store.queue.gather().await;
     }
     leader.has_resigned = true;
 }
