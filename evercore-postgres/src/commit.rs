@@ -154,8 +154,8 @@ fn optimistic<'a>(store: &Store, batches: &[&'a Batch], table: &NameTable) -> Re
             added => added?,
         }
     }
-    let is_plain = writing.rely_on(&store.written.book());
-    Ok(is_plain.then_some(writing))
+    writing.rely_on(&store.written.book());
+    Ok(Some(writing))
 }
 
 /// What the batches of a flight do, to find those that depend on each other.

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use evercore_core::{Batch, CommandId, Error, ErrorKind, Position, Receipt, Result};
 use futures_channel::oneshot;
+use futures_lite::future::yield_now;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::task::yield_now;
 
 use crate::commit::{self, Flown};
 use crate::error::{again, outcome_unknown};
@@ -25,6 +25,9 @@ const MOST_EVENTS: usize = 10_000;
 
 /// How many payload bytes one flight carries, unless a single batch has more.
 const MOST_BYTES: usize = 32 * 1024 * 1024;
+
+/// How often at most those who were answered are given a turn before the next flight.
+const ROUNDS: usize = 4;
 
 /// How often to look again when the server undid a flight for reasons that pass, a deadlock or a race.
 const ATTEMPTS: usize = 3;
@@ -54,6 +57,8 @@ pub(crate) struct Queue {
 struct Waiting {
     jobs: VecDeque<Job>,
     has_leader: bool,
+    /// How many jobs flew last.
+    last_flight: usize,
 }
 
 impl Queue {
@@ -70,17 +75,20 @@ impl Queue {
         if self.resign_if_empty() { None } else { Some(self.lock().take()) }
     }
 
-    /// Lets those who have just got an answer run, who may have more to commit: they go along with the next flight instead
-    /// of the one after it.
+    /// Lets those who have just got an answer run, who may have more to commit: they go along with this flight instead of
+    /// the one after it. A lone writer is not waited for, and nobody for long.
     async fn gather(&self) {
-        let mut waiting = 0;
-        loop {
-            yield_now().await;
-            let queued = self.lock().jobs.len();
-            if queued <= waiting {
-                return;
+        let mut queued = 0;
+        for _ in 0..ROUNDS {
+            {
+                let waiting = self.lock();
+                let is_more = waiting.jobs.len() > queued;
+                if waiting.last_flight < 2 || waiting.jobs.len() >= waiting.last_flight || !is_more {
+                    return;
+                }
+                queued = waiting.jobs.len();
             }
-            waiting = queued;
+            yield_now().await;
         }
     }
 
@@ -131,6 +139,7 @@ impl Waiting {
         }
         left.append(&mut self.jobs);
         self.jobs = left;
+        self.last_flight = jobs.len();
         jobs
     }
 }
@@ -166,9 +175,11 @@ impl Drop for Leader {
 
 /// Flies until nobody waits any more.
 async fn lead(mut leader: Leader) {
-    while let Some(jobs) = leader.store.queue.take_or_resign() {
-        fly(&leader.store, jobs).await;
+    loop {
         leader.store.queue.gather().await;
+        // With nobody waiting it resigns before whoever has got an answer runs: a leader may not be polled any more.
+        let Some(jobs) = leader.store.queue.take_or_resign() else { break };
+        fly(&leader.store, jobs).await;
     }
     leader.has_resigned = true;
 }

@@ -45,7 +45,7 @@ pub(crate) struct Watch {
     hint: Arc<Notify>,
     /// Who looks at the log's end, one at a time.
     turn: Mutex<()>,
-    /// How many such looks have ended well.
+    /// How many looks in turn have ended well.
     looks: AtomicU64,
 }
 
@@ -128,8 +128,10 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
 /// that gets no answer nobody stands for long.
 async fn look(store: &Store) -> Result<()> {
     let asked = store.watch.looks.load(Ordering::SeqCst);
-    let _turn = timeout(FALLBACK, store.watch.turn.lock()).await;
-    // The first to end since may have begun before; the second has not.
+    let Ok(_turn) = timeout(FALLBACK, store.watch.turn.lock()).await else {
+        return log::head(store).await.map(drop);
+    };
+    // In turn, the first to end since may have begun before; the second has not.
     if store.watch.looks.load(Ordering::SeqCst) < asked + 2 {
         log::head(store).await?;
         store.watch.looks.fetch_add(1, Ordering::SeqCst);

@@ -13,7 +13,7 @@ use tokio_postgres::types::ToSql;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::stored;
 use crate::write::{Form, Look, Rows};
-use crate::written::{Book, Reached, Witness};
+use crate::written::{Book, Witness};
 
 /// What one statement is to write, column by column, and which batches are in it.
 #[derive(Debug, Default)]
@@ -117,28 +117,25 @@ impl<'a> Writing<'a> {
         self.growths.2.push(growth.expected.get());
     }
 
-    /// Has the statement look for the witness in place of all that this engine knows by itself; `false` if that shows
-    /// somebody to be stale. A single aggregate is as soon looked up as the witness.
-    pub(crate) fn rely_on(&mut self, book: &Book) -> bool {
-        let Some(witness) = book.witness().filter(|_| self.growths.0.len() > 1) else { return true };
-        self.witness = Some(witness);
+    /// Has the statement look for the witness in place of all that this engine knows by itself. A single aggregate is as
+    /// soon looked up as the witness.
+    pub(crate) fn rely_on(&mut self, book: &Book) {
+        self.witness = book.witness().filter(|_| self.growths.0.len() > 1);
+        if self.witness.is_none() {
+            return;
+        }
         let growths = std::mem::take(&mut self.growths);
         for ((id, type_number), expected) in growths.0.into_iter().zip(growths.1).zip(growths.2) {
             let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
-            match reached {
-                Some(Reached { type_number: known, sequence }) if sequence.get() >= expected => {
-                    if stored(known) != type_number || sequence.get() > expected {
-                        return false;
-                    }
-                }
-                _ => {
-                    self.growths.0.push(id);
-                    self.growths.1.push(type_number);
-                    self.growths.2.push(expected);
-                }
+            let is_known = reached.is_some_and(|reached| {
+                stored(reached.type_number) == type_number && reached.sequence.get() == expected
+            });
+            if !is_known {
+                self.growths.0.push(id);
+                self.growths.1.push(type_number);
+                self.growths.2.push(expected);
             }
         }
-        true
     }
 
     /// The event for which the statement looks.

@@ -25,7 +25,8 @@ pub(crate) struct Book {
     older: HashMap<AggregateId, Reached>,
 }
 
-/// An event as nobody else can have written it: another at its position has been recorded at another time.
+/// An event as nobody else will have written it: after a lost tail another may come to its position, but of the same
+/// aggregate, with the same sequence and recorded in the same microsecond?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Witness {
     pub(crate) position: i64,
@@ -46,7 +47,7 @@ impl Written {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The witness is gone: what it stood for may be gone too.
+    /// The witness may be gone, and with it what it stood for.
     pub(crate) fn forget(&self) {
         *self.book() = Book::default();
     }

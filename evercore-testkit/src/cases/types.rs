@@ -1,5 +1,7 @@
 //! Type names: interned by the engine, exact, and remembered only once committed.
 
+use std::time::{Duration, Instant};
+
 use evercore_core::{AggregateType, ErrorKind, EventType, KnownType, LogQuery, Position, limits};
 
 use crate::fixture::Fixture;
@@ -165,8 +167,9 @@ pub(crate) async fn a_reader_meets_names_as_they_come(fixture: &mut Fixture) {
             }
             return;
         }
-        let mut seen = 0;
+        let (mut seen, began) = (0, Instant::now());
         while seen < NAMES {
+            assert!(began.elapsed() < Duration::from_secs(60), "only {seen} names have come");
             let page = other.read_log(&LogQuery::after(Position::ZERO)).await.unwrap();
             for event in &page.events {
                 assert_eq!(event.event_type().as_str().as_bytes(), event.payload());
