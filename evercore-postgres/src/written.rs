@@ -25,8 +25,8 @@ pub(crate) struct Book {
     older: HashMap<AggregateId, Reached>,
 }
 
-/// An event as nobody else will have written it: after a lost tail another may come to its position, but of the same
-/// aggregate, with the same sequence and recorded in the same microsecond?
+/// An event as nobody else will have written it. After a lost tail another may come to its position; that one is not to be
+/// expected to be of the same aggregate, with the same sequence, recorded in the same microsecond.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Witness {
     pub(crate) position: i64,
