@@ -16,7 +16,7 @@ mod embedded {
 }
 
 /// The schema version that this library writes; the migrations end with it.
-const SCHEMA_VERSION: u32 = 2;
+const SCHEMA_VERSION: u32 = 1;
 
 /// What lies in the schema: the server's encoding, whether the schema is there, whether it has a table `store`; and one
 /// setting of ours, by which to see whether they have arrived.
