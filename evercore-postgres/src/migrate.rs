@@ -20,11 +20,15 @@ const SCHEMA_VERSION: u32 = 1;
 
 /// What lies in the schema: the server's encoding, whether the schema is there, whether it has a table `store`; and one
 /// setting of ours, by which to see whether they have arrived.
-const LOOK: &str = "SELECT current_setting('server_encoding'), n.oid IS NOT NULL, c.oid IS NOT NULL,
-        current_setting('plan_cache_mode')
+pub(crate) const LOOK: &str =
+    "SELECT pg_catalog.current_setting('server_encoding'), n.oid IS NOT NULL, c.oid IS NOT NULL,
+        pg_catalog.current_setting('plan_cache_mode')
     FROM (SELECT 1) AS one
     LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = $1
     LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'store'";
+
+/// The schemas in which the session looks for names.
+const SEARCHED: &str = "SELECT pg_catalog.current_schemas(true)";
 
 /// What a schema is before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,7 @@ pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
 /// Plain, unnamed statements: this runs once, on any kind of connection.
 async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
     let schema = store.settings.schema.as_str();
+    check_search_path(client).await?;
     let name = [(&schema as &(dyn ToSql + Sync), Type::TEXT)];
     let row = client.query_typed(LOOK, &name).await?;
     let row = row.first().ok_or_else(|| not_a_store("the server's catalogue is empty"))?;
@@ -83,6 +88,23 @@ async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
     Ok(Found::Store(u32::try_from(version).unwrap_or(u32::MAX)))
 }
 
+/// PostgreSQL looks in pg_catalog first unless told otherwise. Told so, any operator of ours may be somebody else's.
+async fn check_search_path(client: &impl GenericClient) -> Result<()> {
+    let rows = client.query_typed(SEARCHED, &[]).await?;
+    let schemas: Vec<String> = rows.first().map(|row| row.try_get(0)).transpose()?.unwrap_or_default();
+    let first = schemas.iter().find(|schema| !schema.starts_with("pg_temp"));
+    match first {
+        Some(first) if first != "pg_catalog" => {
+            let message = format!(
+                "the search_path has \"{first}\" before pg_catalog, so what is made there would run instead of \
+                 PostgreSQL's own: put pg_catalog first, or leave it out"
+            );
+            Err(Error::new(ErrorKind::Backend, message).into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// All of it in one transaction, which holds a lock: refinery itself takes none, and several hosts start at once.
 async fn migrate(store: &Store) -> Result<()> {
     let mut lent = Lent::to_write(store).await?;
@@ -95,7 +117,9 @@ async fn run(store: &Store, client: &mut Client) -> Result<()> {
     // Guarded: dropped half-way it is rolled back.
     let transaction =
         client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
-    let lock = format!("SELECT pg_advisory_xact_lock(hashtextextended('evercore {schema}', 0))");
+    let lock = format!(
+        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('evercore {schema}', 0))"
+    );
     transaction.batch_execute(&lock).await?;
     match look(store, &transaction).await? {
         Found::Store(version) if version >= SCHEMA_VERSION => {}
@@ -103,7 +127,7 @@ async fn run(store: &Store, client: &mut Client) -> Result<()> {
             if found == Found::NoSchema {
                 transaction.batch_execute(&format!("CREATE SCHEMA \"{schema}\"")).await?;
             }
-            transaction.batch_execute(&format!("SET LOCAL search_path TO \"{schema}\"")).await?;
+            transaction.batch_execute(&format!("SET LOCAL search_path TO \"{schema}\", pg_temp")).await?;
             let runner = embedded::migrations::runner();
             Runner::new(runner.get_migrations())
                 .set_grouped(true)

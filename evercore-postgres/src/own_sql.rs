@@ -31,7 +31,8 @@ const AS_IT_COMES: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable
 const BACK: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL";
 
 /// A transaction that was ended and begun again has another time.
-const WHICH: &str = "SELECT (extract(epoch FROM transaction_timestamp()) * 1000000)::bigint";
+pub(crate) const WHICH: &str =
+    "SELECT (extract(epoch FROM pg_catalog.transaction_timestamp())::numeric * 1000000::numeric)::bigint";
 
 impl PostgresEngine {
     /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in

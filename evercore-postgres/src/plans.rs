@@ -1,7 +1,9 @@
-//! The plan of every statement: along an index, on an empty store and on a full one, since it is made once and kept.
+//! Every statement, looked at: its plan goes along an index, on an empty store and on a full one, since it is made once
+//! and kept; and it runs nothing but PostgreSQL's own functions and operators.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use evercore_core::{
@@ -13,7 +15,9 @@ use serde_json::Value;
 use tokio_postgres::Client;
 
 use crate::engine::PostgresEngine;
+use crate::migrate;
 use crate::names::Names;
+use crate::own_sql;
 use crate::sql::{MADE, Schema, Sql};
 use crate::store::Statements;
 use crate::wait::Watch;
@@ -134,5 +138,117 @@ fn every_statement_goes_along_an_index_whatever_the_store_holds_today() {
         postgres::psql(&url, "ANALYZE").unwrap();
         check(&engine, "full").await;
         postgres::psql(&url, &format!("DROP SCHEMA {schema} CASCADE")).unwrap();
+    });
+}
+
+/// The types that statements of ours compute with.
+const TYPES: [&str; 16] = [
+    "smallint",
+    "integer",
+    "bigint",
+    "real",
+    "double precision",
+    "numeric",
+    "text",
+    "varchar",
+    "name",
+    "bytea",
+    "boolean",
+    "timestamptz",
+    "interval",
+    "bigint[]",
+    "integer[]",
+    "text[]",
+];
+
+const OPERATORS: [&str; 10] = ["=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "/"];
+
+/// Operators of every kind that pg_catalog has not got itself, in a schema of their own: where both have one, that of
+/// pg_catalog is taken.
+fn hostile_operators(schema: &str) -> String {
+    let mut sql = format!("CREATE SCHEMA {schema}; SET search_path = {schema};\n");
+    for left in TYPES {
+        for right in TYPES {
+            for result in ["boolean", "bigint"] {
+                sql += &format!(
+                    "CREATE FUNCTION of_{result}({left}, {right}) RETURNS {result} LANGUAGE sql AS 'SELECT NULL::{result}';\n"
+                );
+            }
+            for operator in OPERATORS {
+                let result = if "+-*/".contains(operator) { "bigint" } else { "boolean" };
+                sql += &format!(
+                    "CREATE OPERATOR {operator} (FUNCTION = of_{result}, LEFTARG = {left}, RIGHTARG = {right});\n"
+                );
+            }
+        }
+    }
+    sql
+}
+
+/// Calls of functions that are not qualified, but for those that the grammar of SQL has itself. Several arrays are
+/// unnested by the grammar too.
+fn unqualified_calls(text: &str) -> Vec<String> {
+    const GRAMMAR: [&str; 7] = ["coalesce", "greatest", "least", "extract", "max", "values", "exists"];
+    let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == '.';
+    let mut calls = Vec::new();
+    for (place, _) in text.match_indices('(') {
+        let before = &text[..place];
+        let start = before.rfind(|letter| !is_of_name(letter)).map_or(0, |end| end + 1);
+        let name = &before[start..];
+        let is_list = name == "unnest" && {
+            let arguments = &text[place..place + text[place..].find(')').unwrap_or(0)];
+            arguments.contains(',')
+        };
+        let is_ours =
+            name.is_empty() || name.starts_with("pg_catalog.") || GRAMMAR.contains(&name) || is_list;
+        if !is_ours {
+            calls.push(name.to_owned());
+        }
+    }
+    calls
+}
+
+/// A role that may create in a schema of the search path, as many may in `public`, makes a function or an operator that
+/// fits a call better than PostgreSQL's own: it would run with the application's rights.
+#[test]
+fn no_statement_runs_what_others_have_made() {
+    let Some(url) = postgres::shared_url() else { return };
+    let name = format!("hijack_{}", std::process::id());
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let engine = PostgresEngine::builder().schema(&name).unwrap().connect(&url).await.unwrap();
+        let mut all: Vec<(String, Vec<String>)> = statements(&Schema::new(engine.schema()).unwrap())
+            .iter()
+            .map(|sql| (sql.text().to_owned(), sql.types().iter().map(|kind| kind.name().to_owned()).collect()))
+            .collect();
+        all.push((migrate::LOOK.to_owned(), vec!["text".to_owned()]));
+        all.push((own_sql::WHICH.to_owned(), Vec::new()));
+        let calls: BTreeSet<_> = all.iter().flat_map(|(text, _)| unqualified_calls(text)).collect();
+
+        let client = engine.pool().get().await.unwrap();
+        client.batch_execute(&hostile_operators(&format!("{name}_others"))).await.unwrap();
+        for (number, (text, types)) in all.iter().enumerate() {
+            // The body is parsed here and now, and the server keeps what it depends on.
+            let make = format!(
+                "CREATE FUNCTION {name}.s{number}({}) RETURNS void LANGUAGE sql BEGIN ATOMIC {text}; END",
+                types.join(", ")
+            );
+            client.batch_execute(&make).await.unwrap_or_else(|error| panic!("{error:?}: {make}"));
+        }
+        let taken = "SELECT DISTINCT d.objid::regproc::text, o.oid::regoperator::text
+                     FROM pg_depend d JOIN pg_operator o ON d.refclassid = 'pg_operator'::regclass AND o.oid = d.refobjid
+                     WHERE d.classid = 'pg_proc'::regclass AND o.oprnamespace = $1::text::regnamespace";
+        let taken = client.query(taken, &[&format!("{name}_others")]).await.unwrap();
+        let taken: Vec<String> = taken
+            .iter()
+            .map(|row| {
+                let (number, operator): (String, String) = (row.get(0), row.get(1));
+                let number: usize = number.rsplit_once(".s").unwrap().1.parse().unwrap();
+                format!("{operator} in {}", all[number].0)
+            })
+            .collect();
+        let some = &taken[..taken.len().min(3)];
+        assert!(calls.is_empty() && taken.is_empty(), "not qualified: {calls:?}; of others: {}, {some:#?}", taken.len());
+        client.batch_execute(&format!("DROP SCHEMA {name} CASCADE; DROP SCHEMA {name}_others CASCADE")).await.unwrap();
+        drop(deadpool_postgres::Object::take(client));
     });
 }

@@ -49,7 +49,7 @@ macro_rules! this_cursor {
 
 macro_rules! server_time {
     () => {
-        "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+        "(extract(epoch FROM pg_catalog.clock_timestamp())::numeric * 1000000::numeric)::bigint"
     };
 }
 

@@ -54,7 +54,7 @@ impl Watch {
         Self {
             seen: watch::Sender::new(0),
             channel: format!("evercore.{}", schema.as_str()).chars().take(63).collect(),
-            notify: Sql::new(schema, "SELECT pg_notify($1, $2)", &[Type::TEXT, Type::TEXT]),
+            notify: Sql::new(schema, "SELECT pg_catalog.pg_notify($1, $2)", &[Type::TEXT, Type::TEXT]),
             waiting: AtomicUsize::new(0),
             is_watched: AtomicBool::new(false),
             is_announced: AtomicBool::new(false),

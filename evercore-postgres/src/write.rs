@@ -40,7 +40,8 @@ const IF_MADE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
 /// The table has one row.
 const LOG_END: &str = "log_end AS (
     UPDATE @log_end SET position = position + ?::bigint,
-        recorded_at = greatest(recorded_at, (date_part('epoch', clock_timestamp()) * 1000000)::bigint)";
+        recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+            * 1000000::double precision)::bigint)";
 
 const IF_FRESH: &str = " FROM fresh";
 
@@ -53,7 +54,7 @@ const MADE: &str = ", made AS (
 
 /// No join, which would be planned to read all aggregates while there are none.
 const RENAMED: &str = ", renamed AS (
-    UPDATE @aggregates a SET natural_key = k.natural_keys[array_position(k.ids, a.id)]
+    UPDATE @aggregates a SET natural_key = k.natural_keys[pg_catalog.array_position(k.ids, a.id)]
     FROM log_end, (SELECT ?::bigint[] AS ids, ?::text[] AS natural_keys) AS k WHERE a.id = ANY (k.ids))";
 
 /// Most events have no reference, ids and headers.
@@ -87,7 +88,7 @@ const KEPT: &str = ", kept AS (
 const NOTED: &str = ", noted AS (
     INSERT INTO @commands (command_id, fingerprint, receipt)
     SELECT c.command_id, c.fingerprint,
-           concat(CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + 1 END, ' ',
+           pg_catalog.concat(CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + 1 END, ' ',
                   CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + c.events END, ' ',
                   log_end.recorded_at, c.aggregates)
     FROM log_end, unnest(?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[])

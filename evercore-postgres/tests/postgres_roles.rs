@@ -251,3 +251,61 @@ fn a_reader_reads_everything_and_writes_nothing() {
         assert_eq!(code_of(&shop.reader, "INSERT INTO evercore.commands VALUES ('x')").await, "42501");
     });
 }
+
+/// What a role makes in `public` that fits a call of ours better than PostgreSQL's own must not run as the application.
+#[test]
+fn what_others_make_in_public_does_not_run_as_the_application() {
+    block_on(async {
+        let Some(shop) = Shop::new().await else { return };
+        shop.psql("CREATE ROLE mallory LOGIN; GRANT CREATE ON SCHEMA public TO mallory");
+        let mallory = shop.owner.replace("shop_owner", "mallory");
+        let traps = "CREATE TABLE public.loot (who text); GRANT ALL ON public.loot TO PUBLIC;
+            CREATE FUNCTION public.concat(bigint, text, bigint, text, bigint, text) RETURNS text LANGUAGE plpgsql
+                AS $$ BEGIN INSERT INTO public.loot VALUES (current_user); RETURN '7 7 7;1 7'; END $$;
+            CREATE FUNCTION public.times(double precision, integer) RETURNS double precision LANGUAGE plpgsql
+                AS $$ BEGIN INSERT INTO public.loot VALUES (current_user); RETURN 1; END $$;
+            CREATE OPERATOR public.* (FUNCTION = public.times, LEFTARG = double precision, RIGHTARG = integer);
+            CREATE FUNCTION public.times(numeric, integer) RETURNS numeric LANGUAGE plpgsql
+                AS $$ BEGIN INSERT INTO public.loot VALUES (current_user); RETURN 1; END $$;
+            CREATE OPERATOR public.* (FUNCTION = public.times, LEFTARG = numeric, RIGHTARG = integer);
+            CREATE FUNCTION public.array_position(bigint[], bigint) RETURNS integer LANGUAGE plpgsql
+                AS $$ BEGIN INSERT INTO public.loot VALUES (current_user); RETURN 1; END $$";
+        postgres::psql(&mallory, traps).unwrap();
+        let engine =
+            PostgresEngine::builder().migrate_on_connect(false).connect(&shop.application).await.unwrap();
+        let n = walk(&engine).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        let command = CommandId::new("once").unwrap();
+        let paid =
+            store.update_once::<Order, _, _>(command.clone(), format!("renamed {n}"), |_| [noted("x")]).await;
+        let receipt = store.receipt(&command).await.unwrap().unwrap();
+        assert_eq!(receipt.last, paid.unwrap().last);
+        assert_eq!(shop.psql("SELECT string_agg(DISTINCT who, ' ') FROM public.loot"), "");
+    });
+}
+
+/// With pg_catalog behind another schema, any operator could be somebody else's.
+#[test]
+fn a_search_path_that_has_others_before_pg_catalog_is_refused() {
+    block_on(async {
+        let Some(shop) = Shop::new().await else { return };
+        let connect =
+            async || PostgresEngine::builder().migrate_on_connect(false).connect(&shop.application).await;
+        for (path, is_fine) in [
+            ("public, pg_catalog", false),
+            ("pg_temp, evercore, pg_catalog", false),
+            ("pg_catalog, public", true),
+            ("evercore, public", true),
+            ("''", true),
+        ] {
+            shop.psql(&format!("ALTER ROLE shop_app SET search_path = {path}"));
+            match connect().await {
+                Ok(_) => assert!(is_fine, "{path}"),
+                Err(error) => {
+                    assert!(!is_fine && error.to_string().contains("search_path"), "{path}: {error}");
+                    assert_eq!(error.kind(), &ErrorKind::Backend);
+                }
+            }
+        }
+    });
+}

@@ -13,7 +13,7 @@ CREATE TABLE store (
     next_aggregate_id BIGINT   NOT NULL,
     CONSTRAINT store_one PRIMARY KEY (one)
 );
-INSERT INTO store VALUES (1, replace(gen_random_uuid()::text, '-', ''), 1, 1);
+INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), 1, 1);
 
 -- One row: where the log ends. Whoever commits updates it first and holds it until the commit is visible, so positions
 -- are 1, 2, 3, … in commit order, on a standby and after a restore too.
@@ -134,20 +134,20 @@ SELECT e.position,
        g.natural_key,
        e.sequence,
        t.name AS event_type,
-       CASE WHEN encode(e.payload, 'hex') ~ ('^((0[1-9a-f]|[1-7][0-9a-f])'
+       CASE WHEN pg_catalog.encode(e.payload, 'hex') ~ ('^((0[1-9a-f]|[1-7][0-9a-f])'
                 || '|(c[2-9a-f]|d[0-9a-f])[89ab][0-9a-f]'
                 || '|e0[ab][0-9a-f][89ab][0-9a-f]'
                 || '|(e[1-9abcef]([89ab][0-9a-f]){2}|ed[89][0-9a-f][89ab][0-9a-f])'
                 || '|f0[9ab][0-9a-f]([89ab][0-9a-f]){2}|f[123]([89ab][0-9a-f]){3}|f48[0-9a-f]([89ab][0-9a-f]){2})*$')
-            THEN convert_from(e.payload, 'UTF8')
-            ELSE '\x' || encode(e.payload, 'hex')
+            THEN pg_catalog.convert_from(e.payload, 'UTF8')
+            ELSE '\x'::text || pg_catalog.encode(e.payload, 'hex')
        END AS payload,
        e.reference,
-       to_char(timestamp '1970-01-01' + e.event_time / 86400000000 * interval '1 day'
-                   + e.event_time % 86400000000 * interval '1 microsecond',
+       pg_catalog.to_char(timestamp '1970-01-01' + (e.event_time / 86400000000)::double precision * interval '1 day'
+                   + (e.event_time % 86400000000)::double precision * interval '1 microsecond',
                'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS event_time,
-       to_char(timestamp '1970-01-01' + e.recorded_at / 86400000000 * interval '1 day'
-                   + e.recorded_at % 86400000000 * interval '1 microsecond',
+       pg_catalog.to_char(timestamp '1970-01-01' + (e.recorded_at / 86400000000)::double precision * interval '1 day'
+                   + (e.recorded_at % 86400000000)::double precision * interval '1 microsecond',
                'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS recorded_at,
        e.correlation_id,
        e.causation_id,
