@@ -158,21 +158,16 @@ fn pool_meaning(error: &PoolError) -> (ErrorKind, &'static str) {
     }
 }
 
-/// refinery hides PostgreSQL's error one step down.
 fn migration_meaning(error: &refinery::Error) -> (ErrorKind, &'static str) {
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        if let Some(postgres) = cause.downcast_ref::<tokio_postgres::Error>() {
-            return match postgres.code() {
-                Some(&SqlState::DUPLICATE_TABLE) => {
-                    (ErrorKind::NotAStore, "the schema has a table of something else")
-                }
-                _ => meaning(postgres),
-            };
+    let Some(postgres) = beneath(error) else {
+        return (ErrorKind::NotAStore, "the schema has the migrations of something else");
+    };
+    match postgres.code() {
+        Some(&SqlState::DUPLICATE_TABLE) => {
+            (ErrorKind::NotAStore, "the schema has a table of something else")
         }
-        source = cause.source();
+        _ => meaning(postgres),
     }
-    (ErrorKind::NotAStore, "the schema has the migrations of something else")
 }
 
 /// The server's own word, if it was the server that spoke: to a statement, or to a login.
@@ -180,8 +175,21 @@ fn spoken(error: &PostgresError) -> Option<&DbError> {
     match error {
         PostgresError::Postgres(error) => error.as_db_error(),
         PostgresError::Pool(PoolError::Backend(error)) => error.as_db_error(),
+        PostgresError::Migration(error) => beneath(error).and_then(tokio_postgres::Error::as_db_error),
         _ => None,
     }
+}
+
+/// refinery hides PostgreSQL's error some steps down.
+fn beneath(error: &refinery::Error) -> Option<&tokio_postgres::Error> {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(postgres) = cause.downcast_ref() {
+            return Some(postgres);
+        }
+        source = cause.source();
+    }
+    None
 }
 
 /// PgBouncer has one code for all that it says itself: that the server is away, that a client has waited for too long, and
@@ -199,10 +207,18 @@ pub(crate) fn at_first(error: PostgresError, has_sessions: bool) -> Error {
 }
 
 /// Whether a statement that failed so has left nothing behind, for sure: the server said ERROR and goes on. What ends
-/// the session, or the answer's way, may have come after the commit.
+/// the session, or the answer's way, may have come after the commit. So may an error that a proxy or a cluster makes of
+/// what befell the server behind it.
 pub(crate) fn is_rolled_back(error: &PostgresError) -> bool {
-    let ended_well = |spoken: &DbError| spoken.parsed_severity() == Some(Severity::Error);
+    let ended_well =
+        |spoken: &DbError| spoken.parsed_severity() == Some(Severity::Error) && !leaves_open(spoken.code());
     matches!(error, PostgresError::Postgres(_)) && spoken(error).is_some_and(ended_well)
+}
+
+/// A connection broke somewhere, something did not work inside, or the code says so itself.
+fn leaves_open(code: &SqlState) -> bool {
+    code.code().starts_with("08")
+        || [SqlState::INTERNAL_ERROR, SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN].contains(code)
 }
 
 /// Whether the session takes no writes. Another may, once the host is what it should be, so this one is given up.

@@ -616,3 +616,36 @@ async fn write_both_ways(shop: Arc<Shop>, writer: i64) -> i64 {
     }
     landed
 }
+
+/// The server says ERROR, but by a code that a proxy or a cluster makes of a broken connection to the node that commits.
+#[test]
+fn an_error_that_may_come_after_the_commit_leaves_the_outcome_open() {
+    block_on(async {
+        let Some(shop) = Shop::new().await else { return };
+        let fail = |code: &str, when: &str| {
+            shop.at.psql(&format!(
+                "CREATE OR REPLACE FUNCTION @fail() RETURNS trigger LANGUAGE plpgsql
+                     AS $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END $$;
+                 DROP TRIGGER IF EXISTS fail ON @events;
+                 CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON @events DEFERRABLE INITIALLY {when}
+                     FOR EACH ROW EXECUTE FUNCTION @fail()"
+            ));
+        };
+        for (code, is_open) in [("08006", true), ("XX000", true), ("40003", true), ("22012", false)] {
+            fail(code, "DEFERRED");
+            // In one statement, in the careful way (a new name of a type), and with SQL beside it.
+            let note = |_: &Order| [orders::noted(code)];
+            let mut outcomes = vec![
+                kind(place(&shop.store, "first").await),
+                kind(shop.store.update::<Order, _, _>("first", note).await),
+                kind(shop.place("first", shop.send()).await),
+            ];
+            fail(code, "IMMEDIATE");
+            outcomes.push(kind(place(&shop.store, "first").await));
+            let open = outcomes.iter().filter(|kind| **kind == ErrorKind::OutcomeUnknown).count();
+            assert_eq!(open, if is_open { 4 } else { 0 }, "{code}: {outcomes:?}");
+        }
+        shop.at.psql("DROP TRIGGER fail ON @events");
+        shop.is_as_before().await;
+    });
+}
