@@ -145,7 +145,8 @@ impl Builder {
         self
     }
 
-    /// How long one statement may take, the wait for other writers included; 30 seconds unless set. A commit that is
+    /// How long one statement may take, the wait for other writers included; 30 seconds unless set. A migration is not
+    /// bound by it, only its wait for locks. A commit that is
     /// over it is rolled back; the same time without an answer from the server makes it
     /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {

@@ -27,6 +27,10 @@ pub(crate) const LOOK: &str =
     LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = $1
     LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'store'";
 
+/// Where it is noted down which migrations have run; not by the name that refinery gives, which an application may have
+/// taken for its own.
+const HISTORY: &str = "evercore_schema_history";
+
 /// The schemas in which the session looks for names.
 const SEARCHED: &str = "SELECT pg_catalog.current_schemas(true)";
 
@@ -108,29 +112,35 @@ async fn check_search_path(client: &impl GenericClient) -> Result<()> {
 /// All of it in one transaction, which holds a lock: refinery itself takes none, and several hosts start at once.
 async fn migrate(store: &Store) -> Result<()> {
     let mut lent = Lent::to_write(store).await?;
-    let outcome = store.in_time(run(store, lent.client_mut()?)).await;
+    let outcome = run(store, lent.client_mut()?).await;
     outcome.map(|()| lent.put_back())
 }
 
 async fn run(store: &Store, client: &mut Client) -> Result<()> {
     let schema = store.settings.schema.as_str();
     // Guarded: dropped half-way it is rolled back.
-    let transaction =
-        client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    let begin = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start();
+    let transaction = store.in_time(async { Ok(begin.await?) }).await?;
     let lock = format!(
         "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('evercore {schema}', 0))"
     );
-    transaction.batch_execute(&lock).await?;
-    match look(store, &transaction).await? {
+    let found = store.in_time(async {
+        transaction.batch_execute(&lock).await?;
+        look(store, &transaction).await
+    });
+    match found.await? {
         Found::Store(version) if version >= SCHEMA_VERSION => {}
         found => {
             if found == Found::NoSchema {
                 transaction.batch_execute(&format!("CREATE SCHEMA \"{schema}\"")).await?;
             }
+            // To fill a large table takes as long as it takes. Who waits for a lock still waits in time.
+            transaction.batch_execute("SET LOCAL statement_timeout = 0").await?;
             transaction.batch_execute(&format!("SET LOCAL search_path TO \"{schema}\", pg_temp")).await?;
             let runner = embedded::migrations::runner();
             Runner::new(runner.get_migrations())
                 .set_grouped(true)
+                .set_migration_table_name(HISTORY)
                 .run_async(&mut InOne(&transaction))
                 .await?;
         }

@@ -41,8 +41,8 @@ fn a_store_is_made_once_and_connecting_again_is_harmless() {
         let tables = relations(&at);
         assert_eq!(
             tables,
-            "aggregate_types aggregates commands cursors event_log event_types events log_end parked_events \
-             refinery_schema_history snapshots store"
+            "aggregate_types aggregates commands cursors event_log event_types events evercore_schema_history log_end \
+             parked_events snapshots store"
         );
         at.builder().migrate(&at.url).await.unwrap();
         for again in [at.builder(), at.builder().migrate_on_connect(false), at.builder().pooler(true)] {
@@ -174,9 +174,9 @@ fn tables_of_others_by_our_names_are_no_store_and_left_alone() {
             "CREATE TABLE @store (one int, schema_version int)",
             "CREATE VIEW @store AS SELECT 1 AS number",
             "CREATE TABLE @events (what text)",
-            "CREATE TABLE @refinery_schema_history (version int4 PRIMARY KEY, name varchar(255), \
+            "CREATE TABLE @evercore_schema_history (version int4 PRIMARY KEY, name varchar(255), \
              applied_on varchar(255), checksum varchar(255)); \
-             INSERT INTO @refinery_schema_history VALUES (1, 'letters', '2026-01-01T00:00:00Z', '17')",
+             INSERT INTO @evercore_schema_history VALUES (1, 'letters', '2026-01-01T00:00:00Z', '17')",
         ] {
             let Some(at) = Place::fresh() else { return };
             postgres::psql(&at.url, &format!("CREATE SCHEMA {}", at.schema)).unwrap();
@@ -185,6 +185,8 @@ fn tables_of_others_by_our_names_are_no_store_and_left_alone() {
             for builder in [at.builder(), at.builder().migrate_on_connect(false)] {
                 let error = builder.connect(&at.url).await.unwrap_err();
                 assert_eq!(error.kind(), &ErrorKind::NotAStore, "{theirs}: {}", all_of(&error));
+                let is_migrated = error.to_string().contains("a table of something else");
+                assert_eq!(is_migrated, error.to_string().contains("42P07"), "{error}");
             }
             assert_eq!(relations(&at), before, "{theirs}");
         }
@@ -250,5 +252,49 @@ fn what_is_made_by_one_is_seen_by_the_next_at_once() {
                 assert_eq!(engine.head().await.unwrap().get(), i64::try_from(round).unwrap() + 1);
             }
         }
+    });
+}
+
+/// An application that uses refinery itself keeps its own history, also in the schema of the store.
+#[test]
+fn the_history_of_the_applications_own_migrations_is_left_alone() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        postgres::psql(&at.url, &format!("CREATE SCHEMA {}", at.schema)).unwrap();
+        at.psql(
+            "CREATE TABLE @refinery_schema_history (version int4 PRIMARY KEY, name varchar(255), \
+             applied_on varchar(255), checksum varchar(255)); \
+             INSERT INTO @refinery_schema_history VALUES (1, 'letters', '2026-01-01T00:00:00Z', '17')",
+        );
+        place(&EventStore::new(at.engine().await), "first").await.unwrap();
+        at.engine().await;
+        assert_eq!(at.psql("SELECT version, name FROM @refinery_schema_history"), "1|letters");
+    });
+}
+
+/// Each statement of a migration may take as long as it takes; a commit may not. What failed says why.
+#[test]
+fn a_migration_is_not_bound_by_the_time_out_of_statements() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let name = format!("{}_slow", at.schema);
+        postgres::psql(&at.url, &format!("CREATE DATABASE {name}")).unwrap();
+        let url = with_database(&at.url, &name);
+        let trigger = |body: &str| {
+            let sql = format!(
+                "DROP EVENT TRIGGER IF EXISTS slow; CREATE OR REPLACE FUNCTION slow() RETURNS event_trigger
+                 LANGUAGE plpgsql AS $$ BEGIN {body}; END $$;
+                 CREATE EVENT TRIGGER slow ON ddl_command_end WHEN TAG IN ('CREATE VIEW') EXECUTE FUNCTION slow()"
+            );
+            postgres::psql(&url, &sql).unwrap();
+        };
+        let timeout = Duration::from_millis(200);
+        let builder = at.builder().statement_timeout(timeout).connect_timeout(timeout);
+        trigger("RAISE EXCEPTION 'no' USING ERRCODE = '22012'");
+        let error = builder.clone().connect(&url).await.unwrap_err();
+        assert!(error.to_string().contains("22012"), "{}", all_of(&error));
+        trigger("PERFORM pg_sleep(0.6)");
+        builder.connect(&url).await.unwrap().close().await.unwrap();
+        postgres::psql(&at.url, &format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
     });
 }
