@@ -113,8 +113,8 @@ impl Builder {
         self
     }
 
-    /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly), and an older
-    /// schema is not migrated: its events are read as ever, and it has no subscriptions. SQLite still needs its files `-wal` and `-shm` beside a store, or leave to make them.
+    /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly). SQLite
+    /// still needs its files `-wal` and `-shm` beside a store, or leave to make them.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.settings.read_only = read_only;
         self

@@ -18,7 +18,7 @@ mod embedded {
 const APPLICATION_ID: i64 = 0x4556_4352;
 
 /// The schema version that this library writes; the migrations end with it.
-const SCHEMA_VERSION: u32 = 2;
+const SCHEMA_VERSION: u32 = 1;
 
 const PAUSE: Duration = Duration::from_millis(5);
 

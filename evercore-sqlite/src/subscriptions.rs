@@ -26,9 +26,6 @@ const CURSOR: &str = select_cursors!("WHERE subscription = ?1 AND version = ?2 A
 const CURSORS: &str = select_cursors!("ORDER BY subscription, version, partition");
 const CURSORS_OF: &str = select_cursors!("WHERE subscription = ?1 ORDER BY version, partition");
 
-const HAS_CURSORS: &str =
-    "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'cursors')";
-
 const PUT_CURSOR: &str = "
     INSERT OR REPLACE INTO cursors (subscription, version, partition, partitions, position, epoch, owner, expires_at,
                                     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts,
@@ -74,12 +71,7 @@ impl SubscriptionStorage for SqliteEngine {
         let of = of.cloned();
         self.run(move |store| {
             store.read(|connection| {
-                let cursors = if store.settings.read_only && !has_cursors(connection)? {
-                    Vec::new()
-                } else {
-                    cursors(connection, of.as_ref())?
-                };
-                Ok(Cursors { cursors, now: Timestamp::now() })
+                Ok(Cursors { cursors: cursors(connection, of.as_ref())?, now: Timestamp::now() })
             })
         })
     }
@@ -91,14 +83,7 @@ impl SubscriptionStorage for SqliteEngine {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<Parked>>> {
         let id = id.clone();
-        self.run(move |store| {
-            store.read(|connection| {
-                if store.settings.read_only && !has_cursors(connection)? {
-                    return Ok(Vec::new());
-                }
-                parked(connection, &id, after, limit)
-            })
-        })
+        self.run(move |store| store.read(|connection| parked(connection, &id, after, limit)))
     }
 }
 
@@ -150,11 +135,6 @@ fn cursors(connection: &Connection, of: Option<&SubscriptionName>) -> error::Res
         cursors.push(cursor_of(row)?);
     }
     Ok(cursors)
-}
-
-/// A store of schema version 1 that is only read has none, until somebody else migrates it.
-fn has_cursors(connection: &Connection) -> error::Result<bool> {
-    Ok(connection.prepare_cached(HAS_CURSORS)?.query_row([], |row| row.get(0))?)
 }
 
 fn cursor_of(row: &Row<'_>) -> error::Result<Cursor> {
@@ -286,7 +266,7 @@ mod tests {
     #[test]
     fn no_query_sorts_or_looks_at_cursors_it_is_not_about() {
         let connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(include_str!("../migrations/V2__subscriptions.sql")).unwrap();
+        connection.execute_batch(include_str!("../migrations/V1__event_store.sql")).unwrap();
         let plan = |sql: &str| {
             let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
             let count = statement.parameter_count();

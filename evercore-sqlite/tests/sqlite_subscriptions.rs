@@ -12,7 +12,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
-use common::{Folder, append, as_child, block_on, child, create, event, kind, one_event, positions};
+use common::{Folder, append, as_child, block_on, child, create, event, kind};
 use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
@@ -97,88 +97,6 @@ async fn events_after(engine: &SqliteEngine, position: Position, limit: usize) -
     let mut query = LogQuery::after(position);
     query.limit = PageLimit::events(limit).unwrap();
     engine.read_log(&query).await.unwrap().events.iter().collect()
-}
-
-/// A store as the library of schema version 1 left it, with three events.
-fn version_1(path: &Path) {
-    let mut file = Connection::open(path).unwrap();
-    file.pragma_update(None, "journal_mode", "wal").unwrap();
-    let first = include_str!("../migrations/V1__event_store.sql");
-    let first = refinery::Migration::unapplied("V1__event_store", first).unwrap();
-    refinery::Runner::new(&[first]).set_grouped(true).run(&mut file).unwrap();
-    let events = "
-        UPDATE store SET next_aggregate_id = 2;
-        INSERT INTO aggregate_types (name) VALUES ('account');
-        INSERT INTO event_types (aggregate_type_id, name) VALUES (1, 'Opened'), (1, 'Paid');
-        INSERT INTO aggregates VALUES (1, 1, 'a');
-        INSERT INTO events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload)
-        VALUES (1, 1, 1, 1, 5, 6, x'7b7d'), (2, 1, 2, 2, 7, 8, x'7b7d'), (3, 1, 3, 2, 9, 10, x'7b7d');";
-    file.execute_batch(events).unwrap();
-}
-
-fn schema_version(path: &Path) -> i64 {
-    Connection::open(path).unwrap().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap()
-}
-
-#[test]
-fn a_store_of_version_1_keeps_its_events_and_gets_subscriptions() {
-    let folder = Folder::new();
-    version_1(&folder.store());
-    assert_eq!(schema_version(&folder.store()), 1);
-    block_on(async {
-        let engine = SqliteEngine::open(folder.store()).await.unwrap();
-        assert_eq!(schema_version(&folder.store()), 2);
-        assert_eq!(positions(&engine).await, [1, 2, 3]);
-        let aggregate = AggregateId::new(1).unwrap();
-        engine.commit(one_event(aggregate, 3)).await.unwrap();
-        create(&engine, Some("b")).await.unwrap();
-        step(&engine, &declare()).await.unwrap();
-        let lease = claim(&engine, "a", HOUR).await.unwrap();
-        step(&engine, &advance(&lease, 0, 5)).await.unwrap();
-        drop(engine);
-        let engine = SqliteEngine::open(folder.store()).await.unwrap();
-        assert_eq!(positions(&engine).await, [1, 2, 3, 4, 5]);
-        assert_eq!(cursor(&engine).await.position, at(5));
-    });
-}
-
-#[test]
-fn eight_may_migrate_one_store_at_once() {
-    for _ in 0..5 {
-        let folder = Folder::new();
-        version_1(&folder.store());
-        let start = Barrier::new(8);
-        let open = || {
-            start.wait();
-            block_on(async {
-                let engine = SqliteEngine::open(folder.store()).await.unwrap();
-                step(&engine, &declare()).await.unwrap();
-                create(&engine, None).await.unwrap();
-            });
-        };
-        thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(open))));
-        let engine = block_on(SqliteEngine::open(folder.store())).unwrap();
-        assert_eq!(block_on(positions(&engine)), (1..=11).collect::<Vec<_>>());
-        assert_eq!(block_on(cursor(&engine)).epoch, 0);
-    }
-}
-
-#[test]
-fn a_store_of_version_1_that_is_only_read_has_events_and_no_subscriptions() {
-    let folder = Folder::new();
-    version_1(&folder.store());
-    block_on(async {
-        let reading = SqliteEngine::builder().read_only(true).open(folder.store()).await.unwrap();
-        assert_eq!(positions(&reading).await, [1, 2, 3]);
-        assert!(reading.cursors(None).await.unwrap().cursors.is_empty());
-        assert!(reading.parked(&id(), Position::ZERO, 10).await.unwrap().is_empty());
-        assert_eq!(kind(step(&reading, &declare()).await), ErrorKind::ReadOnly);
-        assert_eq!(kind(claim(&reading, "a", HOUR).await), ErrorKind::ReadOnly);
-        assert_eq!(schema_version(&folder.store()), 1);
-        let writing = SqliteEngine::open(folder.store()).await.unwrap();
-        step(&writing, &declare()).await.unwrap();
-        assert_eq!(cursor(&reading).await, cursor(&writing).await);
-    });
 }
 
 #[test]
