@@ -9,10 +9,21 @@ use serde::forward_to_deserialize_any;
 use serde_json::Error;
 
 use super::NOT_AN_EVENT;
+use super::probe::{UNKNOWN, variant_of};
+
+/// What a variant without content has as its content.
+const NOTHING: &[u8] = b"null";
 
 /// The event of that name with that content.
 pub(super) fn join<'de, E: Deserialize<'de>>(name: &str, payload: &'de [u8]) -> Result<E, Error> {
-    E::deserialize(Named { name, payload })
+    E::deserialize(Named { name, payload }).or_else(|error| {
+        // An event may have the very name of the variant with `#[serde(other)]`: its content is another's business too.
+        let variant = variant_of::<E>(name);
+        if payload == NOTHING || variant.is_none() || variant != variant_of::<E>(UNKNOWN) {
+            return Err(error);
+        }
+        E::deserialize(Named { name, payload: NOTHING }).map_err(|_| error)
+    })
 }
 
 /// Gives an enum and nothing else.
@@ -64,7 +75,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, 'de> {
 
     fn unit_variant(self) -> Result<(), Error> {
         // A name that is not known got here through `#[serde(other)]`: its content is another's business.
-        if self.payload == b"null" || !self.known.contains(&self.name) {
+        if self.payload == NOTHING || !self.known.contains(&self.name) {
             return Ok(());
         }
         read(self.payload, |json| <()>::deserialize(json))
@@ -84,7 +95,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, 'de> {
         visitor: V,
     ) -> Result<V::Value, Error> {
         // The variant had no content when the event was written; its fields have come since.
-        let payload = if self.payload == b"null" { b"{}" } else { self.payload };
+        let payload = if self.payload == NOTHING { b"{}" } else { self.payload };
         read(payload, |json| json.deserialize_struct("", fields, visitor))
     }
 }

@@ -1,8 +1,11 @@
 //! Asks a type what it wants to be read from, without reading anything.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::mem;
 
-use serde::de::{self, Deserialize, Visitor};
+use serde::de::value::StrDeserializer;
+use serde::de::{self, Deserialize, DeserializeSeed, EnumAccess, IntoDeserializer, VariantAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
 type Names = &'static [&'static str];
@@ -59,6 +62,79 @@ impl<'de> de::Deserializer<'de> for Probe<'_> {
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
         newtype_struct seq tuple tuple_struct map identifier ignored_any
+    }
+}
+
+/// A name that no variant has.
+pub(super) const UNKNOWN: &str = "\0";
+
+/// A mark of the variant that the enum `T` takes for this name: the same for a name and its aliases, and for all names
+/// that `#[serde(other)]` takes. `None` if it takes none.
+pub(super) fn variant_of<'de, T: Deserialize<'de>>(name: &str) -> Option<u64> {
+    let mut variant = None;
+    let _: Result<T, Stop> = T::deserialize(Chooser { name, variant: &mut variant });
+    variant
+}
+
+/// Gives the name of a variant, and stops once the enum has chosen.
+struct Chooser<'a> {
+    name: &'a str,
+    variant: &'a mut Option<u64>,
+}
+
+impl<'de> de::Deserializer<'de> for Chooser<'_> {
+    type Error = Stop;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Stop> {
+        Err(Stop)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: Names,
+        visitor: V,
+    ) -> Result<V::Value, Stop> {
+        visitor.visit_enum(self)
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+impl<'de> EnumAccess<'de> for Chooser<'_> {
+    type Error = Stop;
+    type Variant = Self;
+
+    /// What derived code makes of a name is an enum with a case per variant.
+    fn variant_seed<S: DeserializeSeed<'de>>(self, seed: S) -> Result<(S::Value, Self), Stop> {
+        let name: StrDeserializer<'_, Stop> = self.name.into_deserializer();
+        let mut hasher = DefaultHasher::new();
+        mem::discriminant(&seed.deserialize(name)?).hash(&mut hasher);
+        *self.variant = Some(hasher.finish());
+        Err(Stop)
+    }
+}
+
+impl<'de> VariantAccess<'de> for Chooser<'_> {
+    type Error = Stop;
+
+    fn unit_variant(self) -> Result<(), Stop> {
+        Err(Stop)
+    }
+
+    fn newtype_variant_seed<S: DeserializeSeed<'de>>(self, _: S) -> Result<S::Value, Stop> {
+        Err(Stop)
+    }
+
+    fn tuple_variant<V: Visitor<'de>>(self, _: usize, _: V) -> Result<V::Value, Stop> {
+        Err(Stop)
+    }
+
+    fn struct_variant<V: Visitor<'de>>(self, _: Names, _: V) -> Result<V::Value, Stop> {
+        Err(Stop)
     }
 }
 

@@ -167,6 +167,20 @@ fn other_takes_every_unknown_event_with_any_content() {
 }
 
 #[test]
+fn other_also_takes_an_event_of_its_own_name() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    enum Some {
+        Plain,
+        #[serde(other)]
+        Other,
+    }
+    for payload in ["null", r#"{"a":[1]}"#, "[1,2]", "not JSON at all", ""] {
+        assert_eq!(decode("Other", payload), Ok(Some::Other), "{payload}");
+    }
+    assert!(decode::<Some>("Plain", "{}").is_err());
+}
+
+#[test]
 fn texts_are_borrowed_from_the_payload() {
     #[derive(Debug, PartialEq, Deserialize)]
     enum Borrowed<'a> {
