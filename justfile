@@ -85,6 +85,10 @@ bench-sqlite *args:
 bench-postgres *args:
     cargo bench --locked -p evercore-postgres --bench workloads -- {{ args }}
 
+# What it costs that `record` reads back what it has written.
+bench-record:
+    cargo bench --locked -p evercore-memory --bench recording
+
 # Run scratch/src/main.rs, a private playground that git ignores; made on first use.
 scratch *args:
     #!/usr/bin/env bash

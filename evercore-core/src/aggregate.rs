@@ -48,6 +48,14 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     /// another version are not read, the events are.
     const SNAPSHOT_VERSION: u32 = 1;
 
+    /// Whether events and snapshots are written without reading them back first; `false`, the default: they are read.
+    ///
+    /// By default `record` decodes what the codec has written, refuses an event that does not come back, and applies
+    /// the decoded event. So the state in hand is the state that a load will find. That costs a decoding and a second
+    /// encoding per event. Set this to `true` only if you have measured that cost and tests show that every event and
+    /// state comes back: an event that cannot be decoded makes its aggregate unreadable.
+    const TRUSTS_CODEC: bool = false;
+
     /// What can happen to it; most often an enum.
     type Event: Send + Sync + 'static;
 
@@ -88,6 +96,40 @@ pub struct Encoded {
 
 /// How the events of one aggregate become bytes and come back. [`Json`](crate::Json) serves most; encryption,
 /// protobuf, CBOR are others. Without state: what a codec needs, such as keys, it finds by itself.
+///
+/// A codec that wraps another one passes each method on. A codec that does not always write the same bytes, for instance
+/// since it encrypts with a nonce, writes [`read_back`](Self::read_back) itself:
+///
+/// ```
+/// use evercore_core::{BoxError, Encoded, EventCodec, Json};
+/// # fn seal(plain: Vec<u8>) -> Vec<u8> { plain }
+/// # fn open(sealed: &[u8]) -> Result<Vec<u8>, BoxError> { Ok(sealed.to_vec()) }
+///
+/// struct Sealed;
+///
+/// impl<E> EventCodec<E> for Sealed
+/// where
+///     Json: EventCodec<E>,
+/// {
+///     fn encode(event: &E) -> Result<Encoded, BoxError> {
+///         let encoded = Json::encode(event)?;
+///         Ok(Encoded { payload: seal(encoded.payload), ..encoded })
+///     }
+///
+///     fn decode(event_type: &str, payload: &[u8]) -> Result<E, BoxError> {
+///         Json::decode(event_type, &open(payload)?)
+///     }
+///
+///     fn read_back(encoded: &Encoded) -> Result<E, BoxError> {
+///         let payload = open(&encoded.payload)?;
+///         Json::read_back(&Encoded { event_type: encoded.event_type.clone(), payload })
+///     }
+///
+///     fn event_types() -> Vec<&'static str> {
+///         <Json as EventCodec<E>>::event_types()
+///     }
+/// }
+/// ```
 pub trait EventCodec<E> {
     /// The event as bytes.
     ///
@@ -101,16 +143,32 @@ pub trait EventCodec<E> {
     /// As [`encode`](Self::encode).
     fn decode(event_type: &str, payload: &[u8]) -> Result<E, BoxError>;
 
-    /// The names of all event types there are, as far as the codec knows: what a warm-up registers.
-    fn event_types() -> &'static [&'static str];
+    /// Decodes what [`encode`](Self::encode) has just written, and refuses it if the decoded event is written in another
+    /// way. `record` calls this, stages `encoded`, and applies what comes back.
+    ///
+    /// By default the bytes must be the same. A codec for which different bytes can say the same compares what they say.
+    ///
+    /// # Errors
+    /// Any; it comes back as the source of [`Codec`](crate::ErrorKind::Codec), and the event is not recorded.
+    fn read_back(encoded: &Encoded) -> Result<E, BoxError> {
+        let event = Self::decode(&encoded.event_type, &encoded.payload)?;
+        if Self::encode(&event)? == *encoded { Ok(event) } else { Err(COMES_BACK_CHANGED.into()) }
+    }
+
+    /// The names under which events are written, as far as the codec knows them: what a warm-up registers. A name that
+    /// is only read, such as an alias, is not one of them.
+    fn event_types() -> Vec<&'static str>;
 }
+
+/// Said of an event or state that is written in another way once it was read.
+pub(crate) const COMES_BACK_CHANGED: &str = "what was written is read as another value";
 
 /// How the state of an aggregate becomes the bytes of a snapshot and comes back.
 pub trait StateCodec<S> {
     /// The state as bytes.
     ///
     /// # Errors
-    /// Any; it comes back as the source of [`Codec`](crate::ErrorKind::Codec).
+    /// Any; no snapshot is then kept, which is counted, and the unit of work goes on.
     fn encode_state(state: &S) -> Result<Vec<u8>, BoxError>;
 
     /// The state from bytes.
@@ -118,6 +176,18 @@ pub trait StateCodec<S> {
     /// # Errors
     /// Any; the snapshot is then ignored, counted, and the events are replayed.
     fn decode_state(bytes: &[u8]) -> Result<S, BoxError>;
+
+    /// Decodes what [`encode_state`](Self::encode_state) has just written, and refuses it if the decoded state is
+    /// written in another way. Called before a snapshot is staged.
+    ///
+    /// By default the bytes must be the same, as with [`EventCodec::read_back`].
+    ///
+    /// # Errors
+    /// As [`encode_state`](Self::encode_state).
+    fn read_back_state(bytes: &[u8]) -> Result<S, BoxError> {
+        let state = Self::decode_state(bytes)?;
+        if Self::encode_state(&state)? == bytes { Ok(state) } else { Err(COMES_BACK_CHANGED.into()) }
+    }
 }
 
 /// The name of this type, checked.

@@ -65,10 +65,10 @@ pub enum ErrorKind {
     /// The user's own decision said no, or SQL of the user's own in a commit, an inline projection, or the handler of a
     /// subscription whose policy is to stop. The source is its error.
     Rejected,
-    /// An event or a state could not be encoded or decoded. Mend the type, or the data.
+    /// An event could not be encoded or decoded, or does not fit the state. Mend the type, or the data.
     #[non_exhaustive]
     Codec {
-        /// The type of the event, as stored; `None` for a state.
+        /// The type of the event, as stored; `None` if the event could not be encoded and so has none.
         event_type: Option<EventType>,
         /// Where the event lies in the log; `None` if it is not stored.
         position: Option<Position>,
@@ -223,12 +223,37 @@ impl Error {
         Self::new(ErrorKind::InvalidName, message)
     }
 
-    pub(crate) fn codec(event_type: Option<EventType>, position: Option<Position>, source: BoxError) -> Self {
-        let thing =
-            event_type.as_ref().map_or_else(|| "a state".to_owned(), |name| format!("event \"{name}\""));
+    /// An event that was to be recorded could not be encoded.
+    pub(crate) fn not_encoded(aggregate_type: &AggregateType, source: BoxError) -> Self {
+        let kind = ErrorKind::Codec { event_type: None, position: None };
+        let message = format!("an event of \"{aggregate_type}\" was not recorded: its codec cannot write it");
+        Self::new(kind, message).with_source(source)
+    }
+
+    /// An event that was to be recorded would be lost or changed once it is read.
+    pub(crate) fn not_read_back(event_type: EventType, source: BoxError) -> Self {
+        let message = format!(
+            "event \"{event_type}\" was not recorded: its codec does not read back what it has written"
+        );
+        Self::new(ErrorKind::Codec { event_type: Some(event_type), position: None }, message)
+            .with_source(source)
+    }
+
+    /// A recorded event does not decode.
+    pub(crate) fn not_decoded(event_type: &EventType, position: Option<Position>, source: BoxError) -> Self {
+        Self::codec(event_type, position, "cannot be decoded", source)
+    }
+
+    /// An event decodes, but the state does not take it.
+    pub(crate) fn misfit(event_type: &EventType, position: Option<Position>, source: BoxError) -> Self {
+        Self::codec(event_type, position, "does not fit the state of its aggregate", source)
+    }
+
+    fn codec(event_type: &EventType, position: Option<Position>, what: &str, source: BoxError) -> Self {
         let place = position.map_or_else(String::new, |position| format!(" at position {position}"));
-        let kind = ErrorKind::Codec { event_type, position };
-        Self::new(kind, format!("{thing}{place} does not fit its codec")).with_source(source)
+        let message = format!("event \"{event_type}\"{place} {what}");
+        let kind = ErrorKind::Codec { event_type: Some(event_type.clone()), position };
+        Self::new(kind, message).with_source(source)
     }
 
     /// What went wrong, by what the caller can do.

@@ -89,6 +89,12 @@ pub(crate) fn ignored_snapshot() {
     say!(warn, "a snapshot did not decode and was passed over");
 }
 
+/// A state could not be kept as a snapshot.
+pub(crate) fn skipped_snapshot(aggregate_type: &'static str) {
+    count!("evercore_snapshots_skipped_total", 1);
+    say!(warn, aggregate_type, "a state cannot be kept as a snapshot");
+}
+
 /// Around a handler.
 pub(crate) fn within<T>(delivery: &Delivery, work: impl Future<Output = T>) -> impl Future<Output = T> {
     spanned!(

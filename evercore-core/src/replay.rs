@@ -147,9 +147,15 @@ fn apply<T: Aggregate>(aggregate: &mut Loaded<T>, event: &Event) -> Result<()> {
     if event.sequence() != aggregate.sequence().next() {
         return Err(hole(aggregate));
     }
-    let codec = |source| Error::codec(Some(event.event_type().clone()), Some(event.position()), source);
-    let decoded = T::Codec::decode(event.event_type().as_str(), event.payload()).map_err(codec)?;
-    aggregate.advance(decoded).map_err(codec)
+    let decoded = decode::<T>(event)?;
+    aggregate
+        .advance(decoded)
+        .map_err(|source| Error::misfit(event.event_type(), Some(event.position()), source))
+}
+
+fn decode<T: Aggregate>(event: &Event) -> Result<T::Event> {
+    T::Codec::decode(event.event_type().as_str(), event.payload())
+        .map_err(|source| Error::not_decoded(event.event_type(), Some(event.position()), source))
 }
 
 /// A history with a hole was not written by evercore; better no state than a wrong one.
@@ -169,7 +175,6 @@ impl Event {
         if *self.aggregate_type() != wanted {
             return Err(Error::wrong_type(self.aggregate(), wanted, self.aggregate_type().clone()));
         }
-        T::Codec::decode(self.event_type().as_str(), self.payload())
-            .map_err(|source| Error::codec(Some(self.event_type().clone()), Some(self.position()), source))
+        decode::<T>(self)
     }
 }

@@ -40,6 +40,7 @@ pub struct EventStore {
 struct Shared {
     ids: Mutex<IdBlock>,
     snapshots_ignored: AtomicU64,
+    snapshots_skipped: AtomicU64,
     /// Rung when a cursor moves, or is free.
     rings: Bell,
     /// Rung when an operator has changed something about a subscription.
@@ -159,12 +160,14 @@ impl EventStore {
         self.engine.wait(after, at_most).await
     }
 
-    /// Registers the names of this aggregate and of its events, and has them at hand for what follows.
+    /// Registers the names of this aggregate and of its events, and has them at hand for what follows. A name of which
+    /// the codec does not know that it is written, such as that of a variant with an alias, is registered by the first
+    /// commit that has it.
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if one is no name; what the engine says when it is out of reach.
     pub async fn warmup<T: Aggregate>(&self) -> Result<()> {
-        let names = T::Codec::event_types().iter().map(|name| EventType::from_static(name));
+        let names = T::Codec::event_types().into_iter().map(EventType::from_static);
         let known =
             KnownType { aggregate_type: aggregate_type::<T>()?, event_types: names.collect::<Result<_>>()? };
         self.engine.warmup(&[known]).await
@@ -201,6 +204,13 @@ impl EventStore {
         self.shared.snapshots_ignored.load(Ordering::Relaxed)
     }
 
+    /// How many snapshots were not written by this store and its clones, since the state could not be encoded, was over
+    /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), or did not come back as it was written. The events are
+    /// recorded all the same. Should be 0; such an aggregate is replayed from an older snapshot or from its first event.
+    pub fn snapshots_skipped(&self) -> u64 {
+        self.shared.snapshots_skipped.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn rings(&self) -> &Bell {
         &self.shared.rings
     }
@@ -216,6 +226,11 @@ impl EventStore {
     pub(crate) fn note_ignored_snapshot(&self) {
         crate::observe::ignored_snapshot();
         self.shared.snapshots_ignored.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_skipped_snapshot(&self, aggregate_type: &'static str) {
+        crate::observe::skipped_snapshot(aggregate_type);
+        self.shared.snapshots_skipped.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) async fn next_id(&self) -> Result<AggregateId> {

@@ -1,5 +1,6 @@
 //! The unit of work: what was decided, collected until one commit writes all of it or nothing of it.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
 use crate::engine::{StorageEngine, Target};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
 use crate::loaded::Loaded;
@@ -200,10 +201,8 @@ impl UnitOfWork {
         let id = loaded.id();
         for event in self.staged.iter().filter(|event| event.aggregate == id) {
             let decoded = T::Codec::decode(event.event_type.as_str(), event.payload.as_bytes())
-                .map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
-            loaded
-                .advance(decoded)
-                .map_err(|source| Error::codec(Some(event.event_type.clone()), None, source))?;
+                .map_err(|source| Error::not_decoded(&event.event_type, None, source))?;
+            loaded.advance(decoded).map_err(|source| Error::misfit(&event.event_type, None, source))?;
         }
         Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
     }
@@ -229,11 +228,13 @@ impl UnitOfWork {
         Ok(())
     }
 
-    /// Records that something happened: applies the event, asks the new state whether it is valid, stages the event.
+    /// Records that something happened: encodes the event, applies it as it is read back, asks the new state whether it
+    /// is valid, and stages the event. So the state in hand is the one that a load will find; see
+    /// [`TRUSTS_CODEC`](Aggregate::TRUSTS_CODEC).
     ///
     /// # Errors
     /// [`InvalidState`](ErrorKind::InvalidState) if the state refuses; [`Codec`](ErrorKind::Codec) if the event does
-    /// not encode; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
+    /// not encode, does not come back as it was written, or does not fit the state; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
     /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit.
     /// The event is then not staged and the aggregate is as before.
     pub fn record<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, event: T::Event) -> Result<()> {
@@ -276,14 +277,14 @@ impl UnitOfWork {
         // A copy takes the events, so that a refused event, or a panic, leaves aggregate and unit as they were.
         let (mut next, mut staged) = (aggregate.clone(), Vec::new());
         for event in events {
-            let encoded = encode::<T>(&next, &event, &aggregate_type, metadata)?;
-            advance(&mut next, event, &encoded.event_type)?;
-            staged.push(encoded);
+            let (written, event) = write::<T>(&next, event, &aggregate_type, metadata)?;
+            advance(&mut next, event, &written.event_type)?;
+            staged.push(written);
         }
         if staged.is_empty() {
             return Ok(());
         }
-        self.snapshot(aggregate.sequence(), &next)?;
+        self.snapshot(aggregate.sequence(), &next);
         self.staged.append(&mut staged);
         *aggregate = next.staged_in(&self.committed);
         self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
@@ -305,21 +306,20 @@ impl UnitOfWork {
         }
     }
 
-    /// Keeps the state if the events just recorded passed a multiple of `SNAPSHOT_EVERY`.
-    fn snapshot<T: Aggregate>(&mut self, before: Sequence, after: &Loaded<T>) -> Result<()> {
+    /// Keeps the state if the events just recorded passed a multiple of `SNAPSHOT_EVERY`. A state that cannot be kept is
+    /// no reason to refuse events: a load replays them.
+    fn snapshot<T: Aggregate>(&mut self, before: Sequence, after: &Loaded<T>) {
         let every = i64::from(T::SNAPSHOT_EVERY);
         if every == 0 || before.get() / every == after.sequence().get() / every {
-            return Ok(());
+            return;
         }
-        let state =
-            T::Codec::encode_state(after.state()).map_err(|source| Error::codec(None, None, source))?;
-        let snapshot = Snapshot {
-            sequence: after.sequence(),
-            version: T::SNAPSHOT_VERSION,
-            state: Payload::new(state)?,
-        };
-        self.batch.snapshot(after.id(), snapshot);
-        Ok(())
+        match kept::<T>(after.state()) {
+            Ok(state) => {
+                let snapshot = Snapshot { sequence: after.sequence(), version: T::SNAPSHOT_VERSION, state };
+                self.batch.snapshot(after.id(), snapshot);
+            }
+            Err(_) => self.store.note_skipped_snapshot(T::TYPE),
+        }
     }
 
     /// Demands that the aggregate, which was only read, has not changed when this unit commits.
@@ -442,25 +442,41 @@ impl UnitOfWork {
     }
 }
 
-fn encode<T: Aggregate>(
+/// The event as it is stored, and as it will be read.
+fn write<T: Aggregate>(
     aggregate: &Loaded<T>,
-    event: &T::Event,
+    event: T::Event,
     aggregate_type: &AggregateType,
     metadata: Option<&Metadata>,
-) -> Result<Staged> {
-    let encoded = T::Codec::encode(event).map_err(|source| Error::codec(None, None, source))?;
-    let event_type = match encoded.event_type {
-        std::borrow::Cow::Borrowed(name) => EventType::from_static(name)?,
-        std::borrow::Cow::Owned(name) => EventType::new(name)?,
+) -> Result<(Staged, T::Event)> {
+    let encoded = T::Codec::encode(&event).map_err(|source| Error::not_encoded(aggregate_type, source))?;
+    let event_type = match &encoded.event_type {
+        Cow::Borrowed(name) => EventType::from_static(name)?,
+        Cow::Owned(name) => EventType::new(name)?,
     };
-    Ok(Staged {
+    let event = if T::TRUSTS_CODEC {
+        event
+    } else {
+        T::Codec::read_back(&encoded).map_err(|source| Error::not_read_back(event_type.clone(), source))?
+    };
+    let staged = Staged {
         aggregate: aggregate.id(),
         aggregate_type: aggregate_type.clone(),
         expected: aggregate.sequence(),
         event_type,
         payload: Payload::new(encoded.payload)?,
         metadata: metadata.cloned(),
-    })
+    };
+    Ok((staged, event))
+}
+
+/// The state as the content of a snapshot.
+fn kept<T: Aggregate>(state: &T) -> Result<Payload, BoxError> {
+    let bytes = T::Codec::encode_state(state)?;
+    if !T::TRUSTS_CODEC {
+        T::Codec::read_back_state(&bytes)?;
+    }
+    Ok(Payload::new(bytes)?)
 }
 
 fn stale(id: AggregateId) -> Error {
@@ -470,7 +486,7 @@ fn stale(id: AggregateId) -> Error {
 }
 
 fn advance<T: Aggregate>(aggregate: &mut Loaded<T>, event: T::Event, event_type: &EventType) -> Result<()> {
-    aggregate.advance(event).map_err(|source| Error::codec(Some(event_type.clone()), None, source))?;
+    aggregate.advance(event).map_err(|source| Error::misfit(event_type, None, source))?;
     aggregate.state().validate().map_err(|source| Error::invalid_state(aggregate.id(), event_type, source))
 }
 

@@ -171,7 +171,7 @@ fn encode<T: Aggregate>(event: &T::Event) -> Encoded {
 }
 
 fn decode_into<T: Aggregate>(state: &mut T, encoded: &Encoded) -> Result<(), BoxError> {
-    state.try_apply(T::Codec::decode(&encoded.event_type, &encoded.payload)?)
+    state.try_apply(T::Codec::read_back(encoded)?)
 }
 
 fn shown(events: &[Encoded]) -> String {

@@ -3,6 +3,7 @@
 mod join;
 mod probe;
 mod refuse;
+mod same;
 mod split;
 mod write;
 
@@ -12,11 +13,12 @@ mod tests;
 use serde::Serialize;
 use serde::de::{Deserialize, DeserializeOwned};
 
-use crate::aggregate::{Encoded, EventCodec, StateCodec};
+use crate::aggregate::{COMES_BACK_CHANGED, Encoded, EventCodec, StateCodec};
 use crate::error::{BoxError, Error, Result};
 use crate::event::Event;
 
 pub(crate) use self::probe::{Shape, shape_of};
+use self::probe::{UNKNOWN, variant_of};
 pub(crate) use self::refuse::refuse;
 pub(crate) use self::write::to_json;
 
@@ -69,12 +71,23 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 /// # What is refused
 ///
 /// Enums with `tag` or `untagged` (also on a single variant), structs and options are refused with one sentence, both
-/// when encoding and when decoding. So is what could be written but not read again: a variant whose name is not one of
-/// [`event_types`](EventCodec::event_types), content nested deeper than 127 levels, and content of more than
+/// when encoding and when decoding. So is what could be written but not read again: a variant whose name the enum does
+/// not read, content nested deeper than 127 levels, and content of more than
 /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), which is noticed while it is written.
 ///
-/// JSON has no word for `NaN` and the infinities; `serde_json` writes `null` for them, which is not a number when it is
-/// read again. Keep them out of events.
+/// `record` also [reads back](EventCodec::read_back) what was written. It refuses an event whose JSON does not decode,
+/// or whose decoded value is other JSON. The order of maps, sets and lists is not compared. Usual causes are
+/// * `NaN` and the infinities: JSON has no word for them, and `serde_json` writes `null`;
+/// * `skip_serializing_if` without a `default`, or with another one; `rename(serialize = "…")` on a field;
+/// * 128-bit numbers and integer keys in what serde buffers: `flatten`, and enums with `tag` or `untagged`;
+/// * a flattened map with a key that is also the name of a field.
+///
+/// Some values are written and read without a fault, but come back as others: `Some(None)` and `Some(())` as `None`, a
+/// field with `#[serde(skip)]` as its default. `record` applies the event as it comes back, so the state in hand is
+/// the state that a load finds.
+///
+/// A state that does not come back is not refused, for the events tell it: no snapshot is kept, and that is counted by
+/// [`EventStore::snapshots_skipped`](crate::EventStore::snapshots_skipped).
 ///
 /// # Errors and their content
 ///
@@ -102,11 +115,31 @@ impl<E: Serialize + DeserializeOwned> EventCodec<E> for Json {
         Ok(join::join(event_type, payload)?)
     }
 
-    fn event_types() -> &'static [&'static str] {
-        match shape_of::<E>() {
-            Shape::Enum(known) => known,
-            Shape::Struct(_) | Shape::Other => &[],
+    fn read_back(encoded: &Encoded) -> Result<E, BoxError> {
+        let event: E = join::join(&encoded.event_type, &encoded.payload)?;
+        let again = Self::encode(&event)?;
+        if again.event_type == encoded.event_type && same::same(&again.payload, &encoded.payload) {
+            Ok(event)
+        } else {
+            Err(COMES_BACK_CHANGED.into())
         }
+    }
+
+    /// The names of the variants. Serde does not tell a name from its aliases, so a variant with an alias is left out;
+    /// so is one with `other`.
+    fn event_types() -> Vec<&'static str> {
+        let Shape::Enum(known) = shape_of::<E>() else { return Vec::new() };
+        let variants: Vec<_> = known.iter().map(|name| variant_of::<E>(name)).collect();
+        let other = variant_of::<E>(UNKNOWN);
+        let is_only_name = |variant: &Option<_>| {
+            *variant != other && variants.iter().filter(|another| *another == variant).count() == 1
+        };
+        known
+            .iter()
+            .zip(&variants)
+            .filter(|(_, variant)| is_only_name(variant))
+            .map(|(name, _)| *name)
+            .collect()
     }
 }
 
@@ -118,23 +151,35 @@ impl<S: Serialize + DeserializeOwned> StateCodec<S> for Json {
     fn decode_state(bytes: &[u8]) -> Result<S, BoxError> {
         Ok(serde_json::from_slice(bytes)?)
     }
+
+    fn read_back_state(bytes: &[u8]) -> Result<S, BoxError> {
+        let state: S = Self::decode_state(bytes)?;
+        if same::same(&to_json(&state)?, bytes) { Ok(state) } else { Err(COMES_BACK_CHANGED.into()) }
+    }
 }
 
 impl Event {
-    /// The event as a variant of `E`, written by [`Json`]. Texts may be borrowed from the page.
+    /// The event as a variant of `E`, written by [`Json`].
     ///
     /// `E` need not be the enum that the event was written from: a reader may know fewer events, with fewer fields.
+    /// A `Cow` borrows a text from the page where it can. A `&str` always would have to, and fails on a text with an
+    /// escape in it, such as a quote or a new line.
     ///
     /// ```
     /// # use evercore_core::Event;
+    /// use std::borrow::Cow;
+    ///
     /// #[derive(serde::Deserialize)]
     /// enum Mailing<'a> {
-    ///     EmailChanged { email: &'a str },
+    ///     EmailChanged {
+    ///         #[serde(borrow)]
+    ///         email: Cow<'a, str>,
+    ///     },
     ///     #[serde(other)]
     ///     Other,
     /// }
     ///
-    /// fn new_address(event: &Event) -> evercore_core::Result<Option<&str>> {
+    /// fn new_address(event: &Event) -> evercore_core::Result<Option<Cow<'_, str>>> {
     ///     Ok(match event.json()? {
     ///         Mailing::EmailChanged { email } => Some(email),
     ///         Mailing::Other => None,
@@ -145,8 +190,7 @@ impl Event {
     /// # Errors
     /// [`Codec`](crate::ErrorKind::Codec) if the event does not fit `E`.
     pub fn json<'a, E: Deserialize<'a>>(&'a self) -> Result<E> {
-        join::join(self.event_type().as_str(), self.payload()).map_err(|error| {
-            Error::codec(Some(self.event_type().clone()), Some(self.position()), error.into())
-        })
+        join::join(self.event_type().as_str(), self.payload())
+            .map_err(|error| Error::not_decoded(self.event_type(), Some(self.position()), error.into()))
     }
 }

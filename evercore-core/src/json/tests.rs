@@ -114,10 +114,20 @@ fn old_names_and_shapes_are_still_read() {
     assert_eq!(decode("email_changed", r#"{"mail":"a"}"#), Ok(Renamed::EmailChanged { email: "a".into() }));
     let moved = Renamed::Moved { new_place: 1, old_place: 0, note: None };
     assert_eq!(decode("moved", r#"{"newPlace":1}"#), Ok(moved));
-    let known = <Json as EventCodec<Renamed>>::event_types();
-    for name in ["email_changed", "gone!", "Deleted", "Removed", "moved"] {
-        assert!(known.contains(&name), "{name} in {known:?}");
+}
+
+#[test]
+fn a_name_that_is_perhaps_only_read_is_not_announced() {
+    assert_eq!(<Json as EventCodec<Renamed>>::event_types(), ["email_changed", "moved"]);
+
+    #[derive(Debug, Serialize, Deserialize)]
+    enum Reader {
+        Known(u8),
+        #[serde(other)]
+        Other,
     }
+    assert_eq!(<Json as EventCodec<Reader>>::event_types(), ["Known"]);
+    assert_eq!(<Json as EventCodec<Box<Reader>>>::event_types(), ["Known"]);
 }
 
 #[test]
@@ -443,4 +453,18 @@ fn a_state_is_written_as_it_is() {
     assert_eq!(bytes, br#"{"B":{"b":1}}"#);
     assert_eq!(<Json as StateCodec<Inner>>::decode_state(&bytes).unwrap(), Inner::B { b: 1 });
     assert!(<Json as StateCodec<Inner>>::decode_state(b"").is_err());
+}
+
+#[test]
+fn texts_say_the_same_in_any_order_and_to_the_last_digit() {
+    let same = |one: &str, other: &str| super::same::same(one.as_bytes(), other.as_bytes());
+    assert!(same(r#"{"a":1,"b":[1,2]}"#, r#"{"b":[2,1],"a":1}"#));
+    assert!(same(r#"[{"a":1,"b":2},[]]"#, r#"[[],{"b":2,"a":1}]"#));
+    assert!(!same(r#"{"a":1,"b":2}"#, r#"{"a":2,"b":1}"#));
+    assert!(!same(r#"{"a":1,"a":2}"#, r#"{"a":1,"a":3}"#));
+    assert!(!same("[1,2]", "[1,3]"));
+    assert!(!same("[1,2]", r#"["1",2]"#));
+    assert!(!same(r#"[{"a":1},2]"#, r#"[{"a":2},1]"#));
+    assert!(!same("340282366920938463463374607431768211455", "340282366920938463463374607431768211454"));
+    assert!(!same("0.0", "null"));
 }

@@ -74,6 +74,9 @@ pub trait StateAggregate: Default + Clone + Serialize + DeserializeOwned + Send 
     /// As [`Aggregate::SNAPSHOT_VERSION`].
     const SNAPSHOT_VERSION: u32 = 1;
 
+    /// As [`Aggregate::TRUSTS_CODEC`].
+    const TRUSTS_CODEC: bool = false;
+
     /// What can happen to it: an enum that serde can write and read.
     type Event: Serialize + DeserializeOwned + Send + Sync + 'static;
 
@@ -90,6 +93,7 @@ impl<S: StateAggregate> Aggregate for S {
     const TYPE: &'static str = S::TYPE;
     const SNAPSHOT_EVERY: u32 = S::SNAPSHOT_EVERY;
     const SNAPSHOT_VERSION: u32 = S::SNAPSHOT_VERSION;
+    const TRUSTS_CODEC: bool = S::TRUSTS_CODEC;
 
     type Event = S::Event;
     type Codec = Json;
