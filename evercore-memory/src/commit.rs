@@ -11,13 +11,14 @@ use evercore_core::{
 use crate::state::{AggregateState, Outcome, State, Stored};
 
 impl State {
-    pub(crate) fn commit(&mut self, batch: &Batch, now: Timestamp) -> Result<Receipt> {
+    pub(crate) fn commit(&mut self, batch: &Batch) -> Result<Receipt> {
         if let Some(first) = self.command_outcome(batch)? {
             return Ok(first);
         }
         self.check_creates(batch)?;
         self.check_sequences(batch)?;
         self.check_keys(batch)?;
+        let now = self.now();
         let recorded_at = self.log.last().map_or(now, |last| last.recorded_at.max(now));
         let receipt = Receipt::of(batch, self.head(), recorded_at);
         let projected = self.project(batch, &receipt)?;

@@ -12,7 +12,7 @@ use evercore_core::{
 use futures_lite::future::or;
 use futures_timer::Delay;
 
-use crate::state::State;
+use crate::state::{Clock, State};
 
 /// An engine that keeps everything in memory. Clones share one store.
 #[derive(Clone, Default)]
@@ -33,6 +33,29 @@ impl MemoryEngine {
         Self::default()
     }
 
+    /// An empty store with a clock of its own, for tests of what depends on the time: it gives the time of recording, and
+    /// says when leases end. Waits and pauses take real time.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicI64, Ordering};
+    ///
+    /// use evercore_memory::{MemoryEngine, Timestamp};
+    ///
+    /// let micros = Arc::new(AtomicI64::new(1_000_000));
+    /// let clock = Arc::clone(&micros);
+    /// let engine = MemoryEngine::with_clock(move || {
+    ///     Timestamp::from_micros(clock.load(Ordering::Relaxed)).unwrap_or(Timestamp::MIN)
+    /// });
+    /// micros.fetch_add(3_600_000_000, Ordering::Relaxed); // an hour later
+    /// # drop(engine);
+    /// ```
+    pub fn with_clock(clock: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
+        let engine = Self::new();
+        engine.state().clock = Clock(Box::new(clock));
+        engine
+    }
+
     /// The state; held for a moment, never across an await. A panic cannot leave it half changed: a commit checks
     /// before it writes.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -41,7 +64,7 @@ impl MemoryEngine {
 
     fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
         let writes_events = batch.events() > 0;
-        let receipt = self.state().commit(batch, Timestamp::now())?;
+        let receipt = self.state().commit(batch)?;
         if writes_events {
             self.shared.bell.notify(usize::MAX);
         }

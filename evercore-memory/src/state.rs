@@ -14,6 +14,7 @@ use crate::inline::Inline;
 /// cursors.
 #[derive(Default)]
 pub(crate) struct State {
+    pub(crate) clock: Clock,
     /// The log: the event at position p is number p - 1.
     pub(crate) log: Vec<Stored>,
     pub(crate) aggregates: HashMap<AggregateId, AggregateState>,
@@ -24,6 +25,15 @@ pub(crate) struct State {
     pub(crate) cursors: BTreeMap<CursorId, Cursor>,
     pub(crate) parked: HashMap<CursorId, BTreeMap<Position, Parked>>,
     pub(crate) inline: Vec<Inline>,
+}
+
+/// Where the time comes from.
+pub(crate) struct Clock(pub(crate) Box<dyn Fn() -> Timestamp + Send + Sync>);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Box::new(Timestamp::now))
+    }
 }
 
 pub(crate) struct AggregateState {
@@ -58,6 +68,10 @@ impl AggregateState {
 }
 
 impl State {
+    pub(crate) fn now(&self) -> Timestamp {
+        (self.clock.0)()
+    }
+
     pub(crate) fn head(&self) -> Position {
         Position::ZERO.plus(self.log.len())
     }

@@ -2,7 +2,7 @@
 
 use evercore_core::{
     BoxFuture, Cursor, CursorId, Cursors, Parked, ParkedChange, Position, Result, Step, SubscriptionName,
-    SubscriptionStorage, Taken, Timestamp,
+    SubscriptionStorage, Taken,
 };
 
 use crate::engine::MemoryEngine;
@@ -16,7 +16,7 @@ impl State {
 
     /// What a step comes to; nothing is changed yet.
     pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
-        step.take(id, self.cursors.get(id).cloned(), Timestamp::now(), self.head())
+        step.take(id, self.cursors.get(id).cloned(), self.now(), self.head())
     }
 
     pub(crate) fn put(&mut self, id: &CursorId, taken: Taken) -> Option<Cursor> {
@@ -54,7 +54,7 @@ impl SubscriptionStorage for MemoryEngine {
         Box::pin(async move {
             let state = self.state();
             let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
-            Ok(Cursors { cursors: wanted.cloned().collect(), now: Timestamp::now() })
+            Ok(Cursors { cursors: wanted.cloned().collect(), now: state.now() })
         })
     }
 
