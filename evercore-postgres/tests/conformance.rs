@@ -6,12 +6,13 @@ mod common;
 
 use std::future::Future;
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use common::Place;
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{Config, NoTls};
 use evercore_postgres::{PostgresEngine, Result};
-use evercore_testkit::Harness;
+use evercore_testkit::{Ability, Harness};
 
 /// A way of connecting.
 trait Way: 'static {
@@ -23,17 +24,34 @@ struct Connected<W>(PhantomData<W>);
 
 impl<W: Way> Harness for Connected<W> {
     const NAME: &'static str = "postgres";
+    /// What a killed server leaves is looked at in the tests that have a server of their own.
+    const CANNOT: &'static [Ability] = &[Ability::CrashImage];
     type Engine = PostgresEngine;
     type Guard = Place;
 
     async fn engine() -> Option<(Place, PostgresEngine)> {
         let place = Place::fresh()?;
-        let engine = Self::another(&place).await?;
+        let engine = Self::further(&place).await?;
         Some((place, engine))
     }
 
-    async fn another(place: &Place) -> Option<PostgresEngine> {
+    async fn further(place: &Place) -> Option<PostgresEngine> {
         Some(W::connect(place).await.unwrap())
+    }
+
+    async fn reopen(place: &Place) -> Option<PostgresEngine> {
+        Self::further(place).await
+    }
+
+    /// What is stored is so much later than the clock.
+    async fn turn_clock_back(place: &Place, by: Duration) -> bool {
+        let micros = by.as_micros();
+        place.psql(&format!(
+            "UPDATE @events SET recorded_at = recorded_at + {micros};
+             UPDATE @log_end SET recorded_at = recorded_at + {micros};
+             UPDATE @cursors SET expires_at = expires_at + {micros} WHERE expires_at > 0;"
+        ));
+        true
     }
 
     fn block_on<F: Future>(future: F) -> F::Output {

@@ -2,9 +2,47 @@
 
 #![allow(clippy::unwrap_used)]
 
-use evercore_sqlite::SqliteEngine;
-use evercore_testkit::Harness;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use evercore_sqlite::{SqliteEngine, rusqlite};
+use evercore_testkit::{Ability, Harness};
 use tempfile::TempDir;
+
+/// A store in a folder of its own.
+struct Place(TempDir);
+
+impl Place {
+    fn fresh() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("store.db")
+    }
+
+    /// A copy of all files but the shared memory, which does not outlive its processes.
+    fn crash_image(&self) -> Self {
+        let image = Self::fresh();
+        for file in std::fs::read_dir(self.0.path()).unwrap().map(Result::unwrap) {
+            if file.file_type().unwrap().is_file() && !file.file_name().to_string_lossy().ends_with("-shm") {
+                std::fs::copy(file.path(), image.0.path().join(file.file_name())).unwrap();
+            }
+        }
+        image
+    }
+
+    /// What is stored is so much later than the clock.
+    fn turn_clock_back(&self, by: Duration) -> bool {
+        let micros = i64::try_from(by.as_micros()).unwrap();
+        let sql = format!(
+            "UPDATE events SET recorded_at = recorded_at + {micros};
+             UPDATE cursors SET expires_at = expires_at + {micros} WHERE expires_at > 0;"
+        );
+        rusqlite::Connection::open(self.file()).unwrap().execute_batch(&sql).unwrap();
+        true
+    }
+}
 
 /// Reads and commits off the executor's threads, as opened by default.
 struct Sqlite;
@@ -12,16 +50,30 @@ struct Sqlite;
 impl Harness for Sqlite {
     const NAME: &'static str = "sqlite";
     type Engine = SqliteEngine;
-    type Guard = TempDir;
+    type Guard = Place;
 
-    async fn engine() -> Option<(TempDir, SqliteEngine)> {
-        let folder = tempfile::tempdir().unwrap();
-        let engine = SqliteEngine::open(folder.path().join("store.db")).await.unwrap();
-        Some((folder, engine))
+    async fn engine() -> Option<(Place, SqliteEngine)> {
+        let place = Place::fresh();
+        let engine = Self::further(&place).await?;
+        Some((place, engine))
     }
 
-    async fn another(folder: &TempDir) -> Option<SqliteEngine> {
-        Some(SqliteEngine::open(folder.path().join("store.db")).await.unwrap())
+    async fn further(place: &Place) -> Option<SqliteEngine> {
+        Some(SqliteEngine::open(place.file()).await.unwrap())
+    }
+
+    async fn reopen(place: &Place) -> Option<SqliteEngine> {
+        Self::further(place).await
+    }
+
+    async fn crash_image(place: &Place) -> Option<(Place, SqliteEngine)> {
+        let image = place.crash_image();
+        let engine = Self::further(&image).await?;
+        Some((image, engine))
+    }
+
+    async fn turn_clock_back(place: &Place, by: Duration) -> bool {
+        place.turn_clock_back(by)
     }
 }
 
@@ -30,26 +82,41 @@ struct OnCallersThread;
 
 impl Harness for OnCallersThread {
     const NAME: &'static str = "sqlite";
+    const CANNOT: &'static [Ability] = &[Ability::OffThread];
     type Engine = SqliteEngine;
-    type Guard = TempDir;
+    type Guard = Place;
 
-    async fn engine() -> Option<(TempDir, SqliteEngine)> {
-        let folder = tempfile::tempdir().unwrap();
-        let engine = Self::another(&folder).await?;
-        Some((folder, engine))
+    async fn engine() -> Option<(Place, SqliteEngine)> {
+        let place = Place::fresh();
+        let engine = Self::further(&place).await?;
+        Some((place, engine))
     }
 
-    async fn another(folder: &TempDir) -> Option<SqliteEngine> {
-        let builder = SqliteEngine::builder().commit_on_caller_thread(true);
-        Some(builder.open(folder.path().join("store.db")).await.unwrap())
+    async fn further(place: &Place) -> Option<SqliteEngine> {
+        Some(SqliteEngine::builder().commit_on_caller_thread(true).open(place.file()).await.unwrap())
+    }
+
+    async fn reopen(place: &Place) -> Option<SqliteEngine> {
+        Self::further(place).await
+    }
+
+    async fn crash_image(place: &Place) -> Option<(Place, SqliteEngine)> {
+        let image = place.crash_image();
+        let engine = Self::further(&image).await?;
+        Some((image, engine))
+    }
+
+    async fn turn_clock_back(place: &Place, by: Duration) -> bool {
+        place.turn_clock_back(by)
     }
 }
 
-/// Without a file: one connection for everything.
+/// Without a file: one connection for everything. The store lives as long as one clone of its engine.
 struct InMemory;
 
 impl Harness for InMemory {
     const NAME: &'static str = "sqlite-in-memory";
+    const CANNOT: &'static [Ability] = &[Ability::Reopen, Ability::CrashImage, Ability::TurnClockBack];
     type Engine = SqliteEngine;
     type Guard = SqliteEngine;
 
@@ -58,7 +125,7 @@ impl Harness for InMemory {
         Some((engine.clone(), engine))
     }
 
-    async fn another(engine: &SqliteEngine) -> Option<SqliteEngine> {
+    async fn further(engine: &SqliteEngine) -> Option<SqliteEngine> {
         Some(engine.clone())
     }
 }

@@ -1,22 +1,57 @@
 //! A fresh engine for each case: where it comes from, and what stands below it.
 
+use std::any::Any;
 use std::fmt;
 use std::future::Future;
+use std::io::Write as _;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use evercore_core::{EventStore, StorageEngine};
 
-use crate::cases::CASES;
+use crate::cases::{CASES, Case};
 use crate::tools;
+use crate::watchdog;
 
 /// A future that stays on its thread, as cases do.
 pub(crate) type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What some cases need besides a fresh engine. [`Case::needs`] says which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ability {
+    /// [`Harness::further`]: a second engine on the same storage, at the same time.
+    Further,
+    /// [`Harness::reopen`]: the storage is opened again after the engine was closed.
+    Reopen,
+    /// [`Harness::crash_image`]: a copy of the storage, as a crash at this moment would leave it.
+    CrashImage,
+    /// [`Harness::turn_clock_back`]: the engine's clock goes back.
+    TurnClockBack,
+    /// The engine leaves the executor's thread free while it works. An engine in memory has nothing to wait for, and
+    /// cannot.
+    OffThread,
+}
+
+impl Ability {
+    /// All abilities.
+    pub const ALL: &[Self] =
+        &[Self::Further, Self::Reopen, Self::CrashImage, Self::TurnClockBack, Self::OffThread];
+}
 
 /// How the suite comes by an engine.
 pub trait Harness: 'static {
     /// The name by which `EVERCORE_REQUIRE` asks for this engine.
     const NAME: &'static str;
+
+    /// What this engine cannot do. The cases that need it are skipped, and listed once in each run. Everything else
+    /// must run: a method below that gives `None` for an ability that is not listed here fails the case.
+    const CANNOT: &'static [Ability] = &[];
+
+    /// In an ordinary run only the cases whose names begin with one of these; empty, the default: all cases. With
+    /// `EVERCORE_CASES=all` all cases run. For a second way into an engine that runs all cases by another harness.
+    const ONLY: &'static [&'static str] = &[];
 
     /// The engine.
     type Engine: StorageEngine;
@@ -27,11 +62,30 @@ pub trait Harness: 'static {
     /// An engine on a fresh, empty storage; `None` if there is none here, after printing why.
     fn engine() -> impl Future<Output = Option<(Self::Guard, Self::Engine)>>;
 
-    /// A further engine on the same storage. Also used to reopen the storage after the first engine is dropped.
-    /// `None`, the default: the engine cannot do this, and the cases that need it are skipped, loudly.
-    fn another(guard: &Self::Guard) -> impl Future<Output = Option<Self::Engine>> {
+    /// A second engine on the same storage, while the first is open.
+    fn further(guard: &Self::Guard) -> impl Future<Output = Option<Self::Engine>> {
         let _ = guard;
         async { None }
+    }
+
+    /// An engine on the same storage, after all others were dropped.
+    fn reopen(guard: &Self::Guard) -> impl Future<Output = Option<Self::Engine>> {
+        let _ = guard;
+        async { None }
+    }
+
+    /// An engine on a copy of the storage, with a guard of its own. The copy is taken while the first engine is open,
+    /// and without its help: a copy of its files, for example. Nothing is under way when this is called.
+    fn crash_image(guard: &Self::Guard) -> impl Future<Output = Option<(Self::Guard, Self::Engine)>> {
+        let _ = guard;
+        async { None }
+    }
+
+    /// Turns the engine's clock back by so much, or makes what is stored seem so much later, which is the same to the
+    /// engine. `false`: this cannot be done.
+    fn turn_clock_back(guard: &Self::Guard, by: Duration) -> impl Future<Output = bool> {
+        let _ = (guard, by);
+        async { false }
     }
 
     /// Runs a future to its end. The default needs no runtime. An engine that needs one must make progress also while
@@ -41,44 +95,97 @@ pub trait Harness: 'static {
     }
 }
 
-type Open = Box<dyn Fn() -> LocalFuture<'static, Option<Arc<dyn StorageEngine>>>>;
 type BlockOn = fn(LocalFuture<'_, ()>);
+
+/// An engine, with what it stands on if that is new too.
+type Opened = (Option<Box<dyn Any>>, Arc<dyn StorageEngine>);
+
+/// The ways to more engines. A way that is not there gives `None`.
+pub(crate) trait Doors {
+    fn further(&self) -> LocalFuture<'_, Option<Opened>>;
+    fn reopen(&self) -> LocalFuture<'_, Option<Opened>>;
+    fn crash_image(&self) -> LocalFuture<'_, Option<Opened>>;
+    fn turn_clock_back(&self, by: Duration) -> LocalFuture<'_, bool>;
+}
+
+struct DoorsOf<H: Harness> {
+    guard: H::Guard,
+}
+
+impl<H: Harness> Doors for DoorsOf<H> {
+    fn further(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::new(H::further(&self.guard).await?) as _)) })
+    }
+
+    fn reopen(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::new(H::reopen(&self.guard).await?) as _)) })
+    }
+
+    fn crash_image(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async {
+            let (guard, engine) = H::crash_image(&self.guard).await?;
+            Some((Some(Box::new(guard) as _), Arc::new(engine) as _))
+        })
+    }
+
+    fn turn_clock_back(&self, by: Duration) -> LocalFuture<'_, bool> {
+        Box::pin(H::turn_clock_back(&self.guard, by))
+    }
+}
+
+/// An engine that has no storage but itself.
+struct Alone(Arc<dyn StorageEngine>);
+
+impl Doors for Alone {
+    fn further(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::clone(&self.0))) })
+    }
+
+    fn reopen(&self) -> LocalFuture<'_, Option<Opened>> {
+        self.further()
+    }
+
+    fn crash_image(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { None })
+    }
+
+    fn turn_clock_back(&self, _: Duration) -> LocalFuture<'_, bool> {
+        Box::pin(async { false })
+    }
+}
 
 /// What a case works on: a fresh engine, and perhaps further ones on the same storage.
 pub struct Fixture {
     name: &'static str,
     engine: Option<Arc<dyn StorageEngine>>,
-    open: Open,
     block_on: BlockOn,
+    // In this order: what engines stand on goes after them.
+    doors: Box<dyn Doors>,
+    images: Vec<Box<dyn Any>>,
 }
 
 impl Fixture {
-    /// A fixture on an engine that has no storage but itself: all further engines are this one.
+    /// A fixture on an engine that has no storage but itself: further and reopened engines are this one. It cannot give
+    /// a crash image or turn back a clock.
     ///
     /// For engines that are broken on purpose; others have a [`Harness`].
     pub fn shared(engine: Arc<dyn StorageEngine>) -> Self {
-        let further = Arc::clone(&engine);
-        let open: Open = Box::new(move || {
-            let further = Arc::clone(&further);
-            Box::pin(async move { Some(further) })
-        });
-        Self { name: "shared", engine: Some(engine), open, block_on: |future| tools::block_on(future) }
+        Self::with_doors(Arc::clone(&engine), Box::new(Alone(engine)))
+    }
+
+    pub(crate) fn with_doors(engine: Arc<dyn StorageEngine>, doors: Box<dyn Doors>) -> Self {
+        let block_on: BlockOn = |future| tools::block_on(future);
+        Self { name: "shared", engine: Some(engine), block_on, doors, images: Vec::new() }
     }
 
     async fn fresh<H: Harness>() -> Option<Self> {
         let (guard, engine) = H::engine().await?;
-        let guard = Arc::new(guard);
-        let open: Open = Box::new(move || {
-            let guard = Arc::clone(&guard);
-            Box::pin(async move {
-                H::another(&guard).await.map(|engine| Arc::new(engine) as Arc<dyn StorageEngine>)
-            })
-        });
         Some(Self {
             name: H::NAME,
             engine: Some(Arc::new(engine)),
-            open,
             block_on: |future| H::block_on(future),
+            doors: Box::new(DoorsOf::<H> { guard }),
+            images: Vec::new(),
         })
     }
 
@@ -95,29 +202,58 @@ impl Fixture {
         EventStore::shared(self.engine())
     }
 
-    /// A further engine on the same storage; without one the case is skipped.
+    /// A second engine on the same storage. The case needs [`Ability::Further`].
     ///
     /// # Panics
-    /// If the engine is required by `EVERCORE_REQUIRE`.
-    pub async fn another(&self) -> Option<Arc<dyn StorageEngine>> {
-        let engine = (self.open)().await;
-        if engine.is_none() {
-            eprintln!("SKIPPED: \"{}\" gives no further engine on the same storage", self.name);
-            assert!(
-                !is_required(self.name),
-                "\"{}\" is required, and nothing of it may be skipped",
-                self.name
-            );
-        }
+    /// If the harness gives none.
+    pub async fn further(&mut self) -> Arc<dyn StorageEngine> {
+        let opened = self.doors.further().await;
+        self.keep(opened, Ability::Further)
+    }
+
+    /// Drops the engine and opens the storage again. The case needs [`Ability::Reopen`], and must not hold the engine any
+    /// more.
+    ///
+    /// # Panics
+    /// If the harness cannot do that.
+    pub async fn reopen(&mut self) -> Arc<dyn StorageEngine> {
+        drop(self.engine.take());
+        let opened = self.doors.reopen().await;
+        let engine = self.keep(opened, Ability::Reopen);
+        self.engine = Some(Arc::clone(&engine));
         engine
     }
 
-    /// Drops the engine and opens the storage again; `None`, and the case is skipped, if that cannot be. The case must
-    /// not hold the engine any more.
-    pub async fn reopen(&mut self) -> Option<Arc<dyn StorageEngine>> {
-        drop(self.engine.take());
-        self.engine = self.another().await;
-        self.engine.clone()
+    /// An engine on what a crash would leave at this moment. The case needs [`Ability::CrashImage`].
+    ///
+    /// # Panics
+    /// If the harness gives none.
+    pub async fn crash_image(&mut self) -> Arc<dyn StorageEngine> {
+        let opened = self.doors.crash_image().await;
+        self.keep(opened, Ability::CrashImage)
+    }
+
+    /// Turns the engine's clock back. The case needs [`Ability::TurnClockBack`].
+    ///
+    /// # Panics
+    /// If the harness cannot do that.
+    pub async fn turn_clock_back(&mut self, by: Duration) {
+        let is_turned = self.doors.turn_clock_back(by).await;
+        assert!(is_turned, "{}", self.unlisted(Ability::TurnClockBack));
+    }
+
+    fn keep(&mut self, opened: Option<Opened>, ability: Ability) -> Arc<dyn StorageEngine> {
+        let (guard, engine) = opened.unwrap_or_else(|| panic!("{}", self.unlisted(ability)));
+        self.images.extend(guard);
+        engine
+    }
+
+    fn unlisted(&self, ability: Ability) -> String {
+        format!(
+            "the harness of \"{}\" cannot do {ability:?}, and does not list it in `CANNOT`; or the case does not list \
+             it in what it needs",
+            self.name
+        )
     }
 
     /// Runs the work on that many threads at once, each with its number.
@@ -151,22 +287,66 @@ impl fmt::Debug for Fixture {
     }
 }
 
-/// Runs one case of [`CASES`] on a fresh engine.
+/// Runs one case of [`CASES`] on a fresh engine, unless the harness cannot do what it needs or leaves it to long runs.
+///
+/// A case that hangs is named after a minute, and ends the process after `EVERCORE_CASE_SECONDS`, 300 by default.
 ///
 /// # Panics
 /// If the engine breaks the promise, if there is no such case, or if the engine is required and not available.
 pub fn run<H: Harness>(name: &str) {
     let case = CASES.iter().find(|case| case.name == name);
     let case = case.unwrap_or_else(|| panic!("there is no case \"{name}\""));
+    if !why_skipped::<H>(case).is_empty() || is_left_to_long_runs::<H>(case) {
+        return;
+    }
+    let _watched = watchdog::watch(case.name, std::any::type_name::<H>());
     H::block_on(async {
         match Fixture::fresh::<H>().await {
             Some(mut fixture) => (case.run)(&mut fixture).await,
-            None => {
-                eprintln!("SKIPPED: \"{}\" is not available", H::NAME);
-                assert!(!is_required(H::NAME), "\"{}\" is required and not available", H::NAME);
-            }
+            None => assert!(!is_required(H::NAME), "\"{}\" is required and not available", H::NAME),
         }
     });
+}
+
+/// Lists what a harness skips, past the capture of test output: [`conformance!`](crate::conformance) does so once in each
+/// run.
+///
+/// # Panics
+/// If the harness lists in `ONLY` what is the name of no case, or if the engine is required and not available.
+pub fn tell_what_is_skipped<H: Harness>() {
+    for only in H::ONLY {
+        assert!(CASES.iter().any(|case| case.name.starts_with(only)), "there is no case \"{only}…\"");
+    }
+    let harness = std::any::type_name::<H>();
+    let mut told = Vec::new();
+    if H::block_on(H::engine()).is_none() {
+        assert!(!is_required(H::NAME), "\"{}\" is required and not available", H::NAME);
+        told.push(format!("SKIPPED by {harness}: all cases, \"{}\" is not available", H::NAME));
+    }
+    for ability in H::CANNOT {
+        let needing = CASES.iter().filter(|case| case.needs.contains(ability)).map(|case| case.name);
+        let needing = needing.collect::<Vec<_>>().join(", ");
+        told.push(format!("SKIPPED by {harness}, which cannot do {ability:?}: {needing}"));
+    }
+    let left = CASES.iter().filter(|case| is_left_to_long_runs::<H>(case)).count();
+    if left > 0 {
+        told.push(format!(
+            "LEFT to long runs by {harness}: {left} of {} cases (EVERCORE_CASES=all)",
+            CASES.len()
+        ));
+    }
+    if !told.is_empty() {
+        let _ = writeln!(std::io::stderr(), "{}", told.join("\n"));
+    }
+}
+
+fn why_skipped<H: Harness>(case: &Case) -> Vec<Ability> {
+    case.needs.iter().filter(|need| H::CANNOT.contains(need)).copied().collect()
+}
+
+fn is_left_to_long_runs<H: Harness>(case: &Case) -> bool {
+    let runs_all = H::ONLY.is_empty() || std::env::var("EVERCORE_CASES").is_ok_and(|which| which == "all");
+    !runs_all && !H::ONLY.iter().any(|only| case.name.starts_with(only))
 }
 
 pub(crate) fn is_required(name: &str) -> bool {

@@ -10,8 +10,9 @@ mod model;
 pub mod postgres;
 pub mod projection;
 mod tools;
+mod watchdog;
 
 pub use cases::{CASES, Case};
-pub use fixture::{Fixture, Harness, run};
+pub use fixture::{Ability, Fixture, Harness, run, tell_what_is_skipped};
 pub use given::{Given, When};
 pub use tools::{block_on, poll_at_most};

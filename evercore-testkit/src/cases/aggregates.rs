@@ -44,7 +44,7 @@ pub(crate) async fn no_id_is_given_out_twice(fixture: &mut Fixture) {
 
 pub(crate) async fn no_id_is_given_out_twice_by_any_engine_on_the_same_storage(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let engines = [engine, other];
     let ids = fixture.threads(4, async |number| {
         let mut ids = Vec::new();
@@ -59,7 +59,7 @@ pub(crate) async fn no_id_is_given_out_twice_by_any_engine_on_the_same_storage(f
 
 pub(crate) async fn no_id_is_given_out_twice_also_after_reopening(fixture: &mut Fixture) {
     let before = new_ids(&fixture.engine(), 50).await;
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     let after = new_ids(&engine, 50).await;
     assert!(after.iter().all(|id| !before.contains(id)));
 }
@@ -148,8 +148,45 @@ pub(crate) async fn aggregates_survive_reopening(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let (empty, full) = (keyed(&engine, "user", "empty").await, grown(&engine, "user", 3).await);
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(holder(&engine, "user", "empty").await, Some(empty));
     assert_eq!(sequence_of(&engine, empty).await, 0);
     assert_eq!(sequence_of(&engine, full).await, 3);
+}
+
+pub(crate) async fn an_id_in_use_is_invalid(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (grown, keyed) = (grown(&engine, "user", 2).await, keyed(&engine, "user", "ann").await);
+    let empty = new_id(&engine).await;
+    unit().create(empty, "user").commit(&engine).await.unwrap();
+    let other = new_id(&engine).await;
+    let before = everything(&engine).await;
+    for id in [grown, keyed, empty] {
+        for of_type in ["user", "order"] {
+            let attempts = [
+                unit().create(id, of_type),
+                unit().create_keyed(id, of_type, "new"),
+                unit().create(id, of_type).append(id, of_type, 0, 1),
+                unit()
+                    .create(other, "user")
+                    .append(other, "user", 0, 1)
+                    .create(id, of_type)
+                    .command("command"),
+            ];
+            for attempt in attempts {
+                assert_kind!(attempt.commit(&engine).await, ErrorKind::Invalid);
+            }
+        }
+    }
+    assert_eq!(everything(&engine).await, before);
+    assert!(!exists(&engine, other).await);
+    for of_type in ["user", "order"] {
+        assert_eq!(holder(&engine, of_type, "new").await, None);
+    }
+    assert_eq!(holder(&engine, "user", "ann").await, Some(keyed));
+    for id in [grown, keyed, empty] {
+        assert_eq!(history(&engine, id).await.aggregate_type.as_str(), "user");
+    }
+    // What failed can be made by the next one.
+    unit().create_keyed(other, "user", "new").command("command").commit(&engine).await.unwrap();
 }

@@ -1,5 +1,8 @@
 //! Appends: numbered by the engine, checked against what the writer expected, all of a batch or nothing.
 
+use std::future::Future;
+use std::time::{Duration, Instant};
+
 use evercore_core::{AggregateId, ErrorKind, Position, Sequence, limits};
 
 use crate::fixture::Fixture;
@@ -245,7 +248,7 @@ pub(crate) async fn one_stale_unit_among_fifty_fails_alone(fixture: &mut Fixture
 
 pub(crate) async fn two_engines_on_one_storage_see_each_others_appends(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let id = grown(&engine, "user", 1).await;
     unit().append(id, "user", 1, 1).commit(&other).await.unwrap();
     assert_conflict(unit().append(id, "user", 1, 1).commit(&engine).await, id, 1, 2);
@@ -261,6 +264,60 @@ pub(crate) async fn what_is_acknowledged_is_there_after_reopening(fixture: &mut 
     }
     let before = everything(&engine).await;
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(everything(&engine).await, before);
+}
+
+pub(crate) async fn what_a_failed_unit_wanted_is_free(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (ann, stale) = (keyed(&engine, "user", "ann").await, grown(&engine, "user", 2).await);
+    let made = new_id(&engine).await;
+    let wants = || {
+        let batch =
+            unit().create_keyed(made, "user", "made").append(made, "user", 0, 2).key(ann, "user", "anna");
+        batch.append(ann, "user", 0, 1).command("command")
+    };
+    for _ in 0..2 {
+        assert_kind!(wants().append(stale, "user", 1, 1).commit(&engine).await, ErrorKind::Conflict { .. });
+        assert_kind!(wants().guard(stale, 1).commit(&engine).await, ErrorKind::Conflict { .. });
+    }
+    // The key that it gave up is still taken, and those that it took are free.
+    let other = new_id(&engine).await;
+    let taken = unit().create_keyed(other, "user", "ann").commit(&engine).await;
+    assert_kind!(taken, ErrorKind::KeyTaken { .. });
+    unit().create_keyed(other, "user", "anna").commit(&engine).await.unwrap();
+    unit().key(other, "user", "made").commit(&engine).await.unwrap();
+    unit().key(other, "user", "other").commit(&engine).await.unwrap();
+    let receipt = wants().commit(&engine).await.unwrap();
+    assert_eq!((receipt.first, receipt.last), (place(3), place(5)));
+    assert_eq!(holder(&engine, "user", "anna").await, Some(ann));
+    assert_eq!(holder(&engine, "user", "made").await, Some(made));
+    assert_eq!(holder(&engine, "user", "ann").await, None);
+    assert_no_holes(&log(&engine).await);
+}
+
+pub(crate) async fn no_poll_of_a_large_commit_takes_half_its_time(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (id, payload) = (grown(&engine, "user", 0).await, vec![b'x'; 1_000]);
+    let mut seen = Vec::new();
+    // On a busy machine a poll may be slow for other reasons: one good round of several is enough.
+    for round in 0..5 {
+        let events = vec![event("Large", &payload); 5_000];
+        let mut commit = Box::pin(unit().events(id, "user", round * 5_000, events).commit(&engine));
+        let (mut longest, began) = (Duration::ZERO, Instant::now());
+        std::future::poll_fn(|context| {
+            let polled = Instant::now();
+            let result = commit.as_mut().poll(context);
+            longest = longest.max(polled.elapsed());
+            result
+        })
+        .await
+        .unwrap();
+        let whole = began.elapsed();
+        if longest * 2 < whole {
+            return;
+        }
+        seen.push((longest, whole));
+    }
+    panic!("the longest poll and the whole commit, five times: {seen:?}");
 }

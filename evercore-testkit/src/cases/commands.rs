@@ -72,7 +72,7 @@ pub(crate) async fn an_id_takes_effect_once_also_after_reopening(fixture: &mut F
     let id = grown(&engine, "order", 0).await;
     let first = ordered(id, 0).commit(&engine).await.unwrap();
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(engine.receipt(&command("command")).await.unwrap().as_ref(), Some(&first));
     assert_eq!(ordered(id, 0).commit(&engine).await.unwrap(), first);
     assert_eq!(log(&engine).await.len(), 2);
@@ -80,7 +80,7 @@ pub(crate) async fn an_id_takes_effect_once_also_after_reopening(fixture: &mut F
 
 pub(crate) async fn an_id_takes_effect_once_on_all_engines_of_one_storage(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let id = grown(&engine, "order", 0).await;
     let engines = [engine, other];
     let receipts =
@@ -154,7 +154,7 @@ pub(crate) async fn settled_is_settled_also_after_reopening(fixture: &mut Fixtur
     let id = grown(&engine, "order", 0).await;
     assert_eq!(engine.settle(&command("command")).await.unwrap(), None);
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_kind!(ordered(id, 0).commit(&engine).await, ErrorKind::CommandAbandoned);
 }
 
@@ -260,4 +260,37 @@ pub(crate) async fn an_update_with_a_command_id_decides_once(fixture: &mut Fixtu
     assert_eq!(again, first);
     assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 1);
     assert_eq!(store.receipt(&command("pay")).await.unwrap(), Some(first));
+}
+
+pub(crate) async fn without_a_command_id_a_unit_that_is_sent_twice_may_land_twice(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    // The sequence protects what was decided on a state...
+    let id = grown(&engine, "order", 1).await;
+    unit().append(id, "order", 1, 1).commit(&engine).await.unwrap();
+    assert_kind!(unit().append(id, "order", 1, 1).commit(&engine).await, ErrorKind::Conflict { .. });
+    // ... and nothing does for one who decides again, or makes an aggregate without a key again.
+    for _ in 0..2 {
+        store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+        grown(&engine, "order", 1).await;
+    }
+    assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 2);
+    assert_eq!(log(&engine).await.len(), 2 + 2 + 2);
+}
+
+pub(crate) async fn a_receipt_keeps_the_order_of_its_unit(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = new_ids(&engine, 4).await;
+    unit().create(ids[0], "order").create(ids[2], "order").commit(&engine).await.unwrap();
+    let make = || {
+        let batch =
+            unit().append(ids[2], "order", 0, 2).append(ids[0], "order", 0, 1).create(ids[3], "order");
+        batch.create(ids[1], "order").command("command")
+    };
+    let first = make().commit(&engine).await.unwrap();
+    let expected = [(ids[3], at(0)), (ids[1], at(0)), (ids[2], at(2)), (ids[0], at(1))];
+    assert_eq!(first.aggregates, expected);
+    assert_eq!(engine.receipt(&command("command")).await.unwrap().as_ref(), Some(&first));
+    assert_eq!(engine.settle(&command("command")).await.unwrap().as_ref(), Some(&first));
+    unit().append(ids[0], "order", 1, 3).commit(&engine).await.unwrap();
+    assert_eq!(make().commit(&engine).await.unwrap(), first);
 }

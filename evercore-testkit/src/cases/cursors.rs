@@ -180,10 +180,18 @@ pub(crate) async fn a_cursor_does_not_move_past_the_end_of_the_log(fixture: &mut
 
 pub(crate) async fn of_racing_claims_one_wins(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let id = declared(&engine, "mails").await;
-    let Some(another) = fixture.another().await else { return };
+    race_for_claims(fixture, &[engine.clone(), engine]).await;
+}
+
+pub(crate) async fn of_racing_claims_one_wins_whichever_engine_it_came_by(fixture: &mut Fixture) {
+    let engines = [fixture.engine(), fixture.further().await];
+    race_for_claims(fixture, &engines).await;
+}
+
+async fn race_for_claims(fixture: &Fixture, engines: &[Engine; 2]) {
+    let engine = &engines[0];
+    let id = declared(engine, "mails").await;
     for round in 1..=10 {
-        let engines = [fixture.engine(), another.clone()];
         let won = fixture.threads(8, async |number| {
             let claim = Step::claim(owner(&format!("{number}")), LONG);
             match engines[number % 2].step(&id, &claim).await {
@@ -196,9 +204,14 @@ pub(crate) async fn of_racing_claims_one_wins(fixture: &mut Fixture) {
         });
         let won: Vec<i64> = won.into_iter().flatten().collect();
         assert_eq!(won, [round]);
-        let holder = the(&engine, &id).await.owner.unwrap();
-        step(&engine, &id, Step::release(Lease { owner: holder, epoch: round })).await.unwrap();
+        let holder = the(engine, &id).await.owner.unwrap();
+        step(engine, &id, Step::release(Lease { owner: holder, epoch: round })).await.unwrap();
     }
+    // Side by side on one thread, too.
+    let claims = (0..8).map(|number| Step::claim(owner(&format!("{number}")), LONG));
+    let claims: Vec<Step> = claims.collect();
+    let won = join_all(claims.iter().map(|claim| engine.step(&id, claim))).await;
+    assert_eq!(won.iter().filter(|result| result.is_ok()).count(), 1);
 }
 
 pub(crate) async fn racing_declarations_make_one_cursor(fixture: &mut Fixture) {
@@ -366,7 +379,7 @@ pub(crate) async fn cursors_and_parked_events_survive_reopening(fixture: &mut Fi
         .unwrap();
     let before = the(&engine, &id).await;
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(the(&engine, &id).await, before);
     assert_eq!(all_parked(&engine, &id).await, [parked_at(3)]);
     assert_kind!(step(&engine, &id, Step::claim(owner("second"), LONG)).await, ErrorKind::AlreadyOwned);
@@ -400,4 +413,123 @@ async fn settled(engine: &Engine, id: &CursorId) -> (i64, i64) {
             return (before, parked);
         }
     }
+}
+
+pub(crate) async fn each_cursor_has_its_own_parked_events_in_order(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    grown(&engine, "letter", 50).await;
+    let ids = [cursor("mails", 1, 0), cursor("mails", 1, 1), cursor("mails", 2, 0), cursor("mail", 1, 0)];
+    let mut leases = Vec::new();
+    for (number, id) in (1..).zip(&ids) {
+        step(&engine, id, Step::declare(2, Position::ZERO, None)).await.unwrap();
+        let lease = claimed(&engine, id, "owner", LONG).await;
+        // Not in order, and not all at once.
+        for (from, positions) in [(0, [30, 9, 10]), (40, [21, 3, 1])] {
+            let keep = |position| {
+                let error = format!("{number} {position}");
+                ParkedChange::Keep(Parked { error, ..parked_at(position) })
+            };
+            let moved = Advance::new(lease.clone(), place(from), place(40 + from / 40), LONG);
+            let moved = moved.with_parked(positions.map(keep).to_vec());
+            step(&engine, id, Step::Advance(moved)).await.unwrap();
+        }
+        leases.push(lease);
+    }
+    let parked = async |id: &CursorId| {
+        let all = all_parked(&engine, id).await;
+        all.into_iter().map(|it| (it.position.get(), it.error, it.is_due)).collect::<Vec<_>>()
+    };
+    let of = |number: usize| {
+        [1, 3, 9, 10, 21, 30].map(|position| (position, format!("{number} {position}"), false))
+    };
+    for (number, id) in (1..).zip(&ids) {
+        assert_eq!(parked(id).await, of(number));
+        let two = engine.parked(id, place(9), 2).await.unwrap();
+        assert_eq!(two.iter().map(|it| it.position.get()).collect::<Vec<_>>(), [10, 21]);
+    }
+    // What is done to one is done to no other.
+    step(&engine, &ids[0], Step::resume_parked(None)).await.unwrap();
+    step(&engine, &ids[0], Step::drop_parked(Some(place(3)))).await.unwrap();
+    step(&engine, &ids[1], Step::drop_parked(None)).await.unwrap();
+    let remove = vec![ParkedChange::Remove(place(1)), ParkedChange::Remove(place(30))];
+    let moved = Advance::new(leases[2].clone(), place(41), place(42), LONG).with_parked(remove);
+    step(&engine, &ids[2], Step::Advance(moved)).await.unwrap();
+    assert!(parked(&ids[0]).await.iter().all(|it| it.2) && parked(&ids[0]).await.len() == 5);
+    assert!(parked(&ids[1]).await.is_empty());
+    assert_eq!(parked(&ids[2]).await.len(), 4);
+    assert_eq!(parked(&ids[3]).await, of(4));
+    // One that is removed takes them along, and comes back without.
+    engine.step(&ids[3], &Step::Remove).await.unwrap();
+    step(&engine, &ids[3], Step::declare(2, Position::ZERO, None)).await.unwrap();
+    assert!(parked(&ids[3]).await.is_empty());
+    assert_eq!(parked(&ids[2]).await.len(), 4);
+}
+
+pub(crate) async fn cursors_are_listed_by_the_whole_name(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let long = |last: &str| "n".repeat(evercore_core::limits::NAME_BYTES - 1) + last;
+    let names = [
+        "mails",
+        "mail",
+        "mails 2",
+        "Mails",
+        "mail%",
+        "mail_",
+        "m",
+        " mails",
+        "caf\u{e9}",
+        "cafe\u{301}",
+        &long("a"),
+        &long("b"),
+    ];
+    for (number, name) in names.iter().enumerate() {
+        let id = cursor(name, 1, 0);
+        step(&engine, &id, Step::declare(1, place(number as i64), None)).await.unwrap();
+        step(&engine, &cursor(name, 2, 0), Step::declare(1, place(number as i64), None)).await.unwrap();
+        if number % 2 == 0 {
+            step(&engine, &id, Step::claim(owner(name), LONG)).await.unwrap();
+        }
+    }
+    for (number, name) in names.iter().enumerate() {
+        let found = engine.cursors(Some(&SubscriptionName::new(name).unwrap())).await.unwrap().cursors;
+        let found: Vec<_> = found.into_iter().map(|it| (it.id, it.position.get(), it.owner)).collect();
+        let owner = (number % 2 == 0).then(|| owner(name));
+        let number = number as i64;
+        assert_eq!(found, [(cursor(name, 1, 0), number, owner), (cursor(name, 2, 0), number, None)]);
+    }
+    assert_eq!(engine.cursors(None).await.unwrap().cursors.len(), 2 * names.len());
+}
+
+pub(crate) async fn every_step_is_kept_with_all_that_came_of_it(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (id, other) = (declared(&engine, "mails").await, declared(&engine, "others").await);
+    let untouched = the(&engine, &other).await;
+    let mut lease = claimed(&engine, &id, "owner", LONG).await;
+    let failure =
+        |position, error: &str| Failure { position: place(position), attempts: 1, error: error.to_owned() };
+    for nth in 0..16 {
+        let from = the(&engine, &id).await.position.get();
+        let taken = match nth {
+            0 => advance(&lease, from, 7),
+            1 => Step::renew(lease.clone(), LONG * 2),
+            2 => Step::want(owner("second"), LONG),
+            3 => Step::go_live(lease.clone(), place(3)),
+            4 => Step::fail(lease.clone(), failure(9, ""), LONG),
+            5 | 7 | 11 => Step::Resume,
+            6 | 10 => Step::Pause,
+            8 => Step::claim(owner("second"), LONG),
+            9 => advance(&lease, from, 8),
+            12 => Step::reset(place(2)),
+            13 => Step::resume_parked(None),
+            14 => Step::release(lease.clone()),
+            _ => Step::Retire,
+        };
+        let answer = step(&engine, &id, taken.clone()).await.unwrap();
+        if let (Step::Claim { .. }, Some(owner)) = (&taken, &answer.owner) {
+            lease = Lease { owner: owner.clone(), epoch: answer.epoch };
+        }
+        assert_eq!(the(&engine, &id).await, answer, "after {taken:?}");
+        assert_eq!(the(&engine, &other).await, untouched, "after {taken:?}");
+    }
+    assert_eq!(the(&engine, &id).await.status, CursorStatus::Retired);
 }

@@ -232,9 +232,24 @@ pub(crate) async fn a_unit_sees_the_keys_it_gives(fixture: &mut Fixture) {
 
 pub(crate) async fn keys_survive_reopening(fixture: &mut Fixture) {
     let ann = keyed(&fixture.engine(), "user", "ann").await;
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(holder(&engine, "user", "ann").await, Some(ann));
     let second = new_id(&engine).await;
     let again = unit().create_keyed(second, "user", "ann").commit(&engine).await;
     assert_kind!(again, ErrorKind::KeyTaken { .. });
+}
+
+pub(crate) async fn long_keys_differ_in_their_last_byte(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    for length in [63, 64, 127, 128, 255, 256, limits::KEY_BYTES] {
+        let keys = ["a", "b"].map(|last| "k".repeat(length - 1) + last);
+        let mut ids = Vec::new();
+        for text in &keys {
+            ids.push(keyed(&engine, "user", text).await);
+        }
+        for (text, id) in keys.iter().zip(ids) {
+            assert_eq!(holder(&engine, "user", text).await, Some(id), "{length} bytes");
+            assert_eq!(history(&engine, id).await.key, Some(key(text)), "{length} bytes");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_core::{ErrorKind, LogQuery, Position, Timestamp};
+use evercore_core::{CursorId, ErrorKind, LogQuery, OwnerId, Position, Step, SubscriptionName, Timestamp};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -92,7 +92,7 @@ pub(crate) async fn a_reader_that_follows_64_writers_skips_nothing_and_sees_noth
 
 pub(crate) async fn a_commit_of_another_engine_is_never_skipped(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let engines = [engine, other];
     let running = AtomicUsize::new(6);
     let seen = fixture.threads(8, async |number| {
@@ -133,7 +133,7 @@ pub(crate) async fn positions_survive_reopening(fixture: &mut Fixture) {
     let id = grown(&engine, "user", 5).await;
     let before = log(&engine).await;
     drop(engine);
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(log(&engine).await, before);
     let receipt = unit().append(id, "user", 5, 1).commit(&engine).await.unwrap();
     assert_eq!(receipt.first, place(6));
@@ -265,4 +265,176 @@ pub(crate) async fn a_reader_that_stands_still_does_not_stall_writers(fixture: &
     }
     assert_eq!(engine.head().await.unwrap(), place(120));
     assert_eq!((held.events.len(), held.head), (10, place(100)));
+}
+
+pub(crate) async fn two_commits_at_once_wake_all_who_wait_for_both(fixture: &mut Fixture) {
+    const ROUNDS: i64 = 40;
+    let engine = fixture.engine();
+    let ids = [grown(&engine, "user", 0).await, grown(&engine, "user", 0).await];
+    let start = std::sync::Barrier::new(5);
+    let slowest = fixture.threads(5, async |number| {
+        let mut slowest = Duration::ZERO;
+        for round in 0..ROUNDS {
+            start.wait();
+            if let Some(id) = ids.get(number) {
+                unit().append(*id, "user", round, 1).commit(&engine).await.unwrap();
+                continue;
+            }
+            let (began, both) = (Instant::now(), place(2 * round + 2));
+            let mut head = place(2 * round);
+            while head < both {
+                head = engine.wait(head, Duration::from_secs(10)).await.unwrap();
+            }
+            slowest = slowest.max(began.elapsed());
+        }
+        slowest
+    });
+    assert!(slowest.iter().all(|time| *time < Duration::from_secs(8)), "a commit woke nobody: {slowest:?}");
+}
+
+pub(crate) async fn after_an_answer_nothing_tells_of_less(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    fixture.threads(4, async |number| {
+        let id = grown(&engine, "user", 0).await;
+        let name = format!("reader {number}");
+        let subscription = SubscriptionName::new(&name).unwrap();
+        let cursor = CursorId { subscription: subscription.clone(), version: 1, partition: 0 };
+        for sequence in 1..=15 {
+            let last = unit().append(id, "user", sequence - 1, 1).commit(&engine).await.unwrap().last;
+            assert!(engine.head().await.unwrap() >= last, "the head");
+            assert!(engine.wait(last, Duration::ZERO).await.unwrap() >= last, "the head that a wait tells");
+            let before = Position::new(last.get() - 1).unwrap();
+            assert!(engine.wait(before, Duration::from_secs(20)).await.unwrap() >= last, "the end of a wait");
+            let page = engine.read_log(&LogQuery::after(before)).await.unwrap();
+            assert_eq!(page.events.first().map(|event| event.position()), Some(last), "the log");
+            assert!(page.head >= last, "the head of a page");
+            assert!(engine.position_at(Timestamp::MAX).await.unwrap() >= last, "the last position");
+            assert_eq!(sequence_of(&engine, id).await, sequence, "the aggregate");
+            let text = format!("{number} {sequence}");
+            unit().key(id, "user", &text).commit(&engine).await.unwrap();
+            assert_eq!(holder(&engine, "user", &text).await, Some(id), "the key");
+            let step = match sequence {
+                1 => Step::declare(1, last, None),
+                _ => Step::reset(last),
+            };
+            engine.step(&cursor, &step).await.unwrap();
+            let known = engine.cursors(Some(&subscription)).await.unwrap().cursors;
+            assert_eq!(known.first().map(|cursor| cursor.position), Some(last), "the cursor");
+        }
+    });
+}
+
+pub(crate) async fn waiting_ends_when_time_is_up_also_while_others_commit(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 0).await;
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    fixture.threads(2, async |number| {
+        if number == 0 {
+            let (mut sequence, began) = (0, Instant::now());
+            while !is_over.load(Ordering::SeqCst) && began.elapsed() < Duration::from_secs(4) {
+                unit().append(id, "user", sequence, 1).commit(&engine).await.unwrap();
+                sequence += 1;
+                engine.pause(Duration::from_millis(3)).await;
+            }
+            return;
+        }
+        let began = Instant::now();
+        engine.wait(Position::MAX, Duration::from_millis(100)).await.unwrap();
+        let took = began.elapsed();
+        is_over.store(true, Ordering::SeqCst);
+        assert!(took >= Duration::from_millis(95) && took < Duration::from_secs(3), "{took:?}");
+    });
+}
+
+pub(crate) async fn a_commit_without_events_ends_no_wait(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 1).await;
+    fixture.threads(2, async |number| {
+        if number == 0 {
+            for round in 0..5 {
+                engine.pause(Duration::from_millis(8)).await;
+                unit().key(id, "user", &format!("key {round}")).commit(&engine).await.unwrap();
+            }
+            return;
+        }
+        let began = Instant::now();
+        assert_eq!(engine.wait(place(1), Duration::from_millis(80)).await.unwrap(), place(1));
+        assert!(began.elapsed() >= Duration::from_millis(75), "ended after {:?}", began.elapsed());
+    });
+}
+
+pub(crate) async fn a_begun_page_holds_nothing_that_others_need(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 300).await;
+    let query = LogQuery::after(Position::ZERO);
+    for polls in 1..4 {
+        let mut begun: Vec<_> = (0..30).map(|_| engine.read_log(&query)).collect();
+        for page in &mut begun {
+            for _ in 0..polls {
+                if let Some(page) = poll_at_most(1, page.as_mut()).await {
+                    assert!(page.unwrap().events.len() >= 300);
+                    break;
+                }
+            }
+        }
+        let before = sequence_of(&engine, id).await;
+        let others = async {
+            for sequence in before..before + 5 {
+                unit().append(id, "user", sequence, 1).commit(&engine).await.unwrap();
+            }
+            assert_eq!(history(&engine, id).await.events.len() as i64, before + 5);
+            engine.settle(&command("never")).await.unwrap();
+            new_id(&engine).await;
+        };
+        let ended = drop_after(&engine, Duration::from_secs(10), others).await;
+        assert!(ended.is_some(), "others wait for pages that nobody asks for");
+        drop(begun);
+    }
+    // One that is asked for late comes all the same, and is a prefix of what there is by then.
+    let mut begun = engine.read_log(&query);
+    if poll_at_most(1, begun.as_mut()).await.is_none() {
+        unit().append(id, "user", 315, 1).commit(&engine).await.unwrap();
+        let page = begun.await.unwrap();
+        assert!(page.head == place(315) || page.head == place(316));
+        assert_no_holes(&page.events.iter().collect::<Vec<_>>());
+        assert_eq!(page.events.len() as i64, page.head.get());
+    }
+}
+
+pub(crate) async fn recorded_at_never_goes_back_when_the_clock_does(fixture: &mut Fixture) {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 2).await;
+    fixture.turn_clock_back(HOUR).await;
+    let last = log(&engine).await[1].recorded_at();
+    for sequence in 2..5 {
+        let receipt = unit().append(id, "user", sequence, 1).commit(&engine).await.unwrap();
+        assert!(receipt.recorded_at >= last, "it went back by {:?}", last.since(receipt.recorded_at));
+    }
+    let events = log(&engine).await;
+    assert!(events.is_sorted_by_key(|event| event.recorded_at()));
+    assert_eq!(engine.position_at(events[4].recorded_at()).await.unwrap(), place(5));
+    let before = Timestamp::from_micros(events[0].recorded_at().as_micros() - 1).unwrap();
+    assert_eq!(engine.position_at(before).await.unwrap(), Position::ZERO);
+    let began = Instant::now();
+    assert_eq!(engine.wait(place(5), Duration::from_millis(30)).await.unwrap(), place(5));
+    assert!(began.elapsed() < Duration::from_secs(10), "a wait is no matter of the clock");
+}
+
+pub(crate) async fn a_lease_is_not_lost_when_the_clock_goes_back(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    grown(&engine, "user", 2).await;
+    let owner = |name: &str| OwnerId::new(name).unwrap();
+    let cursor = CursorId { subscription: SubscriptionName::new("mails").unwrap(), version: 1, partition: 0 };
+    engine.step(&cursor, &Step::declare(1, Position::ZERO, None)).await.unwrap();
+    let lease = Duration::from_secs(60);
+    let claimed = engine.step(&cursor, &Step::claim(owner("first"), lease)).await.unwrap().unwrap();
+    fixture.turn_clock_back(Duration::from_secs(3_600)).await;
+    let stolen = engine.step(&cursor, &Step::claim(owner("second"), lease)).await;
+    assert_kind!(stolen, ErrorKind::AlreadyOwned);
+    let held = evercore_core::Lease { owner: owner("first"), epoch: claimed.epoch };
+    engine.step(&cursor, &Step::renew(held.clone(), lease)).await.unwrap();
+    engine.step(&cursor, &Step::release(held)).await.unwrap();
+    let next = engine.step(&cursor, &Step::claim(owner("second"), lease)).await.unwrap().unwrap();
+    assert_eq!(next.epoch, claimed.epoch + 1);
 }

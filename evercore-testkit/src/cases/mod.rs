@@ -13,18 +13,21 @@ mod log_reader;
 mod random;
 mod reading;
 mod snapshots;
+mod storage;
 mod subscriptions;
 mod types;
 mod unit_of_work;
 mod values;
 
-use crate::fixture::{Fixture, LocalFuture};
+use crate::fixture::{Ability, Fixture, LocalFuture};
 
 /// One case: a promise, and a function that panics if an engine breaks it.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     /// Module and name, such as `keys::keys_compare_bytewise`.
     pub name: &'static str,
+    /// What it needs besides a fresh engine; a harness that cannot do one of these skips the case.
+    pub needs: &'static [Ability],
     /// The case itself, for a fixture with a fresh engine.
     pub run: for<'a> fn(&'a mut Fixture) -> LocalFuture<'a, ()>,
 }
@@ -32,19 +35,31 @@ pub struct Case {
 /// Writes the table and the macro from one list, so that no case is in one of them only. A case that is in neither is
 /// dead code, and the compiler says so.
 macro_rules! cases {
-    (($d:tt) $($module:ident { $($case:ident,)* })*) => {
+    (($d:tt) $($module:ident { $($case:ident $([$($need:ident),*])?,)* })*) => {
         /// All cases, for a runner of your own.
         pub const CASES: &[Case] = &[$($(
             Case {
                 name: concat!(stringify!($module), "::", stringify!($case)),
+                needs: &[$($(Ability::$need),*)?],
                 run: |fixture| Box::pin($module::$case(fixture)),
             },
         )*)*];
 
-        /// Makes a `#[test]` of each case, for the engine of this [`Harness`](crate::Harness).
+        /// Makes a `#[test]` of each case, for the engine of this [`Harness`](crate::Harness), and one that lists what it
+        /// skips.
         #[macro_export]
         macro_rules! conformance {
             ($d harness:ty) => {
+                mod harness {
+                    #[allow(unused_imports)]
+                    use super::*;
+
+                    #[test]
+                    fn tells_what_it_skips() {
+                        $crate::tell_what_is_skipped::<$d harness>();
+                    }
+                }
+
                 $(mod $module {
                     #[allow(unused_imports)]
                     use super::*;
@@ -73,23 +88,26 @@ cases! {
         warming_up_registers_names_and_again_is_harmless,
         a_store_warms_up_with_the_names_of_its_codec,
         warming_up_at_once_is_harmless,
-        two_engines_on_one_storage_agree,
-        a_reader_meets_names_as_they_come,
-        names_survive_reopening,
+        two_engines_on_one_storage_agree [Further],
+        a_reader_meets_names_as_they_come [Further],
+        names_survive_reopening [Reopen],
+        names_compare_bytewise_up_to_the_last_byte,
+        a_type_without_events_is_registered_too,
     }
     aggregates {
         a_new_aggregate_is_empty_and_not_missing,
         a_missing_aggregate_differs_from_an_empty_one,
         no_id_is_given_out_twice,
-        no_id_is_given_out_twice_by_any_engine_on_the_same_storage,
-        no_id_is_given_out_twice_also_after_reopening,
+        no_id_is_given_out_twice_by_any_engine_on_the_same_storage [Further],
+        no_id_is_given_out_twice_also_after_reopening [Reopen],
         a_block_has_as_many_ids_as_asked_for,
         ids_that_are_not_used_are_lost_and_that_is_harmless,
         an_aggregate_that_does_not_exist_is_not_found,
         an_aggregate_of_another_type_is_wrong_type,
         an_aggregate_is_not_made_twice,
         a_unit_may_make_many_aggregates,
-        aggregates_survive_reopening,
+        aggregates_survive_reopening [Reopen],
+        an_id_in_use_is_invalid,
     }
     keys {
         an_aggregate_is_found_by_its_key,
@@ -110,7 +128,8 @@ cases! {
         racing_load_or_create_makes_one_aggregate,
         one_who_lost_a_key_can_go_on,
         a_unit_sees_the_keys_it_gives,
-        keys_survive_reopening,
+        keys_survive_reopening [Reopen],
+        long_keys_differ_in_their_last_byte,
     }
     appends {
         the_first_sequence_is_one_and_there_are_no_holes,
@@ -129,8 +148,10 @@ cases! {
         events_of_a_batch_lie_in_the_order_of_its_appends,
         the_receipt_tells_where_the_events_stand,
         one_stale_unit_among_fifty_fails_alone,
-        two_engines_on_one_storage_see_each_others_appends,
-        what_is_acknowledged_is_there_after_reopening,
+        two_engines_on_one_storage_see_each_others_appends [Further],
+        what_is_acknowledged_is_there_after_reopening [Reopen],
+        what_a_failed_unit_wanted_is_free,
+        no_poll_of_a_large_commit_takes_half_its_time [OffThread],
     }
     unit_of_work {
         nothing_is_visible_before_the_commit,
@@ -163,20 +184,22 @@ cases! {
         the_command_id_is_looked_at_before_everything_else,
         a_known_id_with_other_content_is_command_reused,
         an_id_takes_effect_once_when_sixteen_come_at_once,
-        an_id_takes_effect_once_also_after_reopening,
-        an_id_takes_effect_once_on_all_engines_of_one_storage,
+        an_id_takes_effect_once_also_after_reopening [Reopen],
+        an_id_takes_effect_once_on_all_engines_of_one_storage [Further],
         a_receipt_can_be_asked_for,
         a_large_receipt_comes_back_equal,
         a_command_that_writes_nothing_has_a_receipt_too,
         a_command_that_failed_can_be_tried_again,
         settling_a_command_that_took_effect_gives_its_receipt,
         a_late_original_cannot_land_after_it_was_settled,
-        settled_is_settled_also_after_reopening,
+        settled_is_settled_also_after_reopening [Reopen],
         a_race_of_commit_and_settle_ends_one_way,
         command_ids_compare_bytewise_up_to_the_longest,
         a_commit_dropped_at_any_await_is_whole_or_absent,
         every_future_may_be_dropped_at_any_await,
         an_update_with_a_command_id_decides_once,
+        without_a_command_id_a_unit_that_is_sent_twice_may_land_twice,
+        a_receipt_keeps_the_order_of_its_unit,
     }
     reading {
         an_aggregate_is_read_behind_from_and_up_to_to,
@@ -198,14 +221,18 @@ cases! {
         the_log_is_the_union_of_the_aggregates_events,
         an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_time,
         an_event_that_does_not_decode_is_named,
+        page_after_page_is_the_log_read_whole,
+        page_after_page_is_an_aggregate_read_whole,
+        a_filter_may_have_many_event_types,
+        a_large_unit_is_seen_whole_or_not_at_all,
     }
     log {
         an_empty_log_ends_at_zero,
         positions_have_no_holes_after_conflicts_and_rollbacks,
         the_events_of_a_batch_are_contiguous,
         a_reader_that_follows_64_writers_skips_nothing_and_sees_nothing_twice,
-        a_commit_of_another_engine_is_never_skipped,
-        positions_survive_reopening,
+        a_commit_of_another_engine_is_never_skipped [Further],
+        positions_survive_reopening [Reopen],
         reading_forward_from_past_the_head_is_cursor_ahead,
         an_empty_log_knows_a_cursor_that_is_ahead,
         recorded_at_is_the_engines_clock_and_never_goes_back,
@@ -215,6 +242,18 @@ cases! {
         a_commit_wakes_all_who_wait_at_once,
         a_pause_lets_time_pass,
         a_reader_that_stands_still_does_not_stall_writers,
+        two_commits_at_once_wake_all_who_wait_for_both,
+        after_an_answer_nothing_tells_of_less,
+        waiting_ends_when_time_is_up_also_while_others_commit,
+        a_commit_without_events_ends_no_wait,
+        a_begun_page_holds_nothing_that_others_need,
+        recorded_at_never_goes_back_when_the_clock_does [TurnClockBack],
+        a_lease_is_not_lost_when_the_clock_goes_back [TurnClockBack],
+    }
+    storage {
+        all_of_a_store_is_there_after_reopening [Reopen],
+        all_of_a_store_is_there_after_a_crash [CrashImage],
+        what_is_acknowledged_is_there_after_a_crash [CrashImage],
     }
     log_reader {
         it_gives_what_page_after_page_gives,
@@ -236,7 +275,7 @@ cases! {
         one_is_rolled_back_with_its_unit,
         one_of_a_missing_aggregate_is_not_found,
         any_state_comes_back,
-        snapshots_survive_reopening,
+        snapshots_survive_reopening [Reopen],
         a_load_equals_a_snapshot_and_the_rest_at_every_sequence,
         a_changed_shape_is_read_from_the_events,
         one_that_does_not_decode_is_ignored_and_counted,
@@ -255,6 +294,8 @@ cases! {
         bad_metadata_is_refused_where_it_is_born,
         deep_json_comes_back,
         nothing_shows_a_key_or_a_payload,
+        empty_texts_are_not_none,
+        each_event_of_a_unit_keeps_its_own_metadata,
     }
     cursors {
         a_cursor_is_made_once,
@@ -267,6 +308,7 @@ cases! {
         a_cursor_moves_from_where_it_stands_and_never_back,
         a_cursor_does_not_move_past_the_end_of_the_log,
         of_racing_claims_one_wins,
+        of_racing_claims_one_wins_whichever_engine_it_came_by [Further],
         racing_declarations_make_one_cursor,
         racing_moves_are_made_one_after_the_other,
         every_field_of_a_cursor_comes_back,
@@ -274,8 +316,11 @@ cases! {
         a_move_that_knows_less_of_parked_events_is_refused,
         a_reset_takes_the_lease_and_forgets_what_was_parked,
         a_retired_or_removed_cursor_is_nobodys,
-        cursors_and_parked_events_survive_reopening,
+        cursors_and_parked_events_survive_reopening [Reopen],
         a_step_dropped_at_any_await_is_whole_or_absent,
+        each_cursor_has_its_own_parked_events_in_order,
+        cursors_are_listed_by_the_whole_name,
+        every_step_is_kept_with_all_that_came_of_it,
     }
     subscriptions {
         it_begins_where_it_is_told_to,
@@ -316,6 +361,8 @@ cases! {
     }
     random {
         a_random_walk_agrees_with_a_model,
-        random_walks_of_several_seeds_agree_with_a_model,
+        a_second_walk_agrees_too,
+        a_third_walk_agrees_too,
+        a_fourth_walk_agrees_too,
     }
 }

@@ -376,3 +376,176 @@ pub(crate) async fn an_event_that_does_not_decode_is_named(fixture: &mut Fixture
     }
     assert_eq!(store.load_as_of::<Account>(id, AsOf::Sequence(at(1))).await.unwrap().balance, 1);
 }
+
+/// What a page must hold, by the words of [`PageLimit`] alone.
+fn first_page(events: &[Event], limit: PageLimit) -> usize {
+    let mut bytes = 0;
+    let fits = |(count, event): (usize, &Event)| {
+        bytes += event.payload().len();
+        count < limit.max_events() && (count == 0 || bytes <= limit.max_bytes())
+    };
+    events.iter().enumerate().map(fits).take_while(|fits| *fits).count()
+}
+
+/// A log of events of different sizes in four aggregates of two types.
+async fn sized(engine: &Engine) -> [AggregateId; 4] {
+    let ids = new_ids(engine, 4).await;
+    let types = ["a", "a", "b", "b"];
+    let mut batch = ids.iter().zip(types).fold(unit(), |batch, (id, of_type)| batch.create(*id, of_type));
+    let (mut random, mut next) = (Random(11), [0; 4]);
+    for _ in 0..40 {
+        let which = random.below(4);
+        let payload = vec![b'x'; [0, 1, 50, 99, 100, 101, 400][random.below(7)]];
+        let event = event(["X", "Y", "Z"][random.below(3)], &payload);
+        batch = batch.events(ids[which], types[which], next[which], vec![event]);
+        next[which] += 1;
+    }
+    batch.commit(engine).await.unwrap();
+    [ids[0], ids[1], ids[2], ids[3]]
+}
+
+pub(crate) async fn page_after_page_is_the_log_read_whole(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = sized(&engine).await;
+    let all = log(&engine).await;
+    let filters = [
+        Filter::all(),
+        Filter::all().with_aggregate_type(type_named("b")),
+        Filter::all().with_event_type(event_named("Y")),
+        Filter::all().with_event_type(event_named("X")).with_event_type(event_named("Z")),
+        Filter::all().with_aggregate(ids[0]),
+        Filter::all().with_aggregate(ids[2]).with_event_type(event_named("X")),
+    ];
+    for (number, filter) in filters.into_iter().enumerate() {
+        for (events, bytes) in [(1, 1_000), (3, 200), (7, 100), (1_000, 0), (1_000, 201), (2, 1_000_000)] {
+            let limit = events_per_page(events).and_bytes(bytes).unwrap();
+            let (low, high) = [(0, 40), (5, 33)][(number + events) % 2];
+            for query in [
+                LogQuery::after(place(low)).up_to(place(high)),
+                LogQuery::before(place(high)).up_to(place(low)),
+            ] {
+                let mut query = query.with_filter(filter.clone()).with_limit(limit);
+                let is_forward = query.direction == Direction::Forward;
+                let is_asked_for = |event: &&Event| {
+                    let position = event.position().get();
+                    let passes =
+                        filter.matches(event.aggregate(), event.aggregate_type(), event.event_type());
+                    let (from, to) = if is_forward { (low + 1, high) } else { (low, high - 1) };
+                    passes && (from..=to).contains(&position)
+                };
+                let mut left: Vec<Event> = all.iter().filter(is_asked_for).cloned().collect();
+                if !is_forward {
+                    left.reverse();
+                }
+                while !left.is_empty() {
+                    let page = engine.read_log(&query).await.unwrap();
+                    let rest = left.split_off(first_page(&left, limit));
+                    assert!(page.events.iter().eq(left.iter().cloned()), "{query:?}");
+                    assert_eq!(page.head, place(40));
+                    assert_ne!(page.scanned, query.from, "it gets somewhere");
+                    let is_past = |event: &Event| match query.direction {
+                        Direction::Forward => event.position() <= page.scanned,
+                        Direction::Backward => event.position() >= page.scanned,
+                    };
+                    assert!(left.iter().all(is_past) && !rest.iter().any(is_past), "scanned after {query:?}");
+                    (query.from, left) = (page.scanned, rest);
+                }
+                assert!(engine.read_log(&query).await.unwrap().events.is_empty(), "{query:?}");
+            }
+        }
+    }
+}
+
+pub(crate) async fn page_after_page_is_an_aggregate_read_whole(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let aggregate = sized(&engine).await[1];
+    let all: Vec<Event> = events_of(&engine, aggregate).await.iter().collect();
+    let last = all.len() as i64;
+    for (events, bytes) in [(1, 1_000), (2, 100), (3, 1_000_000), (1_000, 0), (1_000, 150)] {
+        let limit = events_per_page(events).and_bytes(bytes).unwrap();
+        for direction in [Direction::Forward, Direction::Backward] {
+            let is_forward = direction == Direction::Forward;
+            let (mut from, to) = if is_forward { (0, last) } else { (last + 1, 1) };
+            let mut left = all.clone();
+            if !is_forward {
+                left.reverse();
+            }
+            while !left.is_empty() {
+                let query = AggregateQuery { aggregate, direction, from: at(from), to: at(to), limit };
+                let page = engine.read_aggregate(query).await.unwrap();
+                let rest = left.split_off(first_page(&left, limit));
+                assert!(page.iter().eq(left.iter().cloned()), "{query:?}");
+                from = left[left.len() - 1].sequence().get();
+                left = rest;
+            }
+        }
+        let request =
+            LoadRequest { target: Target::Id(aggregate), snapshot: None, up_to: at(last - 1), limit };
+        let found = engine.load(request).await.unwrap().unwrap();
+        let expected = first_page(&all[..all.len() - 1], limit);
+        assert!(found.events.iter().eq(all[..expected].iter().cloned()), "{events} events, {bytes} bytes");
+        assert_eq!(found.sequence, at(last));
+    }
+}
+
+pub(crate) async fn a_filter_may_have_many_event_types(fixture: &mut Fixture) {
+    const NAMES: usize = 300;
+    let engine = fixture.engine();
+    let (first, second) = (new_id(&engine).await, new_id(&engine).await);
+    let names: Vec<String> = (0..NAMES).map(|number| format!("Type {number}")).collect();
+    let events = |of: &str| names.iter().map(|name| event(name, of.as_bytes())).collect();
+    let batch = unit().create(first, "a").events(first, "a", 0, events("a"));
+    batch.create(second, "b").events(second, "b", 0, events("b")).commit(&engine).await.unwrap();
+    for count in [2, 3, 9, 16, 17, 32, 33, 64, 65, 100, 127, 128, 129, 255, 256, 257, 299] {
+        // Not in the order of the log, and from its end: whoever looks at the first few only finds none.
+        let asked = (0..count).map(|number| NAMES - 1 - (number * 7) % count);
+        let filter = asked
+            .clone()
+            .fold(Filter::all(), |filter, number| filter.with_event_type(event_named(&names[number])));
+        let mut expected: Vec<i64> = asked.map(|number| number as i64 + 1).collect();
+        expected.sort_unstable();
+        expected.dedup();
+        let of_second: Vec<i64> = expected.iter().map(|position| position + NAMES as i64).collect();
+        let query =
+            LogQuery::after(Position::ZERO).with_filter(filter.clone().with_aggregate_type(type_named("b")));
+        assert_eq!(numbers(&read_all(&engine, query).await), of_second, "{count} types of b");
+        let both: Vec<i64> = expected.into_iter().chain(of_second).collect();
+        let query = LogQuery::after(Position::ZERO).with_filter(filter);
+        assert_eq!(numbers(&read_all(&engine, query).await), both, "{count} types");
+    }
+}
+
+pub(crate) async fn a_large_unit_is_seen_whole_or_not_at_all(fixture: &mut Fixture) {
+    const SIZE: i64 = 1_500;
+    let engine = fixture.engine();
+    let (first, second) = (grown(&engine, "a", 0).await, grown(&engine, "b", 0).await);
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    fixture.threads(3, async |number| {
+        if number == 0 {
+            for round in 0..4 {
+                let batch =
+                    unit().append(first, "a", round * SIZE, SIZE).append(second, "b", round * SIZE, SIZE);
+                batch.key(first, "a", &format!("{round}")).commit(&engine).await.unwrap();
+            }
+            is_over.store(true, std::sync::atomic::Ordering::SeqCst);
+            return;
+        }
+        while !is_over.load(std::sync::atomic::Ordering::SeqCst) {
+            let keys = [holder(&engine, "a", "0").await, holder(&engine, "a", "3").await];
+            let head = engine.head().await.unwrap().get();
+            assert_eq!(head % (2 * SIZE), 0, "the head is in the middle of a unit");
+            assert!(keys[0].is_none() || head > 0, "a key before its events");
+            assert!(keys[1].is_none() || head == 8 * SIZE, "a key before its events");
+            for id in [second, first] {
+                let limit = events_per_page(1);
+                let request =
+                    LoadRequest { target: Target::Id(id), snapshot: None, up_to: Sequence::MAX, limit };
+                let sequence = engine.load(request).await.unwrap().unwrap().sequence.get();
+                assert!(sequence % SIZE == 0 && 2 * sequence >= head, "half a unit: {sequence} of {head}");
+            }
+            let last = LogQuery::before(Position::MAX).with_limit(events_per_page(1));
+            let last = engine.read_log(&last).await.unwrap().events.first();
+            assert_eq!(last.map_or(0, |event| event.position().get()) % (2 * SIZE), 0);
+        }
+    });
+}

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use evercore_core::{AggregateType, ErrorKind, EventType, KnownType, LogQuery, Position, limits};
+use evercore_core::{AggregateType, ErrorKind, EventType, Filter, KnownType, LogQuery, Position, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -133,7 +133,7 @@ pub(crate) async fn warming_up_at_once_is_harmless(fixture: &mut Fixture) {
 
 pub(crate) async fn two_engines_on_one_storage_agree(fixture: &mut Fixture) {
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let engines = [engine, other];
     fixture.threads(8, async |number| {
         for name in ["One", "Two", "Three"] {
@@ -156,7 +156,7 @@ pub(crate) async fn two_engines_on_one_storage_agree(fixture: &mut Fixture) {
 pub(crate) async fn a_reader_meets_names_as_they_come(fixture: &mut Fixture) {
     const NAMES: usize = 60;
     let engine = fixture.engine();
-    let Some(other) = fixture.another().await else { return };
+    let other = fixture.further().await;
     let id = grown(&engine, "user", 0).await;
     fixture.threads(4, async |number| {
         if number == 0 {
@@ -183,8 +183,57 @@ pub(crate) async fn a_reader_meets_names_as_they_come(fixture: &mut Fixture) {
 pub(crate) async fn names_survive_reopening(fixture: &mut Fixture) {
     let id = grown(&fixture.engine(), "user", 1).await;
     fixture.engine().warmup(&[known("warm", &["Warmed"])]).await.unwrap();
-    let Some(engine) = fixture.reopen().await else { return };
+    let engine = fixture.reopen().await;
     assert_eq!(engine.types().await.unwrap(), [known("user", &["Happened"]), known("warm", &["Warmed"])]);
     unit().append(id, "user", 1, 1).commit(&engine).await.unwrap();
     assert_eq!(sequence_of(&engine, id).await, 2);
+}
+
+/// Texts that collations or normal forms take for the same, as long as a name may be.
+fn look_alikes() -> [String; 6] {
+    let long = |last: &str| "n".repeat(limits::NAME_BYTES - last.len()) + last;
+    [
+        long("a"),
+        long("b"),
+        long("A"),
+        "caf\u{e9}".to_owned(),
+        "cafe\u{301}".to_owned(),
+        "caf\u{e9} ".to_owned(),
+    ]
+}
+
+pub(crate) async fn names_compare_bytewise_up_to_the_last_byte(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let names = look_alikes();
+    for name in &names {
+        let id = new_id(&engine).await;
+        let events = names.iter().map(|other| event(other, other.as_bytes())).collect();
+        let batch = unit().create_keyed(id, name, name).events(id, name, 0, events).command(name);
+        batch.commit(&engine).await.unwrap();
+    }
+    let types = engine.types().await.unwrap();
+    assert_eq!(types.len(), names.len());
+    assert!(types.iter().all(|known| known.event_types.len() == names.len()));
+    assert!(types.is_sorted(), "in order");
+    for (place, name) in names.iter().enumerate() {
+        let of_type = Filter::all().with_aggregate_type(type_named(name));
+        let found = read_all(&engine, LogQuery::after(Position::ZERO).with_filter(of_type)).await;
+        let positions: Vec<i64> = (1..=6).map(|nth| place as i64 * 6 + nth).collect();
+        assert_eq!(numbers(&found), positions, "of aggregate type {place}");
+        assert!(found.iter().all(|event| event.event_type().as_str().as_bytes() == event.payload()));
+        let of_event = Filter::all().with_event_type(event_named(name));
+        let found = read_all(&engine, LogQuery::after(Position::ZERO).with_filter(of_event)).await;
+        let positions: Vec<i64> = (0..6).map(|nth| nth * 6 + place as i64 + 1).collect();
+        assert_eq!(numbers(&found), positions, "of event type {place}");
+        let receipt = engine.receipt(&command(name)).await.unwrap().unwrap();
+        assert_eq!(Some(receipt.aggregates[0].0), holder(&engine, name, name).await, "of command {place}");
+    }
+}
+
+pub(crate) async fn a_type_without_events_is_registered_too(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    engine.warmup(&[known("bare", &[])]).await.unwrap();
+    let id = new_id(&engine).await;
+    unit().create(id, "empty").commit(&engine).await.unwrap();
+    assert_eq!(engine.types().await.unwrap(), [known("bare", &[]), known("empty", &[])]);
 }

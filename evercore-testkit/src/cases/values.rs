@@ -212,3 +212,67 @@ pub(crate) async fn nothing_shows_a_key_or_a_payload(fixture: &mut Fixture) {
     assert!(!shown.contains("sesame"), "{shown}");
     assert!(!shown.contains("115, 101, 115"), "{shown}");
 }
+
+pub(crate) async fn empty_texts_are_not_none(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = keyed(&engine, "user", "ann").await;
+    // Each of three texts is not there, empty, or a text; with or without an empty header.
+    let told = |digit: usize| [None, Some(""), Some("text")][digit % 3];
+    let mut written = Vec::new();
+    for number in 0..54 {
+        let mut metadata = Metadata::new();
+        if let Some(text) = told(number) {
+            metadata = metadata.with_reference(text).unwrap();
+        }
+        if let Some(text) = told(number / 3) {
+            metadata = metadata.with_correlation_id(text).unwrap();
+        }
+        if let Some(text) = told(number / 9) {
+            metadata = metadata.with_causation_id(text).unwrap();
+        }
+        if number >= 27 {
+            metadata = metadata.with_header("empty", "").unwrap();
+        }
+        written.push(event_with("Happened", b"", Timestamp::now(), metadata));
+    }
+    unit().events(id, "user", 0, written.clone()).commit(&engine).await.unwrap();
+    let by_key = evercore_core::Target::Key(type_named("user"), key("ann"));
+    let by_key = load(&engine, by_key, None, Sequence::MAX).await.unwrap().events;
+    let paths = [
+        log(&engine).await,
+        events_of(&engine, id).await.iter().collect(),
+        history(&engine, id).await.events.iter().collect(),
+        by_key.iter().collect(),
+    ];
+    for found in paths {
+        assert_eq!(found.len(), written.len());
+        for (number, (event, new)) in found.iter().zip(&written).enumerate() {
+            assert_eq!(event.reference(), new.metadata.reference(), "reference of {number}");
+            assert_eq!(event.correlation_id(), new.metadata.correlation_id(), "correlation id of {number}");
+            assert_eq!(event.causation_id(), new.metadata.causation_id(), "causation id of {number}");
+            assert_eq!(event.headers(), new.metadata.headers(), "headers of {number}");
+        }
+    }
+}
+
+pub(crate) async fn each_event_of_a_unit_keeps_its_own_metadata(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = new_ids(&engine, 3).await;
+    let mut batch = ids.iter().fold(unit(), |batch, id| batch.create(*id, "user"));
+    let text = |nth: usize, id: AggregateId| format!("{nth} of {id}");
+    for (nth, id) in ids.iter().cycle().take(30).enumerate() {
+        let metadata = Metadata::new().with_reference(text(nth, *id)).unwrap();
+        let metadata = metadata.with_header(format!("header {}", nth % 4), text(nth, *id)).unwrap();
+        let time = Timestamp::from_micros(nth as i64 * 1_001).unwrap();
+        let event = event_with("Happened", text(nth, *id).as_bytes(), time, metadata);
+        batch = batch.events(*id, "user", nth as i64 / 3, vec![event]);
+    }
+    batch.commit(&engine).await.unwrap();
+    for (nth, event) in log(&engine).await.iter().enumerate() {
+        let text = text(nth, ids[nth % 3]);
+        assert_eq!((event.aggregate(), event.payload()), (ids[nth % 3], text.as_bytes()));
+        assert_eq!(event.reference(), Some(text.as_str()));
+        assert_eq!(event.headers()[&format!("header {}", nth % 4)], text);
+        assert_eq!((event.headers().len(), event.time().as_micros()), (1, nth as i64 * 1_001));
+    }
+}
