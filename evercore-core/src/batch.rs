@@ -3,11 +3,13 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::limits;
+use crate::metadata::Metadata;
 use crate::name::{AggregateType, CommandId, Key};
 use crate::time::Timestamp;
 
@@ -296,6 +298,36 @@ impl Batch {
         self.bytes
     }
 
+    /// About how many bytes there are on the way to a store: payloads, metadata, snapshots, keys, and what each row costs
+    /// besides. Headers that events in a row share count once. An engine bounds by it how much it sends at once.
+    pub fn encoded_bytes(&self) -> usize {
+        let mut bytes = self.bytes + self.events * ROW_BYTES;
+        let mut last: Option<&Arc<Metadata>> = None;
+        for event in self.appends.iter().flat_map(|append| &append.events) {
+            bytes += event.metadata.text_bytes();
+            let is_shared = |last: &Arc<Metadata>| {
+                Arc::ptr_eq(last, &event.metadata) || last.headers() == event.metadata.headers()
+            };
+            if !last.is_some_and(is_shared) {
+                bytes += event.metadata.header_json_bytes();
+                last = Some(&event.metadata);
+            }
+        }
+        let keys = self
+            .creates
+            .iter()
+            .map(|made| made.key.as_ref())
+            .chain(self.key_changes.iter().map(|change| Some(&change.key)));
+        bytes += keys.map(|key| ROW_BYTES + key.map_or(0, |key| key.as_str().len())).sum::<usize>();
+        bytes += self
+            .snapshots
+            .iter()
+            .map(|(_, snapshot)| ROW_BYTES + snapshot.state.as_bytes().len())
+            .sum::<usize>();
+        let checks = self.growths.len() + self.guards.len();
+        bytes + checks * ROW_BYTES + self.command_id.as_ref().map_or(0, |id| ROW_BYTES + id.as_str().len())
+    }
+
     /// Whether there is nothing to write and nothing to check.
     pub fn is_empty(&self) -> bool {
         self.creates.is_empty()
@@ -333,6 +365,9 @@ impl Batch {
         hash.finish()
     }
 }
+
+/// What a row costs beside its texts and payloads: numbers, times and lengths.
+const ROW_BYTES: usize = 64;
 
 fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
     if count > limit {

@@ -130,6 +130,18 @@ impl Metadata {
         &self.headers
     }
 
+    /// How many bytes the reference and the ids have.
+    pub(crate) fn text_bytes(&self) -> usize {
+        let texts = [&self.reference, &self.correlation_id, &self.causation_id];
+        texts.into_iter().flatten().map(|text| text.len()).sum()
+    }
+
+    /// How many bytes the headers have as a JSON object; 0 if there are none.
+    pub(crate) fn header_json_bytes(&self) -> usize {
+        // Each name and value has two quotes and what follows it, a colon or a comma.
+        self.headers.iter().map(|(name, value)| json_bytes(name) + json_bytes(value) + 6).sum()
+    }
+
     /// This metadata where it says something, `base` where it does not; headers are joined by name.
     pub(crate) fn over(mut self, base: &Self) -> Result<Self> {
         self.time = self.time.or(base.time);
@@ -154,6 +166,16 @@ impl fmt::Debug for Metadata {
             .field("headers", &self.headers.len())
             .finish()
     }
+}
+
+/// How many bytes a text has within a JSON string.
+fn json_bytes(text: &str) -> usize {
+    let letter = |byte| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    text.bytes().map(letter).sum()
 }
 
 fn checked(what: &str, text: &str) -> Result<Arc<str>> {
