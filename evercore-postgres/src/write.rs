@@ -65,15 +65,16 @@ const WRITTEN: &str = ", written AS (
     FROM log_end, unnest(?::bigint[], ?::bigint[], ?::int[], ?::bigint[], ?::bytea[]) WITH ORDINALITY
         AS e (aggregate_id, sequence, event_type_id, event_time, payload, place))";
 
+/// Headers that many events share are sent once.
 const WRITTEN_WITH_METADATA: &str = ", written AS (
     INSERT INTO @events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload,
                          reference, correlation_id, causation_id, headers)
     SELECT log_end.before + e.place, e.aggregate_id, e.sequence, e.event_type_id, e.event_time, log_end.recorded_at,
-           e.payload, e.reference, e.correlation_id, e.causation_id, e.headers
+           e.payload, e.reference, e.correlation_id, e.causation_id, coalesce(e.headers, (?::text[])[e.shared])
     FROM log_end, unnest(?::bigint[], ?::bigint[], ?::int[], ?::bigint[], ?::bytea[], ?::text[], ?::text[], ?::text[],
-                         ?::text[]) WITH ORDINALITY
+                         ?::text[], ?::int[]) WITH ORDINALITY
         AS e (aggregate_id, sequence, event_type_id, event_time, payload, reference, correlation_id, causation_id,
-              headers, place))";
+              headers, shared, place))";
 
 /// An aggregate has one snapshot; an older one of the same version does not take the place of a newer.
 const KEPT: &str = ", kept AS (
@@ -203,7 +204,7 @@ impl Form {
             (self.made, MADE, &[N, I, T]),
             (self.renamed, RENAMED, &[N, T]),
             (rows(Rows::Plain), WRITTEN, &[N, N, I, N, B]),
-            (rows(Rows::WithMetadata), WRITTEN_WITH_METADATA, &[N, N, I, N, B, T, T, T, T]),
+            (rows(Rows::WithMetadata), WRITTEN_WITH_METADATA, &[T, N, N, I, N, B, T, T, T, T, I]),
             (self.kept, KEPT, &[N, N, N, B]),
             (self.noted, NOTED, &[T, N, N, N, T]),
             (rows(Rows::One), WRITE_ONE, &one),

@@ -91,7 +91,9 @@ impl<'a> Headers<'a> {
         if metadata.headers().is_empty() {
             return Ok(());
         }
-        if !self.last.is_some_and(|last| Arc::ptr_eq(last, metadata)) {
+        let is_shared =
+            |last: &Arc<Metadata>| Arc::ptr_eq(last, metadata) || last.headers() == metadata.headers();
+        if !self.last.is_some_and(is_shared) {
             self.texts.push(serde_json::to_string(metadata.headers()).map_err(damaged)?);
             self.last = Some(metadata);
         }
@@ -100,8 +102,20 @@ impl<'a> Headers<'a> {
         Ok(())
     }
 
-    fn column(&self) -> Vec<Option<&str>> {
-        self.rows.iter().map(|row| row.map(|text| self.texts[text].as_str())).collect()
+    /// In whichever form is smaller by far: with the text in each row, or with its number. A text is found by counting
+    /// from the first, so the numbers are for where they are worth it.
+    fn columns(&self) -> HeaderColumns<'_> {
+        let texts = || self.rows.iter().map(|row| row.map(|text| self.texts[text].as_str()));
+        let once: usize = self.texts.iter().map(String::len).sum();
+        if texts().flatten().map(str::len).sum::<usize>() <= 2 * once {
+            return HeaderColumns { texts: texts().collect(), ..HeaderColumns::default() };
+        }
+        let place = |row: &Option<usize>| row.and_then(|text| i32::try_from(text + 1).ok());
+        HeaderColumns {
+            texts: Vec::new(),
+            shared: self.texts.iter().map(String::as_str).collect(),
+            places: self.rows.iter().map(place).collect(),
+        }
     }
 }
 
@@ -274,7 +288,7 @@ impl<'a> Writing<'a> {
             kept.versions.push(i64::from(snapshot.version));
             kept.states.push(snapshot.state.as_bytes());
         }
-        let headers = self.events.headers.column();
+        let headers = self.events.headers.columns();
         Columns { writing: self, events: number(self.events()), renamed: (renamed, keys), kept, headers }
     }
 
@@ -287,6 +301,14 @@ impl<'a> Writing<'a> {
         };
         Ok(self.batches.iter().map(receipt).collect())
     }
+}
+
+#[derive(Debug, Default)]
+struct HeaderColumns<'a> {
+    texts: Vec<Option<&'a str>>,
+    /// The texts that the places point to, counted from 1.
+    shared: Vec<&'a str>,
+    places: Vec<Option<i32>>,
 }
 
 #[derive(Debug, Default)]
@@ -303,7 +325,7 @@ pub(crate) struct Columns<'a> {
     events: i64,
     renamed: (Vec<i64>, Vec<&'a str>),
     kept: SnapshotColumns<'a>,
-    headers: Vec<Option<&'a str>>,
+    headers: HeaderColumns<'a>,
 }
 
 impl Columns<'_> {
@@ -332,13 +354,17 @@ impl Columns<'_> {
         if form.renamed {
             values.extend([&self.renamed.0 as &(dyn ToSql + Sync), &self.renamed.1]);
         }
+        if form.rows == Rows::WithMetadata {
+            values.push(&self.headers.shared);
+        }
         if matches!(form.rows, Rows::Plain | Rows::WithMetadata) {
             values.extend([&events.aggregates as &(dyn ToSql + Sync), &events.sequences, &events.types]);
             values.extend([&events.times as &(dyn ToSql + Sync), &events.payloads]);
         }
         if form.rows == Rows::WithMetadata {
             values.extend([&events.references.0 as &(dyn ToSql + Sync), &events.correlation_ids.0]);
-            values.extend([&events.causation_ids.0 as &(dyn ToSql + Sync), &self.headers]);
+            values.extend([&events.causation_ids.0 as &(dyn ToSql + Sync), &self.headers.texts]);
+            values.push(&self.headers.places);
         }
         if form.kept {
             let kept = &self.kept;
@@ -357,7 +383,7 @@ impl Columns<'_> {
             ]);
             values.extend([&events.times[0] as &(dyn ToSql + Sync), &events.payloads[0]]);
             values.extend([events.references.first(), events.correlation_ids.first()]);
-            values.extend([events.causation_ids.first(), first(&self.headers)]);
+            values.extend([events.causation_ids.first(), first(&self.headers.texts)]);
         }
         values
     }
