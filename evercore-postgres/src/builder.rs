@@ -18,7 +18,8 @@ use crate::sql::Schema;
 #[non_exhaustive]
 pub enum SynchronousCommit {
     /// A crash of the server's machine: the commit is flushed to its disk, and to that of a synchronous standby if one
-    /// is configured.
+    /// is configured. If somebody cancels the wait for that standby, the commit is
+    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown): it is there, and a failover may lose it.
     #[default]
     On,
     /// A crash of the server's machine, without waiting for any standby.
@@ -131,8 +132,12 @@ impl Builder {
         self
     }
 
-    /// How many connections there may be, at least 2; 8 unless set. Commits are combined, so they need one at a time.
-    /// One more listens for the commits of other processes as soon as somebody waits.
+    /// How many connections there may be for reads, subscriptions and SQL of your own, at least 2; 8 unless set.
+    ///
+    /// Up to three more are made when they are first needed: one for commits, which are combined, one for what the
+    /// engine writes beside them, such as reserved ids, and one that listens for the commits of other processes as soon
+    /// as somebody waits. So no read keeps a commit from its connection. A read whose future is dropped is cancelled on
+    /// the server.
     pub fn pool_size(mut self, connections: usize) -> Self {
         self.settings.pool_size = connections.max(2);
         self
@@ -146,9 +151,13 @@ impl Builder {
     }
 
     /// How long one statement may take, the wait for other writers included; 30 seconds unless set. A migration is not
-    /// bound by it, only its wait for locks. A commit that is
-    /// over it is rolled back; the same time without an answer from the server makes it
-    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
+    /// bound by it, only its wait for locks. A commit that is over it is rolled back; no answer from the server for this
+    /// time and the [`connect_timeout`](Self::connect_timeout) makes it [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
+    ///
+    /// A commit waits as long at most for its turn: until those before it are written, and until the queue has room. (It
+    /// holds 256 MiB, as they are sent, and one statement carries 32 MiB or a single unit.) After that the commit is
+    /// [`Unavailable`](crate::ErrorKind::Unavailable), and nothing of it was written. A single unit of more than 384 MiB,
+    /// with its metadata and snapshots, is [`Invalid`](crate::ErrorKind::Invalid).
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.settings.statement_timeout = at_least_a_millisecond(timeout);
         self
@@ -204,7 +213,9 @@ impl Builder {
     ///
     /// It misses nothing: how far it has come is a cursor in the store, of this name and version. Connecting hands it
     /// all that it has not seen, 1,000 events at a time, and what other processes commit without it is handed to it by
-    /// the next commit with it. A new version begins again with the first event. Paused, it is passed over.
+    /// the next commit with it: page by page before the log is locked, until one page is left. If that takes longer than
+    /// [`statement_timeout`](Self::statement_timeout), the commit is [`Unavailable`](crate::ErrorKind::Unavailable), and
+    /// the next one goes on from there. A new version begins again with the first event. Paused, it is passed over.
     ///
     /// It runs while the log is locked, and holds up all other commits: a few statements, nothing that waits. It may
     /// take [`sql_timeout`](Self::sql_timeout) for each 1,000 events. SQL of
@@ -261,7 +272,8 @@ impl Builder {
     /// if the database is not in UTF-8, or if there is a [pooler](Self::pooler) in between that was not named.
     pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
         let address = Address::parse(url, &self.settings)?;
-        PostgresEngine::open(self.settings, address.pool()?, Some(address)).await
+        let pool = address.pool(self.settings.pool_size)?;
+        PostgresEngine::open(self.settings, pool, Some(address)).await
     }
 
     /// Connects for reading only, to any server that answers: a standby as well as a primary. What writes is
@@ -276,6 +288,10 @@ impl Builder {
 
     /// Uses a pool that the application has already. Nothing is expected of its connections: what a commit needs is
     /// set in its own transaction, which costs a little. Commits of other processes are polled for.
+    ///
+    /// Reads and commits share these connections, so reads that are held up can keep a commit waiting for one. What the
+    /// server says unasked is heard by the pool and not by the engine: a commit whose wait for a synchronous standby is
+    /// cancelled is acknowledged. A read that is given up is cancelled only where the server accepts that in plain text.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).

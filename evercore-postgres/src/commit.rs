@@ -15,7 +15,7 @@ use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 
 use crate::check::{Checked, Command, Known, Questions};
-use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, takes_no_writes};
+use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
 use crate::names::{self, stored};
 use crate::pool::Lent;
 use crate::sql::{Schema, Sender, Sql, begin};
@@ -97,7 +97,7 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
         Ok(None) => return Flown::Look,
         Err(error) => return Flown::RolledBack(error),
     };
-    let lent = match Lent::to_write(store).await {
+    let lent = match Lent::to_fly(store).await {
         Ok(lent) => lent,
         Err(error) => return Flown::RolledBack(error),
     };
@@ -108,9 +108,10 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
         Err(error) => return Flown::RolledBack(error),
     };
     let columns = writing.columns();
-    let written = store.in_time(ready.write(&store.settings, &columns.values())).await;
+    let doubt = store.heard.before_commit();
+    let written = doubt.settle(store.in_time(ready.write(&store.settings, &columns.values())).await);
     let is_known = written.as_ref().err().is_none_or(is_rolled_back);
-    if is_known && !written.as_ref().is_err_and(takes_no_writes) {
+    if is_known && !written.as_ref().is_err_and(|error| takes_no_writes(error) || is_stale(error)) {
         lent.put_back();
     }
     match written {
@@ -209,7 +210,7 @@ fn in_place(batches: usize, receipts: Vec<(usize, Receipt)>) -> Vec<CoreResult<R
 /// A look under the lock, and what it leaves to be written. Two round trips, in which the lock is held; should this
 /// process stand still between them, the server ends the transaction after the time-out for idling.
 pub(crate) async fn carefully(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
-    let lent = match Lent::to_write(store).await {
+    let lent = match Lent::to_fly(store).await {
         Ok(lent) => lent,
         Err(error) => return Flown::RolledBack(error),
     };
@@ -244,9 +245,10 @@ async fn look_and_write(
     let ready = sender.ready(store.sql.commit.write.form(writing.form())).await?;
     let columns = writing.columns();
     let values = columns.values();
+    let doubt = store.heard.before_commit();
     let (rows, committed) = zip(ready.rows(&values), sender.client.batch_execute("COMMIT")).await;
     // COMMIT after an error is a rollback, and answers as if all were well.
-    let committed = committed.map_err(PostgresError::from);
+    let committed = doubt.settle(committed.map_err(PostgresError::from));
     let is_clean = committed.is_ok();
     let flown = match (rows, committed) {
         (Ok(rows), Ok(())) => match rows.first().map(|row| writing.receipts(row)) {
@@ -298,10 +300,16 @@ pub(crate) async fn look(
     begun?;
     let locked = locked?;
     let newest: i32 = locked.first().ok_or_else(|| damaged("the end of the log is missing"))?.try_get(0)?;
-    let known = Known::read(&aggregates?, &holders?, &commands?)?;
-    let is_behind = stored(table.complete_to()) < newest || known.has_unknown_type(table);
-    let table = if is_behind { store.names.reload(sender).await? } else { Arc::clone(table) };
-    Ok((known, table))
+    let (aggregates, commands) = (aggregates?, commands?);
+    let known = Known::read(&aggregates, &holders?, &commands)?;
+    if stored(table.complete_to()) >= newest && !known.has_unknown_type(table) {
+        return Ok((known, Arc::clone(table)));
+    }
+    let table = store.names.reload(sender).await?;
+    // Keys of a type that was not known here were not asked about.
+    let ask = Questions::about(batches, &table);
+    let holders = sender.rows(&sql.holders, &[&ask.key_types, &ask.keys]).await?;
+    Ok((Known::read(&aggregates, &holders, &commands)?, table))
 }
 
 /// What the checks say of the batches of a flight.
@@ -381,9 +389,7 @@ pub(crate) async fn write_within(
 
 /// What is known of a command id.
 pub(crate) async fn command(store: &Store, id: &CommandId) -> Result<Option<Command>> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(async { command_on(store, lent.sender()?, id).await }).await;
-    lent.after(outcome)
+    store.read(|lent| async move { command_on(store, lent.sender()?, id).await }).await
 }
 
 pub(crate) async fn command_on(store: &Store, sender: Sender<'_>, id: &CommandId) -> Result<Option<Command>> {
@@ -394,9 +400,7 @@ pub(crate) async fn command_on(store: &Store, sender: Sender<'_>, id: &CommandId
 
 /// The receipt; without one, it is written down that there never will be.
 pub(crate) async fn settle(store: &Store, id: &CommandId) -> Result<Option<Receipt>> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(settle_on(store, &lent, id)).await;
-    lent.after(outcome)
+    store.write(|lent| async move { settle_on(store, &lent, id).await }).await
 }
 
 async fn settle_on(store: &Store, lent: &Lent, id: &CommandId) -> Result<Option<Receipt>> {
@@ -407,9 +411,7 @@ async fn settle_on(store: &Store, lent: &Lent, id: &CommandId) -> Result<Option<
 
 /// Ids that nobody else gets.
 pub(crate) async fn reserve(store: &Store, count: u32) -> Result<IdBlock> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(reserve_on(store, &lent, count)).await;
-    lent.after(outcome)
+    store.write(|lent| async move { reserve_on(store, &lent, count).await }).await
 }
 
 async fn reserve_on(store: &Store, lent: &Lent, count: u32) -> Result<IdBlock> {

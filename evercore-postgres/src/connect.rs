@@ -10,9 +10,10 @@ use evercore_core::{Error, ErrorKind, Result};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{AsyncMessage, Client, Config, Connection, NoTls, Socket};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, NoTls, Socket};
 
 use crate::builder::{LONGEST, Settings, is_local};
+use crate::heard::Heard;
 use crate::sql::session_settings;
 
 /// Where the server is, and how to speak to it.
@@ -21,6 +22,7 @@ pub(crate) struct Address {
     config: Config,
     tls: Tls,
     settings: Settings,
+    heard: Heard,
 }
 
 /// Shows no part of the URL.
@@ -48,22 +50,36 @@ impl Address {
             config.target_session_attrs(TargetSessionAttrs::ReadWrite);
         }
         set_up(&mut config, settings);
-        Ok(Self { config, tls, settings: settings.clone() })
+        Ok(Self { config, tls, settings: settings.clone(), heard: Heard::default() })
     }
 
-    /// A pool of connections to it; none is made yet.
-    pub(crate) fn pool(&self) -> Result<Pool> {
+    /// A pool of so many connections to it; none is made yet.
+    pub(crate) fn pool(&self, connections: usize) -> Result<Pool> {
         // Clean sessions are not asked of the pool: nothing of ours changes one, and what did not end clean never
         // comes back to it.
         let manager_config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_connect(self.config.clone(), self.clone(), manager_config);
         let patience = Some(self.settings.connect_timeout);
         Pool::builder(manager)
-            .max_size(self.settings.pool_size)
+            .max_size(connections)
             .timeouts(Timeouts { wait: patience, create: patience, recycle: patience })
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| Error::new(ErrorKind::Backend, "the pool cannot be built").with_source(error))
+    }
+
+    /// What the server has said, over all connections that were made with this address.
+    pub(crate) fn heard(&self) -> &Heard {
+        &self.heard
+    }
+
+    /// Asks the server to cancel what is at work on a connection.
+    pub(crate) async fn cancel(&self, token: &CancelToken) -> Result<(), tokio_postgres::Error> {
+        match &self.tls {
+            Tls::Plain => token.cancel_query(NoTls).await,
+            #[cfg(feature = "rustls")]
+            Tls::Rustls(tls) => token.cancel_query(tls.clone()).await,
+        }
     }
 
     /// A connection outside of the pool, and the payloads of the notifications that it gets.
@@ -74,12 +90,12 @@ impl Address {
         match &self.tls {
             Tls::Plain => {
                 let (client, connection) = self.config.connect(NoTls).await?;
-                Ok((client, tokio::spawn(run(connection, move |payload| heard(payload)))))
+                Ok((client, tokio::spawn(run(connection, self.heard.clone(), move |payload| heard(payload)))))
             }
             #[cfg(feature = "rustls")]
             Tls::Rustls(tls) => {
                 let (client, connection) = self.config.connect(tls.clone()).await?;
-                Ok((client, tokio::spawn(run(connection, move |payload| heard(payload)))))
+                Ok((client, tokio::spawn(run(connection, self.heard.clone(), move |payload| heard(payload)))))
             }
         }
     }
@@ -93,15 +109,19 @@ impl Connect for Address {
         let config = config.clone();
         Box::pin(async move {
             match &self.tls {
-                Tls::Plain => spawn(&config, NoTls).await,
+                Tls::Plain => spawn(&config, NoTls, self.heard.clone()).await,
                 #[cfg(feature = "rustls")]
-                Tls::Rustls(tls) => spawn(&config, tls.clone()).await,
+                Tls::Rustls(tls) => spawn(&config, tls.clone(), self.heard.clone()).await,
             }
         })
     }
 }
 
-async fn spawn<T>(config: &Config, tls: T) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error>
+async fn spawn<T>(
+    config: &Config,
+    tls: T,
+    heard: Heard,
+) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error>
 where
     T: MakeTlsConnect<Socket>,
     T::Stream: Send + 'static,
@@ -109,18 +129,20 @@ where
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     let (client, connection) = config.connect(tls).await?;
-    Ok((client, tokio::spawn(run(connection, |_| {}))))
+    Ok((client, tokio::spawn(run(connection, heard, |_| {}))))
 }
 
 /// Drives a connection until it ends. Why it ended is told to those whose statements it took along.
-async fn run<S, T>(mut connection: Connection<S, T>, mut heard: impl FnMut(&str))
+async fn run<S, T>(mut connection: Connection<S, T>, heard: Heard, mut notified: impl FnMut(&str))
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
-        if let AsyncMessage::Notification(notification) = message {
-            heard(notification.payload());
+        match message {
+            AsyncMessage::Notification(notification) => notified(notification.payload()),
+            AsyncMessage::Notice(notice) => heard.note(&notice),
+            _ => {}
         }
     }
 }

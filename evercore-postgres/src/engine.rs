@@ -13,7 +13,6 @@ use evercore_core::{
 use crate::builder::{Builder, Settings};
 use crate::check::Command;
 use crate::connect::Address;
-use crate::pool::Lent;
 use crate::store::Store;
 use crate::task::in_task;
 use crate::{commit, flight, load, log, names, wait};
@@ -100,9 +99,8 @@ impl PostgresEngine {
     }
 
     async fn list_types(&self) -> Result<Vec<KnownType>> {
-        let lent = Lent::to_read(&self.0).await?;
-        let table = self.0.in_time(async { self.0.names.reload(lent.sender()?).await }).await;
-        Ok(lent.after(table)?.list())
+        let table = self.0.read(|lent| async move { self.0.names.reload(lent.sender()?).await }).await;
+        Ok(table?.list())
     }
 }
 

@@ -111,6 +111,9 @@ fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
         | SqlState::ADMIN_SHUTDOWN
         | SqlState::CRASH_SHUTDOWN
         | SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is busy or restarting"),
+        SqlState::INVALID_SQL_STATEMENT_NAME | SqlState::DUPLICATE_PSTATEMENT => {
+            (ErrorKind::Unavailable, "the session has lost what was prepared in it, and is given up")
+        }
         SqlState::PROTOCOL_VIOLATION if error.as_db_error().is_some_and(is_of_pooler) => {
             (ErrorKind::Unavailable, "the pooler in between does not reach the server, or refused")
         }
@@ -224,6 +227,19 @@ fn leaves_open(code: &SqlState) -> bool {
 /// Whether the session takes no writes. Another may, once the host is what it should be, so this one is given up.
 pub(crate) fn takes_no_writes(error: &PostgresError) -> bool {
     spoken(error).is_some_and(|spoken| *spoken.code() == SqlState::READ_ONLY_SQL_TRANSACTION)
+}
+
+/// Whether the session has lost what was prepared in it, or has it twice, or has it from before a table was changed:
+/// `DEALLOCATE ALL`, a pooler's `DISCARD ALL`, two processes in one session, `ALTER TABLE`. Nothing was executed, and a new
+/// session knows nothing of that.
+pub(crate) fn is_stale(error: &PostgresError) -> bool {
+    const CODES: [SqlState; 3] = [
+        SqlState::INVALID_SQL_STATEMENT_NAME,
+        SqlState::DUPLICATE_PSTATEMENT,
+        SqlState::FEATURE_NOT_SUPPORTED,
+    ];
+    matches!(error, PostgresError::Postgres(_))
+        && spoken(error).is_some_and(|spoken| CODES.contains(spoken.code()))
 }
 
 /// Whether the statement met one of the store's own constraints, which calls for a look. Matched by prefix: a

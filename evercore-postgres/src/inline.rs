@@ -88,7 +88,7 @@ pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
 
 /// Some batches and what the inline projections make of them, in one transaction; the careful way of a commit.
 pub(crate) async fn fly(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
-    let mut lent = match Lent::to_write(store).await {
+    let mut lent = match Lent::to_fly(store).await {
         Ok(lent) => lent,
         Err(error) => return Flown::RolledBack(error),
     };
@@ -127,7 +127,8 @@ async fn together(
     let receipts = store.in_time(commit::write_within(store, sender, &writing)).await?;
     let head = receipts.iter().map(|(_, receipt)| receipt.last).max().unwrap_or_default();
     apply(store, sender, &transaction, &newest(&table, fresh.as_ref()), head).await?;
-    match store.in_time(async { Ok(transaction.commit().await?) }).await {
+    let doubt = store.heard.before_commit();
+    match doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await) {
         Ok(()) => {
             fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
             receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
@@ -165,7 +166,7 @@ pub(crate) async fn apply(
 impl Inline {
     /// One page in a transaction of its own, without the lock of the log; whether there is more.
     async fn catch_up_once(&self, store: &Store) -> Result<bool> {
-        let mut lent = Lent::to_write(store).await?;
+        let mut lent = Lent::to_commit(store).await?;
         let named = lent.is_named();
         let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
         let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
@@ -175,7 +176,8 @@ impl Inline {
         let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
         let (head, table) = store.in_time(read).await?;
         let has_more = self.take_page(store, sender, &transaction, &table, head).await?;
-        store.in_time(async { Ok(transaction.commit().await?) }).await?;
+        let doubt = store.heard.before_commit();
+        doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await)?;
         lent.put_back();
         Ok(has_more)
     }

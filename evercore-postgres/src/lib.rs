@@ -8,6 +8,7 @@ mod connect;
 mod engine;
 mod error;
 mod flight;
+mod heard;
 mod inline;
 mod load;
 mod log;

@@ -137,9 +137,7 @@ impl LoadSql {
 
 /// An aggregate as of one moment.
 pub(crate) async fn load(store: &Store, request: &LoadRequest) -> Result<Option<History>> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(store.names.retry(&lent, || load_on(store, &lent, request))).await;
-    lent.after(outcome)
+    store.read(|lent| async move { store.names.retry(&lent, || load_on(store, &lent, request)).await }).await
 }
 
 async fn load_on(store: &Store, lent: &Lent, request: &LoadRequest) -> Result<Option<History>> {
@@ -196,9 +194,7 @@ async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> 
 
 /// A page of one aggregate's events.
 pub(crate) async fn read(store: &Store, query: &AggregateQuery) -> Result<Events> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(store.names.retry(&lent, || read_on(store, &lent, query))).await;
-    lent.after(outcome)
+    store.read(|lent| async move { store.names.retry(&lent, || read_on(store, &lent, query)).await }).await
 }
 
 async fn read_on(store: &Store, lent: &Lent, query: &AggregateQuery) -> Result<Events> {

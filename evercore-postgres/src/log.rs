@@ -238,9 +238,7 @@ fn is_by_name(query: &LogQuery) -> bool {
 
 /// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
 pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(store.names.retry(&lent, || read_on(store, &lent, query))).await;
-    lent.after(outcome)
+    store.read(|lent| async move { store.names.retry(&lent, || read_on(store, &lent, query)).await }).await
 }
 
 /// The head and the first rows go over the wire together.
@@ -279,18 +277,14 @@ async fn read_on(store: &Store, lent: &Lent, query: &LogQuery) -> Result<LogPage
 /// Where the log ends, told to those who wait for it too.
 pub(crate) async fn head(store: &Store) -> Result<Position> {
     let known = store.watch.seen();
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(async { store.sql.log.head(lent.sender()?).await }).await;
-    let head = lent.after(outcome)?;
+    let head = store.read(|lent| async move { store.sql.log.head(lent.sender()?).await }).await?;
     store.watch.found(known, head);
     Ok(head)
 }
 
 /// The last position recorded at this time or before.
 pub(crate) async fn position_at(store: &Store, time: Timestamp) -> Result<Position> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(position_at_on(store, &lent, time)).await;
-    lent.after(outcome)
+    store.read(|lent| async move { position_at_on(store, &lent, time).await }).await
 }
 
 async fn position_at_on(store: &Store, lent: &Lent, time: Timestamp) -> Result<Position> {

@@ -177,9 +177,7 @@ impl NameList {
 
 /// Registers the names that are not there yet, in a transaction of its own, and learns all that are.
 pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
-    let lent = Lent::to_write(store).await?;
-    let table = store.in_time(register_on(store, lent.sender()?, types)).await?;
-    lent.put_back();
+    let table = store.write(|lent| async move { register_on(store, lent.sender()?, types).await }).await?;
     store.names.learn(table);
     Ok(())
 }

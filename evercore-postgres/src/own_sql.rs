@@ -181,7 +181,8 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
             return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
         }
     };
-    match transaction.commit().await.map_err(PostgresError::from) {
+    let doubt = store.heard.before_commit();
+    match doubt.settle(transaction.commit().await.map_err(PostgresError::from)) {
         Ok(()) => {
             fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
             Ok((Flown::Done(vec![Ok(receipt)]), true))

@@ -1,45 +1,96 @@
-//! Connections: taken from the pool, and given back only if they are as they were.
+//! Connections: taken from a pool, and given back only if they are as they were.
+//!
+//! There are two pools. One is for reads and for the SQL of users; its connections may be at work for long. The other
+//! is small and for commits, so that no read keeps a commit from its connection. On a pool that was handed in, both
+//! are that pool.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{ClientWrapper, Object, PoolError};
+use deadpool_postgres::{ClientWrapper, Object, Pool, PoolError};
 use evercore_core::{Error, ErrorKind};
+use tokio::runtime::Handle;
+use tokio::time::timeout;
+use tokio_postgres::NoTls;
 
-use crate::error::{PostgresError, Result, closed, is_rolled_back, takes_no_writes};
+use crate::connect::Address;
+use crate::error::{PostgresError, Result, closed, is_rolled_back, is_stale, takes_no_writes};
 use crate::sql::Sender;
 use crate::store::Store;
+
+/// How many connections there are for commits: one for the flight, and one for what is written beside it.
+pub(crate) const FOR_COMMITS: usize = 2;
+
+/// How long a statement that nobody waits for any more may go on before it is cancelled.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// How often it is cancelled at most: each statement that was sent, one after the other.
+const CANCELS: usize = 8;
+
+/// How often a read is begun at most whose session had lost what was prepared in it.
+const ATTEMPTS: usize = 3;
+
+/// What is known of a connection that is lent, and so what becomes of it when it is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum State {
+    /// It is as it was: the next may have it.
+    Clean,
+    /// A statement that only reads may be at work: it is cancelled.
+    Reads,
+    /// A transaction may be open: the connection is closed, and the server rolls back.
+    Writes,
+    /// It is of no use any more: it is closed.
+    Spoiled,
+}
 
 /// A connection for as long as this is held.
 #[derive(Debug)]
 pub(crate) struct Lent {
     object: Option<Object>,
     named: bool,
-    is_clean: AtomicBool,
+    state: AtomicU8,
+    address: Option<Arc<Address>>,
 }
 
 impl Lent {
-    /// For statements that leave nothing open: who goes away half-way does no harm, since what still comes in is
-    /// thrown away before the next statement. Dropped, it goes back to the pool.
+    /// For statements that only read. Dropped before [`after`](Self::after), what is still at work is cancelled.
     pub(crate) async fn to_read(store: &Store) -> Result<Self> {
+        Self::take(store, &store.pool, State::Reads).await
+    }
+
+    /// For transactions with SQL of users in them, and for steps: dropped, it is closed, unless it was
+    /// [put back](Self::put_back) before.
+    pub(crate) async fn to_write(store: &Store) -> Result<Self> {
+        Self::take(store, &store.pool, State::Writes).await
+    }
+
+    /// The same for what the engine writes by itself, whatever reads are at work.
+    pub(crate) async fn to_commit(store: &Store) -> Result<Self> {
+        Self::take(store, &store.commits, State::Writes).await
+    }
+
+    /// The same for the flight under way, of which something may reach the server from here on.
+    pub(crate) async fn to_fly(store: &Store) -> Result<Self> {
+        let lent = Self::to_commit(store).await?;
+        store.queue.is_sent();
+        Ok(lent)
+    }
+
+    async fn take(store: &Store, pool: &Pool, state: State) -> Result<Self> {
         store.check_open()?;
         // A pool that was handed in may have no time-out of its own.
-        let object = tokio::time::timeout(store.settings.connect_timeout, store.pool.get()).await;
+        let object = timeout(store.settings.connect_timeout, pool.get()).await;
         let object =
             object.map_err(|_| Error::new(ErrorKind::Unavailable, "no connection became free in time"))?;
         let object = object.map_err(|error| match error {
             PoolError::Closed => closed().into(),
             error => PostgresError::from(error),
         })?;
-        Ok(Self { object: Some(object), named: !store.settings.pooler, is_clean: AtomicBool::new(true) })
-    }
-
-    /// For transactions: dropped, it is closed, unless it was [put back](Self::put_back) before.
-    pub(crate) async fn to_write(store: &Store) -> Result<Self> {
-        let lent = Self::to_read(store).await?;
-        lent.spoil();
-        Ok(lent)
+        let (named, address) = (!store.settings.pooler, store.address.clone());
+        Ok(Self { object: Some(object), named, state: AtomicU8::new(state as u8), address })
     }
 
     pub(crate) fn sender(&self) -> Result<Sender<'_>> {
@@ -56,20 +107,30 @@ impl Lent {
     }
 
     /// To the pool, for the next: every transaction has been seen to end.
-    pub(crate) fn put_back(mut self) {
-        *self.is_clean.get_mut() = true;
+    pub(crate) fn put_back(self) {
+        self.is(State::Clean);
     }
 
     /// Lets nobody have it after this.
     pub(crate) fn spoil(&self) {
-        self.is_clean.store(false, Ordering::Relaxed);
+        self.is(State::Spoiled);
     }
 
-    /// Gives it back after a read, unless that tells that it is of no use any more.
-    pub(crate) fn after<T>(self, outcome: Result<T>) -> Result<T> {
+    fn is(&self, state: State) {
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// To be given back when it is dropped, unless the outcome of a statement tells that it is of no use any more.
+    pub(crate) fn after<T>(&self, outcome: Result<T>) -> Result<T> {
         match &outcome {
-            Err(error) if is_rolled_back(error) && !takes_no_writes(error) => {}
-            Err(PostgresError::Postgres(_) | PostgresError::Silent(_)) => self.spoil(),
+            _ if self.state.load(Ordering::Relaxed) == State::Spoiled as u8 => {}
+            Ok(_) => self.is(State::Clean),
+            Err(error) if is_stale(error) || takes_no_writes(error) => self.spoil(),
+            // What failed within a transaction has left it open.
+            Err(_) if self.state.load(Ordering::Relaxed) == State::Writes as u8 => {}
+            Err(error) if is_rolled_back(error) => self.is(State::Clean),
+            Err(PostgresError::Postgres(_)) => self.spoil(),
+            // The error is our own: of what was sent, something may still be at work.
             _ => {}
         }
         outcome
@@ -84,17 +145,101 @@ fn gone() -> Error {
 impl Drop for Lent {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
-        if !*self.is_clean.get_mut() {
-            // Out of the pool; dropped, it is closed, and the server rolls back what was open.
-            drop(Object::take(object));
+        let state = *self.state.get_mut();
+        if state == State::Clean as u8 {
+            return;
+        }
+        match Handle::try_current() {
+            Ok(runtime) if state == State::Reads as u8 => {
+                runtime.spawn(come_to_rest(object, self.address.take()));
+            }
+            // Out of the pool; dropped, it is closed.
+            _ => drop(Object::take(object)),
         }
     }
 }
 
+/// Sees to it that nothing is at work any more that was sent over this connection, of which nobody awaits the answer. It
+/// counts as taken until then, so that a server has no more to do than there are connections.
+async fn come_to_rest(object: Object, address: Option<Arc<Address>>) {
+    // Most reads that are given up are about to end: an empty statement is answered after all that was sent before.
+    if is_at_rest(&object).await {
+        return;
+    }
+    let token = object.cancel_token();
+    for _ in 0..CANCELS {
+        let cancelled = async {
+            match &address {
+                Some(address) => address.cancel(&token).await,
+                None => token.cancel_query(NoTls).await,
+            }
+        };
+        let is_cancelled = matches!(timeout(GRACE * 20, cancelled).await, Ok(Ok(())));
+        if is_at_rest(&object).await || !is_cancelled {
+            break;
+        }
+    }
+    // Closed all the same: a request to cancel that comes late must not meet the next statement.
+    drop(Object::take(object));
+}
+
+async fn is_at_rest(object: &Object) -> bool {
+    matches!(timeout(GRACE, object.simple_query("")).await, Ok(Ok(_)))
+}
+
 impl Store {
+    /// Reads in time, on a connection that is given back afterwards. A session that has lost what was prepared in it, as
+    /// by `DISCARD ALL`, is given up, and so are the others that rest: the read is begun again on a new one.
+    pub(crate) async fn read<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
+    where
+        W: Future<Output = Result<T>>,
+    {
+        self.again_if_stale(|| Lent::to_read(self), work).await
+    }
+
+    /// The same for what the engine writes beside its flights, each in a transaction of its own.
+    pub(crate) async fn write<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
+    where
+        W: Future<Output = Result<T>>,
+    {
+        let work = &work;
+        let in_doubt = move |lent| async move {
+            let doubt = self.heard.before_commit();
+            doubt.settle(work(lent).await)
+        };
+        self.again_if_stale(|| Lent::to_commit(self), in_doubt).await
+    }
+
+    async fn again_if_stale<T, L, W>(&self, lend: impl Fn() -> L, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
+    where
+        L: Future<Output = Result<Lent>>,
+        W: Future<Output = Result<T>>,
+    {
+        let mut attempt = 1;
+        loop {
+            let lent = Arc::new(lend().await?);
+            let outcome = self.in_time(work(Arc::clone(&lent))).await;
+            match lent.after(outcome) {
+                Err(error) if is_stale(&error) && attempt < ATTEMPTS => {
+                    drop(lent);
+                    self.forget_sessions();
+                }
+                outcome => return outcome,
+            }
+            attempt += 1;
+        }
+    }
+
+    /// Closes the connections that nobody has at the moment: what befell one session may have befallen all.
+    pub(crate) fn forget_sessions(&self) {
+        for pool in [&self.pool, &self.commits] {
+            drop(pool.retain(|_, _| false));
+        }
+    }
+
     /// Waits for the server no longer than a little more than the server itself would.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::time::timeout(self.patience(), work).await?
+        timeout(self.patience(), work).await?
     }
 
     /// How long that is.

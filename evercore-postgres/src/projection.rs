@@ -139,7 +139,8 @@ async fn together(
         let ended = store.in_time(async { Ok(transaction.rollback().await?) }).await;
         handled.as_ref().err().map_or(Ok(()), |fault| fault.unless_late(ended))?;
     } else {
-        match store.in_time(async { Ok(transaction.commit().await?) }).await {
+        let doubt = store.heard.before_commit();
+        match doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await) {
             Ok(()) => {}
             // A constraint of the user's that is checked at the end.
             Err(error) if is_rolled_back(&error) => {

@@ -58,6 +58,8 @@ pub(crate) fn session_settings(settings: &Settings) -> Vec<(&'static str, String
     let milliseconds = |time: std::time::Duration| time.as_millis().to_string();
     vec![
         ("default_transaction_isolation", "read committed".to_owned()),
+        // A cancelled wait for a standby is a warning, and nothing else.
+        ("client_min_messages", "warning".to_owned()),
         ("synchronous_commit", settings.synchronous_commit.as_str().to_owned()),
         ("statement_timeout", milliseconds(settings.statement_timeout)),
         ("lock_timeout", milliseconds(settings.statement_timeout)),

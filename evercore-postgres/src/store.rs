@@ -1,7 +1,7 @@
 //! An open store: its connections, its names, what it has seen of the log, and the end of it.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use deadpool_postgres::Pool;
 use evercore_core::{Error, ErrorKind, Result};
@@ -11,13 +11,14 @@ use crate::commit::CommitSql;
 use crate::connect::Address;
 use crate::error::{self, closed, damaged};
 use crate::flight::Queue;
+use crate::heard::Heard;
 use crate::inline::{self, Inline};
 use crate::load::LoadSql;
 use crate::log::LogSql;
 use crate::migrate;
 use crate::names::Names;
 use crate::own_sql::Turns;
-use crate::pool::Lent;
+use crate::pool::{FOR_COMMITS, Lent};
 use crate::rows::UsualSize;
 use crate::sql::{Schema, Sql};
 use crate::subscriptions::SubscriptionSql;
@@ -26,9 +27,14 @@ use crate::written::Written;
 
 pub(crate) struct Store {
     pub(crate) settings: Settings,
+    /// For reads, and for SQL of users.
     pub(crate) pool: Pool,
+    /// For what the engine writes by itself; the same where the pool was handed in.
+    pub(crate) commits: Pool,
     /// Where the server is, if we connect ourselves.
-    pub(crate) address: Option<Address>,
+    pub(crate) address: Option<Arc<Address>>,
+    /// What the server has said; nothing where the pool was handed in.
+    pub(crate) heard: Heard,
     pub(crate) sql: Statements,
     pub(crate) names: Names,
     pub(crate) queue: Queue,
@@ -65,6 +71,10 @@ impl Statements {
 
 impl Store {
     pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
+        let commits = match &address {
+            Some(address) => address.pool(FOR_COMMITS)?,
+            None => pool.clone(),
+        };
         let store = Self {
             inline: inline::checked(&settings)?,
             sql: Statements::new(&settings.schema),
@@ -76,9 +86,11 @@ impl Store {
             usual_size: UsualSize::default(),
             store_id: OnceLock::new(),
             closed: AtomicBool::new(false),
+            heard: address.as_ref().map(|address| address.heard().clone()).unwrap_or_default(),
             settings,
             pool,
-            address,
+            commits,
+            address: address.map(Arc::new),
         };
         migrate::prepare(&store).await?;
         let lent = Lent::to_read(&store).await?;
@@ -121,6 +133,7 @@ impl Store {
     pub(crate) fn close_pool(&self) {
         if self.address.is_some() {
             self.pool.close();
+            self.commits.close();
         }
     }
 }

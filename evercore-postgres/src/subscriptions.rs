@@ -219,9 +219,7 @@ impl SubscriptionStorage for PostgresEngine {
 }
 
 async fn cursors(store: &Store, of: Option<&SubscriptionName>) -> Result<Cursors> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(cursors_on(store, &lent, of)).await;
-    lent.after(outcome)
+    store.read(|lent| async move { cursors_on(store, &lent, of).await }).await
 }
 
 async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -> Result<Cursors> {
@@ -236,9 +234,7 @@ async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -
 }
 
 async fn parked(store: &Store, id: &CursorId, after: Position, limit: usize) -> Result<Vec<Parked>> {
-    let lent = Lent::to_read(store).await?;
-    let outcome = store.in_time(parked_on(store, &lent, id, after, limit)).await;
-    lent.after(outcome)
+    store.read(|lent| async move { parked_on(store, &lent, id, after, limit).await }).await
 }
 
 async fn parked_on(
@@ -293,7 +289,11 @@ async fn advance_alone(store: &Store, id: &CursorId, advance: &Advance) -> Resul
         Box::new(Timestamp::MAX.as_micros()),
     ]);
     let values = borrowed(&values);
-    match tokio::time::timeout(store.patience(), ready.write(&store.settings, &values)).await {
+    let doubt = store.heard.before_commit();
+    match tokio::time::timeout(store.patience(), ready.write(&store.settings, &values))
+        .await
+        .map(|rows| doubt.settle(rows))
+    {
         Ok(Ok(rows)) => {
             let cursor = rows.first().map(read_cursor).transpose()?;
             lent.put_back();
@@ -442,12 +442,13 @@ impl<'a> Writes<'a> {
     /// Sends all of it together with the COMMIT; `false` if there is a cursor already that was to be made.
     async fn commit(self, store: &Store, sender: Sender<'_>) -> Result<bool> {
         let ready = store.in_time(self.ready(sender)).await?;
+        let doubt = store.heard.before_commit();
         let sent = zip(self.rows(&ready), sender.client.batch_execute("COMMIT"));
         let Ok((rows, committed)) = tokio::time::timeout(store.patience(), sent).await else {
             return Err(unknown().into());
         };
         // COMMIT after an error is a rollback, and answers as if all were well.
-        match rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into)) {
+        match doubt.settle(rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into))) {
             Ok(rows) => Ok(rows.first().is_none_or(|rows| !rows.is_empty())),
             Err(error) if is_rolled_back(&error) => Err(error),
             Err(error) => Err(unknown().with_source(error).into()),

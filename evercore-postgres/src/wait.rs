@@ -299,9 +299,7 @@ async fn keep_announcing(mut announcing: Announcing) {
 }
 
 async fn tell(store: &Store, head: Position) -> Result<()> {
-    let lent = Lent::to_read(store).await?;
-    let told = store.in_time(notify(store, &lent, head)).await;
-    lent.after(told)
+    store.read(|lent| async move { notify(store, &lent, head).await }).await
 }
 
 async fn notify(store: &Store, lent: &Lent, head: Position) -> Result<()> {

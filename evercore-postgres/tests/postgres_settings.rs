@@ -385,7 +385,7 @@ fn an_engine_that_was_dropped_or_closed_leaves_no_connection() {
             let head = store.head().await.unwrap();
             store.wait(head, Duration::from_millis(200)).await.unwrap();
             let open = connections(&at, name);
-            assert!((2..=9).contains(&open), "{open}: some of 8, and one that listens");
+            assert!((2..=11).contains(&open), "{open}: some of 8, two for commits, and one that listens");
             let began = Instant::now();
             if closes {
                 engine.close().await.unwrap();
@@ -398,7 +398,7 @@ fn an_engine_that_was_dropped_or_closed_leaves_no_connection() {
 }
 
 #[test]
-fn there_are_never_more_connections_than_asked_for_and_one_that_listens() {
+fn there_are_never_more_connections_than_asked_for_and_three() {
     block_on(async {
         let Some(at) = Place::fresh() else { return };
         let engine = at.builder().pool_size(3).connect(&named(&at, "many")).await.unwrap();
@@ -426,7 +426,8 @@ fn there_are_never_more_connections_than_asked_for_and_one_that_listens() {
         }
         waiting.await.unwrap().unwrap();
         println!("{most} connections at most");
-        assert!(most <= 4, "{most}");
+        // Two for commits, and one that listens.
+        assert!(most <= 6, "{most}");
         assert_eq!(positions(&engine).await, up_to(64 * 5));
     });
 }
