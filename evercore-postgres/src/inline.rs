@@ -8,10 +8,11 @@ use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use evercore_core::{
-    Batch, BoxError, BoxFuture, CursorId, CursorStatus, Error, Event, NameTable, PageLimit, Position,
-    Result as CoreResult, Step, SubscriptionName,
+    Batch, BoxError, BoxFuture, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, PageLimit,
+    Position, Result as CoreResult, Step, SubscriptionName, limits,
 };
 use futures_lite::FutureExt;
+use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
 use crate::builder::Settings;
@@ -86,8 +87,36 @@ pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
     Ok(())
 }
 
+/// Hands the inline projections what others have committed without them, page by page and without the lock of the log,
+/// until a page at most is left for the commit that is to come.
+pub(crate) async fn draw_near(store: &Store) -> Result<()> {
+    let until = Instant::now() + store.settings.statement_timeout;
+    for inline in &store.inline {
+        loop {
+            let behind =
+                store.write(|lent| async move { subscriptions::behind(store, &lent, &inline.id).await });
+            let behind = behind.await?;
+            if behind <= i64::try_from(limits::DEFAULT_PAGE_EVENTS).unwrap_or(i64::MAX) {
+                break;
+            }
+            if Instant::now() >= until {
+                let message = format!(
+                    "{} is {behind} events behind, and nothing was written: try again",
+                    inline.what()
+                );
+                return Err(Error::new(ErrorKind::Unavailable, message).into());
+            }
+            inline.catch_up_once(store).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Some batches and what the inline projections make of them, in one transaction; the careful way of a commit.
 pub(crate) async fn fly(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
+    if let Err(error) = draw_near(store).await {
+        return Flown::RolledBack(error);
+    }
     let mut lent = match Lent::to_fly(store).await {
         Ok(lent) => lent,
         Err(error) => return Flown::RolledBack(error),

@@ -16,6 +16,7 @@ use crate::builder::Settings;
 use crate::commit::{self, Flown};
 use crate::engine::PostgresEngine;
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown};
+use crate::flight;
 use crate::inline::{self, newest};
 use crate::pool::Lent;
 use crate::sql::{Sender, set_local};
@@ -131,6 +132,8 @@ impl Turns {
 }
 
 async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, Error> {
+    flight::bytes_of(&batch)?;
+    inline::draw_near(store).await?;
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
     // The user's time, and then our own: a server that says nothing must not hold anybody for ever.

@@ -53,6 +53,12 @@ macro_rules! server_time {
     };
 }
 
+const BEHIND: &str = concat!(
+    "SELECT (SELECT l.position FROM @log_end l WHERE l.one = 1) - position FROM @cursors",
+    this_cursor!(),
+    " AND status = 0"
+);
+
 const HOLD: &str = concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE");
 
 /// Does not wait for whoever has the cursor in hand.
@@ -144,6 +150,7 @@ const OF_ONE: &str = concat!(
 #[derive(Debug)]
 pub(crate) struct SubscriptionSql {
     hold: Sql,
+    behind: Sql,
     hold_if_free: Sql,
     look: Sql,
     make: Sql,
@@ -171,6 +178,7 @@ impl SubscriptionSql {
         let sql = |text: &str, types: &[Type]| Sql::new(schema, text, types);
         Self {
             hold: sql(HOLD, &ID),
+            behind: sql(BEHIND, &ID),
             hold_if_free: sql(HOLD_IF_FREE, &ID),
             look: sql(LOOK, &ID),
             make: sql(MAKE, &CURSOR),
@@ -377,6 +385,12 @@ impl Held {
     fn is_held_by_another(&self, step: &Step) -> bool {
         step.is_claim() && self.cursor.is_none() && self.is_there
     }
+}
+
+/// How many events come after an active cursor; 0 if there is none.
+pub(crate) async fn behind(store: &Store, lent: &Lent, id: &CursorId) -> Result<i64> {
+    let row = lent.sender()?.row(&store.sql.subscriptions.behind, &borrowed(&values_of(id))).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(0))
 }
 
 /// Locks and reads a cursor, and then the server's clock, in one round trip.

@@ -14,7 +14,7 @@ use evercore_postgres::tokio_postgres::Transaction;
 use evercore_postgres::{
     BoxError, BoxFuture, ErrorKind, Event, EventStore, Position, Result, StorageEngine, SubscriptionStorage,
 };
-use orders::{all_of, own, place, place_with, positions, up_to};
+use orders::{Order, OrderEvent, all_of, own, place, place_with, positions, up_to};
 
 /// The table in which the projections of these tests write down which events they have seen.
 fn table(place: &Place) -> String {
@@ -175,5 +175,38 @@ fn one_may_connect_while_others_commit() {
         }
         let log = positions(&engine).await;
         assert_eq!(seen(&place), log);
+    });
+}
+
+/// What others have committed without it is caught up with before the log is locked.
+#[test]
+fn one_that_is_far_behind_does_not_hold_up_the_commits_of_others() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        let plain = EventStore::new(place.engine().await);
+        let table = table(&place);
+        let noting = noting(&table, Duration::from_millis(200));
+        let engine = place.builder().inline_projection("slow", 1, noting).connect(&place.url).await.unwrap();
+        self::place(&plain, "beside").await.unwrap();
+        for way in 0..2 {
+            let mut work = plain.begin();
+            let mut order = work.create_with_key::<Order>(format!("many {way}")).await.unwrap();
+            work.record_all(&mut order, (0..10_000).map(|_| OrderEvent::Placed)).unwrap();
+            work.commit().await.unwrap();
+            let behind = engine.clone();
+            let behind = tokio::spawn(async move {
+                match way {
+                    0 => self::place(&EventStore::new(behind), "behind").await,
+                    _ => place_with(&behind, "behind", own("SELECT 1")).await,
+                }
+            });
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let began = Instant::now();
+            self::place(&plain, "beside").await.unwrap();
+            let took = began.elapsed();
+            assert!(took < Duration::from_millis(900), "{took:?}");
+            behind.await.unwrap().unwrap_or_else(|error| panic!("{}", all_of(&error)));
+        }
+        assert_eq!(seen(&place).len(), positions(&engine).await.len());
     });
 }
