@@ -1,7 +1,9 @@
 //! What a user writes: the aggregate, and how its events and its state become bytes.
 
 use std::borrow::Cow;
+use std::marker::PhantomData;
 
+use crate::context::EventContext;
 use crate::error::{BoxError, Result};
 use crate::name::AggregateType;
 
@@ -59,27 +61,66 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     /// What can happen to it; most often an enum.
     type Event: Send + Sync + 'static;
 
-    /// How events and state become bytes; most often [`Json`](crate::Json).
+    /// How events and state become bytes; most often [`Json`](crate::Json). A state that is never kept as a snapshot
+    /// needs no serde: see [`EventsOnly`].
     type Codec: EventCodec<Self::Event> + StateCodec<Self>;
 
     /// Changes the state by what has happened. It is history: it cannot be refused.
     fn apply(&mut self, event: Self::Event);
+
+    /// As [`apply`](Self::apply), for a state that also depends on the event's time or metadata, or that an event may
+    /// not fit. A store calls this method wherever it applies an event; by default it calls `apply`.
+    ///
+    /// The context is the same when the event is recorded and whenever it is replayed.
+    ///
+    /// ```
+    /// use evercore_core::{Aggregate, BoxError, EventContext, Json, Timestamp};
+    /// use serde::{Deserialize, Serialize};
+    ///
+    /// #[derive(Clone, Default, Serialize, Deserialize)]
+    /// struct Login { count: u32, last_micros: i64, last_by: Option<String> }
+    ///
+    /// #[derive(Serialize, Deserialize)]
+    /// enum LoginEvent { LoggedIn, PasswordChanged }
+    ///
+    /// impl Aggregate for Login {
+    ///     const TYPE: &'static str = "login";
+    ///     type Event = LoginEvent;
+    ///     type Codec = Json;
+    ///
+    ///     fn apply(&mut self, event: LoginEvent) {
+    ///         match event {
+    ///             LoginEvent::LoggedIn => self.count += 1,
+    ///             LoginEvent::PasswordChanged => self.count = 0,
+    ///         }
+    ///     }
+    ///
+    ///     fn apply_with(&mut self, event: LoginEvent, context: &EventContext<'_>) -> Result<(), BoxError> {
+    ///         if matches!(event, LoginEvent::LoggedIn) {
+    ///             self.last_micros = context.time().as_micros();
+    ///             self.last_by = context.reference().map(str::to_owned);
+    ///         }
+    ///         self.apply(event);
+    ///         Ok(())
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// If the event does not fit the state. When the event is recorded, the error refuses it
+    /// ([`Codec`](crate::ErrorKind::Codec)). When it is replayed, the aggregate cannot be loaded: refuse no event that
+    /// an earlier version of the program has recorded.
+    fn apply_with(&mut self, event: Self::Event, context: &EventContext<'_>) -> Result<(), BoxError> {
+        let _ = context;
+        self.apply(event);
+        Ok(())
+    }
 
     /// Refuses a state that must not be. Asked after each newly recorded event, never when history is replayed.
     ///
     /// # Errors
     /// Any error or sentence; it comes back as the source of [`InvalidState`](crate::ErrorKind::InvalidState).
     fn validate(&self) -> Result<(), BoxError> {
-        Ok(())
-    }
-
-    /// As [`apply`](Self::apply), for states that an event may not fit. Called wherever `apply` would be.
-    ///
-    /// # Errors
-    /// If the event does not fit; the default never fails.
-    #[doc(hidden)]
-    fn try_apply(&mut self, event: Self::Event) -> Result<(), BoxError> {
-        self.apply(event);
         Ok(())
     }
 }
@@ -165,6 +206,9 @@ pub(crate) const COMES_BACK_CHANGED: &str = "what was written is read as another
 
 /// How the state of an aggregate becomes the bytes of a snapshot and comes back.
 pub trait StateCodec<S> {
+    /// Whether there is a codec for states at all. Without one, an aggregate with snapshots does not compile.
+    const KEEPS_STATES: bool = true;
+
     /// The state as bytes.
     ///
     /// # Errors
@@ -189,6 +233,81 @@ pub trait StateCodec<S> {
         if Self::encode_state(&state)? == bytes { Ok(state) } else { Err(COMES_BACK_CHANGED.into()) }
     }
 }
+
+/// The codec `C` for events, and none for the state: for an aggregate that keeps no snapshots.
+///
+/// ```
+/// use std::collections::HashMap;
+/// use std::time::Instant;
+///
+/// use evercore_core::{Aggregate, EventsOnly, Json};
+/// use serde::{Deserialize, Serialize};
+///
+/// /// JSON has no such keys, and serde no such values.
+/// #[derive(Clone, Default)]
+/// struct Grid { cells: HashMap<(u8, u8), Instant> }
+///
+/// #[derive(Serialize, Deserialize)]
+/// enum GridEvent { Cleared }
+///
+/// impl Aggregate for Grid {
+///     const TYPE: &'static str = "grid";
+///     type Event = GridEvent;
+///     type Codec = EventsOnly<Json>;
+///
+///     fn apply(&mut self, GridEvent::Cleared: GridEvent) { self.cells.clear() }
+/// }
+/// ```
+///
+/// With `SNAPSHOT_EVERY` the program does not compile:
+///
+/// ```compile_fail
+/// # use evercore_core::{Aggregate, EventsOnly, Json, Loaded, Result, UnitOfWork};
+/// # #[derive(Clone, Default)] struct Grid;
+/// # #[derive(serde::Serialize, serde::Deserialize)] enum GridEvent { Cleared }
+/// impl Aggregate for Grid {
+///     const TYPE: &'static str = "grid";
+///     const SNAPSHOT_EVERY: u32 = 100;
+///     type Event = GridEvent;
+///     type Codec = EventsOnly<Json>;
+/// #    fn apply(&mut self, _: GridEvent) {}
+/// }
+/// # let _: fn(&mut UnitOfWork, &mut Loaded<Grid>, GridEvent) -> Result<()> = UnitOfWork::record;
+/// ```
+#[expect(missing_debug_implementations, reason = "names a codec, and is never made")]
+pub struct EventsOnly<C>(PhantomData<C>);
+
+impl<E, C: EventCodec<E>> EventCodec<E> for EventsOnly<C> {
+    fn encode(event: &E) -> Result<Encoded, BoxError> {
+        C::encode(event)
+    }
+
+    fn decode(event_type: &str, payload: &[u8]) -> Result<E, BoxError> {
+        C::decode(event_type, payload)
+    }
+
+    fn read_back(encoded: &Encoded) -> Result<E, BoxError> {
+        C::read_back(encoded)
+    }
+
+    fn event_types() -> Vec<&'static str> {
+        C::event_types()
+    }
+}
+
+impl<S, C> StateCodec<S> for EventsOnly<C> {
+    const KEEPS_STATES: bool = false;
+
+    fn encode_state(_: &S) -> Result<Vec<u8>, BoxError> {
+        Err(NO_STATES.into())
+    }
+
+    fn decode_state(_: &[u8]) -> Result<S, BoxError> {
+        Err(NO_STATES.into())
+    }
+}
+
+const NO_STATES: &str = "the codec is for events only";
 
 /// The name of this type, checked.
 pub(crate) fn aggregate_type<T: Aggregate>() -> Result<AggregateType> {

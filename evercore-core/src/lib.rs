@@ -4,6 +4,7 @@
 mod aggregate;
 mod ahead;
 mod batch;
+mod context;
 mod decision;
 mod engine;
 mod error;
@@ -30,8 +31,9 @@ mod text;
 mod time;
 mod unit_of_work;
 
-pub use aggregate::{Aggregate, Encoded, EventCodec, StateCodec};
+pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
 pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use context::EventContext;
 pub use decision::Decision;
 pub use engine::{
     AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery,

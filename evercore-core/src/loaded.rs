@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::aggregate::Aggregate;
+use crate::context::EventContext;
 use crate::error::{BoxError, Result};
 use crate::ids::{AggregateId, Sequence};
 use crate::name::Key;
@@ -73,8 +74,9 @@ impl<T> Loaded<T> {
 }
 
 impl<T: Aggregate> Loaded<T> {
-    pub(crate) fn advance(&mut self, event: T::Event) -> Result<(), BoxError> {
-        self.state.try_apply(event)?;
+    /// Applies the next event. After an error the handle must not be used, except to be thrown away.
+    pub(crate) fn advance(&mut self, event: T::Event, context: &EventContext<'_>) -> Result<(), BoxError> {
+        self.state.apply_with(event, context)?;
         self.sequence = self.sequence.next();
         Ok(())
     }

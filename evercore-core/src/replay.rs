@@ -2,6 +2,7 @@
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::ahead::Ahead;
+use crate::context::EventContext;
 use crate::engine::{AggregateQuery, BoxFuture, Direction, History, LoadRequest, PageLimit, Target};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
@@ -149,7 +150,7 @@ fn apply<T: Aggregate>(aggregate: &mut Loaded<T>, event: &Event) -> Result<()> {
     }
     let decoded = decode::<T>(event)?;
     aggregate
-        .advance(decoded)
+        .advance(decoded, &EventContext::of(event))
         .map_err(|source| Error::misfit(event.event_type(), Some(event.position()), source))
 }
 

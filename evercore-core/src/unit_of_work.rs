@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+use crate::context::EventContext;
 use crate::engine::{StorageEngine, Target};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
@@ -52,7 +53,9 @@ pub struct UnitOfWork {
     staged: Vec<Staged>,
     /// Where each aggregate stands with the events staged here, and where it stood before.
     heads: HashMap<AggregateId, Head>,
-    metadata: Metadata,
+    metadata: Arc<Metadata>,
+    /// When the events of this unit happened, unless one says otherwise; fixed when the first is recorded.
+    time: Option<Timestamp>,
     /// Shared with every handle that carries events of this unit; true once they are committed.
     committed: Arc<AtomicBool>,
     /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
@@ -67,7 +70,15 @@ struct Staged {
     expected: Sequence,
     event_type: EventType,
     payload: Payload,
-    metadata: Option<Metadata>,
+    time: Timestamp,
+    metadata: Arc<Metadata>,
+}
+
+impl Staged {
+    /// What the event's aggregate may know of it; `sequence` is the event's own.
+    fn context(&self, sequence: Sequence) -> EventContext<'_> {
+        EventContext::new(sequence, self.time, &self.metadata)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -83,7 +94,8 @@ impl UnitOfWork {
             batch: Batch::new(),
             staged: Vec::new(),
             heads: HashMap::new(),
-            metadata: Metadata::new(),
+            metadata: Arc::default(),
+            time: None,
             committed: Arc::new(AtomicBool::new(false)),
             raced: Vec::new(),
             refused: None,
@@ -202,7 +214,7 @@ impl UnitOfWork {
         for event in self.staged.iter().filter(|event| event.aggregate == id) {
             let decoded = T::Codec::decode(event.event_type.as_str(), event.payload.as_bytes())
                 .map_err(|source| Error::not_decoded(&event.event_type, None, source))?;
-            loaded.advance(decoded).map_err(|source| Error::misfit(&event.event_type, None, source))?;
+            advance(&mut loaded, decoded, event)?;
         }
         Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
     }
@@ -256,7 +268,8 @@ impl UnitOfWork {
     /// Records an event with metadata of its own, which goes before that of the unit.
     ///
     /// # Errors
-    /// As [`record`](Self::record).
+    /// As [`record`](Self::record), and [`Invalid`](ErrorKind::Invalid) if its headers and those of the unit together are
+    /// over [`limits::HEADERS_BYTES`](crate::limits::HEADERS_BYTES).
     pub fn record_with<T: Aggregate>(
         &mut self,
         aggregate: &mut Loaded<T>,
@@ -274,11 +287,23 @@ impl UnitOfWork {
     ) -> Result<()> {
         let head = self.head_for(aggregate)?;
         let aggregate_type = aggregate_type::<T>()?;
+        let (time, metadata) = self.beside(metadata)?;
         // A copy takes the events, so that a refused event, or a panic, leaves aggregate and unit as they were.
         let (mut next, mut staged) = (aggregate.clone(), Vec::new());
         for event in events {
-            let (written, event) = write::<T>(&next, event, &aggregate_type, metadata)?;
-            advance(&mut next, event, &written.event_type)?;
+            let (event_type, payload, event) = write::<T>(&aggregate_type, event)?;
+            let written = Staged {
+                aggregate: next.id(),
+                aggregate_type: aggregate_type.clone(),
+                expected: next.sequence(),
+                event_type,
+                payload,
+                time,
+                metadata: Arc::clone(&metadata),
+            };
+            advance(&mut next, event, &written)?;
+            let refused = |source| Error::invalid_state(next.id(), &written.event_type, source);
+            next.state().validate().map_err(refused)?;
             staged.push(written);
         }
         if staged.is_empty() {
@@ -289,6 +314,15 @@ impl UnitOfWork {
         *aggregate = next.staged_in(&self.committed);
         self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
         Ok(())
+    }
+
+    /// When an event happens, and what it carries beside its content, where it says `own` of itself.
+    fn beside(&mut self, own: Option<&Metadata>) -> Result<(Timestamp, Arc<Metadata>)> {
+        let time = *self.time.get_or_insert_with(|| self.metadata.time().unwrap_or_else(Timestamp::now));
+        Ok(match own {
+            None => (time, Arc::clone(&self.metadata)),
+            Some(own) => (own.time().unwrap_or(time), Arc::new(own.clone().over(&self.metadata)?)),
+        })
     }
 
     /// Where this handle's aggregate stands in this unit; an error if the handle stands elsewhere.
@@ -309,6 +343,12 @@ impl UnitOfWork {
     /// Keeps the state if the events just recorded passed a multiple of `SNAPSHOT_EVERY`. A state that cannot be kept is
     /// no reason to refuse events: a load replays them.
     fn snapshot<T: Aggregate>(&mut self, before: Sequence, after: &Loaded<T>) {
+        const {
+            assert!(
+                T::SNAPSHOT_EVERY == 0 || <T::Codec as StateCodec<T>>::KEEPS_STATES,
+                "an aggregate with `SNAPSHOT_EVERY` needs a codec for its state, which `EventsOnly` is not"
+            );
+        }
         let every = i64::from(T::SNAPSHOT_EVERY);
         if every == 0 || before.get() / every == after.sequence().get() / every {
             return;
@@ -339,9 +379,22 @@ impl UnitOfWork {
         self.batch.guard(Guard { aggregate: aggregate.id(), expected });
     }
 
-    /// Sets what all events of this unit carry, also those recorded before, in place of what was set earlier.
+    /// Sets what all events of this unit carry, in place of what was set earlier. Set it before the first event is
+    /// recorded, since an aggregate [may look at it](Aggregate::apply_with): if it changes later, the commit is
+    /// [`Invalid`](ErrorKind::Invalid). Give one event metadata of its own with [`record_with`](Self::record_with).
+    ///
+    /// Without a time in it, the events of the unit happened when the first of them was recorded.
     pub fn set_metadata(&mut self, metadata: Metadata) {
-        self.metadata = metadata;
+        if self.staged.is_empty() {
+            self.metadata = Arc::new(metadata);
+            self.time = None;
+        } else if *self.metadata != metadata {
+            self.refused.get_or_insert_with(|| {
+                Error::invalid(
+                    "the metadata of a unit of work was set after events were recorded; set it before them",
+                )
+            });
+        }
     }
 
     /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
@@ -419,13 +472,7 @@ impl UnitOfWork {
     }
 
     fn fill_batch(&mut self) -> Result<()> {
-        let shared = Arc::new(self.metadata.clone());
-        let now = self.metadata.time().unwrap_or_else(Timestamp::now);
         for staged in self.staged.drain(..) {
-            let (time, metadata) = match staged.metadata {
-                None => (now, Arc::clone(&shared)),
-                Some(own) => (own.time().unwrap_or(now), Arc::new(own.over(&shared)?)),
-            };
             self.batch.append(Append {
                 aggregate: staged.aggregate,
                 aggregate_type: staged.aggregate_type,
@@ -433,8 +480,8 @@ impl UnitOfWork {
                 events: vec![NewEvent {
                     event_type: staged.event_type,
                     payload: staged.payload,
-                    time,
-                    metadata,
+                    time: staged.time,
+                    metadata: staged.metadata,
                 }],
             })?;
         }
@@ -442,13 +489,11 @@ impl UnitOfWork {
     }
 }
 
-/// The event as it is stored, and as it will be read.
+/// The event's name and content as they are stored, and the event as it will be read.
 fn write<T: Aggregate>(
-    aggregate: &Loaded<T>,
-    event: T::Event,
     aggregate_type: &AggregateType,
-    metadata: Option<&Metadata>,
-) -> Result<(Staged, T::Event)> {
+    event: T::Event,
+) -> Result<(EventType, Payload, T::Event)> {
     let encoded = T::Codec::encode(&event).map_err(|source| Error::not_encoded(aggregate_type, source))?;
     let event_type = match &encoded.event_type {
         Cow::Borrowed(name) => EventType::from_static(name)?,
@@ -459,15 +504,7 @@ fn write<T: Aggregate>(
     } else {
         T::Codec::read_back(&encoded).map_err(|source| Error::not_read_back(event_type.clone(), source))?
     };
-    let staged = Staged {
-        aggregate: aggregate.id(),
-        aggregate_type: aggregate_type.clone(),
-        expected: aggregate.sequence(),
-        event_type,
-        payload: Payload::new(encoded.payload)?,
-        metadata: metadata.cloned(),
-    };
-    Ok((staged, event))
+    Ok((event_type, Payload::new(encoded.payload)?, event))
 }
 
 /// The state as the content of a snapshot.
@@ -485,9 +522,10 @@ fn stale(id: AggregateId) -> Error {
     ))
 }
 
-fn advance<T: Aggregate>(aggregate: &mut Loaded<T>, event: T::Event, event_type: &EventType) -> Result<()> {
-    aggregate.advance(event).map_err(|source| Error::misfit(event_type, None, source))?;
-    aggregate.state().validate().map_err(|source| Error::invalid_state(aggregate.id(), event_type, source))
+/// Applies an event that this unit has staged, or is about to.
+fn advance<T: Aggregate>(aggregate: &mut Loaded<T>, event: T::Event, staged: &Staged) -> Result<()> {
+    let context = staged.context(aggregate.sequence().next());
+    aggregate.advance(event, &context).map_err(|source| Error::misfit(&staged.event_type, None, source))
 }
 
 impl fmt::Debug for UnitOfWork {

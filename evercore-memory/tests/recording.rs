@@ -7,9 +7,10 @@ use std::fmt::Debug;
 use std::marker::PhantomData;
 
 use evercore_memory::{
-    Aggregate, ErrorKind, EventStore, Json, Loaded, MemoryEngine, Result, UnitOfWork, limits,
+    Aggregate, BoxError, ErrorKind, EventContext, EventStore, EventsOnly, Json, Loaded, MemoryEngine,
+    Metadata, Result, Timestamp, UnitOfWork, limits,
 };
-use evercore_testkit::block_on;
+use evercore_testkit::{Given, block_on};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -348,4 +349,118 @@ fn a_codec_that_is_trusted_is_not_asked_again() {
         work.record(&mut trusting, Measured::Float(f64::NAN)).unwrap();
         assert_eq!(trusting.0, ["Float(NaN)"]);
     });
+}
+
+/// Keeps everything that an event's context says.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Witness(Vec<String>);
+
+#[derive(Serialize, Deserialize)]
+enum WitnessEvent {
+    Seen,
+}
+
+impl Aggregate for Witness {
+    const TYPE: &'static str = "witness";
+    type Event = WitnessEvent;
+    type Codec = EventsOnly<Json>;
+
+    fn apply(&mut self, WitnessEvent::Seen: WitnessEvent) {
+        self.0.push("without a context".into());
+    }
+
+    fn apply_with(&mut self, _: WitnessEvent, context: &EventContext<'_>) -> Result<(), BoxError> {
+        self.0.push(format!(
+            "{} {} {:?} {:?} {:?} {:?}",
+            context.sequence(),
+            context.time().as_micros(),
+            context.reference(),
+            context.correlation_id(),
+            context.causation_id(),
+            context.headers(),
+        ));
+        Ok(())
+    }
+}
+
+#[test]
+fn an_event_has_the_same_context_whenever_it_is_applied() {
+    block_on(async {
+        let (store, mut work, mut witness) = begun::<Witness>().await;
+        work.record(&mut witness, WitnessEvent::Seen).unwrap();
+        work.commit().await.unwrap();
+
+        let mut work = store.begin();
+        let of_unit = Metadata::new().with_reference("unit").unwrap().with_header("a", "unit").unwrap();
+        work.set_metadata(of_unit.with_correlation_id("talk").unwrap().with_causation_id("ask").unwrap());
+        let mut witness = work.load::<Witness>(witness.id()).await.unwrap();
+        work.record(&mut witness, WitnessEvent::Seen).unwrap();
+        let own = Metadata::new().with_reference("own").unwrap().with_header("b", "own").unwrap();
+        let own = own.with_time(Timestamp::from_micros(7).unwrap());
+        work.record_with(&mut witness, WitnessEvent::Seen, &own).unwrap();
+        let staged = work.load::<Witness>(witness.id()).await.unwrap();
+        assert_eq!(staged.state(), witness.state(), "loaded with what is staged");
+        work.commit().await.unwrap();
+
+        let loaded = store.load::<Witness>(witness.id()).await.unwrap();
+        assert_eq!(loaded.state(), witness.state());
+        assert_eq!(loaded.0[2], r#"3 7 Some("own") Some("talk") Some("ask") {"a": "unit", "b": "own"}"#);
+        assert!(loaded.0[0].ends_with("None None None {}"), "{}", loaded.0[0]);
+    });
+}
+
+#[test]
+fn metadata_that_comes_after_the_events_is_refused() {
+    block_on(async {
+        let (_, mut work, mut witness) = begun::<Witness>().await;
+        work.set_metadata(Metadata::new().with_reference("first").unwrap());
+        work.set_metadata(Metadata::new().with_reference("second").unwrap());
+        work.record(&mut witness, WitnessEvent::Seen).unwrap();
+        work.set_metadata(Metadata::new().with_reference("second").unwrap());
+        work.set_metadata(Metadata::new().with_reference("third").unwrap());
+        let error = work.commit().await.unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Invalid), "{error}");
+    });
+}
+
+/// A state of which a part is not written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Forgetful {
+    events: u32,
+    #[serde(skip)]
+    cache: u32,
+}
+
+impl Aggregate for Forgetful {
+    const TYPE: &'static str = "forgetful";
+    type Event = WitnessEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, WitnessEvent::Seen: WitnessEvent) {
+        self.events += 1;
+        self.cache = self.events / 2;
+    }
+}
+
+#[test]
+#[should_panic(expected = "a snapshot after event 2 gives another state after event 2")]
+fn a_part_of_a_state_that_is_not_written_is_seen_by_the_testkit() {
+    let events = [WitnessEvent::Seen, WitnessEvent::Seen, WitnessEvent::Seen];
+    Given::<Forgetful>::events(events).then_snapshots_agree();
+}
+
+#[test]
+fn a_story_carries_metadata() {
+    let at = |micros| Metadata::new().with_time(Timestamp::from_micros(micros).unwrap());
+    Given::<Witness>::events([WitnessEvent::Seen])
+        .carrying(at(5))
+        .and([WitnessEvent::Seen])
+        .carrying(at(6).with_reference("clerk").unwrap())
+        .when(|_| [WitnessEvent::Seen])
+        .then_state(|witness| {
+            assert_eq!(
+                witness.0,
+                ["1 0 None None None {}", "2 5 None None None {}", r#"3 6 Some("clerk") None None {}"#]
+            );
+        });
 }

@@ -3,7 +3,10 @@
 use std::error::Error as StdError;
 use std::fmt;
 
-use evercore_core::{Aggregate, BoxError, Decision, Encoded, EventCodec};
+use evercore_core::{
+    Aggregate, BoxError, Decision, Encoded, EventCodec, EventContext, Metadata, Sequence, StateCodec,
+    Timestamp,
+};
 
 /// What has happened to an aggregate before.
 ///
@@ -50,15 +53,33 @@ use evercore_core::{Aggregate, BoxError, Decision, Encoded, EventCodec};
 ///     .when(|light| light.switch_on())
 ///     .then_rejected_with::<AlreadyOn>();
 /// ```
+///
+/// A snapshot must give the same state as a replay of all events: [`then_snapshots_agree`](Self::then_snapshots_agree).
 #[must_use = "a story without `when` tests nothing"]
 pub struct Given<T> {
     state: T,
+    history: Vec<Happened>,
+    metadata: Metadata,
+}
+
+/// An event with what it carries.
+#[derive(Clone)]
+struct Happened {
+    encoded: Encoded,
+    metadata: Metadata,
 }
 
 impl<T: Aggregate> Given<T> {
     /// Nothing has happened yet.
     pub fn nothing() -> Self {
-        Self { state: T::default() }
+        Self { state: T::default(), history: Vec::new(), metadata: Metadata::new() }
+    }
+
+    /// All that is told from here on carries this metadata, for an aggregate with an
+    /// [`apply_with`](Aggregate::apply_with). Without a time in it, events happen at the first moment of 1970.
+    pub fn carrying(mut self, metadata: Metadata) -> Self {
+        self.metadata = metadata;
+        self
     }
 
     /// These events have happened. History is not validated.
@@ -75,11 +96,73 @@ impl<T: Aggregate> Given<T> {
     /// As [`events`](Self::events).
     pub fn and(mut self, events: impl IntoIterator<Item = T::Event>) -> Self {
         for event in events {
-            let encoded = encode::<T>(&event);
-            decode_into(&mut self.state, &encoded)
+            let happened = Happened { encoded: encode::<T>(&event), metadata: self.metadata.clone() };
+            apply(&mut self.state, self.history.len(), &happened)
                 .unwrap_or_else(|error| panic!("history does not fit: {error}"));
+            self.history.push(happened);
         }
         self
+    }
+
+    /// A snapshot taken after any of these events gives the same state as a replay, there and after each later event.
+    ///
+    /// A store keeps no snapshot of a state that does not come back as it was written. What it cannot see is a part of
+    /// the state that is not written at all, for instance a field with `#[serde(skip)]`: that is seen here. Give a
+    /// history in which everything happens that can happen.
+    ///
+    /// ```
+    /// use evercore_core::{Aggregate, Json};
+    /// use evercore_testkit::Given;
+    /// use serde::{Deserialize, Serialize};
+    ///
+    /// #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    /// struct Stock { items: u32 }
+    ///
+    /// #[derive(Serialize, Deserialize)]
+    /// enum StockEvent { Added { items: u32 }, Emptied }
+    ///
+    /// impl Aggregate for Stock {
+    ///     const TYPE: &'static str = "stock";
+    ///     const SNAPSHOT_EVERY: u32 = 100;
+    ///     type Event = StockEvent;
+    ///     type Codec = Json;
+    ///     fn apply(&mut self, event: StockEvent) {
+    ///         match event {
+    ///             StockEvent::Added { items } => self.items += items,
+    ///             StockEvent::Emptied => self.items = 0,
+    ///         }
+    ///     }
+    /// }
+    ///
+    /// let events = [StockEvent::Added { items: 3 }, StockEvent::Emptied, StockEvent::Added { items: 1 }];
+    /// Given::<Stock>::events(events).then_snapshots_agree();
+    /// ```
+    ///
+    /// # Panics
+    /// If a state does not go through the codec and back, or a snapshot leads to another state.
+    pub fn then_snapshots_agree(&self)
+    where
+        T: PartialEq,
+    {
+        let mut replayed = T::default();
+        let mut restored: Vec<T> = Vec::new();
+        for (before, happened) in self.history.iter().enumerate() {
+            let now = before + 1;
+            for state in restored.iter_mut().chain([&mut replayed]) {
+                apply(state, before, happened)
+                    .unwrap_or_else(|error| panic!("event {now} does not fit: {error}"));
+            }
+            let kept = T::Codec::encode_state(&replayed).and_then(|bytes| T::Codec::read_back_state(&bytes));
+            restored
+                .push(kept.unwrap_or_else(|error| panic!("the state after event {now} is lost: {error}")));
+            for (from, state) in restored.iter().enumerate() {
+                let from = from + 1;
+                assert!(
+                    *state == replayed,
+                    "a snapshot after event {from} gives another state after event {now}"
+                );
+            }
+        }
     }
 
     /// This is decided. What follows is applied and validated, as in a unit of work.
@@ -87,14 +170,14 @@ impl<T: Aggregate> Given<T> {
     /// # Panics
     /// If an event does not go through the codec and back, or does not fit the state.
     pub fn when<D: Decision<T::Event>>(self, decide: impl FnOnce(&T) -> D) -> When<T> {
-        let Self { mut state } = self;
+        let Self { mut state, history, metadata } = self;
         let outcome = decide(&state).into_events().and_then(|events| {
             let before = state.clone();
-            let recorded = events.into_iter().map(|event| {
-                let encoded = encode::<T>(&event);
-                decode_into(&mut state, &encoded)
+            let recorded = (history.len()..).zip(events).map(|(before, event)| {
+                let happened = Happened { encoded: encode::<T>(&event), metadata: metadata.clone() };
+                apply(&mut state, before, &happened)
                     .unwrap_or_else(|error| panic!("an event does not fit: {error}"));
-                state.validate().map(|()| encoded)
+                state.validate().map(|()| happened.encoded)
             });
             let recorded: Result<Vec<Encoded>, BoxError> = recorded.collect();
             if recorded.is_err() {
@@ -170,8 +253,12 @@ fn encode<T: Aggregate>(event: &T::Event) -> Encoded {
     T::Codec::encode(event).unwrap_or_else(|error| panic!("an event does not encode: {error}"))
 }
 
-fn decode_into<T: Aggregate>(state: &mut T, encoded: &Encoded) -> Result<(), BoxError> {
-    state.try_apply(T::Codec::read_back(encoded)?)
+/// Applies an event as a store does, to a state that has had `before` events.
+fn apply<T: Aggregate>(state: &mut T, before: usize, happened: &Happened) -> Result<(), BoxError> {
+    let sequence = Sequence::new(i64::try_from(before)? + 1)?;
+    let time = happened.metadata.time().map_or_else(|| Timestamp::from_micros(0), Ok)?;
+    let event = T::Codec::read_back(&happened.encoded)?;
+    state.apply_with(event, &EventContext::new(sequence, time, &happened.metadata))
 }
 
 fn shown(events: &[Encoded]) -> String {

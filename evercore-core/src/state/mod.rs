@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use self::fields::Fields;
 pub use self::patch::Patch;
 use crate::aggregate::Aggregate;
+use crate::context::EventContext;
 use crate::error::BoxError;
 use crate::json::{Json, Shape, shape_of};
 
@@ -109,7 +110,7 @@ impl<S: StateAggregate> Aggregate for S {
         S::validate(self)
     }
 
-    fn try_apply(&mut self, event: S::Event) -> Result<(), BoxError> {
+    fn apply_with(&mut self, event: S::Event, _: &EventContext<'_>) -> Result<(), BoxError> {
         *self = overwritten(self, &event)?;
         Ok(())
     }

@@ -339,9 +339,9 @@ pub(crate) async fn an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_tim
     // Event times need not grow: the third event happened before the second.
     for (nth, micros) in [(1, 100), (2, 300), (4, 200), (8, 400)] {
         let mut work = store.begin();
+        work.set_metadata(Metadata::new().with_time(time(micros)));
         let mut account = work.load_or_create::<Account>("ann").await.unwrap();
         work.record(&mut account, deposited(nth)).unwrap();
-        work.set_metadata(Metadata::new().with_time(time(micros)));
         work.commit().await.unwrap();
         store.update_or_create::<Account, _, _>("other", |_| [deposited(1)]).await.unwrap();
     }
