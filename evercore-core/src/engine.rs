@@ -1,19 +1,21 @@
 //! The contract between evercore and its storage: one trait, object safe, in terms of `std` alone.
 
 use std::any::Any;
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::aggregate::{Aggregate, aggregate_type};
 use crate::batch::{Batch, Receipt, Snapshot};
 use crate::error::{Error, Result};
-use crate::event::Events;
+use crate::event::{Event, EventRow, Events};
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
-use crate::limits;
 use crate::name::{AggregateType, CommandId, EventType, Key};
 use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
+use crate::{limits, metadata};
 
 /// What every method of an engine returns.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -78,6 +80,7 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     ///
     /// * a page is a prefix of what there was to read: no event is skipped, none comes twice;
     /// * a page ends at `limit`, and `LogPage::scanned` tells up to where there is nothing more to find;
+    /// * a filter means the same to every engine: what [`Filter::matches_row`] says;
     /// * a name that no event has yet matches nothing, and matches as soon as one has it;
     /// * reading forward from past the head is `CursorAhead`.
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>>;
@@ -240,14 +243,31 @@ fn check_page(what: &str, count: usize, limit: usize) -> Result<()> {
 }
 
 /// Which events to read or to be given: those for which every part that is set holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// A part that can be set several times, such as the aggregate type, holds if any of its values does.
+///
+/// ```
+/// # use evercore_core::{Aggregate, Filter, Json, Result};
+/// # use serde::{Deserialize, Serialize};
+/// # #[derive(Clone, Default, Serialize, Deserialize)] struct Order;
+/// # #[derive(Clone, Default, Serialize, Deserialize)] struct Invoice;
+/// # #[derive(Serialize, Deserialize)] enum Done { Sent {} }
+/// # impl Aggregate for Order { type Event = Done; type Codec = Json; const TYPE: &'static str = "order"; fn apply(&mut self, _: Done) {} }
+/// # impl Aggregate for Invoice { type Event = Done; type Codec = Json; const TYPE: &'static str = "invoice"; fn apply(&mut self, _: Done) {} }
+/// // Everything about case 4711, of orders and of invoices.
+/// let filter = Filter::of::<Order>()?.and_of::<Invoice>()?.with_reference("4711")?;
+/// # Ok::<(), evercore_core::Error>(())
+/// ```
+///
+/// The SQL engines find an aggregate, a reference, a correlation id and up to 24 event types by an index, so a filter
+/// that matches rarely does not read the whole log. `Debug` does not show the reference and the correlation id.
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// Events of aggregates of this type.
-    pub aggregate_type: Option<AggregateType>,
-    /// Events of one of these types; empty: of any type.
-    pub event_types: Vec<EventType>,
-    /// Events of this aggregate.
-    pub aggregate: Option<AggregateId>,
+    aggregate_types: Vec<AggregateType>,
+    event_types: Vec<EventType>,
+    aggregate: Option<AggregateId>,
+    reference: Option<Arc<str>>,
+    correlation_id: Option<Arc<str>>,
 }
 
 impl Filter {
@@ -256,10 +276,26 @@ impl Filter {
         Self::default()
     }
 
-    /// Only events of aggregates of this type.
+    /// Only events of aggregates of the type `T`.
+    ///
+    /// # Errors
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) if `T::TYPE` breaks a rule.
+    pub fn of<T: Aggregate>() -> Result<Self> {
+        Self::all().and_of::<T>()
+    }
+
+    /// Also events of aggregates of the type `T`.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn and_of<T: Aggregate>(self) -> Result<Self> {
+        Ok(self.with_aggregate_type(aggregate_type::<T>()?))
+    }
+
+    /// Also events of aggregates of this type; without any, events of aggregates of all types.
     #[must_use]
     pub fn with_aggregate_type(mut self, aggregate_type: AggregateType) -> Self {
-        self.aggregate_type = Some(aggregate_type);
+        self.aggregate_types.push(aggregate_type);
         self
     }
 
@@ -270,23 +306,93 @@ impl Filter {
         self
     }
 
-    /// Only events of this aggregate. For a natural key ask [`EventStore::find`](crate::EventStore::find) first: a
-    /// filter means the aggregate, not the key it has today.
+    /// Only events of this aggregate. A filter means the aggregate, not the natural key it has today:
+    /// [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) looks the key up.
     #[must_use]
     pub fn with_aggregate(mut self, aggregate: AggregateId) -> Self {
         self.aggregate = Some(aggregate);
         self
     }
 
-    /// Whether an event with these traits passes: the one meaning that all engines share.
-    pub fn matches(&self, aggregate: AggregateId, aggregate_type: &AggregateType, event: &EventType) -> bool {
-        self.aggregate.is_none_or(|wanted| wanted == aggregate) && self.matches_type(aggregate_type, event)
+    /// Only events with this [reference](crate::Metadata::with_reference).
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if no event can have it: with a NUL, or over
+    /// [`limits::REFERENCE_BYTES`].
+    pub fn with_reference(mut self, reference: impl AsRef<str>) -> Result<Self> {
+        self.reference = Some(metadata::checked("reference", reference.as_ref())?);
+        Ok(self)
+    }
+
+    /// Only events with this [correlation id](crate::Metadata::with_correlation_id).
+    ///
+    /// # Errors
+    /// As [`with_reference`](Self::with_reference).
+    pub fn with_correlation_id(mut self, id: impl AsRef<str>) -> Result<Self> {
+        self.correlation_id = Some(metadata::checked("correlation id", id.as_ref())?);
+        Ok(self)
+    }
+
+    /// The aggregate types of which one is asked for; empty: all.
+    pub fn aggregate_types(&self) -> &[AggregateType] {
+        &self.aggregate_types
+    }
+
+    /// The event types of which one is asked for; empty: all.
+    pub fn event_types(&self) -> &[EventType] {
+        &self.event_types
+    }
+
+    /// The aggregate that is asked for.
+    pub fn aggregate(&self) -> Option<AggregateId> {
+        self.aggregate
+    }
+
+    /// The reference that is asked for.
+    pub fn reference(&self) -> Option<&str> {
+        self.reference.as_deref()
+    }
+
+    /// The correlation id that is asked for.
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.correlation_id.as_deref()
+    }
+
+    /// Whether it asks for types of aggregates or of events.
+    pub fn is_by_type(&self) -> bool {
+        !(self.aggregate_types.is_empty() && self.event_types.is_empty())
+    }
+
+    /// Whether this event passes.
+    pub fn matches(&self, event: &Event) -> bool {
+        self.matches_row(&event.as_row())
+    }
+
+    /// Whether an event that is read from this row passes: the one meaning that all engines share.
+    pub fn matches_row(&self, row: &EventRow<'_>) -> bool {
+        self.aggregate.is_none_or(|wanted| wanted == row.aggregate)
+            && self.reference().is_none_or(|wanted| row.reference == Some(wanted))
+            && self.correlation_id().is_none_or(|wanted| row.correlation_id == Some(wanted))
+            && self.matches_type(row.aggregate_type, row.event_type)
     }
 
     /// Whether events of this type, in aggregates of this type, pass.
     pub fn matches_type(&self, aggregate_type: &AggregateType, event: &EventType) -> bool {
-        self.aggregate_type.as_ref().is_none_or(|wanted| wanted == aggregate_type)
+        (self.aggregate_types.is_empty() || self.aggregate_types.contains(aggregate_type))
             && (self.event_types.is_empty() || self.event_types.contains(event))
+    }
+}
+
+/// A reference may name a person: only whether one is asked for is shown.
+impl fmt::Debug for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Filter")
+            .field("aggregate_types", &self.aggregate_types)
+            .field("event_types", &self.event_types)
+            .field("aggregate", &self.aggregate)
+            .field("reference", &self.reference.is_some())
+            .field("correlation_id", &self.correlation_id.is_some())
+            .finish()
     }
 }
 

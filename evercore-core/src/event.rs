@@ -238,6 +238,24 @@ impl Event {
         &self.page.0.rows[self.row]
     }
 
+    /// The event as a row, borrowed: for engines that pass events on, and for [`Filter`](crate::Filter).
+    pub fn as_row(&self) -> EventRow<'_> {
+        EventRow {
+            position: self.position(),
+            aggregate: self.aggregate(),
+            aggregate_type: self.aggregate_type(),
+            sequence: self.sequence(),
+            event_type: self.event_type(),
+            time: self.time(),
+            recorded_at: self.recorded_at(),
+            payload: self.payload(),
+            reference: self.reference(),
+            correlation_id: self.correlation_id(),
+            causation_id: self.causation_id(),
+            headers: Some(self.headers()).filter(|headers| !headers.is_empty()),
+        }
+    }
+
     /// Its place in the log of the store.
     pub fn position(&self) -> Position {
         self.row().position

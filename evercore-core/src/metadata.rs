@@ -178,7 +178,8 @@ fn json_bytes(text: &str) -> usize {
     text.bytes().map(letter).sum()
 }
 
-fn checked(what: &str, text: &str) -> Result<Arc<str>> {
+/// Checks what reference, correlation id and causation id share.
+pub(crate) fn checked(what: &str, text: &str) -> Result<Arc<str>> {
     let limit = limits::REFERENCE_BYTES;
     if text.len() > limit {
         return Err(Error::invalid(format!("{what} has {} bytes, the limit is {limit}", text.len())));

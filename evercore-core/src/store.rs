@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
 use crate::batch::Receipt;
 use crate::engine::{
-    AggregateQuery, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine, Target,
+    AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine, Target,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Events;
@@ -95,6 +95,25 @@ impl EventStore {
         let target = Target::Key(aggregate_type::<T>()?, Key::new(key)?);
         let request = LoadRequest { target, snapshot: None, up_to: Sequence::ZERO, limit: PageLimit::FOLD };
         Ok(self.engine.load(request).await?.map(|history| history.id))
+    }
+
+    /// A filter on the events of the aggregate that has this natural key now. The key is looked up once: the filter
+    /// means that aggregate, also when its key changes.
+    ///
+    /// ```
+    /// # use evercore_core::{Aggregate, EventStore, LogQuery, Position, Result};
+    /// # async fn page<Order: Aggregate>(store: &EventStore) -> Result<()> {
+    /// let filter = store.filter_by_key::<Order>("4711").await?;
+    /// let page = store.read_log(&LogQuery::after(Position::ZERO).with_filter(filter)).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such aggregate; otherwise as [`find`](Self::find).
+    pub async fn filter_by_key<T: Aggregate>(&self, key: impl AsRef<str>) -> Result<Filter> {
+        let aggregate_type = aggregate_type::<T>()?;
+        let id = self.find::<T>(key).await?.ok_or_else(|| Error::key_not_found(&aggregate_type))?;
+        Ok(Filter::all().with_aggregate(id))
     }
 
     /// Loads the aggregate with this natural key; if there is none, makes it, without an event, at once. However many

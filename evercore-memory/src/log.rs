@@ -30,9 +30,7 @@ impl State {
     ) -> impl DoubleEndedIterator<Item = Position> + 'a {
         let positions = (first.get()..=last.get()).filter_map(|position| Position::new(position).ok());
         positions.filter(|position| {
-            self.at(*position).is_some_and(|event| {
-                query.filter.matches(event.aggregate, &event.aggregate_type, &event.event_type)
-            })
+            self.at(*position).is_some_and(|event| query.filter.matches_row(&event.row(*position)))
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use evercore_core::{Direction, Error, LogPage, LogQuery, NameTable, Position, Timestamp};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{checked, stored};
@@ -68,7 +68,8 @@ macro_rules! select_aggregate {
             ), up_to AS MATERIALIZED (SELECT border, max(below) AS sequence FROM halving GROUP BY border)
             SELECT ",
             event_columns!(),
-            " FROM @events WHERE aggregate_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND ",
+            " FROM @events WHERE aggregate_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
+              AND ($6::text IS NULL OR reference = $6) AND ($7::text IS NULL OR correlation_id = $7) AND ",
             $range,
             " LIMIT $3"
         )
@@ -87,6 +88,23 @@ const AGGREGATE_BACKWARD: &str = select_aggregate!(
     "sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 1)
      AND sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence DESC"
 );
+
+/// A reference's part of the log, and a correlation id's, is a range of an index that ends with the position.
+macro_rules! select_reference {
+    ($direction:ident) => {
+        select_log!($direction "", "reference = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
+            AND ($6::text IS NULL OR correlation_id = $6) AND ")
+    };
+}
+macro_rules! select_correlation {
+    ($direction:ident) => {
+        select_log!($direction "", "correlation_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND ")
+    };
+}
+const REFERENCE_FORWARD: &str = select_reference!(forward);
+const REFERENCE_BACKWARD: &str = select_reference!(backward);
+const CORRELATION_FORWARD: &str = select_correlation!(forward);
+const CORRELATION_BACKWARD: &str = select_correlation!(backward);
 
 /// How many positions come before the first that was recorded later. `recorded_at` never goes back along the log. Asked
 /// for by order, although there is no hole: an index that only has the position too would be read from end to end.
@@ -112,6 +130,8 @@ pub(crate) struct LogSql {
     all: [Arc<Sql>; 2],
     types: [Arc<Sql>; 2],
     aggregate: [Arc<Sql>; 2],
+    reference: [Arc<Sql>; 2],
+    correlation: [Arc<Sql>; 2],
     /// By direction and number of types; made when first asked for.
     merged: RwLock<HashMap<(usize, usize), Arc<Sql>>>,
 }
@@ -121,7 +141,9 @@ const NUMBERS: [Type; 3] = [Type::INT8, Type::INT8, Type::INT8];
 impl LogSql {
     pub(crate) fn new(schema: &Schema) -> Self {
         let sql = |text: &str, more: &[Type]| Arc::new(Sql::new(schema, text, &[&NUMBERS, more].concat()));
-        let of_aggregate = [Type::INT8, Type::INT4_ARRAY];
+        let of_aggregate = [Type::INT8, Type::INT4_ARRAY, Type::TEXT, Type::TEXT];
+        let of_reference = [Type::TEXT, Type::INT4_ARRAY, Type::TEXT];
+        let of_correlation = [Type::TEXT, Type::INT4_ARRAY];
         Self {
             schema: schema.clone(),
             head: Sql::new(schema, HEAD, &[]),
@@ -129,6 +151,11 @@ impl LogSql {
             all: [sql(ALL_FORWARD, &[]), sql(ALL_BACKWARD, &[])],
             types: [sql(TYPES_FORWARD, &[Type::INT4_ARRAY]), sql(TYPES_BACKWARD, &[Type::INT4_ARRAY])],
             aggregate: [sql(AGGREGATE_FORWARD, &of_aggregate), sql(AGGREGATE_BACKWARD, &of_aggregate)],
+            reference: [sql(REFERENCE_FORWARD, &of_reference), sql(REFERENCE_BACKWARD, &of_reference)],
+            correlation: [
+                sql(CORRELATION_FORWARD, &of_correlation),
+                sql(CORRELATION_BACKWARD, &of_correlation),
+            ],
             merged: RwLock::default(),
         }
     }
@@ -146,24 +173,37 @@ impl LogSql {
     /// What to read for a query, of which only events of the types `passing` pass, if that is known.
     fn range(&self, query: &LogQuery, passing: Option<Vec<i32>>) -> Range {
         let direction = usize::from(query.direction == Direction::Backward);
-        let (sql, rest): (_, Rest) = match (query.filter.aggregate, passing) {
-            (Some(id), passing) => (&self.aggregate[direction], vec![Box::new(id.get()), Box::new(passing)]),
-            (None, Some(numbers)) if numbers.len() <= MERGED_TYPES => {
-                let sql = self.merged(direction, numbers.len());
-                let rest = numbers.into_iter().map(|number| Box::new(number) as _).collect();
-                return Range {
-                    sql,
-                    order: Order::Position,
-                    from: query.from.get(),
-                    to: query.to.get(),
-                    rest,
-                };
+        let text = |text: &str| -> Box<dyn ToSql + Sync + Send> { Box::new(text.to_owned()) };
+        let perhaps =
+            |text: Option<&str>| -> Box<dyn ToSql + Sync + Send> { Box::new(text.map(str::to_owned)) };
+        let filter = &query.filter;
+        let (sql, rest): (_, Rest) = match (filter.aggregate(), filter.reference(), filter.correlation_id()) {
+            (Some(id), reference, correlation) => (
+                Arc::clone(&self.aggregate[direction]),
+                vec![Box::new(id.get()), Box::new(passing), perhaps(reference), perhaps(correlation)],
+            ),
+            (None, Some(reference), correlation) => (
+                Arc::clone(&self.reference[direction]),
+                vec![text(reference), Box::new(passing), perhaps(correlation)],
+            ),
+            (None, None, Some(correlation)) => {
+                (Arc::clone(&self.correlation[direction]), vec![text(correlation), Box::new(passing)])
             }
-            (None, Some(numbers)) => (&self.types[direction], vec![Box::new(numbers)]),
-            (None, None) => (&self.all[direction], Vec::new()),
+            (None, None, None) => self.of_types(direction, passing),
         };
-        let sql = Arc::clone(sql);
         Range { sql, order: Order::Position, from: query.from.get(), to: query.to.get(), rest }
+    }
+
+    /// The events of these types, or of all.
+    fn of_types(&self, direction: usize, passing: Option<Vec<i32>>) -> (Arc<Sql>, Rest) {
+        match passing {
+            None => (Arc::clone(&self.all[direction]), Vec::new()),
+            Some(numbers) if numbers.len() <= MERGED_TYPES => {
+                let sql = self.merged(direction, numbers.len());
+                (sql, numbers.into_iter().map(|number| Box::new(number) as _).collect())
+            }
+            Some(numbers) => (Arc::clone(&self.types[direction]), vec![Box::new(numbers)]),
+        }
     }
 
     /// Makes all that are made when first asked for, to look at their plans.
@@ -225,15 +265,11 @@ impl Head {
         if query.direction == Direction::Forward && query.from > self.position {
             return Err(Error::cursor_ahead(query.from, self.position).into());
         }
-        if is_by_name(query) && table.complete_to() < self.newest_type {
+        if query.filter.is_by_type() && table.complete_to() < self.newest_type {
             return Err(PostgresError::UnknownName(self.newest_type));
         }
         Ok(())
     }
-}
-
-fn is_by_name(query: &LogQuery) -> bool {
-    query.filter.aggregate_type.is_some() || !query.filter.event_types.is_empty()
 }
 
 /// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
@@ -250,7 +286,7 @@ async fn read_on(store: &Store, lent: &Lent, query: &LogQuery) -> Result<LogPage
         head.check(query, &table).map(|()| head)
     };
     let mut page = Page::new(store, lent, query.limit);
-    let passing = if is_by_name(query) { table.passing(&query.filter) } else { None };
+    let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
     let passing: Option<Vec<i32>> = passing.map(|numbers| numbers.into_iter().map(stored).collect());
     let head = lent.sender()?.ready(&store.sql.log.head).await?;
     let head = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {

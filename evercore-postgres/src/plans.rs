@@ -23,10 +23,12 @@ use crate::store::Statements;
 use crate::wait::Watch;
 
 /// The tables that grow, by their indexes, each with what must be asked of it so that it is not read from end to end.
-const INDEXES: [(&str, &str, &[&str]); 9] = [
+const INDEXES: [(&str, &str, &[&str]); 11] = [
     ("events", "events_position", &["position"]),
     ("events", "events_aggregate_sequence", &["aggregate_id"]),
     ("events", "events_event_type", &["event_type_id"]),
+    ("events", "events_reference", &["reference", "position"]),
+    ("events", "events_correlation_id", &["correlation_id", "position"]),
     ("aggregates", "aggregates_id", &["id"]),
     ("aggregates", "aggregates_natural_key", &["aggregate_type_id", "natural_key"]),
     ("commands", "commands_command_id", &["command_id"]),
@@ -97,12 +99,20 @@ async fn check(engine: &PostgresEngine, when: &str) {
     assert!(bad.is_empty(), "{when}:\n{bad}");
 }
 
-fn event(name: &str) -> NewEvent {
+fn event(name: &str, case: usize) -> NewEvent {
+    let metadata = match case % 4 {
+        0 => Metadata::new()
+            .with_reference(format!("case {case}"))
+            .unwrap()
+            .with_correlation_id("talk")
+            .unwrap(),
+        _ => Metadata::new(),
+    };
     NewEvent {
         event_type: EventType::new(name).unwrap(),
         payload: Payload::new(vec![b'x'; 200]).unwrap(),
         time: Timestamp::now(),
-        metadata: Arc::new(Metadata::new()),
+        metadata: Arc::new(metadata),
     }
 }
 
@@ -114,7 +124,7 @@ async fn fill(engine: &PostgresEngine) {
         let mut batch = Batch::new();
         let key = Some(Key::new(format!("key {n}")).unwrap());
         batch.create(NewAggregate { id, aggregate_type: aggregate_type.clone(), key }).unwrap();
-        let events = (0..60).map(|n| event(["Placed", "Changed", "Paid"][n % 3])).collect();
+        let events = (0..60).map(|m| event(["Placed", "Changed", "Paid"][m % 3], n + m)).collect();
         batch.append(Append { aggregate: id, aggregate_type, expected: Sequence::ZERO, events }).unwrap();
         let state = Payload::new(b"{}").unwrap();
         batch.snapshot(id, Snapshot { sequence: Sequence::new(50).unwrap(), version: 1, state });

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AggregateType, AsOf, BoxError, CommandId, Direction, Durability, Error,
-    EventStore, FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd,
-    Sequence, SqliteEngine, Start, StateAggregate, Then, Timestamp,
+    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Durability, Error, EventStore,
+    FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence,
+    SqliteEngine, Start, StateAggregate, Then, Timestamp,
 };
 use evercore_testkit::Given;
 use serde::{Deserialize, Serialize};
@@ -197,7 +197,7 @@ async fn subscriptions(store: &EventStore) -> Result<()> {
     let shutdown = done(store, "mails");
     store
         .subscription("mails")?
-        .with_filter(Filter::all().with_aggregate_type(AggregateType::new("account")?))
+        .with_filter(Filter::of::<Account>()?)
         .on_failure(FailurePolicy::then(Then::Park).with_attempts(3)) // then put aside; see `store.parked`
         .run(shutdown, |event| async move {
             let AccountEvent::Withdrawn { amount } = event.decode::<Account>()? else { return Ok(()) };
@@ -226,7 +226,7 @@ async fn projections(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
         }
         Ok(())
     });
-    let of_accounts = Filter::all().with_aggregate_type(AggregateType::new("account")?);
+    let of_accounts = Filter::of::<Account>()?;
     let subscription = store.subscription("totals")?.with_filter(of_accounts);
     subscription.declare().await?;
 
@@ -295,7 +295,7 @@ async fn as_of(store: &EventStore) -> Result<()> {
 }
 
 async fn reading(store: &EventStore) -> Result<()> {
-    let filter = Filter::all().with_aggregate_type(Account::TYPE.try_into()?);
+    let filter = Filter::of::<Account>()?;
     let mut log = store.log_reader(LogQuery::after(Position::ZERO).with_filter(filter));
     loop {
         while let Some(page) = log.next().await? {

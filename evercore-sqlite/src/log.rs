@@ -14,10 +14,41 @@ const ALL_FORWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER
 const ALL_BACKWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position DESC");
 
 /// An aggregate's sequences grow as its positions do, so its index gives both orders.
-const AGGREGATE_FORWARD: &str =
-    select_events!("WHERE aggregate_id = ?3 AND sequence BETWEEN ?1 AND ?2 ORDER BY sequence");
-const AGGREGATE_BACKWARD: &str =
-    select_events!("WHERE aggregate_id = ?3 AND sequence BETWEEN ?1 AND ?2 ORDER BY sequence DESC");
+macro_rules! of_aggregate {
+    ($order:literal) => {
+        select_events!(
+            "WHERE aggregate_id = ?3 AND sequence BETWEEN ?1 AND ?2 AND (?4 IS NULL OR reference = ?4) ",
+            "AND (?5 IS NULL OR correlation_id = ?5) ORDER BY sequence",
+            $order
+        )
+    };
+}
+const AGGREGATE_FORWARD: &str = of_aggregate!("");
+const AGGREGATE_BACKWARD: &str = of_aggregate!(" DESC");
+
+/// A reference's part of the log, and a correlation id's: a range of an index that ends with the position.
+macro_rules! of_reference {
+    ($order:literal) => {
+        select_events!(
+            "INDEXED BY events_reference WHERE reference = ?3 AND position BETWEEN ?1 AND ?2 ",
+            "AND (?4 IS NULL OR correlation_id = ?4) ORDER BY position",
+            $order
+        )
+    };
+}
+macro_rules! of_correlation {
+    ($order:literal) => {
+        select_events!(
+            "INDEXED BY events_correlation_id WHERE correlation_id = ?3 AND position BETWEEN ?1 AND ?2 ",
+            "ORDER BY position",
+            $order
+        )
+    };
+}
+const REFERENCE_FORWARD: &str = of_reference!("");
+const REFERENCE_BACKWARD: &str = of_reference!(" DESC");
+const CORRELATION_FORWARD: &str = of_correlation!("");
+const CORRELATION_BACKWARD: &str = of_correlation!(" DESC");
 
 /// One event type's part of the log: a range of an index that ends with the position.
 macro_rules! of_type {
@@ -64,18 +95,30 @@ fn matching(
         return Ok((Events::default(), false));
     }
     let filter = &query.filter;
-    let passing = match filter.aggregate_type.is_none() && filter.event_types.is_empty() {
-        true => None,
-        false => names.complete(connection)?.passing(filter),
+    let passing = match filter.is_by_type() {
+        true => names.complete(connection)?.passing(filter),
+        false => None,
     };
+    let (reference, correlation) = (filter.reference(), filter.correlation_id());
     let mut page = Page::new(connection, names, query.limit);
-    match (filter.aggregate, passing.as_deref()) {
+    match (filter.aggregate(), passing.as_deref()) {
         (_, Some([])) => {}
         (Some(aggregate), passing) => {
             let range = sequences(connection, aggregate, (first, last))?;
             let sql = either(query, AGGREGATE_FORWARD, AGGREGATE_BACKWARD);
             let mut statement = connection.prepare_cached(sql)?;
-            page.fill(statement.query((range.0, range.1, aggregate.get()))?, passing)?;
+            let values = (range.0, range.1, aggregate.get(), reference, correlation);
+            page.fill(statement.query(values)?, passing)?;
+        }
+        (None, passing) if reference.is_some() => {
+            let sql = either(query, REFERENCE_FORWARD, REFERENCE_BACKWARD);
+            let mut statement = connection.prepare_cached(sql)?;
+            page.fill(statement.query((first, last, reference, correlation))?, passing)?;
+        }
+        (None, passing) if correlation.is_some() => {
+            let sql = either(query, CORRELATION_FORWARD, CORRELATION_BACKWARD);
+            let mut statement = connection.prepare_cached(sql)?;
+            page.fill(statement.query((first, last, correlation))?, passing)?;
         }
         (None, Some(ids)) if ids.len() <= MERGED_TYPES => {
             let mut statement = connection.prepare_cached(&merged(ids.len(), query.direction))?;
@@ -189,6 +232,16 @@ mod tests {
             let search = "SEARCH events USING INDEX events_aggregate_sequence \
                           (aggregate_id=? AND sequence>? AND sequence<?)";
             assert_eq!(plan(sql), [search]);
+        }
+        for (index, column, both) in [
+            ("events_reference", "reference", [REFERENCE_FORWARD, REFERENCE_BACKWARD]),
+            ("events_correlation_id", "correlation_id", [CORRELATION_FORWARD, CORRELATION_BACKWARD]),
+        ] {
+            for sql in both {
+                let search =
+                    format!("SEARCH events USING INDEX {index} ({column}=? AND rowid>? AND rowid<?)");
+                assert_eq!(plan(sql), [search]);
+            }
         }
         assert_eq!(
             plan(LAST_SEQUENCE),

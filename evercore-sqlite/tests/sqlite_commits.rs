@@ -290,7 +290,7 @@ fn a_filter_finds_what_a_full_read_finds() {
         for filter in filters {
             let expected: Vec<i64> = all
                 .iter()
-                .filter(|event| filter.matches(event.aggregate(), event.aggregate_type(), event.event_type()))
+                .filter(|event| filter.matches(event))
                 .map(|event| event.position().get())
                 .collect();
             for direction in [Direction::Forward, Direction::Backward] {

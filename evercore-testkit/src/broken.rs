@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use evercore_core::{
     AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
-    Error, ErrorKind, Event, EventRow, Events, EventsBuilder, History, IdBlock, Key, KeyChange, KnownType,
-    Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Parked, Position,
-    Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage, Target, Timestamp,
-    limits,
+    Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
+    KeyChange, KnownType, Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate, NewEvent, PageLimit,
+    Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
+    Target, Timestamp, limits,
 };
 
 /// What is wrong with an engine.
@@ -62,6 +62,12 @@ pub enum Fault {
     IgnoresCursorsAhead,
     /// The log's filter forgets the aggregate type.
     ForgetsTheTypeFilter,
+    /// Of several aggregate types in a filter the last one counts.
+    KnowsOneTypeOfFilter,
+    /// The log's filter forgets the reference.
+    ForgetsTheReferenceFilter,
+    /// The log's filter forgets the correlation id.
+    ForgetsTheCorrelationFilter,
     /// Event types match without case.
     FoldsEventTypes,
     /// An aggregate's events come back without reference.
@@ -132,6 +138,9 @@ impl Fault {
         Self::SkipsSlowCommits,
         Self::IgnoresCursorsAhead,
         Self::ForgetsTheTypeFilter,
+        Self::KnowsOneTypeOfFilter,
+        Self::ForgetsTheReferenceFilter,
+        Self::ForgetsTheCorrelationFilter,
         Self::FoldsEventTypes,
         Self::LosesReferences,
         Self::LosesHeaders,
@@ -387,18 +396,7 @@ impl Broken {
     async fn read_log_badly(&self, query: &LogQuery) -> Result<LogPage> {
         let mut wider = query.clone();
         wider.limit = self.stretch(query.limit);
-        if self.has(Fault::ForgetsTheTypeFilter) {
-            wider.filter.aggregate_type = None;
-        }
-        if self.has(Fault::FoldsEventTypes) && !wider.filter.event_types.is_empty() {
-            let known = self.inner.types().await?.into_iter().flat_map(|known| known.event_types);
-            let asked: Vec<String> =
-                wider.filter.event_types.iter().map(|name| name.as_str().to_lowercase()).collect();
-            wider
-                .filter
-                .event_types
-                .extend(known.filter(|name| asked.contains(&name.as_str().to_lowercase())));
-        }
+        wider.filter = self.widen(&query.filter).await?;
         let result = self.inner.read_log(&wider).await;
         let mut page = match result {
             Err(error) if self.has(Fault::IgnoresCursorsAhead) => {
@@ -411,6 +409,36 @@ impl Broken {
         page.events =
             self.rewrite(page.events.iter().filter(|event| !self.is_missed(event, page.head)), false);
         Ok(page)
+    }
+
+    /// The same filter without some of its parts, or with more event types.
+    async fn widen(&self, filter: &Filter) -> Result<Filter> {
+        let mut wider = Filter::all();
+        let aggregate_types = filter.aggregate_types();
+        let kept = match self.fault {
+            Fault::ForgetsTheTypeFilter => &[],
+            Fault::KnowsOneTypeOfFilter => &aggregate_types[aggregate_types.len().saturating_sub(1)..],
+            _ => aggregate_types,
+        };
+        wider = kept.iter().cloned().fold(wider, Filter::with_aggregate_type);
+        wider = filter.event_types().iter().cloned().fold(wider, Filter::with_event_type);
+        if self.has(Fault::FoldsEventTypes) && !filter.event_types().is_empty() {
+            let fold = |name: &EventType| name.as_str().to_lowercase();
+            let asked: Vec<String> = filter.event_types().iter().map(fold).collect();
+            let known = self.inner.types().await?.into_iter().flat_map(|known| known.event_types);
+            wider = known.filter(|name| asked.contains(&fold(name))).fold(wider, Filter::with_event_type);
+        }
+        if let Some(aggregate) = filter.aggregate() {
+            wider = wider.with_aggregate(aggregate);
+        }
+        if let Some(text) = filter.reference().filter(|_| !self.has(Fault::ForgetsTheReferenceFilter)) {
+            wider = wider.with_reference(text)?;
+        }
+        if let Some(text) = filter.correlation_id().filter(|_| !self.has(Fault::ForgetsTheCorrelationFilter))
+        {
+            wider = wider.with_correlation_id(text)?;
+        }
+        Ok(wider)
     }
 
     fn move_cursor(&self, query: &LogQuery, page: &mut LogPage) {
@@ -438,23 +466,12 @@ impl Broken {
         let mut page = EventsBuilder::new();
         for event in events {
             let loses = |fault| of_aggregate && self.has(fault);
+            let row = event.as_row();
             page.push(EventRow {
-                position: event.position(),
-                aggregate: event.aggregate(),
-                aggregate_type: event.aggregate_type(),
-                sequence: event.sequence(),
-                event_type: event.event_type(),
-                time: event.time(),
-                recorded_at: if self.has(Fault::BelievesWriters) {
-                    event.time()
-                } else {
-                    event.recorded_at()
-                },
-                payload: event.payload(),
-                reference: event.reference().filter(|_| !loses(Fault::LosesReferences)),
-                correlation_id: event.correlation_id(),
-                causation_id: event.causation_id(),
-                headers: Some(event.headers()).filter(|_| !loses(Fault::LosesHeaders)),
+                recorded_at: if self.has(Fault::BelievesWriters) { row.time } else { row.recorded_at },
+                reference: row.reference.filter(|_| !loses(Fault::LosesReferences)),
+                headers: row.headers.filter(|_| !loses(Fault::LosesHeaders)),
+                ..row
             });
         }
         page.finish()

@@ -5,14 +5,16 @@
 use std::collections::{BTreeMap, HashMap};
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Batch, CommandId, Direction, Error, ErrorKind, Event, Filter, LoadRequest,
-    LogQuery, Position, Receipt, Result, Sequence, Snapshot, Target, limits,
+    AggregateId, AggregateQuery, AggregateType, Batch, CommandId, Direction, Error, ErrorKind, Event,
+    EventRow, EventType, Filter, LoadRequest, LogQuery, Metadata, NewEvent, Position, Receipt, Result,
+    Sequence, Snapshot, Target, Timestamp, limits,
 };
 
 use crate::tools::*;
 
 const TYPES: [&str; 3] = ["a", "b", "B"];
 const EVENTS: [&str; 4] = ["X", "Y", "Z", "x"];
+const REFERENCES: [&str; 3] = ["r", "R", ""];
 
 #[derive(Clone, Default)]
 struct Known {
@@ -22,8 +24,36 @@ struct Known {
     snapshot: Option<Snapshot>,
 }
 
-/// An event: aggregate, sequence, aggregate type, event type, payload.
-type Row = (AggregateId, i64, String, String, Vec<u8>);
+/// An event.
+struct Row {
+    aggregate: AggregateId,
+    sequence: i64,
+    aggregate_type: AggregateType,
+    event_type: EventType,
+    payload: Vec<u8>,
+    reference: Option<String>,
+    correlation_id: Option<String>,
+}
+
+impl Row {
+    /// What a filter looks at; the times are of no matter.
+    fn as_row(&self, position: i64) -> EventRow<'_> {
+        EventRow {
+            position: place(position),
+            aggregate: self.aggregate,
+            aggregate_type: &self.aggregate_type,
+            sequence: at(self.sequence),
+            event_type: &self.event_type,
+            time: Timestamp::MIN,
+            recorded_at: Timestamp::MIN,
+            payload: &self.payload,
+            reference: self.reference.as_deref(),
+            correlation_id: self.correlation_id.as_deref(),
+            causation_id: None,
+            headers: None,
+        }
+    }
+}
 
 #[derive(Default)]
 struct Model {
@@ -124,9 +154,15 @@ impl Model {
             let known = self.aggregates.get_mut(&append.aggregate).unwrap();
             for event in &append.events {
                 known.sequence += 1;
-                let (name, payload) =
-                    (event.event_type.as_str().to_owned(), event.payload.as_bytes().to_vec());
-                self.log.push((append.aggregate, known.sequence, known.of_type.clone(), name, payload));
+                self.log.push(Row {
+                    aggregate: append.aggregate,
+                    sequence: known.sequence,
+                    aggregate_type: type_named(&known.of_type),
+                    event_type: event.event_type.clone(),
+                    payload: event.payload.as_bytes().to_vec(),
+                    reference: event.metadata.reference().map(str::to_owned),
+                    correlation_id: event.metadata.correlation_id().map(str::to_owned),
+                });
             }
         }
         for (id, snapshot) in batch.snapshots() {
@@ -143,10 +179,8 @@ impl Model {
     /// The positions that a query finds, all pages together.
     fn found(&self, query: &LogQuery) -> Vec<i64> {
         let (from, to) = (query.from.get(), query.to.get());
-        let passes = |position: &i64| {
-            let (id, _, of_type, name, _) = &self.log[*position as usize - 1];
-            query.filter.matches(*id, &type_named(of_type), &event_named(name))
-        };
+        let passes =
+            |position: &i64| query.filter.matches_row(&self.log[*position as usize - 1].as_row(*position));
         let all = 1..=self.log.len() as i64;
         match query.direction {
             Direction::Forward => all.filter(|it| *it > from && *it <= to).filter(passes).collect(),
@@ -155,13 +189,12 @@ impl Model {
     }
 
     fn check(&self, event: &Event) {
-        let (id, sequence, of_type, name, payload) = &self.log[event.position().get() as usize - 1];
-        assert_eq!((event.aggregate(), event.sequence().get()), (*id, *sequence));
-        assert_eq!(
-            (event.aggregate_type().as_str(), event.event_type().as_str()),
-            (of_type.as_str(), name.as_str())
-        );
-        assert_eq!(event.payload(), payload);
+        let position = event.position().get();
+        let (known, found) = (self.log[position as usize - 1].as_row(position), event.as_row());
+        assert_eq!((found.aggregate, found.sequence), (known.aggregate, known.sequence));
+        assert_eq!((found.aggregate_type, found.event_type), (known.aggregate_type, known.event_type));
+        assert_eq!(found.payload, known.payload);
+        assert_eq!((found.reference, found.correlation_id), (known.reference, known.correlation_id));
     }
 }
 
@@ -251,9 +284,7 @@ async fn random_batch(engine: &Engine, model: &Model, random: &mut Random, seed:
         }
         if batch.0.growth_of(id).is_none() && !random.one_in(5) {
             let wrong = if random.one_in(8) { 1 } else { 0 };
-            let events: Vec<_> = (0..=random.below(3))
-                .map(|_| event(EVENTS[random.below(4)], random.below(1_000).to_string().as_bytes()))
-                .collect();
+            let events: Vec<_> = (0..=random.below(3)).map(|_| random_event(random)).collect();
             at_now.insert(id, sequence + events.len() as i64);
             batch = batch.events(id, &of_type, sequence + wrong, events);
         }
@@ -266,6 +297,18 @@ async fn random_batch(engine: &Engine, model: &Model, random: &mut Random, seed:
         batch = batch.command(&any_command(random, seed));
     }
     batch.0
+}
+
+fn random_event(random: &mut Random) -> NewEvent {
+    let (name, payload) = (EVENTS[random.below(4)], random.below(1_000).to_string());
+    let mut metadata = Metadata::new();
+    if random.one_in(3) {
+        metadata = metadata.with_reference(REFERENCES[random.below(3)]).unwrap();
+    }
+    if random.one_in(3) {
+        metadata = metadata.with_correlation_id(REFERENCES[random.below(3)]).unwrap();
+    }
+    event_with(name, payload.as_bytes(), Timestamp::now(), metadata)
 }
 
 async fn settle(engine: &Engine, model: &mut Model, random: &mut Random, seed: u64) {
@@ -288,8 +331,14 @@ async fn read_log(engine: &Engine, model: &Model, random: &mut Random) {
         _ => LogQuery::before(place_in(random)).up_to(place_in(random)),
     };
     let mut filter = Filter::all();
-    if random.one_in(2) {
+    for _ in 0..random.below(3) {
         filter = filter.with_aggregate_type(type_named(TYPES[random.below(3)]));
+    }
+    if random.one_in(4) {
+        filter = filter.with_reference(REFERENCES[random.below(3)]).unwrap();
+    }
+    if random.one_in(4) {
+        filter = filter.with_correlation_id(REFERENCES[random.below(3)]).unwrap();
     }
     for _ in 0..random.below(3) {
         filter = filter.with_event_type(event_named(EVENTS[random.below(4)]));

@@ -158,6 +158,15 @@ faults! {
         "log::an_empty_log_knows_a_cursor_that_is_ahead",
     ];
     forgotten_type_filter: ForgetsTheTypeFilter, ["reading::a_filter_means_the_same_to_every_engine", MODEL];
+    one_type_of_filter: KnowsOneTypeOfFilter, ["reading::a_filter_means_the_same_to_every_engine", MODEL];
+    forgotten_reference_filter: ForgetsTheReferenceFilter, [
+        "reading::events_are_found_by_reference_and_by_correlation",
+        MODEL,
+    ];
+    forgotten_correlation_filter: ForgetsTheCorrelationFilter, [
+        "reading::events_are_found_by_reference_and_by_correlation",
+        MODEL,
+    ];
     folded_event_types: FoldsEventTypes, ["reading::a_filter_means_the_same_to_every_engine", MODEL];
     lost_references: LosesReferences, ["reading::every_field_is_equal_on_every_read_path"];
     lost_headers: LosesHeaders, ["reading::every_field_is_equal_on_every_read_path"];

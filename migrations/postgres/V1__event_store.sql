@@ -59,16 +59,18 @@ CREATE TABLE events (
     recorded_at    BIGINT  NOT NULL,
     event_type_id  INTEGER NOT NULL,
     payload        BYTEA   NOT NULL,
-    reference      TEXT,
-    correlation_id TEXT,
-    causation_id   TEXT,
+    reference      TEXT COLLATE "C",
+    correlation_id TEXT COLLATE "C",
+    causation_id   TEXT COLLATE "C",
     headers        TEXT, -- a JSON object of strings
     CONSTRAINT events_position PRIMARY KEY (position),
     -- An aggregate's events, and what no two writers can pass together.
     CONSTRAINT events_aggregate_sequence UNIQUE (aggregate_id, sequence)
 );
--- A filter that matches rarely reads this instead of the log.
+-- A filter that matches rarely reads one of these instead of the log.
 CREATE INDEX events_event_type ON events (event_type_id, position);
+CREATE INDEX events_reference ON events (reference, position) WHERE reference IS NOT NULL;
+CREATE INDEX events_correlation_id ON events (correlation_id, position) WHERE correlation_id IS NOT NULL;
 
 -- One per aggregate.
 CREATE TABLE snapshots (

@@ -49,8 +49,10 @@ CREATE TABLE events (
 ) STRICT;
 -- An aggregate's events, and what no two writers can pass together.
 CREATE UNIQUE INDEX events_aggregate_sequence ON events (aggregate_id, sequence);
--- A filter that matches rarely reads this instead of the log; every index ends with the position.
+-- A filter that matches rarely reads one of these instead of the log; every index ends with the position.
 CREATE INDEX events_event_type ON events (event_type_id);
+CREATE INDEX events_reference ON events (reference) WHERE reference IS NOT NULL;
+CREATE INDEX events_correlation_id ON events (correlation_id) WHERE correlation_id IS NOT NULL;
 
 -- One per aggregate.
 CREATE TABLE snapshots (

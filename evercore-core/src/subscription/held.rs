@@ -403,7 +403,7 @@ impl Held {
         let settings = &self.subscription.settings;
         let filter = settings.filter.clone().with_aggregate(parked.aggregate);
         let mut query = LogQuery::after(before).with_limit(limit).with_filter(filter);
-        if settings.filter.aggregate.is_some_and(|only| only != parked.aggregate) {
+        if settings.filter.aggregate().is_some_and(|only| only != parked.aggregate) {
             query = query.up_to(before);
         } else if parked.holds_back {
             // It, and the next of its aggregate that had to wait.

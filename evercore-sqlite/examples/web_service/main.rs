@@ -18,8 +18,8 @@ use axum::response::sse::{self, KeepAlive, Sse};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use evercore_sqlite::{
-    Aggregate, AggregateType, BoxError, CommandId, EphemeralSubscription, Error, ErrorKind, Event,
-    EventStore, Filter, Position, Receipt, Result, SqliteEngine, Start,
+    BoxError, CommandId, EphemeralSubscription, Error, ErrorKind, Event, EventStore, Filter, Position,
+    Receipt, Result, SqliteEngine, Start,
 };
 use futures_lite::stream::{self, Stream, StreamExt};
 use serde::{Deserialize, Serialize};
@@ -161,7 +161,7 @@ async fn news(
         }
         None => Start::End,
     };
-    let shows = Filter::all().with_aggregate_type(AggregateType::new(Show::TYPE)?);
+    let shows = Filter::of::<Show>()?;
     let news = app.store.subscribe(shows, start).await?;
     // An id alone, and no message: who is cut off before the first event knows where to go on, too.
     let begin = sse::Event::default().id(news.position().to_string());

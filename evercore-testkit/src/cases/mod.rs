@@ -215,6 +215,7 @@ cases! {
         a_load_by_key_equals_a_load_by_id,
         reading_while_others_append_sees_a_prefix,
         a_filter_means_the_same_to_every_engine,
+        events_are_found_by_reference_and_by_correlation,
         a_name_that_no_event_has_yet_matches_as_soon_as_one_has_it,
         a_filtered_page_tells_how_far_it_searched,
         every_field_is_equal_on_every_read_path,

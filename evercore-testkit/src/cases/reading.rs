@@ -202,7 +202,7 @@ pub(crate) async fn reading_while_others_append_sees_a_prefix(fixture: &mut Fixt
     });
 }
 
-/// A log of three aggregates of two types with four event types.
+/// A log of three aggregates of two types with four event types, of which some have a reference or a correlation id.
 async fn mixed(engine: &Engine) -> [AggregateId; 3] {
     let ids = [grown(engine, "a", 0).await, grown(engine, "a", 0).await, grown(engine, "b", 0).await];
     let mut random = Random(7);
@@ -210,11 +210,37 @@ async fn mixed(engine: &Engine) -> [AggregateId; 3] {
     for _ in 0..60 {
         let which = random.below(3);
         let name = ["X", "Y", "Z", "x"][random.below(4)];
-        let batch = unit().events(ids[which], ["a", "a", "b"][which], next[which], vec![event(name, b"")]);
+        let mut metadata = Metadata::new();
+        if let Some(text) = [Some("4711"), Some(""), None, None][random.below(4)] {
+            metadata = metadata.with_reference(text).unwrap();
+        }
+        if let Some(text) = [Some("4711"), Some("talk"), None, None][random.below(4)] {
+            metadata = metadata.with_correlation_id(text).unwrap();
+        }
+        let event = event_with(name, b"", Timestamp::now(), metadata);
+        let batch = unit().events(ids[which], ["a", "a", "b"][which], next[which], vec![event]);
         batch.commit(engine).await.unwrap();
         next[which] += 1;
     }
     ids
+}
+
+/// What a filter finds, forward and backward, against what it says of each event of the log.
+async fn check_filter(engine: &Engine, all: &[Event], filter: Filter) {
+    let expected: Vec<Event> = all.iter().filter(|event| filter.matches(event)).cloned().collect();
+    let query = LogQuery::after(Position::ZERO).with_filter(filter.clone());
+    assert_eq!(read_all(engine, query).await, expected, "{filter:?}");
+    let query = LogQuery::before(place(50)).up_to(place(10)).with_filter(filter.clone());
+    let found = read_all(engine, query.with_limit(events_per_page(3))).await;
+    let expected = expected.iter().rev().filter(|event| (10..50).contains(&event.position().get()));
+    assert!(found.iter().eq(expected), "{filter:?} backward");
+}
+
+fn filter_of(aggregate_types: &[&str], event_types: &[&str], aggregate: Option<AggregateId>) -> Filter {
+    let filter =
+        aggregate_types.iter().map(|name| type_named(name)).fold(Filter::all(), Filter::with_aggregate_type);
+    let filter = event_types.iter().map(|name| event_named(name)).fold(filter, Filter::with_event_type);
+    aggregate.into_iter().fold(filter, Filter::with_aggregate)
 }
 
 pub(crate) async fn a_filter_means_the_same_to_every_engine(fixture: &mut Fixture) {
@@ -222,27 +248,45 @@ pub(crate) async fn a_filter_means_the_same_to_every_engine(fixture: &mut Fixtur
     let ids = mixed(&engine).await;
     let all = log(&engine).await;
     let missing = new_id(&engine).await;
+    let aggregate_types: &[&[&str]] =
+        &[&[], &["a"], &["b"], &["A"], &["never"], &["a", "b"], &["never", "a"]];
     let event_types: &[&[&str]] =
         &[&[], &["X"], &["x"], &["X", "Z"], &["X", "X"], &["X", "Y", "Z", "x"], &["never"], &["X", "never"]];
-    for aggregate_type in [None, Some("a"), Some("b"), Some("A"), Some("never")] {
-        for names in event_types {
+    for aggregate_types in aggregate_types {
+        for event_types in event_types {
             for aggregate in [None, Some(ids[0]), Some(ids[2]), Some(missing)] {
-                let filter = Filter {
-                    aggregate_type: aggregate_type.map(type_named),
-                    event_types: names.iter().map(|name| event_named(name)).collect(),
-                    aggregate,
-                };
-                let passes = |event: &&Event| {
-                    filter.matches(event.aggregate(), event.aggregate_type(), event.event_type())
-                };
-                let expected: Vec<Event> = all.iter().filter(passes).cloned().collect();
-                let query = LogQuery::after(Position::ZERO).with_filter(filter.clone());
-                assert_eq!(read_all(&engine, query).await, expected, "{filter:?}");
-                let query = LogQuery::before(place(50)).up_to(place(10)).with_filter(filter.clone());
-                let found = read_all(&engine, query.with_limit(events_per_page(3))).await;
-                let expected =
-                    expected.iter().rev().filter(|event| (10..50).contains(&event.position().get()));
-                assert!(found.iter().eq(expected), "{filter:?} backward");
+                check_filter(&engine, &all, filter_of(aggregate_types, event_types, aggregate)).await;
+            }
+        }
+    }
+}
+
+pub(crate) async fn events_are_found_by_reference_and_by_correlation(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let ids = mixed(&engine).await;
+    let all = log(&engine).await;
+    let with = |filter: Filter, reference: Option<&str>, correlation: Option<&str>| {
+        let filter = reference.map_or(Ok(filter.clone()), |text| filter.with_reference(text)).unwrap();
+        correlation.map_or(Ok(filter.clone()), |text| filter.with_correlation_id(text)).unwrap()
+    };
+    let found =
+        all.iter().filter(|event| with(Filter::all(), Some("4711"), Some("talk")).matches(event)).count();
+    assert!((1..all.len() / 4).contains(&found), "{found} events tell something apart");
+    for (reference, correlation) in [
+        (Some("4711"), None),
+        (Some(""), None),
+        (Some("471"), None),
+        (None, Some("4711")),
+        (None, Some("Talk")),
+        (Some("4711"), Some("talk")),
+        (Some("talk"), Some("4711")),
+    ] {
+        for (aggregate_types, event_types) in
+            [(&[][..], &[][..]), (&["a"], &[]), (&[], &["X", "Z"]), (&[], &["never"])]
+        {
+            for aggregate in [None, Some(ids[0])] {
+                let filter = filter_of(aggregate_types, event_types, aggregate);
+                check_filter(&engine, &all, with(filter, reference, correlation)).await;
             }
         }
     }
