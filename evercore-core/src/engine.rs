@@ -104,6 +104,13 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
 
     /// All names registered by commits and warm-ups, ordered.
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>>;
+
+    /// Closes the engine, for all who share it.
+    ///
+    /// * what is called later is `Closed`, and a wait that is under way ends as `Closed`, at once;
+    /// * a commit that is under way has ended when this returns: its events are written, or it is an error;
+    /// * closing again is harmless.
+    fn close(&self) -> BoxFuture<'_, Result<()>>;
 }
 
 /// An aggregate type with the event types seen in it.

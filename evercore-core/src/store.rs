@@ -217,6 +217,17 @@ impl EventStore {
         self.engine.settle(command).await
     }
 
+    /// Closes the engine, for all who share it, once the commits under way have ended. What is called later is
+    /// [`Closed`](ErrorKind::Closed), and subscriptions that run end with that error. Closing again is harmless.
+    ///
+    /// A store in memory is gone with it.
+    ///
+    /// # Errors
+    /// What the engine says if it cannot close in order.
+    pub async fn close(&self) -> Result<()> {
+        self.engine.close().await
+    }
+
     /// How many snapshots did not decode and were passed over, by this store and its clones. Should be 0; each costs
     /// a replay from the first event.
     pub fn snapshots_ignored(&self) -> u64 {

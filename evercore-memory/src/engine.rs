@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage,
-    LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownType,
+    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
@@ -52,34 +52,51 @@ impl MemoryEngine {
     /// ```
     pub fn with_clock(clock: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
         let engine = Self::new();
-        engine.state().clock = Clock(Box::new(clock));
+        engine.lock().clock = Clock(Box::new(clock));
         engine
     }
 
-    /// The state; held for a moment, never across an await. A panic cannot leave it half changed: a commit checks
-    /// before it writes.
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    /// Closes the engine, for all clones. What is called later is [`Closed`](ErrorKind::Closed), and what was stored is
+    /// gone. Closing again is harmless.
+    ///
+    /// # Errors
+    /// None of its own; it is a `Result` as with the other engines.
+    pub async fn close(&self) -> Result<()> {
+        StorageEngine::close(self).await
+    }
+
+    /// The state, unless the engine is closed; held for a moment, never across an await. A panic cannot leave it half
+    /// changed: a commit checks before it writes.
+    pub(crate) fn state(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock();
+        if state.is_closed {
+            return Err(Error::new(ErrorKind::Closed, "the engine is closed, make a new one"));
+        }
+        Ok(state)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
         let writes_events = batch.events() > 0;
-        let receipt = self.state().commit(batch)?;
+        let receipt = self.state()?.commit(batch)?;
         if writes_events {
             self.shared.bell.notify(usize::MAX);
         }
         Ok(receipt)
     }
 
-    async fn wait_past(&self, after: Position, at_most: Duration) -> Position {
+    async fn wait_past(&self, after: Position, at_most: Duration) -> Result<Position> {
         let began = Instant::now();
         loop {
             // Listen first, look second: a commit in between rings a bell that is already heard.
             let rung = self.shared.bell.listen();
-            let head = self.state().head();
+            let head = self.state()?.head();
             let left = at_most.saturating_sub(began.elapsed());
             if head > after || left.is_zero() {
-                return head;
+                return Ok(head);
             }
             or(rung, Delay::new(left)).await;
         }
@@ -89,7 +106,7 @@ impl MemoryEngine {
 impl StorageEngine for MemoryEngine {
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
-            let mut state = self.state();
+            let mut state = self.state()?;
             let block = IdBlock::new(state.reserved + 1, count)?;
             state.reserved += i64::from(count);
             Ok(block)
@@ -101,35 +118,35 @@ impl StorageEngine for MemoryEngine {
     }
 
     fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.state().receipt(command)) })
+        Box::pin(async move { Ok(self.state()?.receipt(command)) })
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.state().settle(command)) })
+        Box::pin(async move { Ok(self.state()?.settle(command)) })
     }
 
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
-        Box::pin(async move { Ok(self.state().load(request)) })
+        Box::pin(async move { Ok(self.state()?.load(request)) })
     }
 
     fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
-        Box::pin(async move { Ok(self.state().read_aggregate(query)) })
+        Box::pin(async move { Ok(self.state()?.read_aggregate(query)) })
     }
 
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
-        Box::pin(async move { self.state().read_log(query) })
+        Box::pin(async move { self.state()?.read_log(query) })
     }
 
     fn head(&self) -> BoxFuture<'_, Result<Position>> {
-        Box::pin(async move { Ok(self.state().head()) })
+        Box::pin(async move { Ok(self.state()?.head()) })
     }
 
     fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
-        Box::pin(async move { Ok(self.state().position_at(time)) })
+        Box::pin(async move { Ok(self.state()?.position_at(time)) })
     }
 
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
-        Box::pin(async move { Ok(self.wait_past(after, at_most).await) })
+        Box::pin(self.wait_past(after, at_most))
     }
 
     fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
@@ -138,7 +155,7 @@ impl StorageEngine for MemoryEngine {
 
     fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
-            let mut state = self.state();
+            let mut state = self.state()?;
             for known in types {
                 let events = state.types.entry(known.aggregate_type.clone()).or_default();
                 events.extend(known.event_types.iter().cloned());
@@ -148,12 +165,22 @@ impl StorageEngine for MemoryEngine {
     }
 
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
-        Box::pin(async move { Ok(self.state().known_types()) })
+        Box::pin(async move { Ok(self.state()?.known_types()) })
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let closed = State { is_closed: true, ..State::default() };
+            let before = std::mem::replace(&mut *self.lock(), closed);
+            self.shared.bell.notify(usize::MAX);
+            drop(before);
+            Ok(())
+        })
     }
 }
 
 impl fmt::Debug for MemoryEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryEngine").field("head", &self.state().head()).finish_non_exhaustive()
+        f.debug_struct("MemoryEngine").field("head", &self.lock().head()).finish_non_exhaustive()
     }
 }

@@ -45,7 +45,7 @@ impl MemoryEngine {
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if it is there already;
-    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on the log.
+    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on the log; [`Closed`](ErrorKind::Closed).
     pub fn inline_projection<S, F>(
         &self,
         name: impl AsRef<str>,
@@ -67,7 +67,7 @@ impl MemoryEngine {
             let value = Arc::clone(&value);
             Ok(Box::new(move || *value.lock().unwrap_or_else(PoisonError::into_inner) = next))
         };
-        self.state().add_inline(Inline { id, handle: Box::new(handle) })
+        self.state()?.add_inline(Inline { id, handle: Box::new(handle) })
     }
 }
 

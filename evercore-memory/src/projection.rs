@@ -37,7 +37,10 @@ impl MemoryEngine {
 
 impl<S: Clone> Projection<S> {
     fn handle_now(&self, delivery: &Delivery, advance: &Advance) -> Outcome {
-        let mut state = self.engine.state();
+        let mut state = match self.engine.state() {
+            Ok(state) => state,
+            Err(error) => return Outcome::Refused(error),
+        };
         let taken = match state.take(delivery.cursor(), &Step::Advance(advance.clone())) {
             Ok(taken) => taken,
             Err(error) => return Outcome::Refused(error),

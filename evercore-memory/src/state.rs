@@ -25,6 +25,7 @@ pub(crate) struct State {
     pub(crate) cursors: BTreeMap<CursorId, Cursor>,
     pub(crate) parked: HashMap<CursorId, BTreeMap<Position, Parked>>,
     pub(crate) inline: Vec<Inline>,
+    pub(crate) is_closed: bool,
 }
 
 /// Where the time comes from.

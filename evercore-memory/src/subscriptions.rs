@@ -47,12 +47,12 @@ impl State {
 
 impl SubscriptionStorage for MemoryEngine {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
-        Box::pin(async move { self.state().step(id, step) })
+        Box::pin(async move { self.state()?.step(id, step) })
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         Box::pin(async move {
-            let state = self.state();
+            let state = self.state()?;
             let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
             Ok(Cursors { cursors: wanted.cloned().collect(), now: state.now() })
         })
@@ -65,7 +65,7 @@ impl SubscriptionStorage for MemoryEngine {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<Parked>>> {
         Box::pin(async move {
-            let state = self.state();
+            let state = self.state()?;
             let parked = state.parked.get(id).into_iter().flat_map(|parked| parked.range(after.next()..));
             Ok(parked.take(limit).map(|(_, event)| event.clone()).collect())
         })

@@ -121,6 +121,10 @@ impl StorageEngine for Watched {
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
         self.inner.types()
     }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        StorageEngine::close(&self.inner)
+    }
 }
 
 /// An aggregate that notes, at every event, how many pages the engine had been asked for.

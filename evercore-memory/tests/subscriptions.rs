@@ -125,6 +125,10 @@ impl StorageEngine for Late {
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
         self.0.types()
     }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        StorageEngine::close(&self.0)
+    }
 }
 
 #[test]

@@ -171,4 +171,8 @@ impl StorageEngine for PostgresEngine {
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
         Box::pin(self.list_types())
     }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(Self::close(self))
+    }
 }

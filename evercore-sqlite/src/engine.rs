@@ -236,4 +236,8 @@ impl StorageEngine for SqliteEngine {
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
         self.run(|store| store.read(|connection| store.names.list(connection)))
     }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(Self::close(self))
+    }
 }

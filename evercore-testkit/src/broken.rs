@@ -110,6 +110,8 @@ pub enum Fault {
     DeclaresAgain,
     /// A pause is forgotten.
     ForgetsPauses,
+    /// A closed engine goes on.
+    ForgetsToClose,
 }
 
 impl Fault {
@@ -162,6 +164,7 @@ impl Fault {
         Self::ResetsSoftly,
         Self::DeclaresAgain,
         Self::ForgetsPauses,
+        Self::ForgetsToClose,
     ];
 }
 
@@ -591,6 +594,13 @@ impl StorageEngine for Broken {
             }
             Ok(types)
         })
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        if self.has(Fault::ForgetsToClose) {
+            return Box::pin(async { Ok(()) });
+        }
+        self.inner.close()
     }
 }
 

@@ -210,6 +210,7 @@ faults! {
         "cursors::a_cursor_is_made_once",
         "cursors::racing_declarations_make_one_cursor",
     ];
+    forgotten_close: ForgetsToClose, ["closing::what_is_called_later_is_closed"];
     forgotten_pauses: ForgetsPauses, [
         "cursors::every_field_of_a_cursor_comes_back",
         "subscriptions::it_is_paused_and_resumed",

@@ -5,6 +5,7 @@
 
 mod aggregates;
 mod appends;
+mod closing;
 mod commands;
 mod cursors;
 mod keys;
@@ -359,6 +360,11 @@ cases! {
         a_lag_is_told_in_events_and_in_time,
         a_cursor_ahead_of_the_log_is_an_error,
         futures_of_subscriptions_are_send,
+    }
+    closing {
+        what_is_called_later_is_closed,
+        a_wait_that_is_under_way_ends_at_once,
+        a_commit_under_way_is_written_or_an_error [Reopen],
     }
     random {
         a_random_walk_agrees_with_a_model,

@@ -472,10 +472,8 @@ pub(crate) async fn page_after_page_is_the_log_read_whole(fixture: &mut Fixture)
                 let is_forward = query.direction == Direction::Forward;
                 let is_asked_for = |event: &&Event| {
                     let position = event.position().get();
-                    let passes =
-                        filter.matches(event.aggregate(), event.aggregate_type(), event.event_type());
                     let (from, to) = if is_forward { (low + 1, high) } else { (low, high - 1) };
-                    passes && (from..=to).contains(&position)
+                    filter.matches(event) && (from..=to).contains(&position)
                 };
                 let mut left: Vec<Event> = all.iter().filter(is_asked_for).cloned().collect();
                 if !is_forward {
