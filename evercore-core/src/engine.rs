@@ -206,7 +206,7 @@ impl PageLimit {
         Ok(Self { events, ..Self::default() })
     }
 
-    /// The same, with at most this many payload bytes.
+    /// The same, with at most this many bytes: payloads, references, correlation and causation ids, and headers.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_BYTES`].
@@ -220,7 +220,7 @@ impl PageLimit {
         self.events
     }
 
-    /// The most payload bytes.
+    /// The most bytes, as [`and_bytes`](Self::and_bytes) counts them.
     pub const fn max_bytes(self) -> usize {
         self.bytes
     }

@@ -85,10 +85,24 @@ pub struct EventRow<'a> {
     pub headers: Option<&'a Headers>,
 }
 
+impl EventRow<'_> {
+    /// How many bytes it adds to a page: its payload, its texts and its headers.
+    pub fn bytes(&self) -> usize {
+        let texts = [self.reference, self.correlation_id, self.causation_id];
+        let texts: usize = texts.into_iter().flatten().map(str::len).sum();
+        let headers = self.headers.into_iter().flatten();
+        let headers: usize = headers.map(|(name, value)| name.len() + value.len()).sum();
+        self.payload.len() + texts + headers
+    }
+}
+
 /// Collects a page of events without an allocation per event: contents and texts lie end to end in one buffer each.
 #[derive(Default)]
 #[expect(missing_debug_implementations, reason = "lives for one read")]
-pub struct EventsBuilder(Page);
+pub struct EventsBuilder {
+    page: Page,
+    bytes: usize,
+}
 
 impl EventsBuilder {
     /// An empty page.
@@ -98,7 +112,8 @@ impl EventsBuilder {
 
     /// Adds the next event.
     pub fn push(&mut self, row: EventRow<'_>) {
-        let page = &mut self.0;
+        self.bytes += row.bytes();
+        let page = &mut self.page;
         let stored = Row {
             position: row.position,
             aggregate: row.aggregate,
@@ -119,22 +134,22 @@ impl EventsBuilder {
 
     /// How many events there are by now.
     pub fn len(&self) -> usize {
-        self.0.rows.len()
+        self.page.rows.len()
     }
 
     /// Whether there is no event yet.
     pub fn is_empty(&self) -> bool {
-        self.0.rows.is_empty()
+        self.page.rows.is_empty()
     }
 
-    /// How many payload bytes there are by now.
+    /// How many bytes there are by now: payloads, references, ids and headers.
     pub fn bytes(&self) -> usize {
-        self.0.bytes.len()
+        self.bytes
     }
 
     /// The finished page.
     pub fn finish(self) -> Events {
-        Events(Arc::new(self.0))
+        Events(Arc::new(self.page))
     }
 }
 

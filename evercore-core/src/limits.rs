@@ -33,13 +33,13 @@ pub const UNIT_BYTES: usize = 64 * 1024 * 1024;
 /// The most events that one page of a read may hold.
 pub const PAGE_EVENTS: usize = 10_000;
 
-/// The most payload bytes that one page of a read may hold (64 MiB); a page always has room for one event.
+/// The most bytes that one page of a read may hold, payloads with metadata (64 MiB); a page always has room for one event.
 pub const PAGE_BYTES: usize = 64 * 1024 * 1024;
 
 /// How many events a page holds unless told otherwise.
 pub const DEFAULT_PAGE_EVENTS: usize = 1_000;
 
-/// How many payload bytes a page holds unless told otherwise (8 MiB).
+/// How many bytes a page holds unless told otherwise, payloads with metadata (8 MiB).
 pub const DEFAULT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 
 /// The most ids that may be reserved at once.

@@ -112,10 +112,11 @@ impl State {
         let mut page = EventsBuilder::new();
         for position in positions {
             let Some(event) = self.at(position) else { continue };
-            if !limit.has_room(page.len(), page.bytes(), event.payload.as_bytes().len()) {
+            let row = event.row(position);
+            if !limit.has_room(page.len(), page.bytes(), row.bytes()) {
                 return (page.finish(), true);
             }
-            page.push(event.row(position));
+            page.push(row);
         }
         (page.finish(), false)
     }

@@ -27,7 +27,7 @@ macro_rules! event_columns {
 }
 pub(crate) use event_columns;
 
-/// How large payloads were in the last page, in bytes: how many rows to ask for so that a page limited in bytes fills
+/// How large events were in the last page, in bytes: how many rows to ask for so that a page limited in bytes fills
 /// and little more is sent.
 #[derive(Debug, Default)]
 pub(crate) struct UsualSize(AtomicUsize);
@@ -191,10 +191,6 @@ impl<'a> Page<'a> {
 
     fn take(&mut self, row: &Row) -> Result<()> {
         let payload: &[u8] = row.try_get(6)?;
-        if !self.limit.has_room(self.events.len(), self.events.bytes(), payload.len()) {
-            self.is_full = true;
-            return Ok(());
-        }
         let number = checked(row.try_get(3)?)?;
         let (aggregate_type, event_type) =
             self.table.event_type(number).ok_or(PostgresError::UnknownName(number))?;
@@ -202,7 +198,7 @@ impl<'a> Page<'a> {
             .try_get::<_, Option<&str>>(10)?
             .map(|json| serde_json::from_str(json).map_err(damaged))
             .transpose()?;
-        self.events.push(EventRow {
+        let event = EventRow {
             position: Position::new(self.last.0).map_err(damaged)?,
             aggregate: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             aggregate_type,
@@ -215,7 +211,12 @@ impl<'a> Page<'a> {
             correlation_id: row.try_get(8)?,
             causation_id: row.try_get(9)?,
             headers: headers.as_ref(),
-        });
+        };
+        if !self.limit.has_room(self.events.len(), self.events.bytes(), event.bytes()) {
+            self.is_full = true;
+            return Ok(());
+        }
+        self.events.push(event);
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())
     }

@@ -60,10 +60,6 @@ impl<'a> Page<'a> {
 
     fn take(&mut self, row: &Row<'_>) -> Result<()> {
         let payload = row.get_ref(6)?.as_blob().map_err(damaged)?;
-        if !self.limit.has_room(self.events.len(), self.events.bytes(), payload.len()) {
-            self.is_full = true;
-            return Ok(());
-        }
         let event_type_id: u32 = row.get(EVENT_TYPE)?;
         if self.table.event_type(event_type_id).is_none() {
             // Another process has given a name since.
@@ -77,7 +73,7 @@ impl<'a> Page<'a> {
         let more = |column| if has_more { text(row.get_ref(column)?) } else { Ok(None) };
         let headers: Option<Headers> =
             more(11)?.map(|json| serde_json::from_str(json).map_err(damaged)).transpose()?;
-        self.events.push(EventRow {
+        let event = EventRow {
             position: Position::new(row.get(0)?).map_err(damaged)?,
             aggregate: AggregateId::new(row.get(1)?).map_err(damaged)?,
             aggregate_type,
@@ -90,7 +86,12 @@ impl<'a> Page<'a> {
             correlation_id: more(9)?,
             causation_id: more(10)?,
             headers: headers.as_ref(),
-        });
+        };
+        if !self.limit.has_room(self.events.len(), self.events.bytes(), event.bytes()) {
+            self.is_full = true;
+            return Ok(());
+        }
+        self.events.push(event);
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())
     }

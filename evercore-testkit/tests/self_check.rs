@@ -138,7 +138,10 @@ faults! {
         "reading::a_load_is_a_page_and_the_rest_is_read_behind_it",
         MODEL,
     ];
-    unbounded_bytes: IgnoresByteLimits, ["reading::a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least"];
+    unbounded_bytes: IgnoresByteLimits, [
+        "reading::a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least",
+        "reading::a_page_counts_the_bytes_of_metadata_too",
+    ];
     skips_between_pages: SkipsBetweenPages, [
         "reading::a_page_ends_at_its_limit_of_events",
         "log::a_commit_of_another_engine_is_never_skipped",

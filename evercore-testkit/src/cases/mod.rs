@@ -210,6 +210,7 @@ cases! {
         a_page_ends_at_its_limit_of_events,
         a_page_of_the_largest_limit_is_read_and_a_larger_one_refused,
         a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least,
+        a_page_counts_the_bytes_of_metadata_too,
         a_load_is_a_page_and_the_rest_is_read_behind_it,
         a_load_ends_where_it_is_asked_to,
         a_long_history_is_folded_whole,

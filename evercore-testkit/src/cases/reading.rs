@@ -1,8 +1,10 @@
 //! Reading: exact at every boundary, equal on every path, and a prefix while others write.
 
+use std::sync::Arc;
+
 use evercore_core::{
     AggregateId, AggregateQuery, AsOf, Direction, ErrorKind, Event, Filter, LoadRequest, LogQuery, Metadata,
-    PageLimit, Position, Sequence, Target, Timestamp, limits,
+    NewEvent, PageLimit, Position, Sequence, Target, Timestamp, limits,
 };
 
 use crate::fixture::Fixture;
@@ -129,6 +131,27 @@ pub(crate) async fn a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least
         let request = LoadRequest { target: Target::Id(id), snapshot: None, up_to: Sequence::MAX, limit };
         let found = engine.load(request).await.unwrap().unwrap();
         assert_eq!((found.events.len(), found.sequence), (first_page, at(7)), "{bytes} bytes");
+    }
+}
+
+/// Not the payloads alone: headers may be larger by far.
+pub(crate) async fn a_page_counts_the_bytes_of_metadata_too(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = new_id(&engine).await;
+    let metadata = Metadata::new().with_header("name", "x".repeat(90)).unwrap();
+    let metadata =
+        metadata.with_reference("r".repeat(100)).unwrap().with_correlation_id("c".repeat(50)).unwrap();
+    let metadata = Arc::new(metadata.with_causation_id("c".repeat(50)).unwrap());
+    let events = (0..4).map(|_| NewEvent { metadata: Arc::clone(&metadata), ..event("Sized", b"123456") });
+    unit().create(id, "user").events(id, "user", 0, events.collect()).commit(&engine).await.unwrap();
+    // 300 bytes each: of the header 94, of the texts 200, of the payload 6.
+    for (bytes, first_page) in [(0, 1), (599, 1), (600, 2), (899, 2), (900, 3), (1_200, 4)] {
+        let limit = PageLimit::default().and_bytes(bytes).unwrap();
+        let query = LogQuery::after(Position::ZERO).with_limit(limit);
+        assert_eq!(engine.read_log(&query).await.unwrap().events.len(), first_page, "{bytes} bytes");
+        assert_eq!(numbers(&read_all(&engine, query).await), [1, 2, 3, 4]);
+        let request = LoadRequest { target: Target::Id(id), snapshot: None, up_to: Sequence::MAX, limit };
+        assert_eq!(engine.load(request).await.unwrap().unwrap().events.len(), first_page, "{bytes} bytes");
     }
 }
 
