@@ -17,12 +17,24 @@ pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 /// An error of evercore: a [kind](ErrorKind) to act on, a sentence to read, and often a [source](StdError::source).
 ///
 /// `Display` and `Debug` never show a payload, a natural key or a password. A source is somebody else's error and
-/// may: show it to those who may see the data.
+/// may: show it to those who may see the data. `Debug` shows a source that is itself an error of evercore, and the
+/// [detail](Self::detail) that an engine has taken from its driver's error; any other source it calls hidden.
+///
+/// ```
+/// # use evercore_core::{Error, ErrorKind};
+/// let theirs = std::io::Error::other("who paid: ann");
+/// let error = Error::new(ErrorKind::Rejected, "the SQL beside the commit said no").with_source(theirs);
+/// let error = error.with_detail("SQLSTATE 42501: permission denied for table outbox");
+/// assert_eq!(error.to_string(), "the SQL beside the commit said no");
+/// let shown = format!("{error:?}");
+/// assert!(shown.contains("permission denied for table outbox") && !shown.contains("ann"));
+/// ```
 pub struct Error(Box<Repr>);
 
 struct Repr {
     kind: ErrorKind,
     message: String,
+    detail: Option<String>,
     source: Option<BoxError>,
 }
 
@@ -123,7 +135,7 @@ impl Error {
     ///
     /// For engines and codecs; `message` must not show a payload, a natural key or a password.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Repr { kind, message: message.into(), source: None }))
+        Self(Box::new(Repr { kind, message: message.into(), detail: None, source: None }))
     }
 
     /// The same error, with what caused it.
@@ -131,6 +143,27 @@ impl Error {
     pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
         self.0.source = Some(source.into());
         self
+    }
+
+    /// The same error, with what its source says, as far as everybody may read it.
+    ///
+    /// For engines; `detail` must not show a payload, a natural key or a password.
+    #[must_use]
+    pub fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.0.detail = Some(detail.into());
+        self
+    }
+
+    /// The same error once more, without its source: for the next of several callers who share it.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        let Repr { kind, message, detail, .. } = &*self.0;
+        Self(Box::new(Repr {
+            kind: kind.clone(),
+            message: message.clone(),
+            detail: detail.clone(),
+            source: None,
+        }))
     }
 
     /// The aggregate is not at the sequence that was expected.
@@ -256,6 +289,12 @@ impl Error {
         Self::new(kind, message).with_source(source)
     }
 
+    /// What the source says, as far as everybody may read it: of a database's error its code, the names of table and
+    /// constraint, and its message where that shows no value.
+    pub fn detail(&self) -> Option<&str> {
+        self.0.detail.as_deref()
+    }
+
     /// What went wrong, by what the caller can do.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind
@@ -295,10 +334,18 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error")
-            .field("kind", &self.0.kind)
-            .field("message", &self.0.message)
-            .finish_non_exhaustive()
+        let mut shown = f.debug_struct("Error");
+        shown.field("kind", &self.0.kind).field("message", &self.0.message);
+        if let Some(detail) = &self.0.detail {
+            shown.field("detail", detail);
+        }
+        match self.0.source.as_deref().map(|source| source.downcast_ref::<Self>()) {
+            None => shown.finish(),
+            Some(Some(ours)) => shown.field("source", ours).finish(),
+            Some(None) => {
+                shown.field("source", &format_args!("hidden, it may show data: ask `source`")).finish()
+            }
+        }
     }
 }
 

@@ -51,9 +51,82 @@ impl From<PostgresError> for Error {
         };
         match error {
             PostgresError::Core(error) => error,
-            other => Self::new(kind, with_code(message, &other)).with_source(other),
+            other => Self::new(kind, with_code(message, &other)).because(other),
         }
     }
+}
+
+/// Adds a cause to an error, and of its words those that everybody may read.
+pub(crate) trait Because {
+    fn because(self, source: impl Into<BoxError>) -> Self;
+}
+
+impl Because for Error {
+    fn because(self, source: impl Into<BoxError>) -> Self {
+        let source = source.into();
+        let told = detail(&*source);
+        let error = self.with_source(source);
+        told.into_iter().fold(error, Self::with_detail)
+    }
+}
+
+/// Of an error and what it comes from, the words that show no value.
+fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(spoken) = cause.downcast_ref::<DbError>() {
+            return Some(told(spoken));
+        }
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return Some(io.raw_os_error().map_or_else(
+                || io.kind().to_string(),
+                |code| std::io::Error::from_raw_os_error(code).to_string(),
+            ));
+        }
+        next = cause.source();
+    }
+    None
+}
+
+/// The code, the names of what it is about, and the message if that can show no value.
+fn told(spoken: &DbError) -> String {
+    let mut text = format!("SQLSTATE {}", spoken.code().code());
+    if shows_no_value(spoken) {
+        text += &format!(": {}", spoken.message());
+    }
+    let names = [
+        ("schema", spoken.schema()),
+        ("table", spoken.table()),
+        ("column", spoken.column()),
+        ("constraint", spoken.constraint()),
+    ];
+    for (what, name) in names {
+        text += &name.map_or_else(String::new, |name| format!(", {what} \"{name}\""));
+    }
+    text
+}
+
+/// Values are in the detail, which is not told; some messages have them too, and what users raise may say anything.
+fn shows_no_value(spoken: &DbError) -> bool {
+    const CLASSES: [&str; 13] =
+        ["08", "23", "25", "26", "28", "3D", "3F", "40", "53", "54", "55", "57", "58"];
+    const CODES: [SqlState; 3] =
+        [SqlState::INSUFFICIENT_PRIVILEGE, SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_FUNCTION];
+    let is_raised = spoken.routine() == Some("exec_stmt_raise");
+    let code = spoken.code();
+    !is_raised && (CODES.contains(code) || CLASSES.iter().any(|class| code.code().starts_with(class)))
+}
+
+/// An error that was refused by what is the user's own, with the server's code if that is what it comes from.
+pub(crate) fn said_no(what: &str, source: impl Into<BoxError>) -> Error {
+    let source = source.into();
+    let code = source.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+    let code = code.or_else(|| match source.downcast_ref::<PostgresError>() {
+        Some(PostgresError::Postgres(error)) => error.code(),
+        _ => None,
+    });
+    let code = code.map_or_else(String::new, |code| format!(" (SQLSTATE {})", code.code()));
+    Error::new(ErrorKind::Rejected, format!("{what} said no{code}")).because(source)
 }
 
 /// SQLSTATE and constraint are what one looks up; neither shows a value.
@@ -85,7 +158,7 @@ pub(crate) fn read_only() -> Error {
 
 /// The same error once more, for the next of several callers who share it; without its source.
 pub(crate) fn again(error: &Error) -> Error {
-    Error::new(error.kind().clone(), error.to_string())
+    error.again()
 }
 
 /// By SQLSTATE alone: messages come in the server's language and change from release to release.
@@ -204,7 +277,7 @@ fn is_of_pooler(spoken: &DbError) -> bool {
 /// Why the first connection cannot be had: a pooler that nobody told of refuses the settings of our sessions.
 pub(crate) fn at_first(error: PostgresError, has_sessions: bool) -> Error {
     if has_sessions && spoken(&error).is_some_and(is_of_pooler) {
-        return Error::new(ErrorKind::Backend, UNTOLD_POOLER).with_source(error);
+        return Error::new(ErrorKind::Backend, UNTOLD_POOLER).because(error);
     }
     error.into()
 }

@@ -17,7 +17,7 @@ use tokio_postgres::Transaction;
 
 use crate::builder::Settings;
 use crate::commit::{self, Flown, Sorted};
-use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, passes};
+use crate::error::{Because, PostgresError, Result, damaged, is_ours, is_rolled_back, passes, said_no};
 use crate::own_sql::{Fault, open, rejected, run_within};
 use crate::pool::Lent;
 use crate::rows::Page;
@@ -165,7 +165,7 @@ async fn together(
         }
         // A constraint of the user's that is checked at the end.
         Err(error) if is_rolled_back(&error) && !passes(&error) => {
-            Err(rejected("an inline projection", "failed when it was committed").with_source(error).into())
+            Err(rejected("an inline projection", "failed when it was committed").because(error).into())
         }
         Err(error) if is_rolled_back(&error) => Err(error),
         Err(_) => Ok((Flown::Unknown, false)),
@@ -265,9 +265,9 @@ impl Inline {
             Ok(error) => match PostgresError::from(*error) {
                 // Met SQL beside another commit, which has the same rows; what the server undid is tried again.
                 error if passes(&error) => error,
-                error => rejected(&self.what(), "said no").with_source(error).into(),
+                error => said_no(&self.what(), error).into(),
             },
-            Err(source) => rejected(&self.what(), "said no").with_source(source).into(),
+            Err(source) => said_no(&self.what(), source).into(),
         }
     }
 

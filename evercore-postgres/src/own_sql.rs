@@ -15,7 +15,9 @@ use tokio_postgres::{IsolationLevel, Transaction};
 use crate::builder::Settings;
 use crate::commit::{self, Flown};
 use crate::engine::PostgresEngine;
-use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown};
+use crate::error::{
+    Because, PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown, said_no,
+};
 use crate::flight;
 use crate::inline::{self, newest};
 use crate::pool::Lent;
@@ -192,7 +194,7 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
         }
         // A constraint of the user's that is checked at the end.
         Err(error) if is_rolled_back(&error) => {
-            Err(rejected(WHAT, "failed when it was committed").with_source(error).into())
+            Err(rejected(WHAT, "failed when it was committed").because(error).into())
         }
         Err(_) => Ok((Flown::Unknown, false)),
     }
@@ -232,7 +234,7 @@ async fn write(
         Ok(None) => Err(damaged("the end of the log is missing")),
         Err(error) if is_ours(&error) => {
             let message = "the commit met another, and nothing was written";
-            Ok(Wrote::Nothing(Err(Error::new(ErrorKind::Unavailable, message).with_source(error))))
+            Ok(Wrote::Nothing(Err(Error::new(ErrorKind::Unavailable, message).because(error))))
         }
         Err(error) => Err(error),
     }
@@ -255,7 +257,7 @@ pub(crate) enum Fault {
 impl Fault {
     pub(crate) fn into_error(self, what: &str) -> Error {
         match self {
-            Self::SaidNo(source) => rejected(what, "said no").with_source(source),
+            Self::SaidNo(source) => said_no(what, source),
             Self::TooLong(error) | Self::Other(error) => error,
         }
     }
@@ -305,7 +307,7 @@ async fn run<'t>(
     let too_long = || rejected(what, &format!("took longer than {at_most:?}"));
     match outcome {
         Ok(Err(source)) if !is_late => return Err(Fault::SaidNo(source)),
-        Ok(Err(source)) => return Err(Fault::TooLong(too_long().with_source(source))),
+        Ok(Err(source)) => return Err(Fault::TooLong(too_long().because(source))),
         _ if is_late => return Err(Fault::TooLong(too_long())),
         _ => {}
     }
@@ -315,7 +317,7 @@ async fn run<'t>(
             let message = format!("{what} ended the transaction, which is not its own");
             Err(Fault::Other(Error::invalid(message)))
         }
-        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").with_source(error))),
+        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").because(error))),
     }
 }
 

@@ -7,7 +7,7 @@ use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, 
 use tokio_postgres::Transaction;
 
 use crate::engine::PostgresEngine;
-use crate::error::{Result, is_rolled_back, outcome_unknown, undoes};
+use crate::error::{Because, Result, is_rolled_back, outcome_unknown, undoes};
 use crate::own_sql::{Fault, open, rejected, run_within};
 use crate::pool::Lent;
 use crate::sql::Sender;
@@ -144,9 +144,9 @@ async fn together(
             Ok(()) => {}
             // A constraint of the user's that is checked at the end.
             Err(error) if is_rolled_back(&error) => {
-                return Ok(failed(rejected(WHAT, AT_THE_END).with_source(error)));
+                return Ok(failed(rejected(WHAT, AT_THE_END).because(error)));
             }
-            Err(error) => return Ok(Outcome::Refused(outcome_unknown().with_source(error))),
+            Err(error) => return Ok(Outcome::Refused(outcome_unknown().because(error))),
         }
     }
     let cursor = moved?;

@@ -15,7 +15,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::engine::PostgresEngine;
-use crate::error::{Result, damaged, is_rolled_back};
+use crate::error::{Because, Result, damaged, is_rolled_back};
 use crate::pool::Lent;
 use crate::rows::Rest;
 use crate::sql::{Ready, Schema, Sender, Sql, begin};
@@ -308,7 +308,7 @@ async fn advance_alone(store: &Store, id: &CursorId, advance: &Advance) -> Resul
             Ok(cursor)
         }
         Ok(Err(error)) if is_rolled_back(&error) => Err(error),
-        Ok(Err(error)) => Err(unknown().with_source(error).into()),
+        Ok(Err(error)) => Err(unknown().because(error).into()),
         Err(_) => Err(unknown().into()),
     }
 }
@@ -465,7 +465,7 @@ impl<'a> Writes<'a> {
         match doubt.settle(rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into))) {
             Ok(rows) => Ok(rows.first().is_none_or(|rows| !rows.is_empty())),
             Err(error) if is_rolled_back(&error) => Err(error),
-            Err(error) => Err(unknown().with_source(error).into()),
+            Err(error) => Err(unknown().because(error).into()),
         }
     }
 

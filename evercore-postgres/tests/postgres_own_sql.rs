@@ -105,6 +105,34 @@ fn rows_and_events_are_written_together() {
 }
 
 #[test]
+fn an_error_shows_its_cause_and_no_value() {
+    block_on(async {
+        let Some(shop) = Shop::new().await else { return };
+        let table = shop.sql("CREATE TABLE @names (name TEXT, CONSTRAINT names_once UNIQUE (name))");
+        shop.engine.commit_with(shop.store.begin(), table).await.unwrap();
+        let raise = "DO $$ BEGIN RAISE EXCEPTION 'sesame' USING ERRCODE = '23514'; END $$";
+        for (statements, code, shown) in [
+            ("SET LOCAL ROLE pg_monitor; INSERT INTO @names VALUES ('sesame')", "42501", "permission denied"),
+            ("INSERT INTO @names VALUES ('sesame'), ('sesame')", "23505", "constraint \\\"names_once\\\""),
+            ("SELECT * FROM @nothing", "42P01", "does not exist"),
+            ("SELECT 'sesame'::int", "22P02", "22P02\""),
+            (raise, "23514", "23514\""),
+        ] {
+            let error = shop.place("second", shop.sql(statements)).await.unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("the SQL beside the commit said no (SQLSTATE {code})"),
+                "{statements}"
+            );
+            let debug = format!("{error:?}");
+            assert!(debug.contains(&format!("SQLSTATE {code}")) && debug.contains(shown), "{debug}");
+            assert!(!debug.contains("sesame"), "{debug}");
+            assert!(error.cause::<tokio_postgres::Error>().is_some());
+        }
+    });
+}
+
+#[test]
 fn a_unit_that_holds_nothing_is_fine() {
     block_on(async {
         for shop in Shop::all().await {

@@ -48,9 +48,56 @@ impl From<SqliteError> for Error {
         match error {
             SqliteError::User(fault) => fault.into(),
             SqliteError::Core(error) => error,
-            other => Self::new(kind, message).with_source(other),
+            other => Self::new(kind, message).because(other),
         }
     }
+}
+
+/// Adds a cause to an error, and of its words those that everybody may read.
+pub(crate) trait Because {
+    fn because(self, source: impl Into<BoxError>) -> Self;
+}
+
+impl Because for Error {
+    fn because(self, source: impl Into<BoxError>) -> Self {
+        let source = source.into();
+        let told = detail(&*source);
+        let error = self.with_source(source);
+        told.into_iter().fold(error, Self::with_detail)
+    }
+}
+
+/// Of an error and what it comes from, the words that show no value.
+fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        match cause.downcast_ref::<rusqlite::Error>() {
+            Some(rusqlite::Error::SqliteFailure(failure, message)) => {
+                return Some(told(*failure, message.as_deref()));
+            }
+            Some(rusqlite::Error::SqlInputError { error, msg, .. }) => return Some(told(*error, Some(msg))),
+            _ => {}
+        }
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return Some(io.raw_os_error().map_or_else(
+                || io.kind().to_string(),
+                |code| std::io::Error::from_raw_os_error(code).to_string(),
+            ));
+        }
+        next = cause.source();
+    }
+    None
+}
+
+/// What the result code means, and SQLite's message if that can show no value: the names of a constraint or a table, but
+/// not the text of a statement, nor what a trigger raises.
+fn told(failure: ffi::Error, message: Option<&str>) -> String {
+    const RAISED: [i32; 2] = [ffi::SQLITE_CONSTRAINT_TRIGGER, ffi::SQLITE_CONSTRAINT_FUNCTION];
+    let is_constraint =
+        failure.extended_code & 0xff == ffi::SQLITE_CONSTRAINT && !RAISED.contains(&failure.extended_code);
+    let shows_no_value = |message: &&str| is_constraint || message.starts_with("no such table: ");
+    let message = message.filter(shows_no_value).map_or_else(String::new, |text| format!(": {text}"));
+    format!("SQLite result {}, {failure}{message}", failure.extended_code)
 }
 
 /// A value in the file that evercore cannot have written.
@@ -80,7 +127,7 @@ pub(crate) fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
 
 /// The same error once more, for the next of several callers who share it; without its source.
 pub(crate) fn again(error: &Error) -> Error {
-    Error::new(error.kind().clone(), error.to_string())
+    error.again()
 }
 
 /// SQLite's primary result code, if the error is SQLite's own.

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::Connection;
 
+use crate::error::Because;
+
 /// How many steps of SQLite's machine lie between two looks at the clock: some microseconds.
 const STEPS_PER_LOOK: i32 = 1_000;
 
@@ -51,7 +53,7 @@ impl Fault {
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Said { message, source } => Self::new(ErrorKind::Rejected, message).with_source(source),
+            Fault::Said { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
             Fault::Overstepped(error) => error,
         }
     }
@@ -92,7 +94,7 @@ impl<'a> Watch<'a> {
         match (overstepped, outcome) {
             (None, Ok(())) => Ok(()),
             (Some(refusal), Ok(())) => Err(Fault::Overstepped(refusal)),
-            (Some(refusal), Err(source)) => Err(Fault::Overstepped(refusal.with_source(source))),
+            (Some(refusal), Err(source)) => Err(Fault::Overstepped(refusal.because(source))),
             (None, Err(source)) => {
                 let did = if source.is::<Panic>() { "panicked" } else { "said no" };
                 Err(Fault::Said { message: format!("{what} {did}"), source })

@@ -128,6 +128,31 @@ fn count_for_ever(sql: &Connection) -> rusqlite::Result<i64> {
 }
 
 #[test]
+fn an_error_shows_its_cause_and_no_value() {
+    block_on(async {
+        let engine = SqliteEngine::open_in_memory().await.unwrap();
+        let store = EventStore::new(engine.clone());
+        let tables = "CREATE TABLE names (name TEXT UNIQUE) STRICT;
+            CREATE TRIGGER no BEFORE DELETE ON names BEGIN SELECT RAISE(ABORT, 'sesame'); END;
+            INSERT INTO names VALUES ('one')";
+        engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(tables)?)).await.unwrap();
+        for (statements, shown) in [
+            ("INSERT INTO names VALUES ('sesame'), ('sesame')", "UNIQUE constraint failed: names.name"),
+            ("INSERT INTO absent VALUES ('sesame')", "no such table: absent"),
+            ("INSERT INTO names VALUES ('sesame', sesame", "SQLite result 1"),
+            ("DELETE FROM names", "SQLite result 1811"),
+        ] {
+            let sql = move |sql: &Connection| Ok(sql.execute_batch(statements)?);
+            let error = engine.commit_with(store.begin(), sql).await.unwrap_err();
+            assert_eq!(error.to_string(), "the SQL beside the commit said no");
+            let debug = format!("{error:?}");
+            assert!(debug.contains(shown), "{debug}");
+            assert!(!debug.contains("sesame"), "{debug}");
+        }
+    });
+}
+
+#[test]
 fn rows_and_events_are_written_together() {
     let folder = Folder::new();
     block_on(async {
