@@ -43,6 +43,58 @@ macro_rules! spanned {
     }};
 }
 
+/// Tells the recorder what each metric means; again is harmless.
+pub(crate) fn describe() {
+    #[cfg(feature = "metrics")]
+    {
+        for (name, help) in COUNTERS {
+            metrics::describe_counter!(*name, *help);
+        }
+        for (name, help) in GAUGES {
+            metrics::describe_gauge!(*name, *help);
+        }
+        for (name, help) in SECONDS {
+            metrics::describe_histogram!(*name, metrics::Unit::Seconds, *help);
+        }
+    }
+}
+
+#[cfg(feature = "metrics")]
+const COUNTERS: &[(&str, &str)] = &[
+    ("evercore_commits_total", "Units of work that were committed."),
+    ("evercore_committed_events_total", "Events of committed units of work."),
+    ("evercore_conflicts_total", "Commits that met a conflict."),
+    ("evercore_commit_errors_total", "Commits that failed for another reason than a conflict."),
+    (
+        "evercore_retries_total",
+        "Work that was run again after a conflict, or because the engine was unavailable.",
+    ),
+    ("evercore_loads_total", "Aggregates that were loaded."),
+    ("evercore_snapshots_ignored_total", "Snapshots that did not decode and were passed over."),
+    (
+        "evercore_snapshots_skipped_total",
+        "Snapshots that were not written: the state does not come back from its codec.",
+    ),
+    ("evercore_deliveries_total", "Deliveries to handlers of subscriptions."),
+    ("evercore_delivered_events_total", "Events that handlers have handled."),
+    ("evercore_handler_failures_total", "Tries of handlers that failed."),
+    ("evercore_parked_events_total", "Events that were put aside after their handler had failed."),
+    ("evercore_skipped_events_total", "Events that were passed over after their handler had failed."),
+    ("evercore_lease_changes_total", "Leases of cursors that were claimed, released, lost or wanted."),
+];
+
+#[cfg(feature = "metrics")]
+const GAUGES: &[(&str, &str)] = &[
+    ("evercore_lag_events", "Events after the cursor, as of its last move."),
+    ("evercore_held_back_aggregates", "Aggregates that wait for a parked event."),
+];
+
+#[cfg(feature = "metrics")]
+const SECONDS: &[(&str, &str)] = &[
+    ("evercore_commit_seconds", "How long commits took, also those that failed."),
+    ("evercore_delivery_seconds", "How long handlers took."),
+];
+
 /// Around a commit.
 pub(crate) async fn commit<T>(batch_events: usize, work: impl Future<Output = Result<T>>) -> Result<T> {
     #[cfg(feature = "metrics")]

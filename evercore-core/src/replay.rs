@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::loaded::Loaded;
+use crate::observe;
 use crate::store::EventStore;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
@@ -48,9 +49,13 @@ impl EventStore {
         if let AsOf::Sequence(sequence) = as_of {
             return self.fold(target, sequence).await?.ok_or(missing);
         }
-        let request = LoadRequest { target, snapshot: None, up_to: Sequence::MAX, limit: PageLimit::FOLD };
-        let history = self.engine().load(request).await?.ok_or(missing)?;
-        self.replay(begin::<T>(&history)?, history, Sequence::MAX, |event| as_of.includes(event)).await
+        let work = async {
+            let request =
+                LoadRequest { target, snapshot: None, up_to: Sequence::MAX, limit: PageLimit::FOLD };
+            let history = self.engine().load(request).await?.ok_or(missing)?;
+            self.replay(begin::<T>(&history)?, history, Sequence::MAX, |event| as_of.includes(event)).await
+        };
+        observe::load(T::TYPE, work).await
     }
 
     /// The aggregate with all events up to this sequence, from the newest snapshot that can be used.
@@ -59,6 +64,10 @@ impl EventStore {
         target: Target,
         up_to: Sequence,
     ) -> Result<Option<Loaded<T>>> {
+        observe::load(T::TYPE, self.fold_history(target, up_to)).await
+    }
+
+    async fn fold_history<T: Aggregate>(&self, target: Target, up_to: Sequence) -> Result<Option<Loaded<T>>> {
         let snapshot = (T::SNAPSHOT_EVERY > 0).then_some(T::SNAPSHOT_VERSION);
         let request = LoadRequest { target, snapshot, up_to, limit: PageLimit::FOLD };
         let Some(mut history) = self.engine().load(request.clone()).await? else { return Ok(None) };

@@ -54,7 +54,10 @@ impl EventStore {
     }
 
     /// A store on an engine that is used elsewhere too.
+    ///
+    /// With the feature `metrics`, it describes its metrics to the recorder: install that before.
     pub fn shared(engine: Arc<dyn StorageEngine>) -> Self {
+        crate::observe::describe();
         Self { engine, shared: Arc::default(), retry: RetryPolicy::default() }
     }
 
@@ -84,7 +87,7 @@ impl EventStore {
     pub async fn load<T: Aggregate>(&self, target: impl IntoTarget) -> Result<Loaded<T>> {
         let target = target.into_target(&aggregate_type::<T>()?)?;
         let missing = Error::missing(&target);
-        crate::observe::load(T::TYPE, self.fold(target, Sequence::MAX)).await?.ok_or(missing)
+        self.fold(target, Sequence::MAX).await?.ok_or(missing)
     }
 
     /// The id of the aggregate with this natural key, if there is one.

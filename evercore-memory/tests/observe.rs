@@ -4,10 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use evercore_memory::{Aggregate, EventStore, FailurePolicy, Json, MemoryEngine, Then};
+use evercore_memory::{
+    Aggregate, AsOf, EventStore, FailurePolicy, Json, MemoryEngine, Sequence, Then, Timestamp,
+};
 use futures_lite::future::block_on;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use serde::{Deserialize, Serialize};
@@ -82,8 +84,15 @@ async fn work(store: &EventStore) {
     of.run(shutdown, handler).await.unwrap();
 }
 
+/// What `tracing` finds out about a place in the code it keeps for all threads: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn commits_loads_deliveries_and_leases_are_told_without_any_content() {
+    let _alone = alone();
     let (recorder, lines) = (DebuggingRecorder::new(), Lines::default());
     let (snapshotter, writer) = (recorder.snapshotter(), lines.clone());
     let subscriber = tracing_subscriber::fmt()
@@ -126,4 +135,35 @@ fn commits_loads_deliveries_and_leases_are_told_without_any_content() {
     }
     assert!(!told.contains("secret"), "{told}");
     assert!(!format!("{values:?}").contains("secret"));
+}
+
+#[test]
+fn every_load_is_counted_and_every_metric_is_described() {
+    let _alone = alone();
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    metrics::with_local_recorder(&recorder, || {
+        block_on(async {
+            let store = EventStore::new(MemoryEngine::new());
+            work(&store).await;
+            values(&snapshotter); // a counter that is read begins anew
+            store.load::<Patient>("secret key 0").await.unwrap();
+            store.load_as_of::<Patient>("secret key 0", AsOf::Sequence(Sequence::ZERO)).await.unwrap();
+            store.load_as_of::<Patient>("secret key 0", AsOf::Time(Timestamp::MAX)).await.unwrap();
+            store.begin().load::<Patient>("secret key 0").await.unwrap();
+            store
+                .update("secret key 0", |_: &Patient| [PatientEvent::Admitted(String::new())])
+                .await
+                .unwrap();
+        });
+    });
+    let mut loads = 0;
+    for (key, _, help, value) in snapshotter.snapshot().into_vec() {
+        let name = key.key().name();
+        assert!(help.is_some_and(|help| help.ends_with('.')), "{name} has no help");
+        if let ("evercore_loads_total", DebugValue::Counter(count)) = (name, value) {
+            loads += count;
+        }
+    }
+    assert_eq!(loads, 5);
 }
