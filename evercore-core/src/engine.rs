@@ -88,7 +88,7 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// The position of the last event; [`Position::ZERO`] in an empty store.
     fn head(&self) -> BoxFuture<'_, Result<Position>>;
 
-    /// The position of the last event recorded at this time or before.
+    /// The position of the last event recorded at this time or before, by `recorded_at`.
     fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>>;
 
     /// Waits until there is an event past `after`, at most this long; tells the head it saw.

@@ -166,12 +166,45 @@ impl EventStore {
         self.engine.head().await
     }
 
-    /// The position of the last event recorded at this time or before, by the engine's clock.
+    /// The position of the last event recorded at this time or before; [`Position::ZERO`] if there is none.
+    ///
+    /// It goes by [`Event::recorded_at`](crate::Event::recorded_at), the engine's clock, which never goes back along the
+    /// log. [`Event::time`](crate::Event::time) is the writers' word and has no order, so it cannot be looked for.
     ///
     /// # Errors
     /// As [`head`](Self::head).
     pub async fn position_at(&self, time: Timestamp) -> Result<Position> {
         self.engine.position_at(time).await
+    }
+
+    /// The position of the first event recorded at this time or later, if there is one; by the same clock as
+    /// [`position_at`](Self::position_at).
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, Result, Timestamp};
+    /// # async fn since(store: &EventStore, midnight: Timestamp) -> Result<()> {
+    /// match store.position_from(midnight).await? {
+    ///     Some(first) => println!("the day begins with event {first}"),
+    ///     None => println!("nothing has happened today"),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`head`](Self::head).
+    pub async fn position_from(&self, time: Timestamp) -> Result<Option<Position>> {
+        // The head first: what comes after it may have been recorded earlier than a time that is still to come.
+        let head = self.head().await?;
+        let before = self.position_before(time).await?;
+        Ok((before < head).then(|| before.next()))
+    }
+
+    /// The position of the last event recorded before this time.
+    pub(crate) async fn position_before(&self, time: Timestamp) -> Result<Position> {
+        match Timestamp::from_micros(time.as_micros() - 1) {
+            Ok(before) => self.engine.position_at(before).await,
+            Err(_) => Ok(Position::ZERO),
+        }
     }
 
     /// Waits until there is an event past `after`, at most this long; tells the position of the last event.

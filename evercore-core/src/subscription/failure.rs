@@ -13,7 +13,8 @@ pub struct FailurePolicy {
     pub attempts: u32,
     /// The upper bound of the first pause; each is a random part of its bound, and bounds double.
     pub first_pause: Duration,
-    /// The upper bound of all pauses. After a stop nobody may claim the cursor for so long.
+    /// The upper bound of all pauses, and the rest after a stop: for so long nobody may claim the cursor, so a program that
+    /// starts its subscription again at once does not fail at full speed.
     pub longest_pause: Duration,
     /// What then.
     pub then: Then,
@@ -23,8 +24,11 @@ pub struct FailurePolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Then {
-    /// The subscription stops with the handler's error, which is stored with the cursor. Whoever claims it next begins
-    /// with this event.
+    /// The subscription stops with the handler's error, which is stored with the cursor. The next owner begins with this
+    /// event, after a rest of [`longest_pause`](FailurePolicy::longest_pause), which is 10 s by default. Until then a run
+    /// waits, or is [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned) without standby;
+    /// [`CursorState::rest`](crate::CursorState::rest) tells how long that is, and
+    /// [`resume_subscription`](crate::EventStore::resume_subscription) ends it.
     Stop,
     /// The event is passed over, for good.
     Skip,

@@ -35,6 +35,9 @@ pub struct CursorState {
     pub lag_events: u64,
     /// How long ago the oldest of those was recorded, by the engine's clock; zero if there is none.
     pub lag_time: Duration,
+    /// For how long nobody may claim it yet, because it has failed a moment ago; zero otherwise.
+    /// [`EventStore::resume_subscription`] ends it.
+    pub rest: Duration,
 }
 
 impl EventStore {
@@ -62,7 +65,11 @@ impl EventStore {
                 }
             };
             let (is_owned, is_ahead) = (cursor.is_owned(found.now), cursor.position > head);
-            states.push(CursorState { is_owned, is_ahead, lag_events, lag_time, cursor });
+            let rest = match cursor.failure.is_some() && cursor.owner.is_none() {
+                true => cursor.expires_at.since(found.now),
+                false => Duration::ZERO,
+            };
+            states.push(CursorState { is_owned, is_ahead, lag_events, lag_time, rest, cursor });
         }
         Ok(states)
     }

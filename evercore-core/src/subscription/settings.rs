@@ -24,9 +24,11 @@ pub enum Start {
     Beginning,
     /// With the next event that is committed.
     End,
-    /// With the event behind this position.
+    /// With the event after this position. A position past the end of the log is
+    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) when the subscription is declared, run or claimed for the first time.
     After(Position),
-    /// With the first event that was recorded at this time or later. A time to come is the end of the log.
+    /// With the first event that was recorded at this time or later, by the engine's clock, not by the time that the event's
+    /// writer gave it. A time to come is the end of the log.
     At(Timestamp),
 }
 
@@ -43,10 +45,7 @@ impl Start {
                 }
                 Ok(position)
             }
-            Self::At(time) => match Timestamp::from_micros(time.as_micros() - 1) {
-                Ok(before) => store.position_at(before).await,
-                Err(_) => Ok(Position::ZERO),
-            },
+            Self::At(time) => store.position_before(time).await,
         }
     }
 }

@@ -181,7 +181,8 @@ pub(crate) async fn recorded_at_is_the_engines_clock_and_never_goes_back(fixture
 }
 
 pub(crate) async fn a_position_is_found_by_the_time_of_recording(fixture: &mut Fixture) {
-    let engine = fixture.engine();
+    let (engine, store) = (fixture.engine(), fixture.store());
+    assert_eq!(store.position_from(Timestamp::MIN).await.unwrap(), None);
     for _ in 0..10 {
         grown(&engine, "user", 2).await;
         engine.pause(Duration::from_millis(1)).await;
@@ -192,9 +193,13 @@ pub(crate) async fn a_position_is_found_by_the_time_of_recording(fixture: &mut F
         for time in [micro(event.recorded_at(), -1), event.recorded_at(), micro(event.recorded_at(), 1)] {
             let expected = events.iter().take_while(|other| other.recorded_at() <= time).count();
             assert_eq!(engine.position_at(time).await.unwrap().get(), expected as i64);
+            let first = events.iter().find(|other| other.recorded_at() >= time).map(|event| event.position());
+            assert_eq!(store.position_from(time).await.unwrap(), first);
         }
     }
     assert_eq!(engine.position_at(Timestamp::MIN).await.unwrap(), Position::ZERO);
+    assert_eq!(store.position_from(Timestamp::MIN).await.unwrap(), Some(place(1)));
+    assert_eq!(store.position_from(Timestamp::MAX).await.unwrap(), None);
     assert_eq!(engine.position_at(Timestamp::MAX).await.unwrap(), place(20));
 }
 

@@ -233,7 +233,10 @@ pub(crate) async fn after_a_stop_nobody_tries_at_full_speed(fixture: &mut Fixtur
     let (of, seen) = (subscription(&store, "mails").on_failure(policy), Seen::default());
     assert_kind!(run_with_poison(&engine, &of, &seen, 1, 1).await, ErrorKind::Rejected);
     assert_kind!(of.clone().without_standby().claim().await, ErrorKind::AlreadyOwned);
+    let told = state(&store, "mails").await.rest;
+    assert!(told > rest / 2 && told <= rest, "{told:?}");
     store.resume_subscription("mails").await.unwrap();
+    assert_eq!(state(&store, "mails").await.rest, Duration::ZERO);
     assert_eq!(events_seen(&engine, &of, 1).await, [1]);
 }
 
