@@ -2,12 +2,53 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 
 use crate::error::{Error, Result};
+
+/// What a number of ours shares with a plain one: it is read from text, made from `i64` and turned into it.
+macro_rules! impl_number {
+    ($name:ident, $what:literal) => {
+        impl From<$name> for i64 {
+            fn from(number: $name) -> Self {
+                number.0
+            }
+        }
+
+        impl TryFrom<i64> for $name {
+            type Error = Error;
+
+            fn try_from(number: i64) -> Result<Self> {
+                Self::new(number)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self> {
+                let number = text.parse().map_err(|_| Error::invalid(concat!("the text is no ", $what)))?;
+                Self::new(number)
+            }
+        }
+    };
+}
 
 /// Identifies an aggregate within one store; 1 or more, never used again.
 ///
 /// Ids are reserved in blocks before the commit, so there are holes between them. They mean nothing.
+///
+/// Ids, sequences and positions are read from text, and with the feature `json` they are numbers to serde. A database
+/// driver takes them as `i64`:
+///
+/// ```
+/// # use evercore_core::{AggregateId, Position};
+/// let id: AggregateId = "4711".parse()?;
+/// let column = i64::from(id);
+/// assert_eq!(AggregateId::try_from(column)?, id);
+/// assert!("-1".parse::<Position>().is_err());
+/// # Ok::<(), evercore_core::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AggregateId(i64);
 
@@ -40,6 +81,8 @@ impl fmt::Display for AggregateId {
         self.0.fmt(f)
     }
 }
+
+impl_number!(AggregateId, "aggregate id");
 
 /// A block of ids that one store may give to new aggregates, and nobody else.
 #[derive(Debug, Default)]
@@ -119,6 +162,8 @@ macro_rules! counter {
                 self.0.fmt(f)
             }
         }
+
+        impl_number!($name, $what);
     };
 }
 

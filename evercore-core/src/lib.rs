@@ -23,6 +23,8 @@ mod race;
 mod replay;
 mod retry;
 #[cfg(feature = "json")]
+mod serde_impls;
+#[cfg(feature = "json")]
 mod state;
 mod store;
 mod subscription;

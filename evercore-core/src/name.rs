@@ -1,6 +1,7 @@
 //! Names and keys, checked where they are born: aggregate type, event type, natural key, command id.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -100,6 +101,20 @@ macro_rules! name {
             }
         }
 
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self> {
+                Self::new(text)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.as_str().to_owned()
+            }
+        }
+
         impl From<&$name> for $name {
             fn from(name: &$name) -> Self {
                 name.clone()
@@ -121,7 +136,16 @@ name! {
 name! {
     /// A natural key: the name by which users know an aggregate, such as a login or an order number.
     ///
-    /// Unique per aggregate type. Keys are often personal data, so `Debug` shows the length only.
+    /// Unique per aggregate type. Keys are often personal data, so `Debug` shows the length only and there is no `Display`:
+    /// whoever wants the text says [`as_str`](Self::as_str). To serde, with the feature `json`, a key is its text.
+    ///
+    /// ```
+    /// # use evercore_core::Key;
+    /// let key: Key = "ann@example.org".parse()?;
+    /// assert_eq!(format!("{key:?}"), "Key(15 bytes)");
+    /// assert_eq!(key.as_str(), "ann@example.org");
+    /// # Ok::<(), evercore_core::Error>(())
+    /// ```
     Key, "natural key", limits::KEY_BYTES, |text, f| write!(f, "Key({} bytes)", text.len())
 }
 
@@ -159,6 +183,12 @@ impl fmt::Display for AggregateType {
 }
 
 impl fmt::Display for EventType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for CommandId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }

@@ -1,6 +1,7 @@
 //! A point in time in microseconds, equal on every engine.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Result};
@@ -8,6 +9,16 @@ use crate::error::{Error, Result};
 /// A point in time, UTC, in microseconds since 1970; from year 1 to the end of year 9999.
 ///
 /// What is finer than a microsecond is cut off towards the past, here, so that all engines store the same.
+///
+/// It shows itself as RFC 3339 in UTC with six digits and reads RFC 3339 of any offset; to serde, with the feature `json`,
+/// it is that text.
+///
+/// ```
+/// # use evercore_core::Timestamp;
+/// let time: Timestamp = "2011-10-01T00:38:44.546+02:00".parse()?;
+/// assert_eq!(time.to_string(), "2011-09-30T22:38:44.546000Z");
+/// # Ok::<(), evercore_core::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
 
@@ -103,6 +114,67 @@ impl fmt::Display for Timestamp {
     }
 }
 
+/// RFC 3339 with a date, a time and an offset, such as `2011-09-30T22:38:44Z`.
+impl FromStr for Timestamp {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let micros = Rfc3339(text).micros();
+        Self::from_micros(micros.ok_or_else(|| Error::invalid("the text is no time of RFC 3339"))?)
+    }
+}
+
+/// What is left to read of a text.
+struct Rfc3339<'a>(&'a str);
+
+impl Rfc3339<'_> {
+    fn micros(mut self) -> Option<i64> {
+        let (year, month, day) = (self.number(4)?, self.after("-")?.number(2)?, self.after("-")?.number(2)?);
+        let (hour, minute) = (self.after("Tt ")?.number(2)?, self.after(":")?.number(2)?);
+        let second = self.after(":")?.number(2)?;
+        let fraction = if self.after(".").is_some() { self.fraction()? } else { 0 };
+        let is_time = hour < 24 && minute < 60 && second < 60;
+        let days = days_from_civil(year, month, day);
+        // A day that there is comes back as it was.
+        if !is_time || !(1..=12).contains(&month) || civil(days) != (year, month, day) {
+            return None;
+        }
+        let seconds = days * 86_400 + hour * 3_600 + minute * 60 + second - self.offset()?;
+        self.0.is_empty().then_some(seconds * MICROS + fraction)
+    }
+
+    /// The offset from UTC in seconds.
+    fn offset(&mut self) -> Option<i64> {
+        if self.after("Zz").is_some() {
+            return Some(0);
+        }
+        let sign = if self.after("+").is_some() { 1 } else { self.after("-").map(|_| -1)? };
+        let (hours, minutes) = (self.number(2)?, self.after(":")?.number(2)?);
+        (hours < 24 && minutes < 60).then_some(sign * (hours * 3_600 + minutes * 60))
+    }
+
+    /// Takes one letter of these.
+    fn after(&mut self, letters: &str) -> Option<&mut Self> {
+        self.0 = self.0.strip_prefix(|letter: char| letters.contains(letter))?;
+        Some(self)
+    }
+
+    fn number(&mut self, digits: usize) -> Option<i64> {
+        let (number, rest) = self.0.split_at_checked(digits)?;
+        self.0 = rest;
+        number.bytes().all(|byte| byte.is_ascii_digit()).then(|| number.parse().ok())?
+    }
+
+    /// Microseconds; further digits are cut off.
+    fn fraction(&mut self) -> Option<i64> {
+        let end = self.0.bytes().position(|byte| !byte.is_ascii_digit()).unwrap_or(self.0.len());
+        let (digits, rest) = self.0.split_at(end);
+        self.0 = rest;
+        let six = digits.bytes().chain(std::iter::repeat(b'0')).take(6);
+        (!digits.is_empty()).then(|| six.fold(0, |micros, digit| micros * 10 + i64::from(digit - b'0')))
+    }
+}
+
 impl fmt::Debug for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Timestamp({self})")
@@ -122,6 +194,16 @@ fn civil(days: i64) -> (i64, i64, i64) {
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
     let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
     (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+}
+
+/// The inverse of [`civil`]: the same source, `days_from_civil`.
+fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
+    let year = year - i64::from(month <= 2);
+    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
+    let shifted_month = if month > 2 { month - 3 } else { month + 9 };
+    let day_of_year = (153 * shifted_month + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * 146_097 + day_of_era - 719_468
 }
 
 #[cfg(test)]
@@ -164,6 +246,49 @@ mod tests {
         for micros in [-62_135_596_800_000_000, -1, 0, 1, 253_402_300_799_999_999] {
             let time = Timestamp::from_micros(micros).unwrap();
             assert_eq!(Timestamp::try_from(time::OffsetDateTime::from(time)).unwrap(), time);
+        }
+    }
+
+    #[test]
+    fn a_time_is_read_from_its_text() {
+        for micros in
+            [Timestamp::MIN.0, -1, 0, 1, 951_782_400_000_000, 1_317_422_324_546_000, Timestamp::MAX.0]
+        {
+            let time = Timestamp::from_micros(micros).unwrap();
+            assert_eq!(time.to_string().parse::<Timestamp>().unwrap(), time);
+        }
+        for (text, micros) in [
+            ("1970-01-01T00:00:00Z", 0),
+            ("1970-01-01 00:00:00.1z", 100_000),
+            ("1970-01-01t01:00:00.0000019+01:00", 1),
+            ("1969-12-31T23:59:59.9999999-00:00", -1),
+            ("2000-02-29T00:00:00Z", 951_782_400_000_000),
+        ] {
+            assert_eq!(text.parse::<Timestamp>().unwrap().as_micros(), micros, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_time_is_refused() {
+        for text in [
+            "",
+            "1970-01-01",
+            "1970-01-01T00:00:00",
+            "1970-01-01T00:00:00.Z",
+            "1970-01-01T00:00:00Zx",
+            "1970-13-01T00:00:00Z",
+            "1970-00-01T00:00:00Z",
+            "1970-02-29T00:00:00Z",
+            "1970-01-00T00:00:00Z",
+            "1970-01-01T24:00:00Z",
+            "1970-01-01T00:00:60Z",
+            "1970-01-01T00:00:00+24:00",
+            "+970-01-01T00:00:00Z",
+            "0000-12-31T23:59:59Z",
+            "9999-12-31T23:59:59-00:01",
+            "197\u{e9}-01-01T00:00:00Z",
+        ] {
+            assert!(text.parse::<Timestamp>().is_err(), "{text}");
         }
     }
 }
