@@ -30,8 +30,9 @@ core-tree:
     echo "$tree"
     [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
 
-# All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`. Many
-# wait more than they compute: two for each core.
+# Many tests wait more than they compute: two for each core.
+
+# All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`.
 test *args:
     RUST_TEST_THREADS="${RUST_TEST_THREADS:-$((2 * {{ num_cpus() }}))}" cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
 
@@ -50,8 +51,7 @@ integration-test-sqlite:
 integration-test-postgres:
     EVERCORE_REQUIRE=postgres cargo test --locked -p evercore-postgres --all-features --tests
 
-# Long runs: random walks of many steps with a seed of their own, a writer killed twenty times at random moments, and
-# PostgreSQL under 64 writers, killed, cut off and dropped.
+# Long runs: random walks, a writer killed at random moments, and PostgreSQL under 64 writers, killed, cut off and dropped.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
@@ -96,9 +96,10 @@ scratch *args:
     [ -e scratch/Cargo.toml ] || scripts/make-scratch
     cargo run --manifest-path scratch/Cargo.toml --target-dir target -- {{ args }}
 
-# Pack every crate as it would be published, and build it from its package. Cargo takes a version of a registry for
-# unchanging, also in the registry that it makes here of crates not yet published: what it unpacked and built of them
-# the last time goes first.
+# Cargo takes a version of a registry for unchanging, also in the registry that it makes here of crates not yet
+# published: what it unpacked and built of them the last time goes first.
+
+# Pack every crate as it would be published, and build it from its package.
 package *args:
     rm -rf target/packaging/package "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/evercore-*
     cargo clean --quiet --locked --workspace --target-dir target/packaging
