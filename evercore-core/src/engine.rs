@@ -185,6 +185,33 @@ pub struct AggregateQuery {
     pub limit: PageLimit,
 }
 
+impl AggregateQuery {
+    /// The events of this aggregate after this sequence, oldest first. [`Sequence::ZERO`] is the beginning.
+    pub fn after(aggregate: AggregateId, sequence: Sequence) -> Self {
+        let (direction, limit) = (Direction::Forward, PageLimit::default());
+        Self { aggregate, direction, from: sequence, to: Sequence::MAX, limit }
+    }
+
+    /// The events of this aggregate before this sequence, newest first. [`Sequence::MAX`] is the end.
+    pub fn before(aggregate: AggregateId, sequence: Sequence) -> Self {
+        Self { direction: Direction::Backward, to: Sequence::ZERO, ..Self::after(aggregate, sequence) }
+    }
+
+    /// Ends at this sequence, which is still read.
+    #[must_use]
+    pub fn up_to(mut self, sequence: Sequence) -> Self {
+        self.to = sequence;
+        self
+    }
+
+    /// How much at once.
+    #[must_use]
+    pub fn with_limit(mut self, limit: PageLimit) -> Self {
+        self.limit = limit;
+        self
+    }
+}
+
 /// How much one page may hold; it ends at whichever comes first, but has one event at least (unless `events` is 0).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLimit {

@@ -20,6 +20,7 @@ mod name;
 mod name_table;
 mod observe;
 mod race;
+mod read_store;
 mod replay;
 mod retry;
 #[cfg(feature = "json")]
@@ -51,6 +52,7 @@ pub use log_reader::LogReader;
 pub use metadata::{Headers, Metadata};
 pub use name::{AggregateType, CommandId, EventType, Key, OwnerId, SubscriptionName};
 pub use name_table::NameTable;
+pub use read_store::ReadStore;
 pub use replay::AsOf;
 pub use retry::RetryPolicy;
 #[cfg(feature = "json")]

@@ -11,7 +11,14 @@ use crate::store::EventStore;
 ///
 /// Pauses double from `first_pause` to `longest_pause`; each is a random part of that (full jitter), so that those who
 /// met do not meet again.
+///
+/// ```
+/// # use evercore_core::RetryPolicy;
+/// let policy = RetryPolicy::new().with_attempts(100);
+/// assert_eq!(policy.attempts, 100);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RetryPolicy {
     /// How often the work is run at most, the first time included; 0 counts as 1.
     pub attempts: u32,
@@ -21,15 +28,36 @@ pub struct RetryPolicy {
     pub longest_pause: Duration,
 }
 
-impl Default for RetryPolicy {
+impl RetryPolicy {
     /// 20 attempts, pauses up to 1 ms at first and 100 ms at last. With 16 writers on one aggregate 1 to 3 commits in a
     /// hundred need more than that (measured on PostgreSQL, on a busy machine); raise it where that is the rule.
-    fn default() -> Self {
+    pub const fn new() -> Self {
         Self {
             attempts: 20,
             first_pause: Duration::from_millis(1),
             longest_pause: Duration::from_millis(100),
         }
+    }
+
+    /// The same with other attempts.
+    #[must_use]
+    pub const fn with_attempts(mut self, attempts: u32) -> Self {
+        self.attempts = attempts;
+        self
+    }
+
+    /// The same with other pauses.
+    #[must_use]
+    pub const fn with_pauses(mut self, first: Duration, longest: Duration) -> Self {
+        self.first_pause = first;
+        self.longest_pause = longest;
+        self
+    }
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -2,13 +2,16 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Direction, Durability, Error, EventStore,
-    FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence,
-    SqliteEngine, Start, StateAggregate, Then, Timestamp,
+    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Durability, Error, EventStore, FailurePolicy,
+    Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence, SqliteEngine,
+    Start, StateAggregate, StorageEngine, Then, Timestamp,
 };
 use evercore_testkit::Given;
 use serde::{Deserialize, Serialize};
@@ -313,13 +316,7 @@ async fn reading(store: &EventStore) -> Result<()> {
 
 async fn backwards(store: &EventStore) -> Result<()> {
     let bob = store.load::<Account>("bob").await?;
-    let last_three = AggregateQuery {
-        aggregate: bob.id(),
-        direction: Direction::Backward,
-        from: Sequence::MAX,
-        to: Sequence::ZERO,
-        limit: PageLimit::events(3)?,
-    };
+    let last_three = AggregateQuery::before(bob.id(), Sequence::MAX).with_limit(PageLimit::events(3)?);
     assert_eq!(store.read_aggregate(last_three).await?.len(), 3);
     Ok(())
 }
@@ -376,6 +373,27 @@ async fn files() -> Result<()> {
     let backup = SqliteEngine::builder().read_only(true).open(folder.join("backup.db")).await?;
     let bob = EventStore::new(backup).load::<Account>("bob").await?;
     assert_eq!(bob.balance, 50);
+    by_uri(folder).await
+}
+
+/// The scheme of the URI names the engine; the program lists those that it is built with.
+async fn connect(uri: &str) -> Result<EventStore> {
+    let engine: Arc<dyn StorageEngine> = match uri.split_once(':') {
+        Some(("memory", _)) => Arc::new(MemoryEngine::new()),
+        Some(("sqlite", path)) => Arc::new(SqliteEngine::open(path).await?),
+        // Some(("postgres" | "postgresql", _)) => Arc::new(PostgresEngine::connect(uri).await?),
+        _ => return Err(Error::invalid("the URI begins with no scheme of an engine")),
+    };
+    Ok(EventStore::shared(engine))
+}
+
+async fn by_uri(folder: &Path) -> Result<()> {
+    for uri in ["memory:".to_owned(), format!("sqlite:{}", folder.join("by uri.db").display())] {
+        let store = connect(&uri).await?;
+        store.load_or_create::<Account>("bob").await?;
+        store.close().await?;
+    }
+    assert!(connect("mysql://localhost").await.is_err());
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Writers who want the same few aggregates, or all the same one.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use evercore_postgres::{
     AggregateId, AggregateType, EventStore, EventType, KnownType, PostgresEngine, Result, RetryPolicy,
@@ -16,11 +16,7 @@ use crate::log::Log;
 use crate::tools::{Account, AccountEvent, Part, accounts, number, sized, unit};
 
 /// The default policy, without its end: how many meet depends on the machine.
-const UNTIL_IT_LANDS: RetryPolicy = RetryPolicy {
-    attempts: 1_000,
-    first_pause: Duration::from_millis(1),
-    longest_pause: Duration::from_millis(100),
-};
+const UNTIL_IT_LANDS: RetryPolicy = RetryPolicy::new().with_attempts(1_000);
 
 const WRITERS: usize = 12;
 const AGGREGATES: usize = 8;

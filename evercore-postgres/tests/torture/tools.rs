@@ -47,7 +47,7 @@ impl Aggregate for Account {
 
 /// A store that leaves it to the test to try again.
 pub(crate) fn patient_not(engine: &PostgresEngine) -> EventStore {
-    EventStore::new(engine.clone()).with_retry(RetryPolicy { attempts: 1, ..RetryPolicy::default() })
+    EventStore::new(engine.clone()).with_retry(RetryPolicy::new().with_attempts(1))
 }
 
 /// The number of a unit: no two writers have one in common.

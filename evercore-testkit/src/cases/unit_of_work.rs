@@ -259,11 +259,8 @@ pub(crate) async fn a_retry_runs_again_on_fresh_state(fixture: &mut Fixture) {
 }
 
 fn brief(attempts: u32) -> RetryPolicy {
-    RetryPolicy {
-        attempts,
-        first_pause: Duration::from_micros(10),
-        longest_pause: Duration::from_micros(100),
-    }
+    let pauses = (Duration::from_micros(10), Duration::from_micros(100));
+    RetryPolicy::new().with_attempts(attempts).with_pauses(pauses.0, pauses.1)
 }
 
 pub(crate) async fn a_retry_is_bounded(fixture: &mut Fixture) {
@@ -333,7 +330,7 @@ pub(crate) async fn an_invalid_state_is_not_staged_and_leaves_the_aggregate_as_b
 }
 
 pub(crate) async fn racing_updates_all_count(fixture: &mut Fixture) {
-    let store = fixture.store().with_retry(RetryPolicy { attempts: 1_000, ..RetryPolicy::default() });
+    let store = fixture.store().with_retry(RetryPolicy::new().with_attempts(1_000));
     fixture.threads(16, async |_| {
         for _ in 0..4 {
             store.update_or_create::<Account, _, _>("hot", |_| [deposited(1)]).await.unwrap();
