@@ -24,8 +24,8 @@ use crate::write::WriteSql;
 use crate::writing::Writing;
 
 /// With the number of the newest event type, to know whether names are missing here.
-const LOCK: &str =
-    "SELECT (SELECT coalesce(max(t.id), 0) FROM @event_types t) FROM @log_end WHERE one = 1 FOR UPDATE";
+const LOCK: &str = "SELECT (SELECT coalesce(max(t.id), 0) FROM @event_types t) FROM @log_end
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
 
 const AGGREGATES: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key,

@@ -18,7 +18,7 @@ use crate::store::Store;
 /// Where the log ends, and the number of the newest event type: who knows as many names knows all that are in the log
 /// up to there.
 const HEAD: &str = "SELECT l.position, coalesce((SELECT max(t.id) FROM @event_types t), 0)
-    FROM @log_end l WHERE l.one = 1";
+    FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
 /// The columns of an event, filtered and in the order of a direction.
 macro_rules! select_log {
@@ -110,7 +110,7 @@ const CORRELATION_BACKWARD: &str = select_correlation!(backward);
 /// for by order, although there is no hole: an index that only has the position too would be read from end to end.
 const POSITION_AT: &str = "
     WITH RECURSIVE halving (below, above) AS (
-        SELECT 0::bigint, l.position FROM @log_end l WHERE l.one = 1
+        SELECT 0::bigint, max(l.position) FROM @log_end l WHERE l.position >= 0
         UNION ALL
         SELECT CASE WHEN w.within THEN m.middle ELSE h.below END, CASE WHEN w.within THEN h.above ELSE m.middle - 1 END
         FROM halving h

@@ -23,7 +23,8 @@ use crate::store::Statements;
 use crate::wait::Watch;
 
 /// The tables that grow, by their indexes, each with what must be asked of it so that it is not read from end to end.
-const INDEXES: [(&str, &str, &[&str]); 11] = [
+const INDEXES: [(&str, &str, &[&str]); 12] = [
+    ("log_end", "log_end_position", &["position"]),
     ("events", "events_position", &["position"]),
     ("events", "events_aggregate_sequence", &["aggregate_id"]),
     ("events", "events_event_type", &["event_type_id"]),
@@ -33,7 +34,7 @@ const INDEXES: [(&str, &str, &[&str]); 11] = [
     ("aggregates", "aggregates_natural_key", &["aggregate_type_id", "natural_key"]),
     ("commands", "commands_command_id", &["command_id"]),
     ("snapshots", "snapshots_aggregate_id", &["aggregate_id"]),
-    ("cursors", "cursors_id", &["subscription"]),
+    ("cursors", "cursors_newest", &["subscription"]),
     ("parked_events", "parked_events_id", &["subscription", "version", "partition"]),
 ];
 

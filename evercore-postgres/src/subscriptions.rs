@@ -41,9 +41,22 @@ macro_rules! parked_columns {
     };
 }
 
-macro_rules! this_cursor {
+macro_rules! of_cursor {
     () => {
         " WHERE subscription = $1 AND version = $2 AND partition = $3"
+    };
+}
+
+/// Each move leaves a dead version of the row, which stays as long as somebody holds an older snapshot. Its revision grows
+/// with each move and comes first in the index, so the live version is found without a look at the dead ones. `>=` also
+/// holds if another step has moved the cursor while this one waited for it.
+macro_rules! this_cursor {
+    () => {
+        concat!(
+            of_cursor!(),
+            " AND revision >= (SELECT max(c.revision) FROM @cursors c
+                WHERE c.subscription = $1 AND c.version = $2 AND c.partition = $3)"
+        )
     };
 }
 
@@ -54,7 +67,7 @@ macro_rules! server_time {
 }
 
 const BEHIND: &str = concat!(
-    "SELECT (SELECT l.position FROM @log_end l WHERE l.one = 1) - position FROM @cursors",
+    "SELECT (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) - position FROM @cursors",
     this_cursor!(),
     " AND status = 0"
 );
@@ -69,23 +82,28 @@ const HOLD_IF_FREE: &str =
 const LOOK: &str = concat!(
     "SELECT ",
     server_time!(),
-    ", EXISTS (SELECT FROM @cursors",
-    this_cursor!(),
-    "), (SELECT l.position FROM @log_end l WHERE l.one = 1)"
+    ", (SELECT max(revision) FROM @cursors",
+    of_cursor!(),
+    ") IS NOT NULL, (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)"
 );
 
-/// Waits for one who makes the same cursor, and then leaves it alone.
+/// Cursors are made one after the other: this is held while one is. The next statement sees what was made meanwhile.
+const BEFORE_MAKE: &str = "SELECT one FROM @store WHERE one = 1 FOR UPDATE";
+
+/// Leaves alone what another has made meanwhile.
 const MAKE: &str = concat!(
     "INSERT INTO @cursors (",
     cursor_columns!(),
-    ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
-     ON CONFLICT (subscription, version, partition) DO NOTHING RETURNING position"
+    ", revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, 0 \
+     WHERE (SELECT max(revision) FROM @cursors",
+    of_cursor!(),
+    ") IS NULL RETURNING position"
 );
 
 const MOVE: &str = concat!(
     "UPDATE @cursors SET partitions = $4, position = $5, epoch = $6, owner = $7, expires_at = $8, wanted_by = $9, \
          wanted_until = $10, live_from = $11, status = $12, failed_position = $13, failed_attempts = $14, \
-         failed_error = $15, parked_changes = $16",
+         failed_error = $15, parked_changes = $16, revision = revision + 1",
     this_cursor!(),
     " RETURNING position"
 );
@@ -93,7 +111,7 @@ const MOVE: &str = concat!(
 /// What most steps are, in one statement: [`Step::take`] of a move that changes no parked event. It finds nothing where
 /// that would be refused, and the long way tells why.
 const ADVANCE: &str = concat!(
-    "UPDATE @cursors SET position = $7, expires_at = least(",
+    "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least(",
     server_time!(),
     " + $8, $9),
          failed_position = CASE WHEN failed_position > $7 THEN failed_position END,
@@ -101,7 +119,7 @@ const ADVANCE: &str = concat!(
          failed_error = CASE WHEN failed_position > $7 THEN failed_error END",
     this_cursor!(),
     " AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
-         AND $7 <= (SELECT l.position FROM @log_end l WHERE l.one = 1) RETURNING ",
+         AND $7 <= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) RETURNING ",
     cursor_columns!()
 );
 
@@ -117,11 +135,11 @@ const KEEP: &str = concat!(
 );
 
 const FORGET: &str =
-    concat!("DELETE FROM @parked_events", this_cursor!(), " AND ($4::bigint IS NULL OR position = $4)");
+    concat!("DELETE FROM @parked_events", of_cursor!(), " AND ($4::bigint IS NULL OR position = $4)");
 
 const DUE: &str = concat!(
     "UPDATE @parked_events SET is_due = true",
-    this_cursor!(),
+    of_cursor!(),
     " AND ($4::bigint IS NULL OR position = $4)"
 );
 
@@ -129,21 +147,32 @@ const PARKED: &str = concat!(
     "SELECT ",
     parked_columns!(),
     " FROM @parked_events",
-    this_cursor!(),
+    of_cursor!(),
     " AND position > $4 ORDER BY position LIMIT $5"
 );
 
+/// From one cursor to the next along the index, which has the live version of each first: the dead ones are stepped over.
 /// No name is empty: said so that the index is gone along.
 const ALL: &str = concat!(
-    "SELECT ",
+    "WITH RECURSIVE newest AS ((SELECT ",
     cursor_columns!(),
-    " FROM @cursors WHERE subscription > '' ORDER BY subscription, version, partition"
+    " FROM @cursors WHERE subscription > '' ORDER BY subscription, version, partition, revision DESC LIMIT 1)
+     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT ",
+    cursor_columns!(),
+    " FROM @cursors WHERE (subscription, version, partition) > (p.subscription, p.version, p.partition)
+       ORDER BY subscription, version, partition, revision DESC LIMIT 1) AS n)
+     SELECT * FROM newest"
 );
 
 const OF_ONE: &str = concat!(
-    "SELECT ",
+    "WITH RECURSIVE newest AS ((SELECT ",
     cursor_columns!(),
-    " FROM @cursors WHERE subscription = $1 ORDER BY version, partition"
+    " FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
+     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT ",
+    cursor_columns!(),
+    " FROM @cursors WHERE subscription = $1 AND (version, partition) > (p.version, p.partition)
+       ORDER BY version, partition, revision DESC LIMIT 1) AS n)
+     SELECT * FROM newest"
 );
 
 /// The statements of this room.
@@ -153,6 +182,7 @@ pub(crate) struct SubscriptionSql {
     behind: Sql,
     hold_if_free: Sql,
     look: Sql,
+    before_make: Sql,
     make: Sql,
     /// Moves the cursor.
     put: Sql,
@@ -181,6 +211,7 @@ impl SubscriptionSql {
             behind: sql(BEHIND, &ID),
             hold_if_free: sql(HOLD_IF_FREE, &ID),
             look: sql(LOOK, &ID),
+            before_make: sql(BEFORE_MAKE, &[]),
             make: sql(MAKE, &CURSOR),
             put: sql(MOVE, &CURSOR),
             advance: sql(ADVANCE, &[T, N, N, T, N, N, N, N, N]),
@@ -237,7 +268,8 @@ async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -
     let name = of.map(SubscriptionName::as_str);
     let values: &[&(dyn ToSql + Sync)] = if of.is_some() { &[&name] } else { &[] };
     let (rows, now) = zip(list.rows(values), now.rows(&[])).await;
-    let cursors = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
+    let mut cursors: Vec<Cursor> = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
+    cursors.sort_unstable_by(|one, other| one.id.cmp(&other.id));
     Ok(Cursors { cursors, now: time_of(&now?)? })
 }
 
@@ -335,7 +367,7 @@ async fn step_once(store: &Store, id: &CursorId, step: &Step) -> Result<Stepped>
         .take(id, held.cursor.clone(), held.now, held.head)
         .map(|taken| (Writes::of(store, id, &held, &taken), taken));
     let (writes, taken) = match writes {
-        Ok((writes, taken)) if !writes.0.is_empty() => (writes, taken),
+        Ok((writes, taken)) if !writes.statements.is_empty() => (writes, taken),
         nothing => {
             let outcome = nothing.map(|(_, taken)| Stepped::To(taken.cursor));
             return roll_back(store, lent, outcome.map_err(Into::into)).await;
@@ -421,33 +453,40 @@ pub(crate) async fn hold(
     Ok(Held { cursor, is_there: looked.try_get(1)?, now: time(looked, 0)?, head })
 }
 
-/// What a step writes: statements with their values, the cursor's first.
-pub(crate) struct Writes<'a>(Vec<(&'a Sql, Rest)>);
+/// What a step writes: statements with their values.
+pub(crate) struct Writes<'a> {
+    statements: Vec<(&'a Sql, Rest)>,
+    /// Which of them writes the cursor.
+    of_cursor: usize,
+}
 
 impl<'a> Writes<'a> {
     fn of(store: &'a Store, id: &CursorId, held: &Held, taken: &Taken) -> Self {
         let sql = &store.sql.subscriptions;
         let mut writes = Vec::new();
         match (&held.cursor, &taken.cursor) {
-            (None, Some(cursor)) => writes.push((&sql.make, cursor_values(cursor))),
+            (None, Some(cursor)) => {
+                writes.extend([(&sql.before_make, Rest::new()), (&sql.make, cursor_values(cursor))]);
+            }
             (Some(known), Some(cursor)) if known != cursor || !taken.parked.is_empty() => {
                 writes.push((&sql.put, cursor_values(cursor)));
             }
             (Some(_), None) => writes.push((&sql.remove, values_of(id))),
             _ => {}
         }
+        let of_cursor = writes.len().saturating_sub(1);
         writes.extend(taken.parked.iter().map(|change| parked_write(sql, id, change)));
-        Self(writes)
+        Self { statements: writes, of_cursor }
     }
 
     /// The cursor as it is to be.
     pub(crate) fn put(store: &'a Store, cursor: &Cursor) -> Self {
-        Self(vec![(&store.sql.subscriptions.put, cursor_values(cursor))])
+        Self { statements: vec![(&store.sql.subscriptions.put, cursor_values(cursor))], of_cursor: 0 }
     }
 
     /// Sends all of it together.
     pub(crate) async fn send(self, sender: Sender<'_>) -> Result<()> {
-        match self.rows(&self.ready(sender).await?).await?.first() {
+        match self.rows(&self.ready(sender).await?).await?.get(self.of_cursor) {
             Some(rows) if rows.is_empty() => Err(damaged("a cursor that is held is not there")),
             _ => Ok(()),
         }
@@ -463,15 +502,15 @@ impl<'a> Writes<'a> {
         };
         // COMMIT after an error is a rollback, and answers as if all were well.
         match doubt.settle(rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into))) {
-            Ok(rows) => Ok(rows.first().is_none_or(|rows| !rows.is_empty())),
+            Ok(rows) => Ok(rows.get(self.of_cursor).is_none_or(|rows| !rows.is_empty())),
             Err(error) if is_rolled_back(&error) => Err(error),
             Err(error) => Err(unknown().because(error).into()),
         }
     }
 
     async fn ready<'s>(&'s self, sender: Sender<'s>) -> Result<Vec<Ready<'s>>> {
-        let mut ready = Vec::with_capacity(self.0.len());
-        for (sql, _) in &self.0 {
+        let mut ready = Vec::with_capacity(self.statements.len());
+        for (sql, _) in &self.statements {
             ready.push(sender.ready(sql).await?);
         }
         Ok(ready)
@@ -479,7 +518,7 @@ impl<'a> Writes<'a> {
 
     /// The rows of each, or the first error.
     async fn rows(&self, ready: &[Ready<'_>]) -> Result<Vec<Vec<Row>>> {
-        let values: Vec<_> = self.0.iter().map(|(_, values)| borrowed(values)).collect();
+        let values: Vec<_> = self.statements.iter().map(|(_, values)| borrowed(values)).collect();
         let rows = ready.iter().zip(&values).map(|(ready, values)| Box::pin(ready.rows(values)) as _);
         in_order(rows.collect()).await.into_iter().collect()
     }

@@ -37,13 +37,17 @@ const IF_GROWN: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
 const IF_MADE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
     SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int), ";
 
-/// The table has one row.
+/// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
+/// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
+/// is; `>=` holds for it too if another commit has moved it while this one waited.
 const LOG_END: &str = "log_end AS (
     UPDATE @log_end SET position = position + ?::bigint,
         recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
             * 1000000::double precision)::bigint)";
 
 const IF_FRESH: &str = " FROM fresh";
+
+const NEWEST: &str = " WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
 const RETURNING: &str = " RETURNING position, recorded_at, position - ?::bigint AS before)";
 
@@ -191,7 +195,7 @@ impl Form {
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
         let witness = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
-        let parts: [(bool, &str, &[Type]); 17] = [
+        let parts: [(bool, &str, &[Type]); 18] = [
             (true, "WITH ", &[]),
             (look(Look::Many), IF_NONE_IS_STALE, &[]),
             (look(Look::Witnessed), IF_WITNESSED, &witness),
@@ -200,6 +204,7 @@ impl Form {
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
             (true, LOG_END, &[Type::INT8]),
             (!look(Look::Nothing), IF_FRESH, &[]),
+            (true, NEWEST, &[]),
             (true, RETURNING, &[Type::INT8]),
             (self.made, MADE, &[N, I, T]),
             (self.renamed, RENAMED, &[N, T]),

@@ -20,9 +20,15 @@ INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::te
 CREATE TABLE log_end (
     one         SMALLINT NOT NULL CHECK (one = 1),
     position    BIGINT   NOT NULL,
-    recorded_at BIGINT   NOT NULL,
-    CONSTRAINT log_end_one PRIMARY KEY (one)
+    recorded_at BIGINT   NOT NULL
+) WITH (
+    -- Every commit leaves a dead version of the row. They are few pages if they are vacuumed often. The table is never
+    -- cut short at its end: that takes a lock which ends queries on standbys.
+    autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_scale_factor = 0,
+    autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
+-- The live version of the row is the first from the top. A key on `one` would make each commit look through the dead ones.
+CREATE INDEX log_end_position ON log_end (position);
 INSERT INTO log_end VALUES (1, 0, 0);
 
 -- Names are numbered under the lock of the row in store: 1, 2, 3, … in the order in which they commit.
@@ -108,8 +114,15 @@ CREATE TABLE cursors (
     failed_attempts BIGINT,
     failed_error    TEXT,
     parked_changes  BIGINT           NOT NULL,
-    CONSTRAINT cursors_id PRIMARY KEY (subscription, version, partition)
+    revision        BIGINT           NOT NULL -- how often the row was written
+) WITH (
+    -- As with log_end, each move leaves a dead version of a row.
+    autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_scale_factor = 0,
+    autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
+-- The live version of each row first. Not unique by the first three: that would make each move look through the dead
+-- ones. A cursor is made under the lock of the row in store, so there is one of each.
+CREATE UNIQUE INDEX cursors_newest ON cursors (subscription, version, partition, revision DESC);
 
 -- Events that could not be handled and were put aside.
 CREATE TABLE parked_events (
