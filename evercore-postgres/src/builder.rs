@@ -79,6 +79,7 @@ pub(crate) struct Settings {
     pub(crate) own_sessions: bool,
     pub(crate) plain_text: bool,
     pub(crate) root_certificate: Option<PathBuf>,
+    pub(crate) client_certificate: Option<(PathBuf, PathBuf)>,
     pub(crate) inline: Vec<Wanted>,
 }
 
@@ -98,6 +99,7 @@ impl Default for Settings {
             own_sessions: true,
             plain_text: false,
             root_certificate: None,
+            client_certificate: None,
             inline: Vec::new(),
         }
     }
@@ -143,8 +145,12 @@ impl Builder {
         self
     }
 
-    /// How long to wait for a connection, a new one or a free one, before the call ends as
+    /// How long to wait for a free connection, and how long to try to make a new one, before the call ends as
     /// [`Unavailable`](crate::ErrorKind::Unavailable); 5 seconds unless set.
+    ///
+    /// Several hosts share the time for a new one: each has its share of what is left, for TLS and the login too. A host
+    /// that did not answer in its time is tried after all others for 30 seconds. `connect_timeout` in the URL is the time
+    /// of each host, as psql has it, and counts instead of this.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout.max(Duration::from_millis(1));
         self
@@ -202,8 +208,18 @@ impl Builder {
 
     /// A file with the root certificates (PEM) to trust instead of those of the operating system, as `sslrootcert` in
     /// the URL does.
+    ///
+    /// The server's own certificate may be in it too, also one that has signed itself. It is pinned then: a server that
+    /// shows it and has its key is trusted, whatever name and dates are in it.
     pub fn root_certificate(mut self, file: impl Into<PathBuf>) -> Self {
         self.settings.root_certificate = Some(file.into());
+        self
+    }
+
+    /// The files (PEM) of a certificate and of its key, which is not encrypted, to log in with, as `sslcert` and `sslkey`
+    /// in the URL do. The connection is encrypted then, also to this computer, unless the URL says `sslmode=disable`.
+    pub fn client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        self.settings.client_certificate = Some((certificate.into(), key.into()));
         self
     }
 
@@ -257,13 +273,26 @@ impl Builder {
 
     /// Connects, and makes or migrates the store unless told otherwise.
     ///
-    /// The URL is PostgreSQL's, with several hosts if there are: `postgres://user:password@one,two/database`. The
-    /// host that takes writes is used unless `target_session_attrs` says otherwise. `sslmode` is `disable` for plain
-    /// text; every other value means the same: verified TLS to remote hosts, plain text to this computer unless it is
-    /// `require`, `verify-ca` or `verify-full`.
+    /// The URL is PostgreSQL's, `postgres://user:password@one:5432,two:5432/database?name=value`, or its list
+    /// `host=one,two user=app`. Special letters in a URL are written as `%2F`. Of several hosts the one that takes writes is
+    /// used. One whose log is older than what this engine has seen is used only if no other answers, and never one that was
+    /// the primary before another was promoted. These parameters are understood:
+    ///
+    /// | parameter | |
+    /// |---|---|
+    /// | `user`, `password`, `dbname`, `host`, `hostaddr`, `port` | as in the URL itself; a host is required |
+    /// | `sslmode` | `disable` is plain text. Everything else is verified TLS to other hosts. To this computer it is plain text unless it is `require`, `verify-ca` or `verify-full` |
+    /// | `sslrootcert` | see [`root_certificate`](Self::root_certificate); `system` is the default |
+    /// | `sslcert`, `sslkey` | see [`client_certificate`](Self::client_certificate) |
+    /// | `connect_timeout` | seconds for each host, see [`connect_timeout`](Self::connect_timeout) |
+    /// | `target_session_attrs` | `any`, `read-write` or `read-only` instead of the default above |
+    /// | `load_balance_hosts` | `disable`, or `random` for another order of hosts each time |
+    /// | `application_name`, `options`, `channel_binding`, `sslnegotiation` | as PostgreSQL has them |
+    /// | `keepalives`, `keepalives_idle`, `keepalives_interval`, `keepalives_retries`, `tcp_user_timeout` | read, but evercore sets its own |
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) if the URL does not read (it is not shown);
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the URL does not read (it is not shown) or has a parameter that is not
+    /// understood (its name is), if it names no host, or if the server asks for a password and it has none;
     /// [`Unavailable`](crate::ErrorKind::Unavailable) if no host can be reached;
     /// [`NotAStore`](crate::ErrorKind::NotAStore) if the schema holds something else, or nothing and may not be
     /// made; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store of a newer library;
@@ -273,7 +302,7 @@ impl Builder {
     pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
         let address = Address::parse(url, &self.settings)?;
         let pool = address.pool(self.settings.pool_size)?;
-        PostgresEngine::open(self.settings, pool, Some(address)).await
+        PostgresEngine::open(address.settings().clone(), pool, Some(address)).await
     }
 
     /// Connects for reading only, to any server that answers: a standby as well as a primary. What writes is

@@ -1,25 +1,31 @@
 //! From a URL to connections that are set up: hosts, TLS, time-outs, settings of the session.
 
-use std::fmt;
-use std::path::PathBuf;
-use std::str::FromStr;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{fmt, io};
 
-use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Timeouts};
+use deadpool_postgres::{
+    Connect, Hook, HookError, Manager, ManagerConfig, Metrics, Pool, RecyclingMethod, Runtime, Timeouts,
+};
 use evercore_core::{Error, ErrorKind, Result};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, NoTls, Socket};
 
 use crate::builder::{LONGEST, Settings, is_local};
+use crate::error::{PostgresError, is_refused, passes_by_itself};
 use crate::heard::Heard;
+use crate::hosts::{Fit, Hosts, Standing, name_of, not_connected, places};
 use crate::sql::session_settings;
+use crate::url::Asked;
 
 /// Where the server is, and how to speak to it.
 #[derive(Clone)]
 pub(crate) struct Address {
-    config: Config,
+    hosts: Arc<Hosts>,
     tls: Tls,
     settings: Settings,
     heard: Heard,
@@ -41,16 +47,33 @@ enum Tls {
 
 impl Address {
     pub(crate) fn parse(url: &str, settings: &Settings) -> Result<Self> {
-        let (rest, asked) = Asked::split(url)?;
-        let mut config = Config::from_str(&rest)
-            .map_err(|_| Error::invalid("the URL of the server does not read (it is not shown here)"))?;
-        let tls = choose_tls(&config, &asked, settings)?;
-        config.ssl_mode(if matches!(tls, Tls::Plain) { SslMode::Disable } else { SslMode::Require });
-        if config.get_hosts().len() > 1 && asked.target.is_none() && !settings.read_only {
-            config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+        let mut asked = Asked::parse(url)?;
+        let tls = choose_tls(&asked, settings)?;
+        let mut settings = settings.clone();
+        if let Some(each) = asked.connect_timeout {
+            let hosts = u32::try_from(asked.hosts.len()).unwrap_or(u32::MAX);
+            settings.connect_timeout = each.saturating_mul(hosts);
         }
-        set_up(&mut config, settings);
-        Ok(Self { config, tls, settings: settings.clone(), heard: Heard::default() })
+        let takes_writes = asked.hosts.len() > 1 && !asked.has_target && !settings.read_only;
+        for config in &mut asked.hosts {
+            config.ssl_mode(if matches!(tls, Tls::Plain) { SslMode::Disable } else { SslMode::Require });
+            if takes_writes {
+                config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+            }
+            set_up(config, &settings);
+        }
+        let hosts = Hosts::new(asked.hosts, asked.in_any_order, settings.schema.clone());
+        Ok(Self { hosts: Arc::new(hosts), tls, settings, heard: Heard::default() })
+    }
+
+    /// The settings, with what the URL says of them.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What is known of the hosts.
+    pub(crate) fn hosts(&self) -> &Arc<Hosts> {
+        &self.hosts
     }
 
     /// A pool of so many connections to it; none is made yet.
@@ -58,11 +81,20 @@ impl Address {
         // Clean sessions are not asked of the pool: nothing of ours changes one, and what did not end clean never
         // comes back to it.
         let manager_config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_connect(self.config.clone(), self.clone(), manager_config);
+        let config = self.hosts.all.first().cloned().unwrap_or_default();
+        let manager = Manager::from_connect(config, self.clone(), manager_config);
+        // A free connection is waited for as long as a new one, which keeps its time itself.
         let patience = Some(self.settings.connect_timeout);
+        let hosts = Arc::clone(&self.hosts);
+        let is_of_today =
+            Hook::sync_fn(move |_, metrics: &Metrics| match hosts.is_outdated(metrics.created) {
+                true => Err(HookError::message("it leads to a primary that was replaced")),
+                false => Ok(()),
+            });
         Pool::builder(manager)
             .max_size(connections)
-            .timeouts(Timeouts { wait: patience, create: patience, recycle: patience })
+            .pre_recycle(is_of_today)
+            .timeouts(Timeouts { wait: patience, create: None, recycle: patience })
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| Error::new(ErrorKind::Backend, "the pool cannot be built").with_source(error))
@@ -85,35 +117,175 @@ impl Address {
     /// A connection outside of the pool, and the payloads of the notifications that it gets.
     pub(crate) async fn listen(
         &self,
-        mut heard: impl FnMut(&str) + Send + 'static,
-    ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
+        notified: impl Fn(&str) + Clone + Send + Sync + 'static,
+    ) -> Result<Connected, tokio_postgres::Error> {
+        self.reach(notified).await
+    }
+
+    /// Connects to the first host that answers and fits; each has its share of the time that is left.
+    async fn reach(
+        &self,
+        notified: impl Fn(&str) + Clone + Send + Sync + 'static,
+    ) -> Result<Connected, tokio_postgres::Error> {
+        if let Some(refusal) = self.hosts.refusal() {
+            return Err(not_connected(io::Error::other(refusal)).await);
+        }
+        let (until, seen) =
+            (Instant::now() + self.settings.connect_timeout.min(LONGEST), self.hosts.seen_by_now());
+        let order = self.hosts.in_order();
+        let (mut failure, mut behind): (Option<tokio_postgres::Error>, Option<(Standing, Connected)>) =
+            (None, None);
+        for (place, index) in order.iter().copied().enumerate() {
+            let reached = self.reach_host(index, until, order.len() - place, &notified).await;
+            let failed = match reached {
+                Ok((_, connected)) if !self.hosts.are_several() => {
+                    self.hosts.let_in();
+                    return Ok(connected);
+                }
+                Ok((standing, connected)) => match standing.fit(&seen) {
+                    Fit::Well => {
+                        self.hosts.let_in();
+                        return Ok(self.newest(index, standing, connected, &notified).await);
+                    }
+                    Fit::Behind => {
+                        if behind.as_ref().is_none_or(|(best, _)| *best < standing) {
+                            behind = Some((standing, connected));
+                        }
+                        continue;
+                    }
+                    unfit => {
+                        let why = if unfit == Fit::Replaced {
+                            "was replaced as the primary"
+                        } else {
+                            "holds another store"
+                        };
+                        let message = format!("the host {} {why}", name_of(&self.hosts.all[index]));
+                        not_connected(io::Error::other(message)).await
+                    }
+                },
+                Err(error) => error,
+            };
+            // One that may pass says more than one that will not: another host may be well soon.
+            if failure.as_ref().is_none_or(|failure| !passes_by_itself(failure)) {
+                failure = Some(failed);
+            }
+        }
+        match (behind, failure) {
+            (Some((standing, connected)), _) => {
+                self.hosts.take(&standing);
+                Ok(connected)
+            }
+            (None, Some(error)) => {
+                if is_refused(&error) {
+                    self.hosts.refused(&PostgresError::refused(&error));
+                }
+                Err(error)
+            }
+            (None, None) => Err(not_connected(io::Error::other("the URL names no host")).await),
+        }
+    }
+
+    /// One host, by all the addresses that its name stands for. With TLS and the login, and with what it says of itself.
+    async fn reach_host(
+        &self,
+        index: usize,
+        until: Instant,
+        hosts_left: usize,
+        notified: &(impl Fn(&str) + Clone + Send + Sync + 'static),
+    ) -> Result<(Standing, Connected), tokio_postgres::Error> {
+        let share = |of: usize| {
+            let left = until.saturating_duration_since(Instant::now());
+            left / u32::try_from(of.max(1)).unwrap_or(u32::MAX)
+        };
+        let config = &self.hosts.all[index];
+        let silent = || {
+            let message = format!("the host {} did not answer in time", name_of(config));
+            io::Error::new(io::ErrorKind::TimedOut, message)
+        };
+        let places = match timeout(share(hosts_left), places(config)).await {
+            Ok(Ok(places)) => places,
+            Ok(Err(error)) => return Err(not_connected(error).await),
+            Err(_) => {
+                self.hosts.was_silent(index);
+                return Err(not_connected(silent()).await);
+            }
+        };
+        let mut failure = None;
+        for (place, config) in places.iter().enumerate() {
+            let attempt = async {
+                let connected = self.connect_to(config, notified.clone()).await?;
+                let standing = match self.hosts.are_several() {
+                    true => self.hosts.standing(&connected.0).await,
+                    false => Standing::default(),
+                };
+                Ok((standing, connected))
+            };
+            match timeout(share(hosts_left - 1 + places.len() - place), attempt).await {
+                Ok(Ok(reached)) => return Ok(reached),
+                Ok(Err(error)) => failure = Some(error),
+                Err(_) => {
+                    self.hosts.was_silent(index);
+                    failure = Some(not_connected(silent()).await);
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Err(not_connected(io::Error::other("the name of the host stands for no address")).await),
+        }
+    }
+
+    /// The newest of several primaries: one that was cut off and lives on may come first in the URL. Asked for now and then
+    /// only, and not for long.
+    async fn newest(
+        &self,
+        index: usize,
+        mut standing: Standing,
+        mut connected: Connected,
+        notified: &(impl Fn(&str) + Clone + Send + Sync + 'static),
+    ) -> Connected {
+        if standing.timeline.is_some() && self.hosts.may_ask_others() {
+            let until = Instant::now() + OTHERS_ANSWER;
+            let mut asked = JoinSet::new();
+            for other in self.hosts.in_order().into_iter().filter(|other| *other != index) {
+                let (address, notified) = (self.clone(), notified.clone());
+                asked.spawn(async move { address.reach_host(other, until, 1, &notified).await });
+            }
+            while let Some(answer) = asked.join_next().await {
+                if let Ok(Ok((its, other))) = answer
+                    && its.timeline > standing.timeline
+                    && its.fit(&self.hosts.seen_by_now()) == Fit::Well
+                {
+                    (standing, connected) = (its, other);
+                }
+            }
+        }
+        self.hosts.take(&standing);
+        connected
+    }
+
+    async fn connect_to(
+        &self,
+        config: &Config,
+        notified: impl Fn(&str) + Send + 'static,
+    ) -> Result<Connected, tokio_postgres::Error> {
         match &self.tls {
-            Tls::Plain => {
-                let (client, connection) = self.config.connect(NoTls).await?;
-                Ok((client, tokio::spawn(run(connection, self.heard.clone(), move |payload| heard(payload)))))
-            }
+            Tls::Plain => spawn(config, NoTls, self.heard.clone(), notified).await,
             #[cfg(feature = "rustls")]
-            Tls::Rustls(tls) => {
-                let (client, connection) = self.config.connect(tls.clone()).await?;
-                Ok((client, tokio::spawn(run(connection, self.heard.clone(), move |payload| heard(payload)))))
-            }
+            Tls::Rustls(tls) => spawn(config, tls.clone(), self.heard.clone(), notified).await,
         }
     }
 }
 
+/// A connection, and the task that drives it.
+pub(crate) type Connected = (Client, JoinHandle<()>);
+
+/// How long the other hosts have to say that one of them is the primary now.
+const OTHERS_ANSWER: Duration = Duration::from_millis(500);
+
 impl Connect for Address {
-    fn connect(
-        &self,
-        config: &Config,
-    ) -> evercore_core::BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
-        let config = config.clone();
-        Box::pin(async move {
-            match &self.tls {
-                Tls::Plain => spawn(&config, NoTls, self.heard.clone()).await,
-                #[cfg(feature = "rustls")]
-                Tls::Rustls(tls) => spawn(&config, tls.clone(), self.heard.clone()).await,
-            }
-        })
+    fn connect(&self, _: &Config) -> evercore_core::BoxFuture<'_, Result<Connected, tokio_postgres::Error>> {
+        Box::pin(self.reach(|_| {}))
     }
 }
 
@@ -121,7 +293,8 @@ async fn spawn<T>(
     config: &Config,
     tls: T,
     heard: Heard,
-) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error>
+    notified: impl Fn(&str) + Send + 'static,
+) -> Result<Connected, tokio_postgres::Error>
 where
     T: MakeTlsConnect<Socket>,
     T::Stream: Send + 'static,
@@ -129,11 +302,11 @@ where
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     let (client, connection) = config.connect(tls).await?;
-    Ok((client, tokio::spawn(run(connection, heard, |_| {}))))
+    Ok((client, tokio::spawn(run(connection, heard, notified))))
 }
 
 /// Drives a connection until it ends. Why it ended is told to those whose statements it took along.
-async fn run<S, T>(mut connection: Connection<S, T>, heard: Heard, mut notified: impl FnMut(&str))
+async fn run<S, T>(mut connection: Connection<S, T>, heard: Heard, notified: impl Fn(&str))
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
@@ -169,88 +342,48 @@ fn set_up(config: &mut Config, settings: &Settings) {
     }
 }
 
-/// What the URL asks for that the driver does not know.
-#[derive(Debug, Default)]
-struct Asked {
-    ssl_mode: Option<String>,
-    root_certificate: Option<PathBuf>,
-    target: Option<String>,
-}
-
-impl Asked {
-    /// Takes the words for TLS out of a URL, or out of a `name=value` list.
-    fn split(url: &str) -> Result<(String, Self)> {
-        let mut asked = Self::default();
-        let rest = if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-            let Some((base, query)) = url.split_once('?') else { return Ok((url.to_owned(), asked)) };
-            let kept: Vec<&str> = query.split('&').filter(|pair| !asked.takes(pair)).collect();
-            if kept.is_empty() { base.to_owned() } else { format!("{base}?{}", kept.join("&")) }
-        } else {
-            let words = words(url);
-            words.into_iter().filter(|word| !asked.takes(word)).collect::<Vec<_>>().join(" ")
-        };
-        Ok((rest, asked))
-    }
-
-    fn takes(&mut self, pair: &str) -> bool {
-        let Some((name, value)) = pair.split_once('=') else { return false };
-        let value = value.trim_matches('\'').replace("%2F", "/").replace("%2f", "/");
-        match name.trim() {
-            "sslmode" => self.ssl_mode = Some(value),
-            "sslrootcert" => self.root_certificate = Some(PathBuf::from(value)),
-            "target_session_attrs" => {
-                self.target = Some(value);
-                return false;
-            }
-            _ => return false,
-        }
-        true
-    }
-}
-
-/// The words of a `name=value` list; a value in quotes may have spaces.
-fn words(list: &str) -> Vec<String> {
-    let (mut words, mut word, mut quoted, mut escaped) = (Vec::new(), String::new(), false, false);
-    for letter in list.chars() {
-        if letter.is_whitespace() && !quoted && !escaped {
-            words.push(std::mem::take(&mut word));
-            continue;
-        }
-        quoted ^= letter == '\'' && !escaped;
-        escaped = letter == '\\' && !escaped;
-        word.push(letter);
-    }
-    words.push(word);
-    words.retain(|word| !word.is_empty());
-    words
-}
-
-/// Plain text to this computer, verified TLS to all others, unless asked otherwise by name.
-fn choose_tls(config: &Config, asked: &Asked, settings: &Settings) -> Result<Tls> {
+/// Plain text to this computer, verified TLS to all others, unless asked otherwise.
+fn choose_tls(asked: &Asked, settings: &Settings) -> Result<Tls> {
+    let client = client_certificate(asked, settings)?;
     let mode = asked.ssl_mode.as_deref().unwrap_or("prefer");
     match mode {
         "disable" => return Ok(Tls::Plain),
         "allow" | "prefer" => {
-            let is_here = config.get_hosts().iter().all(is_local)
-                && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback);
-            if settings.plain_text || is_here {
+            let is_here = |config: &Config| {
+                config.get_hosts().iter().all(is_local)
+                    && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback)
+            };
+            // A certificate to log in with is of no use in plain text.
+            if settings.plain_text || (asked.hosts.iter().all(is_here) && client.is_none()) {
                 return Ok(Tls::Plain);
             }
         }
         "require" | "verify-ca" | "verify-full" => {}
-        _ => return Err(Error::invalid(format!("\"{mode}\" is no sslmode"))),
+        _ => return Err(Error::invalid("the value of \"sslmode\" in the URL is none of PostgreSQL's")),
     }
-    let file = settings.root_certificate.as_ref().or(asked.root_certificate.as_ref());
-    verified(file)
+    let asked = asked.root_certificate.as_ref().filter(|file| file.as_os_str() != "system");
+    verified(settings.root_certificate.as_ref().or(asked), client)
+}
+
+/// The files of the certificate and of its key.
+fn client_certificate<'a>(asked: &'a Asked, settings: &'a Settings) -> Result<Option<(&'a Path, &'a Path)>> {
+    let certificate = asked.client_certificate.as_deref();
+    match (&settings.client_certificate, certificate, asked.client_key.as_deref()) {
+        (Some((certificate, key)), _, _) => Ok(Some((certificate, key))),
+        (None, Some(certificate), Some(key)) => Ok(Some((certificate, key))),
+        (None, None, None) => Ok(None),
+        (None, Some(_), None) => Err(Error::invalid("the URL has \"sslcert\" without \"sslkey\"")),
+        (None, None, Some(_)) => Err(Error::invalid("the URL has \"sslkey\" without \"sslcert\"")),
+    }
 }
 
 #[cfg(feature = "rustls")]
-fn verified(file: Option<&PathBuf>) -> Result<Tls> {
-    Ok(Tls::Rustls(crate::tls::connector(file.map(PathBuf::as_path))?))
+fn verified(file: Option<&PathBuf>, client: Option<(&Path, &Path)>) -> Result<Tls> {
+    Ok(Tls::Rustls(crate::tls::connector(file.map(PathBuf::as_path), client)?))
 }
 
 #[cfg(not(feature = "rustls"))]
-fn verified(_: Option<&PathBuf>) -> Result<Tls> {
+fn verified(_: Option<&PathBuf>, _: Option<(&Path, &Path)>) -> Result<Tls> {
     let message = "a remote host needs the feature `rustls`, or plain text asked for by name";
     Err(Error::invalid(message))
 }
@@ -277,7 +410,8 @@ mod tests {
             "postgres://db.example.org/x",
             "postgres://localhost,db.example.org/x",
             "postgres://db.example.org/x?sslmode=prefer&application_name=a",
-            "postgres://localhost/x?sslmode=verify-full",
+            "postgres://localhost/x?sslmode=verify%2Dfull",
+            "host=localhost sslmode = require",
             "host=db.example.org user=a",
             "host=localhost hostaddr=10.0.0.1",
         ] {
@@ -292,10 +426,5 @@ mod tests {
             assert!(!format!("{error} {error:?}").contains("hunter2"));
             assert_eq!(*error.kind(), ErrorKind::Invalid);
         }
-    }
-
-    #[test]
-    fn quotes_keep_a_value_together() {
-        assert_eq!(words(r"user=a  password='b \' c' host=x"), ["user=a", r"password='b \' c'", "host=x"]);
     }
 }

@@ -49,6 +49,9 @@ impl From<PostgresError> for Error {
             PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };
+        if let Some(told) = told(&error) {
+            return again(told).with_source(error);
+        }
         match error {
             PostgresError::Core(error) => error,
             other => Self::new(kind, with_code(message, &other)).because(other),
@@ -136,6 +139,39 @@ fn with_code(message: &str, error: &PostgresError) -> String {
     format!("{message} (SQLSTATE {}{constraint})", spoken.code().code())
 }
 
+impl PostgresError {
+    /// What a refused login is told as.
+    pub(crate) fn refused(error: &tokio_postgres::Error) -> Error {
+        let (kind, message) = meaning(error);
+        let code = error.code().map_or_else(String::new, |code| format!(" (SQLSTATE {})", code.code()));
+        Error::new(kind, format!("{message}{code}"))
+    }
+}
+
+/// Whether the server does not let this role in, whoever asks.
+pub(crate) fn is_refused(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| code.code().starts_with("28")) || lacks_password(error)
+}
+
+/// The driver says so by its text alone.
+fn lacks_password(error: &tokio_postgres::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.to_string() == "password missing")
+}
+
+/// Whether another attempt to connect may go better.
+pub(crate) fn passes_by_itself(error: &tokio_postgres::Error) -> bool {
+    meaning(error).0 == ErrorKind::Unavailable
+}
+
+/// An error of ours that has come through the driver: a login that is not tried again so soon.
+fn told(error: &PostgresError) -> Option<&Error> {
+    let (PostgresError::Postgres(error) | PostgresError::Pool(PoolError::Backend(error))) = error else {
+        return None;
+    };
+    let io = std::error::Error::source(error)?.downcast_ref::<std::io::Error>()?;
+    io.get_ref()?.downcast_ref()
+}
+
 /// A value in the store that evercore cannot have written.
 pub(crate) fn damaged(error: impl Into<BoxError>) -> PostgresError {
     PostgresError::Damaged(error.into())
@@ -215,6 +251,9 @@ fn without_code(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
     }
     if source.is_some_and(|source| source.is::<WrongType>() || source.is::<WasNull>()) {
         return (ErrorKind::NotAStore, NO_VALUE);
+    }
+    if lacks_password(error) {
+        return (ErrorKind::Invalid, "the server asks for a password, and the URL has none");
     }
     if source.is_some() {
         return (ErrorKind::Backend, "the server was not understood, or it speaks no TLS");

@@ -9,6 +9,7 @@ mod engine;
 mod error;
 mod flight;
 mod heard;
+mod hosts;
 mod inline;
 mod load;
 mod log;
@@ -26,6 +27,7 @@ mod subscriptions;
 mod task;
 #[cfg(feature = "rustls")]
 mod tls;
+mod url;
 mod wait;
 mod write;
 mod writing;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{Direction, Error, LogPage, LogQuery, NameTable, Position, Timestamp};
+use evercore_core::{Direction, Error, ErrorKind, LogPage, LogQuery, NameTable, Position, Timestamp};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
@@ -19,6 +19,8 @@ use crate::store::Store;
 /// up to there.
 const HEAD: &str = "SELECT l.position, coalesce((SELECT max(t.id) FROM @event_types t), 0)
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
+
+const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 
 /// The columns of an event, filtered and in the order of a direction.
 macro_rules! select_log {
@@ -274,7 +276,28 @@ impl Head {
 
 /// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
 pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
-    store.read(|lent| async move { store.names.retry(&lent, || read_on(store, &lent, query)).await }).await
+    store
+        .read(|lent| async move {
+            let page = store.names.retry(&lent, || read_on(store, &lent, query)).await;
+            match page {
+                Err(PostgresError::Core(error)) if matches!(error.kind(), ErrorKind::CursorAhead { .. }) => {
+                    Err(ahead(&lent, error).await?.into())
+                }
+                page => page,
+            }
+        })
+        .await
+}
+
+/// A standby may not have come so far yet, which passes by itself.
+async fn ahead(lent: &Lent, error: Error) -> Result<Error> {
+    let rows = lent.sender()?.client.query_typed(IS_STANDBY, &[]).await?;
+    let is_standby = rows.first().map(|row| row.try_get(0)).transpose()?.unwrap_or(false);
+    if !is_standby {
+        return Ok(error);
+    }
+    let message = format!("the standby lags, or the log has lost its end: {error}");
+    Ok(Error::new(ErrorKind::Unavailable, message))
 }
 
 /// The head and the first rows go over the wire together.

@@ -81,8 +81,13 @@ impl Lent {
 
     async fn take(store: &Store, pool: &Pool, state: State) -> Result<Self> {
         store.check_open()?;
-        // A pool that was handed in may have no time-out of its own.
-        let object = timeout(store.settings.connect_timeout, pool.get()).await;
+        // Ours keeps its times itself: one for a free connection, one for making it. A pool that was handed in may have
+        // none.
+        let patience = match store.address {
+            Some(_) => store.settings.connect_timeout.saturating_mul(3),
+            None => store.settings.connect_timeout,
+        };
+        let object = timeout(patience, pool.get()).await;
         let object =
             object.map_err(|_| Error::new(ErrorKind::Unavailable, "no connection became free in time"))?;
         let object = object.map_err(|error| match error {

@@ -96,6 +96,9 @@ impl Store {
         let lent = Lent::to_read(&store).await?;
         let outcome = store.in_time(store.look_around(&lent)).await;
         lent.after(outcome)?;
+        if let Some(address) = &store.address {
+            address.hosts().follow(store.store_id(), store.watch.subscribe());
+        }
         inline::catch_up(&store).await?;
         Ok(store)
     }

@@ -4,48 +4,118 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evercore_core::{BoxError, Error, ErrorKind, Result};
-use rustls::pki_types::CertificateDer;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::pem::PemObject;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// Trusts the certificates in this file, or those of the operating system.
-pub(crate) fn connector(file: Option<&Path>) -> Result<MakeRustlsConnect> {
-    let roots = match file {
-        Some(file) => from_file(file)?,
-        None => from_system()?,
-    };
+/// Trusts the certificates in this file, or those of the operating system; shows the client's own if there is one, with
+/// the file of its key.
+pub(crate) fn connector(file: Option<&Path>, client: Option<(&Path, &Path)>) -> Result<MakeRustlsConnect> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(|error| failed("TLS cannot be set up", error))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(MakeRustlsConnect::new(config))
-}
-
-fn from_file(file: &Path) -> Result<RootCertStore> {
-    let unreadable = |error| failed("the file of root certificates does not read", error);
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(file).map_err(unreadable)? {
-        let certificate = certificate.map_err(unreadable)?;
-        roots.add(certificate).map_err(|error| failed("a root certificate is not valid", error))?;
-    }
-    checked(roots)
-}
-
-/// What the operating system has and rustls cannot read is left out, as every browser does.
-fn from_system() -> Result<RootCertStore> {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    checked(roots)
-}
-
-fn checked(roots: RootCertStore) -> Result<RootCertStore> {
+        .map_err(|error| failed("TLS cannot be set up", error))?;
+    let (roots, pinned) = match file {
+        Some(file) => from_file(file)?,
+        None => (from_system(), Vec::new()),
+    };
     if roots.is_empty() {
         return Err(Error::new(ErrorKind::Backend, "there is no root certificate to trust"));
     }
-    Ok(roots)
+    let usual = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .map_err(|error| failed("the root certificates cannot be used", error))?;
+    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Verifier { usual, pinned }));
+    let config = match client {
+        Some((certificate, key)) => builder
+            .with_client_auth_cert(certificates(certificate, "the client's certificate")?, private_key(key)?)
+            .map_err(|error| failed("the client's certificate and its key cannot be used", error))?,
+        None => builder.with_no_client_auth(),
+    };
+    Ok(MakeRustlsConnect::new(config))
+}
+
+fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let unreadable = |error| failed(&format!("the file of {what} does not read"), error);
+    let all: Vec<_> = CertificateDer::pem_file_iter(file)
+        .map_err(unreadable)?
+        .collect::<Result<_, _>>()
+        .map_err(unreadable)?;
+    if all.is_empty() {
+        return Err(Error::new(ErrorKind::Backend, format!("the file of {what} holds no certificate")));
+    }
+    Ok(all)
+}
+
+fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
+    let message = "the file of the client's key does not read, or the key is encrypted";
+    PrivateKeyDer::from_pem_file(file).map_err(|error| failed(message, error))
+}
+
+fn from_file(file: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>)> {
+    let all = certificates(file, "root certificates")?;
+    let mut roots = RootCertStore::empty();
+    for certificate in &all {
+        let added = roots.add(certificate.clone());
+        added.map_err(|error| failed("a root certificate is not valid", error))?;
+    }
+    Ok((roots, all))
+}
+
+/// What the operating system has and rustls cannot read is left out, as every browser does.
+fn from_system() -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots
+}
+
+/// Verifies as usual, but for a server that shows a certificate which was handed to us: whoever has its key is the one
+/// that is meant, whatever name and dates the certificate bears. So a certificate that has signed itself can be pinned.
+#[derive(Debug)]
+struct Verifier {
+    usual: Arc<WebPkiServerVerifier>,
+    pinned: Vec<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if self.pinned.iter().any(|pinned| pinned == end_entity) {
+            return Ok(ServerCertVerified::assertion());
+        }
+        self.usual.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.usual.supported_verify_schemes()
+    }
 }
 
 fn failed(message: &str, error: impl Into<BoxError>) -> Error {

@@ -85,6 +85,11 @@ impl Watch {
         });
     }
 
+    /// Where the engine has seen the log end, as it moves.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<i64> {
+        self.seen.subscribe()
+    }
+
     pub(crate) fn seen(&self) -> Position {
         Position::new(*self.seen.borrow()).unwrap_or_default()
     }

@@ -357,3 +357,75 @@ async fn together(
     }
     outcomes
 }
+
+/// The old primary lives on where it was, first in the URL, and takes writes: nobody has told it.
+#[test]
+fn a_primary_that_was_replaced_and_lives_on_is_not_taken() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let url = format!(
+            "postgres://evercore@127.0.0.1:{},127.0.0.1:{}/postgres",
+            pair.primary.port(),
+            pair.standby.port()
+        );
+        let engine = pair.at.builder().pool_size(2).connect(&url).await.unwrap();
+        let store = EventStore::new(engine.clone());
+        for _ in 0..5 {
+            place(&store, "first").await.unwrap();
+        }
+        pair.standby_has(5).await;
+        pair.cut().await;
+        pair.primary.stop().unwrap();
+        pair.standby.promote().unwrap();
+        place_at_last(&store, "first").await;
+        pair.primary.start_again().unwrap();
+        // All connections are made anew, while both take writes.
+        let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'evercore'";
+        pair.standby.psql("postgres", end).unwrap();
+        for _ in 0..4 {
+            place_at_last(&store, "first").await;
+        }
+        // A process that knows nothing asks both.
+        let other = pair.at.builder().connect(&url).await.unwrap();
+        place(&EventStore::new(other), "first").await.unwrap();
+        let position = format!("SELECT position FROM {}.log_end", pair.at.schema);
+        let of = |server: &Server| server.psql("postgres", &position).unwrap();
+        assert_eq!((of(&pair.primary), of(&pair.standby)), ("5".to_owned(), "11".to_owned()));
+        // Alone, it is an old primary still.
+        pair.standby.kill();
+        soon("the standby is gone", async || store.head().await.is_err()).await;
+        let error = place(&store, "first").await.unwrap_err();
+        assert!(may_pass(&error), "{}", all_of(&error));
+        assert_eq!(of(&pair.primary), "5");
+    });
+}
+
+/// Its host is gone, and the other has not come so far: that passes by itself.
+#[test]
+fn a_reader_waits_for_a_standby_that_lags() {
+    block_on(async {
+        let Some(pair) = Pair::start() else { return };
+        let store = EventStore::new(pair.at.engine().await);
+        place(&store, "first").await.unwrap();
+        pair.standby_has(1).await;
+        pair.standby.psql("postgres", "SELECT pg_wal_replay_pause()").unwrap();
+        for _ in 0..4 {
+            place(&store, "first").await.unwrap();
+        }
+        let url = format!(
+            "postgres://evercore@127.0.0.1:{},127.0.0.1:{}/postgres",
+            pair.primary.port(),
+            pair.standby.port()
+        );
+        let reader = pair.at.builder().read_from(&url).await.unwrap();
+        let end = Position::new(5).unwrap();
+        assert_eq!(reader.head().await.unwrap(), end);
+        pair.primary.stop().unwrap();
+        soon("the other host is read from", async || reader.head().await.is_ok()).await;
+        let error = reader.read_log(&LogQuery::after(end)).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Unavailable, "{}", all_of(&error));
+        assert!(error.is_retryable() && error.to_string().contains("standby"), "{error}");
+        pair.standby.psql("postgres", "SELECT pg_wal_replay_resume()").unwrap();
+        soon("it has caught up", async || reader.read_log(&LogQuery::after(end)).await.is_ok()).await;
+    });
+}

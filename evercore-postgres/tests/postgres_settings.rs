@@ -591,3 +591,95 @@ fn readers_that_read_ahead_and_rest_hold_no_connection() {
         }
     });
 }
+
+/// A listener that never answers: a machine that hangs, or a stopped postmaster.
+fn silent() -> (std::net::TcpListener, u16) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+#[test]
+fn a_host_that_hangs_has_its_share_of_the_time_and_then_comes_last() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let (_silent, port) = silent();
+        let (before, rest) = at.url.split_once('@').unwrap();
+        let url = format!("{before}@127.0.0.1:{port},{rest}");
+        let began = Instant::now();
+        let timeout = Duration::from_millis(1_000);
+        let engine = at.builder().pool_size(4).connect_timeout(timeout).connect(&url).await.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(1_500), "{:?}", began.elapsed());
+        // Each of these may need a connection of its own.
+        let began = Instant::now();
+        let store = EventStore::new(engine.clone());
+        let all = (0..4).map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move { place(&store, &format!("order {n}")).await.unwrap() })
+        });
+        for one in all.collect::<Vec<_>>() {
+            one.await.unwrap();
+        }
+        assert!(began.elapsed() < Duration::from_millis(450), "{:?}", began.elapsed());
+        // As psql has it, the URL says how long each host may take.
+        let joint = if url.contains('?') { '&' } else { '?' };
+        let began = Instant::now();
+        at.builder().connect(&format!("{url}{joint}connect_timeout=1")).await.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(1_700), "{:?}", began.elapsed());
+        let error = at
+            .builder()
+            .connect_timeout(Duration::from_millis(200))
+            .connect(&format!("postgres://evercore@127.0.0.1:{port}/x"))
+            .await
+            .unwrap_err();
+        assert!(all_of(&error).contains(&format!("127.0.0.1:{port}")), "{}", all_of(&error));
+    });
+}
+
+/// Against a server that refuses the login, those who wait must not log in again and again.
+#[test]
+fn a_refused_login_is_not_tried_again_by_everybody_who_waits() {
+    block_on(async {
+        let Some(server) = Server::builder().start_or_skip() else { return };
+        server.psql("postgres", "CREATE ROLE app LOGIN SUPERUSER PASSWORD 'old'").unwrap();
+        let file = server.psql("postgres", "SHOW hba_file").unwrap();
+        let rest = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, "host all app all scram-sha-256\n".to_owned() + &rest).unwrap();
+        server.psql("postgres", "SELECT pg_reload_conf()").unwrap();
+        let url = server.url().replace("//evercore@", "//app:old@");
+        let missing = server.url().replace("//evercore@", "//app@");
+        soon("the file was read again", async || PostgresEngine::connect(&missing).await.is_err()).await;
+        let error = PostgresEngine::connect(&missing).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Invalid, "{}", all_of(&error));
+        assert!(error.to_string().contains("password"), "{error}");
+
+        let engine = PostgresEngine::connect(&url).await.unwrap();
+        server.psql("postgres", "ALTER ROLE app PASSWORD 'new'").unwrap();
+        let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'";
+        server.psql("postgres", end).unwrap();
+        let store = EventStore::new(engine);
+        let refusals = || server.log().matches("password authentication failed").count();
+        let before = refusals();
+        let all = (0..30).map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move { place(&store, &format!("order {n}")).await.unwrap_err() })
+        });
+        for one in all.collect::<Vec<_>>() {
+            let error = one.await.unwrap();
+            assert!(error.to_string().contains("28P01") || may_pass(&error), "{}", all_of(&error));
+        }
+        for n in 0..10 {
+            assert!(place(&store, &format!("order {n}")).await.is_err());
+        }
+        let tried = refusals() - before;
+        println!("{tried} logins");
+        assert!((1..=9).contains(&tried), "{tried} logins");
+        server.psql("postgres", "ALTER ROLE app PASSWORD 'old'").unwrap();
+        soon("it is let in again", async || place(&store, "at last").await.is_ok()).await;
+    });
+}
+
+/// Sessions that were ended.
+fn may_pass(error: &evercore_postgres::Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::OutcomeUnknown)
+}

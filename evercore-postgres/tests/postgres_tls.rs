@@ -291,3 +291,74 @@ fn a_password_is_never_shown() {
         assert!(!shows(&all_of(&place.builder().connect(&listed).await.unwrap_err())));
     });
 }
+
+fn openssl(folder: &Path, args: &str) {
+    let made = Command::new("openssl").args(args.split_whitespace()).current_dir(folder).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+}
+
+/// Logs in by a certificate; then the server shows one that has signed itself and bears another name.
+#[test]
+fn certificates_of_clients_and_certificates_that_are_pinned() {
+    const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    block_on(async {
+        if server().is_none() {
+            return;
+        }
+        let own = Server::builder().tls().setting("ssl_ca_file", "ca.crt").start().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, ca_file) = (folder.path().display(), own.ca_file());
+        own.psql("postgres", "CREATE ROLE certified LOGIN SUPERUSER").unwrap();
+        let file = own.psql("postgres", "SHOW hba_file").unwrap();
+        let rest = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(
+            &file,
+            "hostssl all certified all cert\nhost all certified all reject\n".to_owned() + &rest,
+        )
+        .unwrap();
+        own.psql("postgres", "SELECT pg_reload_conf()").unwrap();
+        openssl(folder.path(), &format!("req {KEY} -subj /CN=certified -keyout client.key -out client.csr"));
+        let (ca, ca_key) = (ca_file.display(), ca_file.with_file_name("ca.key"));
+        let sign =
+            format!("x509 -req -days 2 -in client.csr -CA {ca} -CAkey {} -set_serial 7", ca_key.display());
+        std::fs::write(folder.path().join("client.ext"), "extendedKeyUsage = clientAuth\n").unwrap();
+        openssl(folder.path(), &format!("{sign} -extfile client.ext -out client.crt"));
+
+        let without = url(&own, "certified", "localhost");
+        soon("the file was read again", async || PostgresEngine::connect(&without).await.is_err()).await;
+        let place = Place::on(without.clone());
+        let by_url =
+            format!("{without}&sslcert={dir}/client%2Ecrt&sslkey={dir}/client.key&application_name=by_url");
+        let engine = place.builder().connect(&by_url).await.unwrap();
+        use_it(&engine).await;
+        assert_eq!(encrypted(&own, "by_url"), "true");
+        let files = (folder.path().join("client.crt"), folder.path().join("client.key"));
+        let builder = place.builder().client_certificate(&files.0, &files.1);
+        use_it(&builder.connect(&without).await.unwrap()).await;
+        let half = place.builder().connect(&format!("{without}&sslcert={dir}/client.crt")).await.unwrap_err();
+        assert_eq!(half.kind(), &ErrorKind::Invalid);
+        assert!(half.to_string().contains("sslkey"), "{half}");
+
+        openssl(
+            folder.path(),
+            &format!("req -x509 -days 2 {KEY} -subj /CN=elsewhere -keyout own.key -out own.crt"),
+        );
+        for kind in ["crt", "key"] {
+            // Written into the files that are there, which keep their owner.
+            let made = std::fs::read(folder.path().join(format!("own.{kind}"))).unwrap();
+            std::fs::write(ca_file.with_file_name(format!("server.{kind}")), made).unwrap();
+        }
+        own.psql("postgres", "SELECT pg_reload_conf()").unwrap();
+        let place = Place::on(own.url());
+        let strict = format!("{}?sslmode=verify-full&sslrootcert=", own.url());
+        let by_authority = format!("{strict}{ca}");
+        soon("it shows its own", async || place.builder().connect(&by_authority).await.is_err()).await;
+        let pinned = format!("{strict}{dir}/own.crt&application_name=pinned");
+        let engine = place.builder().connect(&pinned).await.unwrap();
+        use_it(&engine).await;
+        assert_eq!(encrypted(&own, "pinned"), "true");
+        let other = another_authority(folder.path());
+        let error = refused(&place, &format!("{strict}{}", other.display())).await;
+        assert!(all_of(&error).contains("certificate"), "{}", all_of(&error));
+    });
+}
