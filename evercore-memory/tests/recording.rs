@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
 use evercore_memory::{
-    Aggregate, BoxError, ErrorKind, EventContext, EventStore, EventsOnly, Json, Loaded, MemoryEngine,
-    Metadata, Result, Timestamp, UnitOfWork, limits,
+    Aggregate, BoxError, ErrorKind, EventContext, EventStore, EventsOnly, Json, Loaded, LogQuery,
+    MemoryEngine, Metadata, Position, Result, Timestamp, UnitOfWork, limits,
 };
 use evercore_testkit::{Given, block_on};
 use serde::de::DeserializeOwned;
@@ -463,4 +464,37 @@ fn a_story_carries_metadata() {
                 ["1 0 None None None {}", "2 5 None None None {}", r#"3 6 Some("clerk") None None {}"#]
             );
         });
+}
+
+#[test]
+fn a_text_with_an_escape_in_it_is_read_where_it_cannot_be_borrowed() {
+    #[derive(Debug, Serialize, Deserialize)]
+    enum Note {
+        Written { text: String },
+    }
+    #[derive(Deserialize)]
+    enum Reader<'a> {
+        Written {
+            #[serde(borrow)]
+            text: Cow<'a, str>,
+        },
+    }
+    block_on(async {
+        let (store, mut work, mut seen) = begun::<Seen<Note>>().await;
+        for text in ["plain", "a \"quote\"\nand a line"] {
+            work.record(&mut seen, Note::Written { text: text.into() }).unwrap();
+        }
+        work.commit().await.unwrap();
+        let page = store.read_log(&LogQuery::after(Position::ZERO)).await.unwrap();
+        let events: Vec<_> = page.events.iter().collect();
+        let texts: Vec<_> = events
+            .iter()
+            .map(|event| {
+                let Reader::Written { text } = event.json().unwrap();
+                text
+            })
+            .collect();
+        assert!(matches!(texts[0], Cow::Borrowed("plain")));
+        assert_eq!(texts[1], "a \"quote\"\nand a line");
+    });
 }

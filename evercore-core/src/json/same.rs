@@ -24,7 +24,7 @@ fn same_parts(one: &[u8], other: &[u8]) -> Result<bool, Error> {
 enum Tree<'a> {
     Scalar(&'a str),
     List(Vec<Self>),
-    Object(Vec<(String, Self)>),
+    Object(Vec<(&'a str, Self)>),
 }
 
 impl<'a> Tree<'a> {
@@ -37,7 +37,9 @@ impl<'a> Tree<'a> {
             }
             Some(b'{') => {
                 let Entries(parts) = serde_json::from_str(text)?;
-                Self::Object(sorted(parts.into_iter().map(|(name, value)| Ok((name, Self::of(value)?))))?)
+                Self::Object(sorted(
+                    parts.into_iter().map(|(name, value)| Ok((name.get(), Self::of(value)?))),
+                )?)
             }
             _ => Self::Scalar(text),
         })
@@ -51,7 +53,7 @@ fn sorted<T: Ord>(parts: impl Iterator<Item = Result<T, Error>>) -> Result<Vec<T
 }
 
 /// The entries of an object, also those with the same name.
-struct Entries<'a>(Vec<(String, &'a RawValue)>);
+struct Entries<'a>(Vec<(&'a RawValue, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Entries<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
