@@ -99,6 +99,7 @@ pub struct Batch {
     guards: Vec<Guard>,
     snapshots: Vec<(AggregateId, Snapshot)>,
     command_id: Option<CommandId>,
+    fingerprint: Option<i64>,
     growths: Vec<Growth>,
     created: HashMap<AggregateId, usize>,
     growth_of: HashMap<AggregateId, usize>,
@@ -232,9 +233,10 @@ impl Batch {
         }
     }
 
-    /// Names the command, so that it takes effect once.
-    pub fn set_command_id(&mut self, id: CommandId) {
-        self.command_id = Some(id);
+    /// Names the command that the batch carries out, so that it takes effect once, and says what tells it from others
+    /// with the same id; `None`: nothing does. [`Command`](crate::Command) tells what a fingerprint is of.
+    pub fn set_command(&mut self, id: CommandId, fingerprint: Option<i64>) {
+        (self.command_id, self.fingerprint) = (Some(id), fingerprint);
     }
 
     /// The aggregates to make.
@@ -288,6 +290,11 @@ impl Batch {
         self.command_id.as_ref()
     }
 
+    /// What tells the command from others with the same id, if anything does.
+    pub fn fingerprint(&self) -> Option<i64> {
+        self.fingerprint
+    }
+
     /// How many events there are.
     pub fn events(&self) -> usize {
         self.events
@@ -337,33 +344,6 @@ impl Batch {
             && self.snapshots.is_empty()
             && self.command_id.is_none()
     }
-
-    /// Tells the content of one command from another: the types, keys, event types and payloads, in order; not ids,
-    /// expected sequences and times, which differ when the same command is tried again.
-    ///
-    /// It finds an id used twice by mistake; it is no defence against malice (64 bits, FNV-1a).
-    pub fn fingerprint(&self) -> i64 {
-        let mut hash = Fnv::new();
-        for created in &self.creates {
-            hash.part(b"create");
-            hash.part(created.aggregate_type.as_str().as_bytes());
-            hash.part(created.key.as_ref().map_or(&[], |key| key.as_str().as_bytes()));
-        }
-        for change in &self.key_changes {
-            hash.part(b"key");
-            hash.part(change.aggregate_type.as_str().as_bytes());
-            hash.part(change.key.as_str().as_bytes());
-        }
-        for append in &self.appends {
-            hash.part(b"append");
-            hash.part(append.aggregate_type.as_str().as_bytes());
-            for event in &append.events {
-                hash.part(event.event_type.as_str().as_bytes());
-                hash.part(event.payload.as_bytes());
-            }
-        }
-        hash.finish()
-    }
 }
 
 /// What a row costs beside its texts and payloads: numbers, times and lengths.
@@ -374,26 +354,6 @@ fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
         return Err(Error::invalid(format!("a unit of work with {count} {what}, the limit is {limit}")));
     }
     Ok(())
-}
-
-/// FNV-1a with 64 bits: the same on every machine and in every release, unlike the standard library's hasher.
-struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    /// The length goes in first, so that no two lists of parts are alike.
-    fn part(&mut self, bytes: &[u8]) {
-        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
-
-    fn finish(self) -> i64 {
-        self.0.cast_signed()
-    }
 }
 
 /// What a commit gives back: where its events stand.

@@ -2,10 +2,11 @@
 
 use crate::aggregate::{Aggregate, aggregate_type};
 use crate::batch::Receipt;
+use crate::command::{Command, CommandTarget};
 use crate::engine::Target;
-use crate::error::{BoxError, Error, ErrorKind, Result};
-use crate::name::{CommandId, Key};
-use crate::retry::Attempts;
+use crate::error::{BoxError, Error, Result};
+use crate::name::Key;
+use crate::retry::{Attempts, Once};
 use crate::store::EventStore;
 use crate::target::IntoTarget;
 
@@ -16,7 +17,7 @@ pub trait Decision<E> {
     /// The events, in order.
     ///
     /// # Errors
-    /// The user's refusal; it comes back as the source of [`Rejected`](ErrorKind::Rejected).
+    /// The user's refusal; it comes back as the source of [`Rejected`](crate::ErrorKind::Rejected).
     fn into_events(self) -> Result<Vec<E>, BoxError>;
 }
 
@@ -51,7 +52,7 @@ impl EventStore {
     /// no effects, since it may run several times.
     ///
     /// # Errors
-    /// [`Rejected`](ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
+    /// [`Rejected`](crate::ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
     /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), the
     /// conflict only after the last attempt.
     pub async fn update<T, F, D>(&self, target: impl IntoTarget, decide: F) -> Result<Receipt>
@@ -67,7 +68,7 @@ impl EventStore {
     /// As [`update`](Self::update), for an aggregate that is made if there is none with this natural key.
     ///
     /// # Errors
-    /// As [`update`](Self::update), but never [`NotFound`](ErrorKind::NotFound).
+    /// As [`update`](Self::update), but never [`NotFound`](crate::ErrorKind::NotFound).
     pub async fn update_or_create<T, F, D>(&self, key: impl AsRef<str>, decide: F) -> Result<Receipt>
     where
         T: Aggregate,
@@ -78,15 +79,19 @@ impl EventStore {
         self.decide(target, true, None, decide).await
     }
 
-    /// As [`update`](Self::update), once per command id: if the command took effect before, its first receipt comes
-    /// back and nothing is decided.
+    /// As [`update`](Self::update), once per command: if it took effect before, its first receipt comes back and
+    /// nothing is decided. So it does if the command comes twice at once, and the decision sees what the other one did.
+    ///
+    /// The same id for another target, or with another word, is a mistake of the caller's and is refused; see
+    /// [`Command`]. A refusal is not remembered: the same command may come again, and is decided again.
     ///
     /// # Errors
-    /// As [`update`](Self::update), and [`CommandAbandoned`](ErrorKind::CommandAbandoned). After
-    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), call it again with the same id.
+    /// As [`update`](Self::update), [`CommandReused`](crate::ErrorKind::CommandReused) and
+    /// [`CommandAbandoned`](crate::ErrorKind::CommandAbandoned). After [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown), call it
+    /// again with the same command.
     pub async fn update_once<T, F, D>(
         &self,
-        command: CommandId,
+        command: impl Into<Command> + Send,
         target: impl IntoTarget,
         decide: F,
     ) -> Result<Receipt>
@@ -96,14 +101,33 @@ impl EventStore {
         D: Decision<T::Event> + Send,
     {
         let target = target.into_target(&aggregate_type::<T>()?)?;
-        self.decide(target, false, Some(command), decide).await
+        self.decide(target, false, Some(command.into()), decide).await
+    }
+
+    /// As [`update_once`](Self::update_once), for an aggregate that is made if there is none with this natural key.
+    ///
+    /// # Errors
+    /// As [`update_once`](Self::update_once), but never [`NotFound`](crate::ErrorKind::NotFound).
+    pub async fn update_or_create_once<T, F, D>(
+        &self,
+        command: impl Into<Command> + Send,
+        key: impl AsRef<str> + Send,
+        decide: F,
+    ) -> Result<Receipt>
+    where
+        T: Aggregate,
+        F: FnMut(&T) -> D + Send,
+        D: Decision<T::Event> + Send,
+    {
+        let target = Target::Key(aggregate_type::<T>()?, Key::new(key)?);
+        self.decide(target, true, Some(command.into()), decide).await
     }
 
     async fn decide<T, F, D>(
         &self,
         target: Target,
         create: bool,
-        command: Option<CommandId>,
+        command: Option<Command>,
         mut decide: F,
     ) -> Result<Receipt>
     where
@@ -111,14 +135,27 @@ impl EventStore {
         F: FnMut(&T) -> D + Send,
         D: Decision<T::Event> + Send,
     {
+        let once = match command {
+            Some(command) => {
+                let aggregate_type = aggregate_type::<T>()?;
+                let fingerprint = command.fingerprint([CommandTarget::of(&aggregate_type, &target)]);
+                Some(Once { command, fingerprint })
+            }
+            None => None,
+        };
         let mut attempts = Attempts::new(self.retry_policy());
         loop {
-            let result = self.decide_once(&target, create, command.as_ref(), &mut decide).await;
-            let Err(error) = result else { return result };
-            let was_first = command.is_some() && matches!(error.kind(), ErrorKind::CommandReused);
-            if !(was_first || error.is_retryable()) || !attempts.pause(self).await {
-                return Err(error);
+            let error = match self.decide_once(&target, create, once.as_ref(), &mut decide).await {
+                Ok(receipt) => return Ok(receipt),
+                Err(error) => error,
+            };
+            if error.is_retryable() && attempts.pause(self).await {
+                continue;
             }
+            return match &once {
+                Some(once) => once.receipt_or(self, error).await,
+                None => Err(error),
+            };
         }
     }
 
@@ -126,7 +163,7 @@ impl EventStore {
         &self,
         target: &Target,
         create: bool,
-        command: Option<&CommandId>,
+        once: Option<&Once>,
         decide: &mut F,
     ) -> Result<Receipt>
     where
@@ -135,11 +172,11 @@ impl EventStore {
         D: Decision<T::Event> + Send,
     {
         let mut work = self.begin();
-        if let Some(command) = command {
-            if let Some(first) = self.receipt(command).await? {
+        if let Some(once) = once {
+            if let Some(first) = once.receipt(self).await? {
                 return Ok(first);
             }
-            work.set_command_id(command.clone());
+            once.mark(&mut work);
         }
         let mut aggregate = match target {
             Target::Key(_, key) if create => work.load_or_create::<T>(key).await?,

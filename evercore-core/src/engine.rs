@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::aggregate::{Aggregate, aggregate_type};
 use crate::batch::{Batch, Receipt, Snapshot};
+use crate::command::KnownCommand;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventRow, Events};
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
@@ -52,20 +53,28 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     ///   holder is free;
     /// * an aggregate that does not exist is `NotFound`, whether appended to, guarded, renamed or given a snapshot; one
     ///   of another type is `WrongType`; an aggregate to be made whose id is in use is `Invalid`;
-    /// * the command id is looked at before everything else: known with the same fingerprint, the first receipt comes
-    ///   back and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
+    /// * the command id is looked at before everything else, and one that is known is answered as
+    ///   [`KnownCommand::answer`] says: with the same fingerprint, or if the batch has none, the first receipt comes back
+    ///   and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
     /// * an aggregate has one snapshot: a later one, or one of another version, takes its place, an earlier one of the
     ///   same version does not; one that is ahead of the aggregate after the batch is not kept;
     /// * `recorded_at` is the engine's clock, never less than that of the event before.
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>>;
 
-    /// The receipt of the command with this id, if it took effect.
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>>;
+    /// What is remembered of the command with this id; `None` if nothing is.
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>>;
 
     /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will".
     ///
     /// * after `None`, a commit with that id is `CommandAbandoned`, however long it was on its way.
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>>;
+
+    /// Forgets the commands that took effect or were settled before this time, by the engine's clock; tells how many.
+    ///
+    /// * a command that is forgotten is unknown: a commit with its id takes effect;
+    /// * what is younger is kept, and so is every event;
+    /// * it holds up no commit for long, however many there are. Dropped halfway, it has forgotten some.
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>>;
 
     /// Loads an aggregate: its newest usable snapshot and the events behind it; `None` if there is no such aggregate.
     ///

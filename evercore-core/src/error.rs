@@ -85,7 +85,8 @@ pub enum ErrorKind {
         /// Where the event lies in the log; `None` if it is not stored.
         position: Option<Position>,
     },
-    /// The command id took effect before, with other content. Use a new id for a new command.
+    /// The command id took effect before, for something else: another [word](crate::Command::new) or other aggregates.
+    /// Use a new id for a new command.
     CommandReused,
     /// The outcome of the command id was settled as "never committed"; it can take effect no more. Use a new id.
     CommandAbandoned,
@@ -207,14 +208,17 @@ impl Error {
         Self::new(ErrorKind::AlreadyOwned, message)
     }
 
-    /// The command id took effect before, with other content.
+    /// The command id took effect before, for something else.
     pub fn command_reused() -> Self {
-        Self::new(ErrorKind::CommandReused, "the command id took effect before, with other content")
+        let message =
+            "the command id took effect before, for another request or other aggregates; use a new id";
+        Self::new(ErrorKind::CommandReused, message)
     }
 
     /// The command id was settled as "never committed".
     pub fn command_abandoned() -> Self {
-        Self::new(ErrorKind::CommandAbandoned, "the command id was settled as never committed")
+        let message = "the command id was settled as never committed; use a new id";
+        Self::new(ErrorKind::CommandAbandoned, message)
     }
 
     /// The store's schema is newer than this library.

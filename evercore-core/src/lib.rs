@@ -4,6 +4,7 @@
 mod aggregate;
 mod ahead;
 mod batch;
+mod command;
 mod context;
 mod decision;
 mod engine;
@@ -36,6 +37,7 @@ mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
 pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use command::{Command, KnownCommand};
 pub use context::EventContext;
 pub use decision::Decision;
 pub use engine::{

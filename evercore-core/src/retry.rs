@@ -4,8 +4,11 @@ use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::batch::Receipt;
+use crate::command::Command;
+use crate::error::{Error, Result};
 use crate::store::EventStore;
+use crate::unit_of_work::UnitOfWork;
 
 /// How often, and after which pauses, work is run again after a conflict or when the engine is unavailable.
 ///
@@ -109,6 +112,100 @@ impl EventStore {
                 }
                 result => return result,
             }
+        }
+    }
+}
+
+impl EventStore {
+    /// Runs the work once per command: as [`retry`](Self::retry), but if the command took effect before, its first
+    /// receipt comes back and the work is not run. For commands that several aggregates take part in; for a single one
+    /// there is [`update_once`](Self::update_once).
+    ///
+    /// The work gets a unit of work that carries the command, and commits it, by itself or by a `commit_with` of the
+    /// engine. The command's word is all by which the same id for something else is found, so it should say everything
+    /// that the caller asks for. If the work fails for good, the receipt is looked for again: the same command may have
+    /// come twice at once, and the work has seen what the other one did. A refusal is not remembered.
+    ///
+    /// ```
+    /// # use evercore_core::{Aggregate, Command, CommandId, Error, EventStore, Json, Receipt, Result};
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Clone, Default, Serialize, Deserialize)] struct Account { cents: i64 }
+    /// # #[derive(Serialize, Deserialize)] enum AccountEvent { Moved { cents: i64 } }
+    /// # impl Aggregate for Account {
+    /// #     const TYPE: &'static str = "account"; type Event = AccountEvent; type Codec = Json;
+    /// #     fn apply(&mut self, AccountEvent::Moved { cents }: AccountEvent) { self.cents += cents }
+    /// # }
+    /// async fn transfer(store: &EventStore, request: CommandId, cents: i64) -> Result<Receipt> {
+    ///     let command = Command::new(request, format!("{cents} from alice to bob"));
+    ///     store.once(command, async |mut work| {
+    ///         let mut from = work.load::<Account>("alice").await?;
+    ///         let mut to = work.load::<Account>("bob").await?;
+    ///         if from.cents < cents {
+    ///             return Err(Error::rejected("not enough"));
+    ///         }
+    ///         work.record(&mut from, AccountEvent::Moved { cents: -cents })?;
+    ///         work.record(&mut to, AccountEvent::Moved { cents })?;
+    ///         work.commit().await
+    ///     }).await
+    /// }
+    /// ```
+    ///
+    /// Where the future must be `Send` in a generic place (`tokio::spawn`), write `|mut work| async move { … }`.
+    ///
+    /// # Errors
+    /// As [`retry`](Self::retry), [`CommandReused`](crate::ErrorKind::CommandReused) and
+    /// [`CommandAbandoned`](crate::ErrorKind::CommandAbandoned). After [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown), call it
+    /// again with the same command.
+    pub async fn once<F, W>(&self, command: Command, mut work: F) -> Result<Receipt>
+    where
+        F: FnMut(UnitOfWork) -> W,
+        W: Future<Output = Result<Receipt>>,
+    {
+        let once = Once { fingerprint: command.fingerprint([]), command };
+        let mut attempts = Attempts::new(self.retry_policy());
+        loop {
+            let outcome = match once.receipt(self).await {
+                Ok(Some(first)) => return Ok(first),
+                Ok(None) => {
+                    let mut unit = self.begin();
+                    once.mark(&mut unit);
+                    work(unit).await
+                }
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(receipt) => return Ok(receipt),
+                Err(error) if error.is_retryable() && attempts.pause(self).await => {}
+                Err(error) => return once.receipt_or(self, error).await,
+            }
+        }
+    }
+}
+
+/// A command that is to take effect once, with what tells it from others.
+pub(crate) struct Once {
+    pub(crate) command: Command,
+    pub(crate) fingerprint: Option<i64>,
+}
+
+impl Once {
+    /// Has the unit carry it.
+    pub(crate) fn mark(&self, work: &mut UnitOfWork) {
+        work.set_command_as(&self.command, self.fingerprint);
+    }
+
+    /// Its first receipt, if it took effect.
+    pub(crate) async fn receipt(&self, store: &EventStore) -> Result<Option<Receipt>> {
+        let known = store.engine().command(self.command.id()).await?;
+        known.map(|known| known.answer_to(self.fingerprint)).transpose()
+    }
+
+    /// What is said instead of an error: if the command took effect meanwhile, for somebody who sent it at the same time
+    /// or in an attempt whose answer was lost, the error only tells that its effect is there.
+    pub(crate) async fn receipt_or(&self, store: &EventStore, error: Error) -> Result<Receipt> {
+        match self.receipt(store).await {
+            Ok(Some(first)) => Ok(first),
+            _ => Err(error),
         }
     }
 }

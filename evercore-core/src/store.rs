@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
 use crate::batch::Receipt;
+use crate::command::KnownCommand;
 use crate::engine::{
     AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine, Target,
 };
@@ -236,12 +237,12 @@ impl EventStore {
         self.engine.types().await
     }
 
-    /// The receipt of the command with this id, if it took effect.
+    /// The receipt of the command with this id, if it took effect and was not forgotten since.
     ///
     /// # Errors
     /// As [`head`](Self::head).
     pub async fn receipt(&self, command: &CommandId) -> Result<Option<Receipt>> {
-        self.engine.receipt(command).await
+        Ok(self.engine.command(command).await?.and_then(KnownCommand::into_receipt))
     }
 
     /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will": a
@@ -262,6 +263,26 @@ impl EventStore {
     /// What the engine says if it cannot close in order.
     pub async fn close(&self) -> Result<()> {
         self.engine.close().await
+    }
+
+    /// Forgets the commands that took effect, or were settled, before this time, by the engine's clock; tells how many.
+    /// Nothing else removes a command, so a store that is to run for years needs this now and then.
+    ///
+    /// What it costs: a command that is forgotten takes effect again if it still comes, and what was settled as "never"
+    /// may still land. So keep commands for longer than any sender goes on trying, and any answer stays on its way.
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, Result, Timestamp};
+    /// # use std::time::Duration;
+    /// async fn forget(store: &EventStore) -> Result<u64> {
+    ///     store.forget_commands(Timestamp::now().minus(Duration::from_secs(90 * 24 * 60 * 60))).await
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ReadOnly`](ErrorKind::ReadOnly) if this store may not remove rows; what the engine says when it is out of reach.
+    pub async fn forget_commands(&self, before: Timestamp) -> Result<u64> {
+        self.engine.forget_commands(before).await
     }
 
     /// How many snapshots did not decode and were passed over, by this store and its clones. Should be 0; each costs

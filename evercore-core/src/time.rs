@@ -55,6 +55,13 @@ impl Timestamp {
         Self(self.0.saturating_add(micros).min(Self::MAX.0))
     }
 
+    /// This much earlier, at least [`MIN`](Self::MIN).
+    #[must_use]
+    pub fn minus(self, time: Duration) -> Self {
+        let micros = i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
+        Self(self.0.saturating_sub(micros).max(Self::MIN.0))
+    }
+
     /// The time from `earlier` to this one; zero if it lies later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {

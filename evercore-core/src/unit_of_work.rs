@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+use crate::command::{Command, CommandTarget};
 use crate::context::EventContext;
 use crate::engine::{StorageEngine, Target};
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -16,7 +17,7 @@ use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
 use crate::loaded::Loaded;
 use crate::metadata::Metadata;
-use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::name::{AggregateType, EventType, Key};
 use crate::observe;
 use crate::store::EventStore;
 use crate::target::IntoTarget;
@@ -53,6 +54,9 @@ pub struct UnitOfWork {
     staged: Vec<Staged>,
     /// Where each aggregate stands with the events staged here, and where it stood before.
     heads: HashMap<AggregateId, Head>,
+    /// The key by which this unit found an aggregate.
+    found_by: HashMap<AggregateId, Key>,
+    command: Option<Command>,
     metadata: Arc<Metadata>,
     /// When the events of this unit happened, unless one says otherwise; fixed when the first is recorded.
     time: Option<Timestamp>,
@@ -94,6 +98,8 @@ impl UnitOfWork {
             batch: Batch::new(),
             staged: Vec::new(),
             heads: HashMap::new(),
+            found_by: HashMap::new(),
+            command: None,
             metadata: Arc::default(),
             time: None,
             committed: Arc::new(AtomicBool::new(false)),
@@ -156,8 +162,16 @@ impl UnitOfWork {
         Ok(created)
     }
 
-    async fn load_target<T: Aggregate>(&self, target: Target) -> Result<Option<Loaded<T>>> {
+    async fn load_target<T: Aggregate>(&mut self, target: Target) -> Result<Option<Loaded<T>>> {
         let target = self.resolve(target);
+        let found = self.look_for::<T>(target.clone()).await?;
+        if let (Some(found), Target::Key(_, key)) = (&found, target) {
+            self.found_by.insert(found.id(), key);
+        }
+        Ok(found)
+    }
+
+    async fn look_for<T: Aggregate>(&self, target: Target) -> Result<Option<Loaded<T>>> {
         if let Target::Id(id) = target
             && let Some(created) = self.batch.created(id)
         {
@@ -399,13 +413,23 @@ impl UnitOfWork {
 
     /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
     /// effect before writes nothing and returns the first receipt.
-    pub fn set_command_id(&mut self, id: CommandId) {
-        self.batch.set_command_id(id);
+    ///
+    /// The aggregates that the unit makes, adds events to or gives a key to tell the command from
+    /// [others](Command) with the same id, together with the command's word if it has one. A unit that is run again may
+    /// find its own effect and refuse it: look for the [receipt](EventStore::receipt) first, or leave both to
+    /// [`EventStore::once`].
+    pub fn set_command(&mut self, command: impl Into<Command>) {
+        self.command = Some(command.into());
+    }
+
+    /// The same, where it is known what tells the command from others.
+    pub(crate) fn set_command_as(&mut self, command: &Command, fingerprint: Option<i64>) {
+        self.batch.set_command(command.id().clone(), fingerprint);
     }
 
     /// Writes all of it, or nothing of it. A unit that holds nothing is fine and writes nothing.
     ///
-    /// Once the future is dropped nobody knows whether it was written; with a [command id](Self::set_command_id) one
+    /// Once the future is dropped nobody knows whether it was written; with a [command](Self::set_command) one
     /// can ask.
     ///
     /// # Errors
@@ -485,7 +509,28 @@ impl UnitOfWork {
                 }],
             })?;
         }
+        if let Some(command) = self.command.take() {
+            let fingerprint = command.fingerprint(self.targets());
+            self.batch.set_command(command.id().clone(), fingerprint);
+        }
         Ok(())
+    }
+
+    /// The aggregates that this unit writes, as it came by them.
+    fn targets(&self) -> impl Iterator<Item = CommandTarget<'_>> {
+        let made = self.batch.creates().iter().map(|made| match &made.key {
+            Some(key) => CommandTarget::Key(&made.aggregate_type, key),
+            None => CommandTarget::New(&made.aggregate_type),
+        });
+        let grown = self.batch.growths().iter().map(|growth| (growth.aggregate, &growth.aggregate_type));
+        let grown = grown.filter(|(id, _)| self.batch.created(*id).is_none());
+        let renamed =
+            self.batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
+        let renamed = renamed.filter(|(id, _)| self.batch.growth_of(*id).is_none());
+        made.chain(grown.chain(renamed).map(|(id, aggregate_type)| match self.found_by.get(&id) {
+            Some(key) => CommandTarget::Key(aggregate_type, key),
+            None => CommandTarget::Id(aggregate_type, id.get()),
+        }))
     }
 }
 

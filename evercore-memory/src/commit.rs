@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, Receipt, Result, Sequence, Snapshot,
-    Timestamp,
+    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, KnownCommand, Receipt, Result,
+    Sequence, Snapshot, Timestamp,
 };
 
-use crate::state::{AggregateState, Outcome, State, Stored};
+use crate::state::{AggregateState, State, Stored, StoredCommand};
 
 impl State {
     pub(crate) fn commit(&mut self, batch: &Batch) -> Result<Receipt> {
@@ -32,14 +32,8 @@ impl State {
 
     /// The command id goes before everything else: what it did, it did, whatever has happened since.
     fn command_outcome(&self, batch: &Batch) -> Result<Option<Receipt>> {
-        let Some(outcome) = batch.command_id().and_then(|id| self.commands.get(id)) else { return Ok(None) };
-        match outcome {
-            Outcome::Abandoned => Err(Error::command_abandoned()),
-            Outcome::Committed { fingerprint, receipt } if *fingerprint == batch.fingerprint() => {
-                Ok(Some(receipt.clone()))
-            }
-            Outcome::Committed { .. } => Err(Error::command_reused()),
-        }
+        let known = batch.command_id().and_then(|id| self.commands.get(id));
+        known.map(|known| known.what.answer(batch)).transpose()
     }
 
     fn check_creates(&self, batch: &Batch) -> Result<()> {
@@ -117,8 +111,10 @@ impl State {
             self.write_snapshot(*aggregate, snapshot);
         }
         if let Some(id) = batch.command_id() {
-            let outcome = Outcome::Committed { fingerprint: batch.fingerprint(), receipt: receipt.clone() };
-            self.commands.insert(id.clone(), outcome);
+            let (fingerprint, receipt) = (batch.fingerprint(), receipt.clone());
+            let recorded_at = receipt.recorded_at;
+            let what = KnownCommand::Committed { fingerprint, receipt };
+            self.commands.insert(id.clone(), StoredCommand { what, recorded_at });
         }
     }
 
@@ -182,20 +178,16 @@ impl State {
         }
     }
 
-    /// The receipt of a command that took effect.
-    pub(crate) fn receipt(&self, id: &CommandId) -> Option<Receipt> {
-        match self.commands.get(id)? {
-            Outcome::Committed { receipt, .. } => Some(receipt.clone()),
-            Outcome::Abandoned => None,
-        }
+    /// The receipt of a command that took effect; one that did not never will.
+    pub(crate) fn settle(&mut self, id: &CommandId, now: Timestamp) -> Option<Receipt> {
+        let abandoned = StoredCommand { what: KnownCommand::Abandoned, recorded_at: now };
+        self.commands.entry(id.clone()).or_insert(abandoned).what.clone().into_receipt()
     }
 
-    /// The receipt of a command that took effect; one that did not never will.
-    pub(crate) fn settle(&mut self, id: &CommandId) -> Option<Receipt> {
-        match self.commands.entry(id.clone()).or_insert(Outcome::Abandoned) {
-            Outcome::Committed { receipt, .. } => Some(receipt.clone()),
-            Outcome::Abandoned => None,
-        }
+    pub(crate) fn forget_commands(&mut self, before: Timestamp) -> u64 {
+        let known = self.commands.len();
+        self.commands.retain(|_, command| command.recorded_at >= before);
+        (known - self.commands.len()) as u64
     }
 }
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownType,
-    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
+    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
@@ -117,12 +117,16 @@ impl StorageEngine for MemoryEngine {
         Box::pin(async move { self.commit_now(&batch) })
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.state()?.receipt(command)) })
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        Box::pin(async move { Ok(self.state()?.commands.get(id).map(|known| known.what.clone())) })
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.state()?.settle(command)) })
+        Box::pin(async move { Ok(self.state()?.settle(command, Timestamp::now())) })
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        Box::pin(async move { Ok(self.state()?.forget_commands(before)) })
     }
 
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use evercore_core::{
     AggregateId, AggregateType, CommandId, Cursor, CursorId, EventRow, EventType, Events, EventsBuilder, Key,
-    KnownType, Metadata, PageLimit, Parked, Payload, Position, Receipt, Sequence, Snapshot, Timestamp,
+    KnownCommand, KnownType, Metadata, PageLimit, Parked, Payload, Position, Sequence, Snapshot, Timestamp,
 };
 
 use crate::inline::Inline;
@@ -19,7 +19,7 @@ pub(crate) struct State {
     pub(crate) log: Vec<Stored>,
     pub(crate) aggregates: HashMap<AggregateId, AggregateState>,
     pub(crate) keys: HashMap<(AggregateType, Key), AggregateId>,
-    pub(crate) commands: HashMap<CommandId, Outcome>,
+    pub(crate) commands: HashMap<CommandId, StoredCommand>,
     pub(crate) types: BTreeMap<AggregateType, BTreeSet<EventType>>,
     pub(crate) reserved: i64,
     pub(crate) cursors: BTreeMap<CursorId, Cursor>,
@@ -56,10 +56,10 @@ pub(crate) struct Stored {
     pub(crate) metadata: Arc<Metadata>,
 }
 
-/// How a command id ended.
-pub(crate) enum Outcome {
-    Committed { fingerprint: i64, receipt: Receipt },
-    Abandoned,
+/// What is remembered of a command id, and since when.
+pub(crate) struct StoredCommand {
+    pub(crate) what: KnownCommand,
+    pub(crate) recorded_at: Timestamp,
 }
 
 impl AggregateState {

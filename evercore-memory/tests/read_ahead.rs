@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use evercore_memory::{
     Aggregate, AggregateQuery, AsOf, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error,
-    ErrorKind, EventStore, Events, History, IdBlock, Json, KnownType, LoadRequest, LogPage, LogQuery,
-    MemoryEngine, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine,
+    ErrorKind, EventStore, Events, History, IdBlock, Json, KnownCommand, KnownType, LoadRequest, LogPage,
+    LogQuery, MemoryEngine, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine,
     SubscriptionName, SubscriptionStorage, Timestamp,
 };
 use futures_lite::future::{block_on, poll_once};
@@ -72,8 +72,12 @@ impl StorageEngine for Watched {
         self.inner.commit(batch)
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        self.inner.receipt(command)
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        self.inner.command(id)
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        self.inner.forget_commands(before)
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {

@@ -92,8 +92,11 @@ impl StorageEngine for Late {
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
         self.0.commit(batch)
     }
-    fn receipt<'a>(&'a self, c: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        self.0.receipt(c)
+    fn command<'a>(&'a self, c: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        self.0.command(c)
+    }
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        self.0.forget_commands(before)
     }
     fn settle<'a>(&'a self, c: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         self.0.settle(c)

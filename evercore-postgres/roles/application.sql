@@ -23,6 +23,9 @@ GRANT SELECT ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :
 GRANT INSERT ON :"schema".events, :"schema".aggregates, :"schema".commands, :"schema".aggregate_types,
     :"schema".event_types TO :"role";
 
+-- Commands are forgotten by a role that may remove them (`EventStore::forget_commands`), by default the owner. If the
+-- application is to do so by itself: GRANT DELETE ON :"schema".commands TO :"role";
+
 -- What moves: the end of the log, the ids given out, the key of an aggregate, its one snapshot.
 GRANT UPDATE (position, recorded_at) ON :"schema".log_end TO :"role";
 GRANT UPDATE (next_aggregate_id) ON :"schema".store TO :"role";

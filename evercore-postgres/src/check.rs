@@ -4,8 +4,8 @@
 use std::collections::{HashMap, HashSet};
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, NameTable, Receipt, Result as CoreResult,
-    Sequence,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, NameTable, Receipt,
+    Result as CoreResult, Sequence,
 };
 use tokio_postgres::Row;
 
@@ -17,7 +17,7 @@ use crate::names::{checked, stored};
 pub(crate) struct Known {
     aggregates: HashMap<i64, Aggregate>,
     holders: HashMap<(u32, String), i64>,
-    commands: HashMap<String, Command>,
+    commands: HashMap<String, KnownCommand>,
 }
 
 #[derive(Clone, Debug)]
@@ -25,42 +25,6 @@ struct Aggregate {
     type_number: u32,
     sequence: Sequence,
     key: Option<String>,
-}
-
-/// What is known of a command id that was used.
-#[derive(Clone, Debug)]
-pub(crate) enum Command {
-    /// It took effect, with this content.
-    Committed { fingerprint: Option<i64>, receipt: Receipt },
-    /// It never did and never will.
-    Abandoned,
-}
-
-impl Command {
-    pub(crate) fn of(fingerprint: Option<i64>, receipt: Option<&str>) -> CoreResult<Self> {
-        Ok(match receipt {
-            None => Self::Abandoned,
-            Some(receipt) => Self::Committed { fingerprint, receipt: receipt.parse()? },
-        })
-    }
-
-    pub(crate) fn receipt(self) -> Option<Receipt> {
-        match self {
-            Self::Committed { receipt, .. } => Some(receipt),
-            Self::Abandoned => None,
-        }
-    }
-
-    /// The receipt for a batch that comes again.
-    pub(crate) fn repeated(&self, batch: &Batch) -> CoreResult<Receipt> {
-        match self {
-            Self::Committed { fingerprint, receipt } if *fingerprint == Some(batch.fingerprint()) => {
-                Ok(receipt.clone())
-            }
-            Self::Committed { .. } => Err(Error::command_reused()),
-            Self::Abandoned => Err(Error::command_abandoned()),
-        }
-    }
 }
 
 /// What to ask the store about some batches.
@@ -125,7 +89,7 @@ impl Known {
             known.holders.insert((checked(row.try_get(1)?)?, row.try_get(2)?), row.try_get(0)?);
         }
         for row in commands {
-            known.commands.insert(row.try_get(0)?, Command::of(row.try_get(1)?, row.try_get(2)?)?);
+            known.commands.insert(row.try_get(0)?, KnownCommand::stored(row.try_get(1)?, row.try_get(2)?)?);
         }
         Ok(known)
     }
@@ -135,7 +99,7 @@ impl Known {
         self.aggregates.values().any(|aggregate| table.aggregate_type(aggregate.type_number).is_none())
     }
 
-    pub(crate) fn command(&self, id: &CommandId) -> Option<&Command> {
+    pub(crate) fn command(&self, id: &CommandId) -> Option<&KnownCommand> {
         self.commands.get(id.as_str())
     }
 
@@ -143,7 +107,7 @@ impl Known {
     /// happened since.
     pub(crate) fn check(&self, batch: &Batch, table: &NameTable) -> CoreResult<Checked> {
         if let Some(command) = batch.command_id().and_then(|id| self.command(id)) {
-            return command.repeated(batch).map(Checked::Done);
+            return command.answer(batch).map(Checked::Done);
         }
         for growth in batch.growths() {
             let found = self.find(batch, growth.aggregate, table)?;

@@ -8,13 +8,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, CommandId, Error, Growth, IdBlock, NameTable, NewAggregate, Receipt,
-    Result as CoreResult, Sequence,
+    AggregateId, Batch, CommandId, Error, Growth, IdBlock, KnownCommand, NameTable, NewAggregate, Receipt,
+    Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 
-use crate::check::{Checked, Command, Known, Questions};
+use crate::check::{Checked, Known, Questions};
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
 use crate::names::{self, stored};
 use crate::pool::Lent;
@@ -41,7 +41,16 @@ const HOLDERS: &str = "
 const COMMANDS: &str = "SELECT command_id, fingerprint, receipt FROM @commands WHERE command_id = ANY ($1)";
 
 /// It waits for a commit with the same id that is on its way; the index makes them come one after the other.
-const ABANDON: &str = "INSERT INTO @commands (command_id) VALUES ($1) ON CONFLICT (command_id) DO NOTHING";
+const ABANDON: &str = "
+    INSERT INTO @commands (command_id, recorded_at)
+    VALUES ($1, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1000000::double precision)::bigint)
+    ON CONFLICT (command_id) DO NOTHING";
+
+/// All commands, in pieces: old ones are looked for too rarely to pay for an index in every commit.
+const COMMANDS_AFTER: &str =
+    "SELECT command_id, recorded_at FROM @commands WHERE command_id > $1 ORDER BY command_id LIMIT 1000";
+
+const FORGET: &str = "DELETE FROM @commands WHERE command_id = ANY ($1) AND recorded_at < $2";
 
 const RESERVE: &str = "
     UPDATE @store SET next_aggregate_id = next_aggregate_id + $1 WHERE one = 1 RETURNING next_aggregate_id - $1";
@@ -54,6 +63,8 @@ pub(crate) struct CommitSql {
     holders: Sql,
     commands: Sql,
     abandon: Sql,
+    commands_after: Sql,
+    forget: Sql,
     reserve: Sql,
     write: WriteSql,
 }
@@ -66,6 +77,8 @@ impl CommitSql {
             holders: Sql::new(schema, HOLDERS, &[Type::INT4_ARRAY, Type::TEXT_ARRAY]),
             commands: Sql::new(schema, COMMANDS, &[Type::TEXT_ARRAY]),
             abandon: Sql::new(schema, ABANDON, &[Type::TEXT]),
+            commands_after: Sql::new(schema, COMMANDS_AFTER, &[Type::TEXT]),
+            forget: Sql::new(schema, FORGET, &[Type::TEXT_ARRAY, Type::INT8]),
             reserve: Sql::new(schema, RESERVE, &[Type::INT8]),
             write: WriteSql::new(schema),
         }
@@ -388,14 +401,18 @@ pub(crate) async fn write_within(
 }
 
 /// What is known of a command id.
-pub(crate) async fn command(store: &Store, id: &CommandId) -> Result<Option<Command>> {
+pub(crate) async fn command(store: &Store, id: &CommandId) -> Result<Option<KnownCommand>> {
     store.read(|lent| async move { command_on(store, lent.sender()?, id).await }).await
 }
 
-pub(crate) async fn command_on(store: &Store, sender: Sender<'_>, id: &CommandId) -> Result<Option<Command>> {
+pub(crate) async fn command_on(
+    store: &Store,
+    sender: Sender<'_>,
+    id: &CommandId,
+) -> Result<Option<KnownCommand>> {
     let row = sender.row(&store.sql.commit.commands, &[&[id.as_str()].as_slice()]).await?;
     let Some(row) = row else { return Ok(None) };
-    Ok(Some(Command::of(row.try_get(1)?, row.try_get(2)?)?))
+    Ok(Some(KnownCommand::stored(row.try_get(1)?, row.try_get(2)?)?))
 }
 
 /// The receipt; without one, it is written down that there never will be.
@@ -406,7 +423,39 @@ pub(crate) async fn settle(store: &Store, id: &CommandId) -> Result<Option<Recei
 async fn settle_on(store: &Store, lent: &Lent, id: &CommandId) -> Result<Option<Receipt>> {
     let sender = lent.sender()?;
     sender.ready(&store.sql.commit.abandon).await?.write(&store.settings, &[&id.as_str()]).await?;
-    Ok(command_on(store, sender, id).await?.and_then(Command::receipt))
+    Ok(command_on(store, sender, id).await?.and_then(KnownCommand::into_receipt))
+}
+
+/// Removes the commands that are older than this, piece by piece; tells how many.
+pub(crate) async fn forget_commands(store: &Store, before: Timestamp) -> Result<u64> {
+    let (mut forgotten, mut after) = (0, String::new());
+    loop {
+        let (from, before) = (after.as_str(), before.as_micros());
+        let (removed, last) =
+            store.write(|lent| async move { forget_some(store, &lent, from, before).await }).await?;
+        forgotten += removed;
+        match last {
+            Some(last) => after = last,
+            None => return Ok(forgotten),
+        }
+    }
+}
+
+/// How many went, and up to which id was looked; `None` if there are no more.
+async fn forget_some(store: &Store, lent: &Lent, after: &str, before: i64) -> Result<(u64, Option<String>)> {
+    let sender = lent.sender()?;
+    let piece = sender.ready(&store.sql.commit.commands_after).await?.rows(&[&after]).await?;
+    let mut old: Vec<&str> = Vec::new();
+    for row in &piece {
+        if row.try_get::<_, i64>(1)? < before {
+            old.push(row.try_get(0)?);
+        }
+    }
+    if !old.is_empty() {
+        sender.ready(&store.sql.commit.forget).await?.write(&store.settings, &[&old, &before]).await?;
+    }
+    let last = piece.last().map(|row| row.try_get(0)).transpose()?;
+    Ok((old.len() as u64, last))
 }
 
 /// Ids that nobody else gets.

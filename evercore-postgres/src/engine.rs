@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownType, LoadRequest, LogPage,
-    LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownCommand, KnownType,
+    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
 };
 
 use crate::builder::{Builder, Settings};
-use crate::check::Command;
 use crate::connect::Address;
 use crate::store::Store;
 use crate::task::in_task;
@@ -123,14 +122,21 @@ impl StorageEngine for PostgresEngine {
         Box::pin(self.commit_batch(batch))
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(commit::command(&self.0, command).await?.and_then(Command::receipt)) })
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        Box::pin(async move { Ok(commit::command(&self.0, id).await?) })
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         Box::pin(async move {
             self.0.check_writable()?;
             Ok(commit::settle(&self.0, command).await?)
+        })
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        Box::pin(async move {
+            self.0.check_writable()?;
+            Ok(commit::forget_commands(&self.0, before).await?)
         })
     }
 

@@ -42,7 +42,7 @@ impl PostgresEngine {
     /// an outbox. All of it is written, or nothing of it.
     ///
     /// The SQL runs first, on a connection of the pool, while other commits go on; then the log is locked, the unit
-    /// checked and written, and the transaction committed. With a [command id](UnitOfWork::set_command_id) it takes
+    /// checked and written, and the transaction committed. With a [command](UnitOfWork::set_command) it takes
     /// effect once: for a command that took effect before, the SQL is not run. A unit that holds nothing is fine.
     ///
     /// ```no_run
@@ -175,7 +175,7 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
     if let Some(id) = batch.command_id()
         && let Some(known) = commit::command_on(store, sender, id).await?
     {
-        let outcome = known.repeated(batch);
+        let outcome = known.answer(batch);
         return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
     }
     run(store, sender, WHAT, || (sql.0)(&transaction)).await.map_err(|fault| fault.into_error(WHAT))?;

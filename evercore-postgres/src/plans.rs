@@ -129,7 +129,7 @@ async fn fill(engine: &PostgresEngine) {
         batch.append(Append { aggregate: id, aggregate_type, expected: Sequence::ZERO, events }).unwrap();
         let state = Payload::new(b"{}").unwrap();
         batch.snapshot(id, Snapshot { sequence: Sequence::new(50).unwrap(), version: 1, state });
-        batch.set_command_id(CommandId::new(format!("command {n}")).unwrap());
+        batch.set_command(CommandId::new(format!("command {n}")).unwrap(), None);
         engine.commit(batch).await.unwrap();
     }
 }

@@ -91,8 +91,8 @@ const KEPT: &str = ", kept AS (
 
 /// The receipt is text in the form that core reads; its positions are known only here.
 const NOTED: &str = ", noted AS (
-    INSERT INTO @commands (command_id, fingerprint, receipt)
-    SELECT c.command_id, c.fingerprint,
+    INSERT INTO @commands (command_id, fingerprint, recorded_at, receipt)
+    SELECT c.command_id, c.fingerprint, log_end.recorded_at,
            pg_catalog.concat(CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + 1 END, ' ',
                   CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + c.events END, ' ',
                   log_end.recorded_at, c.aggregates)

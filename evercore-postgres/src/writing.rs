@@ -48,7 +48,7 @@ struct EventColumns<'a> {
 #[derive(Debug, Default)]
 struct CommandColumns<'a> {
     ids: Vec<&'a str>,
-    fingerprints: Vec<i64>,
+    fingerprints: Vec<Option<i64>>,
     places: Vec<i64>,
     events: Vec<i64>,
     aggregates: Vec<String>,

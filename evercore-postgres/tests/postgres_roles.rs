@@ -81,7 +81,7 @@ async fn walk(engine: &PostgresEngine) -> Result<usize> {
     let mut order = work.load::<Order>(format!("order {n}")).await?;
     work.record(&mut order, noted("renamed"))?;
     work.change_key(&mut order, format!("renamed {n}"))?;
-    work.set_command_id(CommandId::new(format!("command {n}"))?);
+    work.set_command(CommandId::new(format!("command {n}"))?);
     let receipt = work.commit().await?;
     let order = store.load::<Order>(format!("renamed {n}")).await?;
     assert_eq!((order.events, order.sequence().get()), (13, 13));

@@ -334,7 +334,7 @@ fn a_closed_engine_says_so_and_wakes_those_who_wait() {
                 assert!(woken - closed < Duration::from_millis(500));
             }
             let mut batch = Batch::new();
-            batch.set_command_id(evercore_postgres::CommandId::new("x").unwrap());
+            batch.set_command(evercore_postgres::CommandId::new("x").unwrap(), None);
             for kind in [
                 kind(engine.head().await),
                 kind(engine.commit(batch).await),

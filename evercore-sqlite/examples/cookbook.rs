@@ -9,9 +9,9 @@ use std::time::Duration;
 use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Aggregate, AggregateQuery, AsOf, BoxError, CommandId, Durability, Error, EventStore, FailurePolicy,
-    Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence, SqliteEngine,
-    Start, StateAggregate, StorageEngine, Then, Timestamp,
+    Aggregate, AggregateQuery, AsOf, BoxError, Command, CommandId, Durability, Error, EventStore,
+    FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence,
+    SqliteEngine, Start, StateAggregate, StorageEngine, Then, Timestamp,
 };
 use evercore_testkit::Given;
 use serde::{Deserialize, Serialize};
@@ -176,6 +176,18 @@ async fn command_ids(store: &EventStore) -> Result<()> {
     // After an answer that was lost (`OutcomeUnknown`): its receipt, or `None` for "never, and never will".
     let receipt = store.settle(&request).await?;
     assert_eq!(receipt, Some(first));
+
+    // Over several aggregates. Another word, or other aggregates, under a known id: `CommandReused`.
+    let command = Command::new(CommandId::new("request 7f3b")?, "1 from bob to alice");
+    store
+        .once(command, async |mut work| {
+            let mut from = work.load::<Account>("bob").await?;
+            let mut to = work.load::<Account>("alice@example.org").await?;
+            work.record(&mut from, AccountEvent::Withdrawn { amount: 1 })?;
+            work.record(&mut to, AccountEvent::Deposited { amount: 1 })?;
+            work.commit().await
+        })
+        .await?;
     Ok(())
 }
 
@@ -184,7 +196,7 @@ async fn own_sql(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
 
     let mut work = store.begin();
-    work.set_command_id(CommandId::new("request 7f3c")?); // for a repeated command the SQL is not run again
+    work.set_command(CommandId::new("request 7f3c")?); // for a repeated command the SQL is not run again
     let mut bob = work.load::<Account>("bob").await?;
     work.record(&mut bob, AccountEvent::Deposited { amount: 3 })?;
     let message = format!("tell {} of 3", bob.id());

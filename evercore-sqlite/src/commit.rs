@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, Metadata, NewEvent, Position,
-    Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Metadata, NewEvent,
+    Position, Receipt, Sequence, Snapshot, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 
@@ -43,7 +43,15 @@ const KEEP_SNAPSHOT: &str = "
     SET sequence = excluded.sequence, version = excluded.version, state = excluded.state
     WHERE excluded.sequence >= snapshots.sequence OR excluded.version <> snapshots.version";
 
-const INSERT_COMMAND: &str = "INSERT INTO commands (command_id, fingerprint, receipt) VALUES (?1, ?2, ?3)";
+const INSERT_COMMAND: &str =
+    "INSERT INTO commands (command_id, fingerprint, receipt, recorded_at) VALUES (?1, ?2, ?3, ?4)";
+
+/// Where a piece of the commands ends. Old ones are looked for too rarely to pay for an index in every commit.
+const END_OF_PIECE: &str = "
+    SELECT max(command_id) FROM
+        (SELECT command_id FROM commands WHERE command_id > ?1 ORDER BY command_id LIMIT 1000)";
+
+const FORGET: &str = "DELETE FROM commands WHERE command_id > ?1 AND command_id <= ?2 AND recorded_at < ?3";
 
 /// Where the log ends.
 #[derive(Clone, Copy, Debug)]
@@ -71,46 +79,37 @@ impl Head {
 }
 
 /// What is known of a command id.
-pub(crate) enum Command {
-    /// Nothing.
-    Unknown,
-    /// It took effect, with this content.
-    Committed { fingerprint: Option<i64>, receipt: Receipt },
-    /// It never did and never will.
-    Abandoned,
+pub(crate) fn command(connection: &Connection, id: &CommandId) -> Result<Option<KnownCommand>> {
+    let mut statement = connection.prepare_cached(COMMAND)?;
+    let row = statement.query_row([id.as_str()], |row| {
+        Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<String>>(1)?))
+    });
+    let Some((fingerprint, receipt)) = row.optional()? else { return Ok(None) };
+    Ok(Some(KnownCommand::stored(fingerprint, receipt.as_deref())?))
 }
 
-impl Command {
-    pub(crate) fn read(connection: &Connection, id: &CommandId) -> Result<Self> {
-        let mut statement = connection.prepare_cached(COMMAND)?;
-        let row = statement.query_row([id.as_str()], |row| {
-            Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<String>>(1)?))
-        });
-        match row.optional()? {
-            None => Ok(Self::Unknown),
-            Some((_, None)) => Ok(Self::Abandoned),
-            Some((fingerprint, Some(receipt))) => {
-                Ok(Self::Committed { fingerprint, receipt: receipt.parse()? })
-            }
-        }
+/// The receipt; without one, it is written down that there never will be.
+pub(crate) fn settle(connection: &Connection, id: &CommandId) -> Result<Option<Receipt>> {
+    if let Some(known) = command(connection, id)? {
+        return Ok(known.into_receipt());
     }
+    let nothing = (id.as_str(), None::<i64>, None::<&str>, Timestamp::now().as_micros());
+    connection.prepare_cached(INSERT_COMMAND)?.execute(nothing)?;
+    Ok(None)
+}
 
-    pub(crate) fn receipt(self) -> Option<Receipt> {
-        match self {
-            Self::Committed { receipt, .. } => Some(receipt),
-            Self::Unknown | Self::Abandoned => None,
-        }
-    }
-
-    /// The receipt; without one, it is written down that there never will be.
-    pub(crate) fn settle(connection: &Connection, id: &CommandId) -> Result<Option<Receipt>> {
-        let command = Self::read(connection, id)?;
-        if matches!(command, Self::Unknown) {
-            let nothing = (id.as_str(), None::<i64>, None::<&str>);
-            connection.prepare_cached(INSERT_COMMAND)?.execute(nothing)?;
-        }
-        Ok(command.receipt())
-    }
+/// Removes the commands that are older than this from the piece after this id; tells how many, and where the piece
+/// ends, if there are more.
+pub(crate) fn forget_commands(
+    connection: &Connection,
+    after: &str,
+    before: Timestamp,
+) -> Result<(u64, Option<String>)> {
+    let end: Option<String> =
+        connection.prepare_cached(END_OF_PIECE)?.query_row([after], |row| row.get(0))?;
+    let Some(end) = end else { return Ok((0, None)) };
+    let removed = connection.prepare_cached(FORGET)?.execute((after, &end, before.as_micros()))?;
+    Ok((removed as u64, Some(end)))
 }
 
 /// Writes batches into one transaction, one after the other.
@@ -163,14 +162,8 @@ impl<'a> Writer<'a> {
     /// The command id goes before everything else: what it did, it did, whatever has happened since.
     fn known_command(&self, batch: &Batch) -> Result<Option<Receipt>> {
         let Some(id) = batch.command_id() else { return Ok(None) };
-        match Command::read(self.connection, id)? {
-            Command::Unknown => Ok(None),
-            Command::Abandoned => Err(Error::command_abandoned().into()),
-            Command::Committed { fingerprint, receipt } if fingerprint == Some(batch.fingerprint()) => {
-                Ok(Some(receipt))
-            }
-            Command::Committed { .. } => Err(Error::command_reused().into()),
-        }
+        let known = command(self.connection, id)?;
+        Ok(known.map(|known| known.answer(batch)).transpose()?)
     }
 
     /// Every reason to refuse the batch. What comes back is where each aggregate with a snapshot will be.
@@ -268,7 +261,8 @@ impl<'a> Writer<'a> {
             self.keep_snapshot(*id, snapshot, *limit)?;
         }
         if let Some(id) = batch.command_id() {
-            let row = (id.as_str(), batch.fingerprint(), receipt.to_string());
+            let recorded_at = receipt.recorded_at.as_micros();
+            let row = (id.as_str(), batch.fingerprint(), receipt.to_string(), recorded_at);
             self.connection.prepare_cached(INSERT_COMMAND)?.execute(row)?;
         }
         Ok(receipt)

@@ -6,18 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownType,
-    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
+    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
 };
 
 use crate::builder::{Builder, Settings};
-use crate::commit::Command;
 use crate::error::{SqliteError, outcome_unknown, read_only};
 use crate::inline::InlineProjection;
 use crate::names::Registrar;
 use crate::own_sql::OwnSql;
 use crate::store::Store;
-use crate::{backup, flight, guard, load, log, wait};
+use crate::{backup, commit, flight, guard, load, log, wait};
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -181,14 +180,26 @@ impl StorageEngine for SqliteEngine {
         Box::pin(self.commit_batch(batch, None))
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        let command = command.clone();
-        self.run(move |store| store.read(|connection| Ok(Command::read(connection, &command)?.receipt())))
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        let id = id.clone();
+        self.run(move |store| store.read(|connection| commit::command(connection, &id)))
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         let command = command.clone();
-        self.run(move |store| store.write(|connection| Command::settle(connection, &command)))
+        self.run(move |store| store.write(|connection| commit::settle(connection, &command)))
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        self.run(move |store| {
+            let (mut forgotten, mut after) = (0, String::new());
+            loop {
+                let piece = store.write(|connection| commit::forget_commands(connection, &after, before))?;
+                forgotten += piece.0;
+                let Some(end) = piece.1 else { return Ok(forgotten) };
+                after = end;
+            }
+        })
     }
 
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {

@@ -16,7 +16,7 @@ impl SqliteEngine {
     ///
     /// The SQL runs first, then the unit's checks and writes. It queues for the one writer as every commit does, on a
     /// thread that may block, and has a transaction and a flush of its own. With a
-    /// [command id](UnitOfWork::set_command_id) it takes effect once: for a command that took effect before, it is
+    /// [command](UnitOfWork::set_command) it takes effect once: for a command that took effect before, it is
     /// not run. A unit that holds nothing is fine; that is how a table is made.
     ///
     /// ```

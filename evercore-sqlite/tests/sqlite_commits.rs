@@ -141,7 +141,7 @@ async fn load(engine: &SqliteEngine, id: AggregateId) -> Option<evercore_sqlite:
 fn command(id: AggregateId, expected: i64, payload: &[u8]) -> Batch {
     let mut batch = Batch::new();
     batch.append(append(id, expected, vec![event("Paid", payload)])).unwrap();
-    batch.set_command_id(CommandId::new("command 1").unwrap());
+    batch.set_command(CommandId::new("command 1").unwrap(), Some(payload.len() as i64));
     batch
 }
 
@@ -150,21 +150,22 @@ fn a_command_takes_effect_once_and_can_be_settled() {
     let folder = Folder::new();
     block_on(async {
         for engine in both_modes(&folder).await {
+            let store = evercore_sqlite::EventStore::new(engine.clone());
             let (id, _) = create(&engine, None).await.unwrap();
             let outcomes = together(&engine, (0..16).map(|_| command(id, 1, b"x")).collect()).await;
             let receipts: Vec<Receipt> = outcomes.into_iter().map(Result::unwrap).collect();
             assert!(receipts.iter().all(|receipt| *receipt == receipts[0]));
             assert_eq!(kind(engine.commit(command(id, 2, b"other")).await), ErrorKind::CommandReused);
             let name = CommandId::new("command 1").unwrap();
-            assert_eq!(engine.receipt(&name).await.unwrap().as_ref(), Some(&receipts[0]));
+            assert_eq!(store.receipt(&name).await.unwrap().as_ref(), Some(&receipts[0]));
             assert_eq!(engine.settle(&name).await.unwrap().as_ref(), Some(&receipts[0]));
 
             let late = CommandId::new("late").unwrap();
-            assert_eq!(engine.receipt(&late).await.unwrap(), None);
+            assert_eq!(store.receipt(&late).await.unwrap(), None);
             assert_eq!(engine.settle(&late).await.unwrap(), None);
             assert_eq!(engine.settle(&late).await.unwrap(), None);
             let mut batch = one_event(id, 2);
-            batch.set_command_id(late);
+            batch.set_command(late, None);
             assert_eq!(kind(engine.commit(batch).await), ErrorKind::CommandAbandoned);
         }
     });

@@ -261,7 +261,7 @@ fn the_sql_of_a_repeated_command_takes_no_effect() {
             let order = shop.store.load::<Order>("first").await.unwrap();
             let place = async |command: &str, times: usize| {
                 let mut work = shop.store.begin();
-                work.set_command_id(CommandId::new(command).unwrap());
+                work.set_command(CommandId::new(command).unwrap());
                 let mut order = order.clone();
                 work.record_all(&mut order, (0..times).map(|_| OrderEvent::Placed)).unwrap();
                 let ran = Arc::clone(&ran);
@@ -273,7 +273,11 @@ fn the_sql_of_a_repeated_command_takes_no_effect() {
             };
             let first = place("once", 1).await.unwrap();
             assert_eq!(place("once", 1).await.unwrap(), first);
-            assert_eq!(kind(place("once", 2).await), ErrorKind::CommandReused);
+            assert_eq!(place("once", 2).await.unwrap(), first);
+            let mut other = shop.store.begin();
+            other.set_command(CommandId::new("once").unwrap());
+            other.create::<Order>().await.unwrap();
+            assert_eq!(kind(shop.engine.commit_with(other, send).await), ErrorKind::CommandReused);
             let abandoned = CommandId::new("abandoned").unwrap();
             assert_eq!(shop.store.settle(&abandoned).await.unwrap(), None);
             assert_eq!(kind(place("abandoned", 1).await), ErrorKind::CommandAbandoned);

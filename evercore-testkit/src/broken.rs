@@ -8,9 +8,9 @@ use std::time::Duration;
 use evercore_core::{
     AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
     Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
-    KeyChange, KnownType, Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate, NewEvent, PageLimit,
-    Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
-    Target, Timestamp, limits,
+    KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate,
+    NewEvent, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName,
+    SubscriptionStorage, Target, Timestamp, limits,
 };
 
 /// What is wrong with an engine.
@@ -26,6 +26,12 @@ pub enum Fault {
     ForgetsGuards,
     /// Command ids are not looked at.
     ForgetsCommands,
+    /// A known command is answered with the first receipt, whatever it is for.
+    ForgetsFingerprints,
+    /// Young commands are forgotten with the old ones.
+    ForgetsYoungCommands,
+    /// No command is forgotten.
+    KeepsCommands,
     /// Two appends of one batch change places.
     MixesUpAppends,
     /// Settling a command asks for it, and does not keep the late original out.
@@ -122,6 +128,9 @@ impl Fault {
         Self::CommitsInPieces,
         Self::ForgetsGuards,
         Self::ForgetsCommands,
+        Self::ForgetsFingerprints,
+        Self::ForgetsYoungCommands,
+        Self::KeepsCommands,
         Self::MixesUpAppends,
         Self::ForgetsToSettle,
         Self::LosesTakenKeys,
@@ -281,7 +290,8 @@ impl Broken {
             batch.snapshots().iter().for_each(|(id, snapshot)| read.snapshot(*id, snapshot.clone()));
         }
         if let Some(id) = batch.command_id().filter(|_| !self.has(Fault::ForgetsCommands)) {
-            read.set_command_id(id.clone());
+            let fingerprint = batch.fingerprint().filter(|_| !self.has(Fault::ForgetsFingerprints));
+            read.set_command(id.clone(), fingerprint);
         }
         Ok(read)
     }
@@ -362,7 +372,7 @@ impl Broken {
         let mut piece = Batch::new();
         piece.append(last.clone())?;
         if let Some(id) = batch.command_id() {
-            piece.set_command_id(id.clone());
+            piece.set_command(id.clone(), batch.fingerprint());
         }
         self.inner.commit(piece).await
     }
@@ -528,13 +538,23 @@ impl StorageEngine for Broken {
         Box::pin(self.commit_badly(batch))
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        self.inner.receipt(command)
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        self.inner.command(id)
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        match self.fault {
+            Fault::KeepsCommands => Box::pin(async { Ok(1) }),
+            Fault::ForgetsYoungCommands => self.inner.forget_commands(Timestamp::MAX),
+            _ => self.inner.forget_commands(before),
+        }
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         if self.has(Fault::ForgetsToSettle) {
-            self.inner.receipt(command)
+            Box::pin(
+                async move { Ok(self.inner.command(command).await?.and_then(KnownCommand::into_receipt)) },
+            )
         } else {
             self.inner.settle(command)
         }

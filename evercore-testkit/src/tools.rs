@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use evercore_core::{
     Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
-    Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownType, LoadRequest, LogQuery,
-    Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence, Snapshot,
-    StorageEngine, Target, Timestamp,
+    Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownCommand, KnownType, LoadRequest,
+    LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence,
+    Snapshot, StorageEngine, Target, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -230,14 +230,24 @@ impl Unit {
         self
     }
 
+    /// With a command about which nothing more is said.
     pub(crate) fn command(mut self, text: &str) -> Self {
-        self.0.set_command_id(command(text));
+        self.0.set_command(command(text), None);
+        self
+    }
+
+    pub(crate) fn command_with(mut self, text: &str, fingerprint: i64) -> Self {
+        self.0.set_command(command(text), Some(fingerprint));
         self
     }
 
     pub(crate) async fn commit(self, engine: &Engine) -> Result<Receipt> {
         engine.commit(self.0).await
     }
+}
+
+pub(crate) async fn receipt_of(engine: &Engine, id: &CommandId) -> Option<Receipt> {
+    engine.command(id).await.unwrap().and_then(KnownCommand::into_receipt)
 }
 
 pub(crate) async fn new_id(engine: &Engine) -> AggregateId {

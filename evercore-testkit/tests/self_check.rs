@@ -93,12 +93,18 @@ faults! {
         MODEL,
     ];
     forgotten_commands: ForgetsCommands, [
-        "commands::a_known_id_with_the_same_content_returns_the_first_receipt",
-        "commands::a_known_id_with_other_content_is_command_reused",
+        "commands::a_known_id_returns_the_first_receipt",
+        "commands::a_known_id_with_another_fingerprint_is_command_reused",
         "commands::the_command_id_is_looked_at_before_everything_else",
         "commands::an_id_takes_effect_once_when_sixteen_come_at_once",
         "commands::a_receipt_can_be_asked_for",
     ];
+    forgotten_fingerprints: ForgetsFingerprints, [
+        "commands::a_known_id_with_another_fingerprint_is_command_reused",
+        MODEL,
+    ];
+    forgotten_young_commands: ForgetsYoungCommands, ["commands::old_commands_are_forgotten_and_young_ones_kept"];
+    kept_commands: KeepsCommands, ["commands::old_commands_are_forgotten_and_young_ones_kept"];
     mixed_up_appends: MixesUpAppends, ["appends::events_of_a_batch_lie_in_the_order_of_its_appends", MODEL];
     forgotten_settling: ForgetsToSettle, [
         "commands::a_late_original_cannot_land_after_it_was_settled",

@@ -92,6 +92,7 @@ CREATE TABLE commands (
     command_id  TEXT COLLATE "C" NOT NULL,
     fingerprint BIGINT,
     receipt     TEXT,
+    recorded_at BIGINT           NOT NULL, -- old ones may be forgotten
     CONSTRAINT commands_command_id PRIMARY KEY (command_id)
 );
 

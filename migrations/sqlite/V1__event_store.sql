@@ -66,7 +66,8 @@ CREATE TABLE snapshots (
 CREATE TABLE commands (
     command_id  TEXT PRIMARY KEY,
     fingerprint INTEGER,
-    receipt     TEXT
+    receipt     TEXT,
+    recorded_at INTEGER NOT NULL -- old ones may be forgotten
 ) STRICT, WITHOUT ROWID;
 
 -- How far each partition of each version of a subscription has come, and who moves it. The owner and the epoch, which

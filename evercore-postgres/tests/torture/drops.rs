@@ -224,7 +224,7 @@ impl Caller {
         batch.create(NewAggregate { id, aggregate_type: aggregate_type.clone(), key: None }).unwrap();
         let events = vec![event(0), event(1)];
         batch.append(Append { aggregate: id, aggregate_type, expected: Sequence::ZERO, events }).unwrap();
-        batch.set_command_id(command(unit));
+        batch.set_command(command(unit), None);
         batch
     }
 
@@ -269,7 +269,7 @@ impl Caller {
             Call::Types => polled(polls, engine.types(), |types| assert!(!types.is_empty())).await,
             Call::Receipt => {
                 let first = command(self::number(self.writer, 0));
-                polled(polls, engine.receipt(&first), |receipt| assert!(receipt.is_some())).await
+                polled(polls, engine.command(&first), |known| assert!(known.is_some())).await
             }
             Call::Settle => {
                 polled(polls, engine.settle(&command(number)), |settled| assert_eq!(settled, None)).await

@@ -9,8 +9,9 @@ use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, NoTls};
 use evercore_postgres::{
     AggregateId, AggregateType, Append, Batch, CommandId, Direction, Event, EventStore, EventType, Filter,
-    Guard, History, Key, KeyChange, LoadRequest, LogQuery, Metadata, NewAggregate, NewEvent, PageLimit,
-    Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine, Target, Timestamp,
+    Guard, History, Key, KeyChange, KnownCommand, LoadRequest, LogQuery, Metadata, NewAggregate, NewEvent,
+    PageLimit, Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine, Target,
+    Timestamp,
 };
 use evercore_testkit::postgres::Server;
 use tokio::task::JoinSet;
@@ -206,7 +207,7 @@ impl<'a> Scenario<'a> {
             let mut batch = made(id, "account", Some(text));
             batch.append(append(id, "account", 0, vec![event(text, text)])).unwrap();
             batch.snapshot(id, Snapshot { sequence: at(1), version: 3, state: payload(text) });
-            batch.set_command_id(CommandId::new(text).unwrap());
+            batch.set_command(CommandId::new(text).unwrap(), None);
             self.commit(text, batch).await;
             let id = self.id().await;
             self.commit("the same key again", made(id, "account", Some(text))).await;
@@ -241,19 +242,20 @@ impl<'a> Scenario<'a> {
         let id = self.id().await;
         let mut first = made(id, "order", None);
         first.append(append(id, "order", 0, vec![event("Placed", "é\\'")])).unwrap();
-        first.set_command_id(CommandId::new("it's \\ once").unwrap());
+        first.set_command(CommandId::new("it's \\ once").unwrap(), None);
         self.commit("a command", first.clone()).await;
         self.commit("the same again", first).await;
         let mut other = appended(id, "order", 1);
-        other.set_command_id(CommandId::new("it's \\ once").unwrap());
+        other.set_command(CommandId::new("it's \\ once").unwrap(), None);
         self.commit("the same id for another", other.clone()).await;
         for name in ["it's \\ once", "never"] {
             let settled = self.engine.settle(&CommandId::new(name).unwrap()).await;
             self.answer("settled", settled.map(|receipt| receipt.map(without_time)));
-            let receipt = self.engine.receipt(&CommandId::new(name).unwrap()).await;
+            let known = self.engine.command(&CommandId::new(name).unwrap()).await;
+            let receipt = known.map(|known| known.and_then(KnownCommand::into_receipt));
             self.answer("receipt", receipt.map(|receipt| receipt.map(without_time)));
         }
-        other.set_command_id(CommandId::new("never").unwrap());
+        other.set_command(CommandId::new("never").unwrap(), None);
         self.commit("settled as never", other).await;
     }
 

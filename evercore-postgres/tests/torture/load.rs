@@ -130,7 +130,7 @@ impl<W: Witness> Writer<W> {
         }
         record(&mut work, &mut accounts, unit, rng.usize(1..=6));
         if has_command {
-            work.set_command_id(command(unit));
+            work.set_command(command(unit));
         }
         Ok(work)
     }

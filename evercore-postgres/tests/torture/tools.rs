@@ -67,7 +67,7 @@ pub(crate) async fn accounts(store: &EventStore, count: usize, unit: i64) -> Vec
         accounts.push(work.create::<Account>().await.unwrap());
     }
     record(&mut work, &mut accounts, unit, count);
-    work.set_command_id(command(unit));
+    work.set_command(command(unit));
     work.commit().await.unwrap();
     accounts.iter().map(Loaded::id).collect()
 }
@@ -87,7 +87,7 @@ pub(crate) async fn unit(
         accounts.push(account);
     }
     record(&mut work, &mut accounts, unit, events);
-    work.set_command_id(command(unit));
+    work.set_command(command(unit));
     Ok(work)
 }
 

@@ -165,7 +165,7 @@ pub(crate) async fn or_nothing_of_it_keys_snapshots_and_command_included(fixture
     assert_eq!(holder(&engine, "user", "made").await, None);
     let target = evercore_core::Target::Id(first);
     assert_eq!(load(&engine, target, Some(1), Sequence::MAX).await.unwrap().snapshot, None);
-    assert_eq!(engine.receipt(&command("command")).await.unwrap(), None);
+    assert_eq!(receipt_of(&engine, &command("command")).await, None);
 }
 
 pub(crate) async fn units_of_three_aggregates_in_any_order_never_deadlock(fixture: &mut Fixture) {

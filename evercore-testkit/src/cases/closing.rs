@@ -18,7 +18,8 @@ pub(crate) async fn what_is_called_later_is_closed(fixture: &mut Fixture) {
     let next = unit().append(id, "user", 1, 1);
     assert_kind!(next.commit(&engine).await, ErrorKind::Closed);
     assert_kind!(engine.reserve(1).await, ErrorKind::Closed);
-    assert_kind!(engine.receipt(&command("one")).await, ErrorKind::Closed);
+    assert_kind!(engine.command(&command("one")).await, ErrorKind::Closed);
+    assert_kind!(engine.forget_commands(Timestamp::MAX).await, ErrorKind::Closed);
     assert_kind!(engine.settle(&command("one")).await, ErrorKind::Closed);
     let (target, limit) = (Target::Id(id), PageLimit::default());
     let request = LoadRequest { target, snapshot: None, up_to: Sequence::MAX, limit };

@@ -181,9 +181,9 @@ cases! {
         one_event_may_override_the_metadata_of_its_unit,
     }
     commands {
-        a_known_id_with_the_same_content_returns_the_first_receipt,
+        a_known_id_returns_the_first_receipt,
         the_command_id_is_looked_at_before_everything_else,
-        a_known_id_with_other_content_is_command_reused,
+        a_known_id_with_another_fingerprint_is_command_reused,
         an_id_takes_effect_once_when_sixteen_come_at_once,
         an_id_takes_effect_once_also_after_reopening [Reopen],
         an_id_takes_effect_once_on_all_engines_of_one_storage [Further],
@@ -201,6 +201,15 @@ cases! {
         an_update_with_a_command_id_decides_once,
         without_a_command_id_a_unit_that_is_sent_twice_may_land_twice,
         a_receipt_keeps_the_order_of_its_unit,
+        a_known_id_for_another_aggregate_is_command_reused,
+        a_command_that_is_decided_again_may_have_other_events,
+        a_command_that_sees_its_own_effect_is_not_refused,
+        a_command_with_a_word_is_told_by_it,
+        a_command_of_several_aggregates_takes_effect_once,
+        an_update_that_creates_takes_effect_once,
+        a_refused_command_is_not_remembered,
+        old_commands_are_forgotten_and_young_ones_kept,
+        thousands_of_commands_are_forgotten,
     }
     reading {
         an_aggregate_is_read_behind_from_and_up_to_to,

@@ -225,7 +225,7 @@ pub(crate) async fn names_compare_bytewise_up_to_the_last_byte(fixture: &mut Fix
         let found = read_all(&engine, LogQuery::after(Position::ZERO).with_filter(of_event)).await;
         let positions: Vec<i64> = (0..6).map(|nth| nth * 6 + place as i64 + 1).collect();
         assert_eq!(numbers(&found), positions, "of event type {place}");
-        let receipt = engine.receipt(&command(name)).await.unwrap().unwrap();
+        let receipt = receipt_of(&engine, &command(name)).await.unwrap();
         assert_eq!(Some(receipt.aggregates[0].0), holder(&engine, name, name).await, "of command {place}");
     }
 }

@@ -376,7 +376,7 @@ pub(crate) async fn a_handle_of_a_repeated_command_is_not_committed(fixture: &mu
     let mut handles = Vec::new();
     for _ in 0..2 {
         let mut work = store.begin();
-        work.set_command_id(CommandId::new("request 1").unwrap());
+        work.set_command(CommandId::new("request 1").unwrap());
         let mut account = work.load::<Account>("ann").await.unwrap();
         work.record(&mut account, deposited(10)).unwrap();
         work.commit().await.unwrap();

@@ -1,0 +1,222 @@
+//! Commands: what takes effect once, and how a command that comes again is told from another one.
+
+use crate::batch::{Batch, Receipt};
+use crate::engine::Target;
+use crate::error::{Error, Result};
+use crate::name::{AggregateType, CommandId, Key};
+
+/// A command: the id under which it takes effect once and, if the caller says so, what it asks for.
+///
+/// A store remembers the id of each command that took effect, its receipt, and a *fingerprint*, by which it finds an id
+/// that is used again for something else. The fingerprint is of what the caller says about the command, never of the
+/// events that came of it: a decision that is made again may well give other bytes (it reads a clock, it walks a
+/// `HashMap`), and is the same command all the same. It has two parts:
+///
+/// * the word that the command was [made with](Self::new), for instance the body of the request;
+/// * the aggregates that it is for, each by its type and by the natural key or id by which the caller named it: the
+///   target of [`update_once`](crate::EventStore::update_once) and
+///   [`update_or_create_once`](crate::EventStore::update_or_create_once), and those that a unit of work with a
+///   [command](crate::UnitOfWork::set_command) makes, adds events to or gives a key to.
+///   [`once`](crate::EventStore::once) knows no targets before it runs, so there the word says it all.
+///
+/// A command id alone is a command too, one without a word.
+///
+/// ```
+/// use evercore_core::{Command, CommandId};
+///
+/// let request = r#"{"from":"alice","to":"bob","cents":100}"#;
+/// let command = Command::new(CommandId::new("request 7f3a")?, request);
+/// assert_eq!(command.id().as_str(), "request 7f3a");
+/// # Ok::<(), evercore_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    id: CommandId,
+    /// The hash of the caller's word.
+    word: Option<u64>,
+}
+
+impl Command {
+    /// The command with this id that asks for this: any text or bytes that are the same whenever the command is sent
+    /// again, and differ from those of another command. Only a hash of them is kept.
+    pub fn new(id: CommandId, word: impl AsRef<[u8]>) -> Self {
+        Self { id, word: Some(hash([word.as_ref()])) }
+    }
+
+    /// The id.
+    pub fn id(&self) -> &CommandId {
+        &self.id
+    }
+
+    /// What tells this command from others with the same id; `None` if nothing is said about it.
+    pub(crate) fn fingerprint<'a>(
+        &self,
+        targets: impl IntoIterator<Item = CommandTarget<'a>>,
+    ) -> Option<i64> {
+        let mut targets: Vec<u64> = targets.into_iter().map(CommandTarget::hash).collect();
+        if self.word.is_none() && targets.is_empty() {
+            return None;
+        }
+        // The order in which a decision comes to its aggregates may differ when it is made again.
+        targets.sort_unstable();
+        let mut hash = Fnv::new();
+        hash.part(&self.word.map(u64::to_le_bytes).unwrap_or_default());
+        targets.iter().for_each(|target| hash.part(&target.to_le_bytes()));
+        Some(hash.finish().cast_signed())
+    }
+}
+
+impl From<CommandId> for Command {
+    fn from(id: CommandId) -> Self {
+        Self { id, word: None }
+    }
+}
+
+impl From<&CommandId> for Command {
+    fn from(id: &CommandId) -> Self {
+        id.clone().into()
+    }
+}
+
+/// An aggregate that a command is for, as its caller named it.
+#[derive(Clone, Copy)]
+pub(crate) enum CommandTarget<'a> {
+    Id(&'a AggregateType, i64),
+    Key(&'a AggregateType, &'a Key),
+    /// One that is made without a natural key: it has another id each time.
+    New(&'a AggregateType),
+}
+
+impl<'a> CommandTarget<'a> {
+    pub(crate) fn of(aggregate_type: &'a AggregateType, target: &'a Target) -> Self {
+        match target {
+            Target::Id(id) => Self::Id(aggregate_type, id.get()),
+            Target::Key(aggregate_type, key) => Self::Key(aggregate_type, key),
+        }
+    }
+
+    fn hash(self) -> u64 {
+        match self {
+            Self::Id(aggregate_type, id) => {
+                hash([b"id".as_slice(), aggregate_type.as_str().as_bytes(), &id.to_le_bytes()])
+            }
+            Self::Key(aggregate_type, key) => {
+                hash([b"key".as_slice(), aggregate_type.as_str().as_bytes(), key.as_str().as_bytes()])
+            }
+            Self::New(aggregate_type) => hash([b"new".as_slice(), aggregate_type.as_str().as_bytes()]),
+        }
+    }
+}
+
+/// What a store remembers of a command id that was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KnownCommand {
+    /// It took effect.
+    Committed {
+        /// The fingerprint of the batch that carried it out.
+        fingerprint: Option<i64>,
+        /// The receipt of that batch.
+        receipt: Receipt,
+    },
+    /// It was settled as never committed.
+    Abandoned,
+}
+
+impl KnownCommand {
+    /// From the columns in which engines keep it; a command without a receipt was settled as never committed.
+    ///
+    /// # Errors
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the receipt does not read.
+    pub fn stored(fingerprint: Option<i64>, receipt: Option<&str>) -> Result<Self> {
+        Ok(match receipt {
+            None => Self::Abandoned,
+            Some(receipt) => Self::Committed { fingerprint, receipt: receipt.parse()? },
+        })
+    }
+
+    /// What a batch with this id is answered, whatever else is in it: the one meaning that all engines share.
+    ///
+    /// # Errors
+    /// [`CommandReused`](crate::ErrorKind::CommandReused), [`CommandAbandoned`](crate::ErrorKind::CommandAbandoned).
+    pub fn answer(&self, batch: &Batch) -> Result<Receipt> {
+        self.answer_to(batch.fingerprint())
+    }
+
+    /// A command about which nothing is said has nothing that could differ.
+    pub(crate) fn answer_to(&self, asked: Option<i64>) -> Result<Receipt> {
+        match self {
+            Self::Committed { fingerprint, receipt } if asked.is_none() || asked == *fingerprint => {
+                Ok(receipt.clone())
+            }
+            Self::Committed { .. } => Err(Error::command_reused()),
+            Self::Abandoned => Err(Error::command_abandoned()),
+        }
+    }
+
+    /// The receipt, if it took effect.
+    pub fn into_receipt(self) -> Option<Receipt> {
+        match self {
+            Self::Committed { receipt, .. } => Some(receipt),
+            Self::Abandoned => None,
+        }
+    }
+}
+
+fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
+    let mut hash = Fnv::new();
+    parts.into_iter().for_each(|part| hash.part(part));
+    hash.finish()
+}
+
+/// FNV-1a with 64 bits: the same on every machine and in every release, unlike the standard library's hasher. It finds
+/// an id that is used twice by mistake; it is no defence against malice.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    /// The length goes in first, so that no two lists of parts are alike.
+    fn part(&mut self, bytes: &[u8]) {
+        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+
+    fn finish(self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::AggregateId;
+
+    #[test]
+    fn a_fingerprint_is_of_the_word_and_of_the_targets_in_any_order() {
+        let (order, user) = (AggregateType::new("order").unwrap(), AggregateType::new("user").unwrap());
+        let (id, key) = (Target::Id(AggregateId::new(7).unwrap()), Key::new("7").unwrap());
+        let bare = Command::from(CommandId::new("c").unwrap());
+        let said = Command::new(CommandId::new("c").unwrap(), "pay");
+        let by_id = CommandTarget::of(&order, &id);
+        let by_key = CommandTarget::Key(&order, &key);
+        assert_eq!(bare.fingerprint([]), None);
+        assert_eq!(bare.fingerprint([by_id, by_key]), bare.fingerprint([by_key, by_id]));
+        let all = [
+            said.fingerprint([]),
+            Command::new(CommandId::new("c").unwrap(), "pay 2").fingerprint([]),
+            Command::new(CommandId::new("c").unwrap(), "").fingerprint([]),
+            said.fingerprint([by_id]),
+            bare.fingerprint([by_id]),
+            bare.fingerprint([by_key]),
+            bare.fingerprint([CommandTarget::New(&order)]),
+            bare.fingerprint([CommandTarget::New(&order), CommandTarget::New(&order)]),
+            bare.fingerprint([CommandTarget::of(&user, &id)]),
+        ];
+        for (index, one) in all.iter().enumerate() {
+            assert!(one.is_some() && !all[..index].contains(one), "{index}");
+        }
+    }
+}
