@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::limits;
 use crate::time::Timestamp;
 
@@ -77,6 +78,16 @@ impl Metadata {
     pub fn with_causation_id(mut self, id: impl AsRef<str>) -> Result<Self> {
         self.causation_id = Some(checked("causation id", id.as_ref())?);
         Ok(self)
+    }
+
+    /// Says that this event caused what is written: its position becomes the causation id, and its correlation id is
+    /// carried on; an event without one begins the conversation, and its position is the correlation id.
+    #[must_use]
+    pub fn caused_by(mut self, event: &Event) -> Self {
+        let position: Arc<str> = event.position().to_string().into();
+        self.correlation_id = Some(event.correlation_id().map_or_else(|| Arc::clone(&position), Arc::from));
+        self.causation_id = Some(position);
+        self
     }
 
     /// Adds a header, in place of an earlier one of the same name.

@@ -117,8 +117,31 @@ fn committed(events: usize, error: Option<&Error>) {
         say!(debug, "a commit met a conflict");
     } else {
         count!("evercore_commit_errors_total", 1);
+        refused(error);
+    }
+}
+
+/// Says so, as loud as it deserves.
+fn refused(error: &Error) {
+    #[cfg(feature = "tracing")]
+    if is_an_answer(error) {
+        say!(debug, kind = kind(error), "a commit was refused");
+    } else {
         say!(warn, kind = kind(error), "a commit failed");
     }
+}
+
+/// Whether this is an answer that an application reckons with, and no trouble of the store's.
+#[cfg(feature = "tracing")]
+fn is_an_answer(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::KeyTaken { .. }
+            | ErrorKind::NotFound
+            | ErrorKind::Rejected
+            | ErrorKind::CommandReused
+            | ErrorKind::CommandAbandoned
+    )
 }
 
 /// Around a load.

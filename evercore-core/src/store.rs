@@ -16,6 +16,7 @@ use crate::event::Events;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::log_reader::LogReader;
+use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
 use crate::race::Bell;
 use crate::retry::RetryPolicy;
@@ -35,6 +36,7 @@ pub struct EventStore {
     engine: Arc<dyn StorageEngine>,
     shared: Arc<Shared>,
     retry: RetryPolicy,
+    metadata: Arc<Metadata>,
 }
 
 #[derive(Default)]
@@ -59,7 +61,7 @@ impl EventStore {
     /// With the feature `metrics`, it describes its metrics to the recorder: install that before.
     pub fn shared(engine: Arc<dyn StorageEngine>) -> Self {
         crate::observe::describe();
-        Self { engine, shared: Arc::default(), retry: RetryPolicy::default() }
+        Self { engine, shared: Arc::default(), retry: RetryPolicy::default(), metadata: Arc::default() }
     }
 
     /// The same store with another policy for [`update`](Self::update) and [`retry`](Self::retry).
@@ -67,6 +69,25 @@ impl EventStore {
     pub fn with_retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
+    }
+
+    /// The same store, whose units of work carry this metadata from their beginning: also those of
+    /// [`update`](Self::update), [`update_once`](Self::update_once) and all that decide and commit in one call.
+    ///
+    /// ```
+    /// # use evercore_core::{Event, EventStore, Metadata, Result};
+    /// fn of_request(store: &EventStore, request: &str, cause: &Event) -> Result<EventStore> {
+    ///     let metadata = Metadata::new().with_reference(request)?.caused_by(cause);
+    ///     Ok(store.with_metadata(metadata)) // cheap: the engine and all that is known are shared
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_metadata(&self, metadata: Metadata) -> Self {
+        Self { metadata: Arc::new(metadata), ..self.clone() }
+    }
+
+    pub(crate) fn metadata(&self) -> &Arc<Metadata> {
+        &self.metadata
     }
 
     /// The engine.

@@ -11,7 +11,7 @@ use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
 use crate::command::{Command, CommandTarget};
 use crate::context::EventContext;
-use crate::engine::{StorageEngine, Target};
+use crate::engine::{LoadRequest, PageLimit, StorageEngine, Target};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
@@ -63,7 +63,7 @@ pub struct UnitOfWork {
     /// Shared with every handle that carries events of this unit; true once they are committed.
     committed: Arc<AtomicBool>,
     /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
-    raced: Vec<AggregateId>,
+    raced: Vec<(AggregateId, Target)>,
     /// Why this unit cannot commit, for a fault that could not be told at once.
     refused: Option<Error>,
 }
@@ -94,13 +94,13 @@ struct Head {
 impl UnitOfWork {
     pub(crate) fn new(store: EventStore) -> Self {
         Self {
+            metadata: Arc::clone(store.metadata()),
             store,
             batch: Batch::new(),
             staged: Vec::new(),
             heads: HashMap::new(),
             found_by: HashMap::new(),
             command: None,
-            metadata: Arc::default(),
             time: None,
             committed: Arc::new(AtomicBool::new(false)),
             raced: Vec::new(),
@@ -157,8 +157,9 @@ impl UnitOfWork {
         if let Some(known) = self.load_target(Target::Key(aggregate_type::<T>()?, key.clone())).await? {
             return Ok(known);
         }
+        let target = Target::Key(aggregate_type::<T>()?, key.clone());
         let created = self.create_aggregate::<T>(Some(key)).await?;
-        self.raced.push(created.id());
+        self.raced.push((created.id(), target));
         Ok(created)
     }
 
@@ -249,7 +250,7 @@ impl UnitOfWork {
         let key = Key::new(key)?;
         let aggregate_type = aggregate_type::<T>()?;
         self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
-        self.raced.retain(|raced| *raced != aggregate.id());
+        self.raced.retain(|(raced, _)| *raced != aggregate.id());
         aggregate.set_key(key);
         Ok(())
     }
@@ -462,11 +463,8 @@ impl UnitOfWork {
             return Err(error);
         }
         self.fill_batch()?;
-        let created = std::mem::take(&mut self.raced);
+        let raced = std::mem::take(&mut self.raced);
         let batch = std::mem::take(&mut self.batch);
-        let only_raced = !created.is_empty()
-            && batch.key_changes().is_empty()
-            && batch.creates().iter().all(|new| new.key.is_none() || created.contains(&new.id));
         match observe::commit(batch.events(), commit(batch)).await {
             Ok(receipt) => {
                 // The first receipt of a repeated command is about what another unit wrote.
@@ -475,11 +473,24 @@ impl UnitOfWork {
                 self.committed.store(self.heads.iter().all(is_ours), Ordering::Release);
                 Ok(receipt)
             }
-            Err(error) if only_raced && matches!(error.kind(), ErrorKind::KeyTaken { .. }) => {
-                Err(Error::raced(created[0]).with_source(error))
+            Err(error) if matches!(error.kind(), ErrorKind::KeyTaken { .. }) => {
+                Err(self.raced_or(raced, error).await)
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// A conflict if somebody has the key of an aggregate that this unit found missing. The key that is taken may be
+    /// another one, which no retry mends.
+    async fn raced_or(&self, raced: Vec<(AggregateId, Target)>, error: Error) -> Error {
+        for (id, target) in raced {
+            let request =
+                LoadRequest { target, snapshot: None, up_to: Sequence::ZERO, limit: PageLimit::FOLD };
+            if matches!(self.store.engine().load(request).await, Ok(Some(_))) {
+                return Error::raced(id).with_source(error);
+            }
+        }
+        error
     }
 
     /// The engine to which this unit belongs. An engine recognises itself by [`Any`](std::any::Any):

@@ -179,6 +179,8 @@ cases! {
         racing_updates_all_count,
         a_decision_without_events_writes_nothing,
         one_event_may_override_the_metadata_of_its_unit,
+        a_lost_race_to_create_is_a_conflict_whatever_else_the_unit_renames,
+        updates_of_a_store_with_metadata_carry_it,
     }
     commands {
         a_known_id_returns_the_first_receipt,

@@ -427,3 +427,47 @@ pub(crate) async fn joined_headers_keep_their_limit(fixture: &mut Fixture) {
     assert_kind!(work.record_with(&mut account, deposited(1), &own), ErrorKind::Invalid);
     assert_eq!(account.sequence(), at(0));
 }
+
+pub(crate) async fn a_lost_race_to_create_is_a_conflict_whatever_else_the_unit_renames(
+    fixture: &mut Fixture,
+) {
+    let store = fixture.store();
+    store.load_or_create::<Account>("bob").await.unwrap();
+    store.load_or_create::<Account>("taken").await.unwrap();
+    let rename = async |created: &str, key: &str, is_raced: bool| {
+        let mut work = store.begin();
+        work.load_or_create::<Account>(created).await?;
+        let mut bob = work.load::<Account>("bob").await?;
+        work.change_key(&mut bob, key)?;
+        if is_raced {
+            store.load_or_create::<Account>(created).await?;
+        }
+        work.commit().await
+    };
+    assert!(rename("ann", "robert", true).await.unwrap_err().is_conflict());
+    assert_kind!(rename("cid", "taken", false).await, ErrorKind::KeyTaken { .. });
+    rename("ann", "robert", false).await.unwrap();
+}
+
+pub(crate) async fn updates_of_a_store_with_metadata_carry_it(fixture: &mut Fixture) {
+    let store = fixture.store();
+    let first = store.with_metadata(Metadata::new().with_reference("clerk 112").unwrap());
+    first.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let cause = log(&fixture.engine()).await.remove(0);
+    let second = store.with_metadata(Metadata::new().caused_by(&cause));
+    let pay = CommandId::new("pay").unwrap();
+    second.update_once::<Account, _, _>(pay, "ann", |_| [deposited(1)]).await.unwrap();
+    let effect = log(&fixture.engine()).await.remove(1);
+    let third = store.with_metadata(Metadata::new().caused_by(&effect));
+    third.update::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    store.update::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let told: Vec<_> = log(&fixture.engine())
+        .await
+        .iter()
+        .map(|event| {
+            let text = |text: Option<&str>| text.unwrap_or("-").to_owned();
+            [text(event.reference()), text(event.correlation_id()), text(event.causation_id())].join(" ")
+        })
+        .collect();
+    assert_eq!(told, ["clerk 112 - -", "- 1 1", "- 1 2", "- - -"]);
+}
