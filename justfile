@@ -36,27 +36,32 @@ core-tree:
 test *args:
     RUST_TEST_THREADS="${RUST_TEST_THREADS:-$((2 * {{ num_cpus() }}))}" cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
 
-# The conformance suite on every engine of this version, none skipped.
+# The conformance suite on every engine of this version, all cases in all ways.
 integration-test: integration-test-memory integration-test-sqlite integration-test-postgres
 
 # The conformance suite and the other tests of the memory engine.
 integration-test-memory:
-    EVERCORE_REQUIRE=memory cargo test --locked -p evercore-memory --all-features --tests
+    EVERCORE_CASES=all EVERCORE_REQUIRE=memory cargo test --locked -p evercore-memory --all-features --tests
 
 # The conformance suite and the other tests of the SQLite engine.
 integration-test-sqlite:
-    EVERCORE_REQUIRE=sqlite cargo test --locked -p evercore-sqlite --all-features --tests
+    EVERCORE_CASES=all EVERCORE_REQUIRE=sqlite cargo test --locked -p evercore-sqlite --all-features --tests
 
 # The conformance suite and the other tests of the PostgreSQL engine, on servers of its own or on EVERCORE_POSTGRES_URL.
 integration-test-postgres:
-    EVERCORE_REQUIRE=postgres cargo test --locked -p evercore-postgres --all-features --tests
+    EVERCORE_CASES=all EVERCORE_REQUIRE=postgres cargo test --locked -p evercore-postgres --all-features --tests
 
 # Long runs: random walks, a writer killed at random moments, and PostgreSQL under 64 writers, killed, cut off and dropped.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
+    just torture-testkit
     just torture-sqlite
     just torture-postgres {{ steps }} {{ seed }}
+
+# All cases on every engine that is broken on purpose: exactly those of the table must fail. Some minutes.
+torture-testkit:
+    EVERCORE_TORTURE=full cargo test --locked --release -p evercore-testkit --test self_check
 
 # The long runs on SQLite that say what they have counted; EVERCORE_LOAN_LOG names the loan log, if there is one.
 torture-sqlite:

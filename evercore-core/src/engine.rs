@@ -32,7 +32,13 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// * a page of the log that was begun holds nothing that others need while nobody polls it: it is read ahead;
 /// * bad input never arrives here: names, keys, payloads and batches were checked where they were born;
 /// * nothing it says, logs or shows by `Debug` has a payload, a natural key or a password in it;
-/// * type names are the engine's to intern, and an interner remembers only what has committed.
+/// * type names are the engine's to intern, and an interner remembers only what has committed;
+/// * all of a store is there after reopening, and after a crash all that was acknowledged: events, keys, snapshots,
+///   commands with their content, cursors and parked events;
+/// * after an answer nothing tells of less: heads, waits, pages, loads and cursors have what was acknowledged;
+/// * names, keys and command ids compare bytewise up to the last byte: those that differ in case, or only by Unicode
+///   normalisation, are different;
+/// * empty texts are not none.
 ///
 /// [`Any`] is here so that an engine can tell whether a unit of work is its own; it is implemented by itself.
 pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
@@ -44,7 +50,9 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
 
     /// Writes a batch.
     ///
-    /// * all of it is written, or nothing of it;
+    /// * all of it is written, or nothing of it, and a large unit is seen whole or not at all;
+    /// * what a failed unit wanted is free: its keys, its ids and its command id;
+    /// * without a command id, a unit that is sent twice may land twice: this is the limit of the promise;
     /// * what is acknowledged is durable, as far as the user asked for;
     /// * a stale append is a conflict, names expected and actual sequence, and writes nothing; so is a stale guard;
     /// * events are numbered from `expected + 1`, without holes, and positions from the log's head, without holes, in
@@ -58,10 +66,12 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     ///   and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
     /// * an aggregate has one snapshot: a later one, or one of another version, takes its place, an earlier one of the
     ///   same version does not; one that is ahead of the aggregate after the batch is not kept;
-    /// * `recorded_at` is the engine's clock, never less than that of the event before.
+    /// * `recorded_at` is the engine's clock, never less than that of the event before, also when the clock goes back.
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>>;
 
     /// What is remembered of the command with this id; `None` if nothing is.
+    ///
+    /// * a receipt keeps the order of its unit.
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>>;
 
     /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will".
@@ -88,6 +98,7 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// A page of the log.
     ///
     /// * a page is a prefix of what there was to read: no event is skipped, none comes twice;
+    /// * page after page is the log read whole, with every filter, limit and direction;
     /// * a page ends at `limit`, and `LogPage::scanned` tells up to where there is nothing more to find;
     /// * a filter means the same to every engine: what [`Filter::matches_row`] says;
     /// * a name that no event has yet matches nothing, and matches as soon as one has it;
@@ -102,13 +113,17 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
 
     /// Waits until there is an event past `after`, at most this long; tells the head it saw.
     ///
-    /// * a commit through this engine wakes all who wait, at once.
+    /// * a commit through this engine wakes all who wait, at once; two commits at once wake all who wait for both;
+    /// * a commit without events ends no wait;
+    /// * waiting ends when time is up, also while others commit and when the clock goes back.
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>>;
 
     /// Lets this much time pass: the one clock that core has.
     fn pause(&self, time: Duration) -> BoxFuture<'_, ()>;
 
     /// Registers these names, if they are new, and has them at hand for what follows; again is harmless.
+    ///
+    /// * a type without events is registered too.
     fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>>;
 
     /// All names registered by commits and warm-ups, ordered.

@@ -14,8 +14,26 @@ use evercore_postgres::tokio_postgres::{Config, NoTls};
 use evercore_postgres::{PostgresEngine, Result};
 use evercore_testkit::{Ability, Harness};
 
+/// What asks the engine itself. The rest asks core, which sees no difference between two ways of connecting.
+const ENGINE_ITSELF: &[&str] = &[
+    "types",
+    "aggregates",
+    "keys",
+    "appends",
+    "commands",
+    "reading",
+    "log::",
+    "snapshots",
+    "storage",
+    "values",
+    "cursors",
+    "random::a_random_walk",
+];
+
 /// A way of connecting.
 trait Way: 'static {
+    const ONLY: &'static [&'static str] = ENGINE_ITSELF;
+
     fn connect(place: &Place) -> impl Future<Output = Result<PostgresEngine>>;
 }
 
@@ -26,6 +44,7 @@ impl<W: Way> Harness for Connected<W> {
     const NAME: &'static str = "postgres";
     /// What a killed server leaves is looked at in the tests that have a server of their own.
     const CANNOT: &'static [Ability] = &[Ability::CrashImage];
+    const ONLY: &'static [&'static str] = W::ONLY;
     type Engine = PostgresEngine;
     type Guard = Place;
 
@@ -63,6 +82,8 @@ impl<W: Way> Harness for Connected<W> {
 struct Direct;
 
 impl Way for Direct {
+    const ONLY: &'static [&'static str] = &[];
+
     async fn connect(place: &Place) -> Result<PostgresEngine> {
         place.builder().connect(&place.url).await
     }

@@ -98,7 +98,7 @@ pub trait Harness: 'static {
 type BlockOn = fn(LocalFuture<'_, ()>);
 
 /// An engine, with what it stands on if that is new too.
-type Opened = (Option<Box<dyn Any>>, Arc<dyn StorageEngine>);
+pub(crate) type Opened = (Option<Box<dyn Any>>, Arc<dyn StorageEngine>);
 
 /// The ways to more engines. A way that is not there gives `None`.
 pub(crate) trait Doors {

@@ -19,6 +19,7 @@ pub trait SubscriptionStorage {
     ///   transaction, which no other step on the same cursor crosses;
     /// * the time is the engine's clock, never the caller's;
     /// * no cursor moves past the end of the log, as it is by then;
+    /// * a lease is not lost when the clock goes back;
     /// * what is acknowledged is durable, as a commit is;
     /// * a claim does not wait for a handler that has the cursor in hand: it is
     ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all and everybody waits;
@@ -26,9 +27,13 @@ pub trait SubscriptionStorage {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>>;
 
     /// The cursors of one subscription, or of all, ordered by id, and the engine's time.
+    ///
+    /// * cursors are listed by the whole name.
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>>;
 
     /// Parked events of a cursor behind a position, in order, at most `limit`.
+    ///
+    /// * each cursor has its own parked events; one that is removed takes them along.
     fn parked<'a>(
         &'a self,
         id: &'a CursorId,

@@ -286,8 +286,9 @@ pub(crate) async fn what_a_failed_unit_wanted_is_free(fixture: &mut Fixture) {
     let taken = unit().create_keyed(other, "user", "ann").commit(&engine).await;
     assert_kind!(taken, ErrorKind::KeyTaken { .. });
     unit().create_keyed(other, "user", "anna").commit(&engine).await.unwrap();
-    unit().key(other, "user", "made").commit(&engine).await.unwrap();
     unit().key(other, "user", "other").commit(&engine).await.unwrap();
+    let next = keyed(&engine, "user", "made").await;
+    unit().key(next, "user", "next").commit(&engine).await.unwrap();
     let receipt = wants().commit(&engine).await.unwrap();
     assert_eq!((receipt.first, receipt.last), (place(3), place(5)));
     assert_eq!(holder(&engine, "user", "anna").await, Some(ann));

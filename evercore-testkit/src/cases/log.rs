@@ -288,13 +288,13 @@ pub(crate) async fn two_commits_at_once_wake_all_who_wait_for_both(fixture: &mut
             let (began, both) = (Instant::now(), place(2 * round + 2));
             let mut head = place(2 * round);
             while head < both {
-                head = engine.wait(head, Duration::from_secs(10)).await.unwrap();
+                head = engine.wait(head, Duration::from_secs(6)).await.unwrap();
             }
             slowest = slowest.max(began.elapsed());
         }
         slowest
     });
-    assert!(slowest.iter().all(|time| *time < Duration::from_secs(8)), "a commit woke nobody: {slowest:?}");
+    assert!(slowest.iter().all(|time| *time < Duration::from_secs(5)), "a commit woke nobody: {slowest:?}");
 }
 
 pub(crate) async fn after_an_answer_nothing_tells_of_less(fixture: &mut Fixture) {
@@ -391,7 +391,7 @@ pub(crate) async fn a_begun_page_holds_nothing_that_others_need(fixture: &mut Fi
             engine.settle(&command("never")).await.unwrap();
             new_id(&engine).await;
         };
-        let ended = drop_after(&engine, Duration::from_secs(10), others).await;
+        let ended = drop_after(&engine, Duration::from_secs(5), others).await;
         assert!(ended.is_some(), "others wait for pages that nobody asks for");
         drop(begun);
     }

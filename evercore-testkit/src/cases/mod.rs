@@ -181,6 +181,7 @@ cases! {
         one_event_may_override_the_metadata_of_its_unit,
         a_lost_race_to_create_is_a_conflict_whatever_else_the_unit_renames,
         updates_of_a_store_with_metadata_carry_it,
+        every_guard_is_checked,
     }
     commands {
         a_known_id_returns_the_first_receipt,
@@ -294,6 +295,7 @@ cases! {
         a_changed_shape_is_read_from_the_events,
         one_that_does_not_decode_is_ignored_and_counted,
         writers_with_and_without_snapshots_agree,
+        every_snapshot_of_a_unit_is_kept,
     }
     values {
         any_payload_comes_back,

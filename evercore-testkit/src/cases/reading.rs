@@ -448,7 +448,7 @@ pub(crate) async fn an_event_that_does_not_decode_is_named(fixture: &mut Fixture
 fn first_page(events: &[Event], limit: PageLimit) -> usize {
     let mut bytes = 0;
     let fits = |(count, event): (usize, &Event)| {
-        bytes += event.payload().len();
+        bytes += event.as_row().bytes();
         count < limit.max_events() && (count == 0 || bytes <= limit.max_bytes())
     };
     events.iter().enumerate().map(fits).take_while(|fits| *fits).count()

@@ -221,3 +221,17 @@ pub(crate) async fn writers_with_and_without_snapshots_agree(fixture: &mut Fixtu
         assert_eq!((state.total, state.events), (snapshot.sequence.get(), snapshot.sequence.get()));
     }
 }
+
+pub(crate) async fn every_snapshot_of_a_unit_is_kept(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(grown(&engine, "user", 2).await);
+    }
+    let state = |id: &AggregateId| format!("state of {id}").into_bytes();
+    let batch = ids.iter().fold(unit(), |batch, id| batch.snapshot(*id, 2, 1, &state(id)));
+    batch.commit(&engine).await.unwrap();
+    for id in ids {
+        assert_eq!(brief(&engine, id, 1).await, Some((2, state(&id))));
+    }
+}

@@ -1,6 +1,6 @@
 //! What stays: all of a store, when it is opened again and when nobody had the time to close it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use evercore_core::{
     Advance, AggregateId, Cursor, CursorId, ErrorKind, Event, Failure, KnownType, Lease, OwnerId, Parked,
@@ -205,14 +205,16 @@ async fn goes_on(fixture: &Fixture, engine: &Engine, known: &Furnished) {
     assert_eq!(moved.position, place(5));
     // Waiters.
     let head = engine.head().await.unwrap();
+    let began = Instant::now();
     let heads = fixture.threads(3, async |number| match number {
         0 => {
             engine.pause(Duration::from_millis(20)).await;
             unit().append(ann, "user", 7, 1).commit(engine).await.unwrap().last
         }
-        _ => engine.wait(head, Duration::from_secs(20)).await.unwrap(),
+        _ => engine.wait(head, Duration::from_secs(6)).await.unwrap(),
     });
     assert_eq!(heads, [head.next(); 3]);
+    assert!(began.elapsed() < Duration::from_secs(5), "it was the commit that woke them");
 }
 
 pub(crate) async fn all_of_a_store_is_there_after_reopening(fixture: &mut Fixture) {

@@ -471,3 +471,22 @@ pub(crate) async fn updates_of_a_store_with_metadata_carry_it(fixture: &mut Fixt
         .collect();
     assert_eq!(told, ["clerk 112 - -", "- 1 1", "- 1 2", "- - -"]);
 }
+
+pub(crate) async fn every_guard_is_checked(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let mut ids = Vec::new();
+    for _ in 0..40 {
+        ids.push(grown(&engine, "user", 1).await);
+    }
+    let guarded = |stale: usize| {
+        let guards = ids.iter().enumerate();
+        let batch = guards.fold(unit(), |batch, (place, id)| batch.guard(*id, i64::from(place != stale)));
+        batch.key(ids[0], "user", "ann")
+    };
+    for stale in [0, 1, 3, 15, 39] {
+        assert_kind!(guarded(stale).commit(&engine).await, ErrorKind::Conflict { .. });
+    }
+    assert_eq!(holder(&engine, "user", "ann").await, None);
+    guarded(ids.len()).commit(&engine).await.unwrap();
+    assert_eq!(holder(&engine, "user", "ann").await, Some(ids[0]));
+}

@@ -259,20 +259,24 @@ pub(crate) async fn each_event_of_a_unit_keeps_its_own_metadata(fixture: &mut Fi
     let engine = fixture.engine();
     let ids = new_ids(&engine, 3).await;
     let mut batch = ids.iter().fold(unit(), |batch, id| batch.create(*id, "user"));
-    let text = |nth: usize, id: AggregateId| format!("{nth} of {id}");
-    for (nth, id) in ids.iter().cycle().take(30).enumerate() {
-        let metadata = Metadata::new().with_reference(text(nth, *id)).unwrap();
-        let metadata = metadata.with_header(format!("header {}", nth % 4), text(nth, *id)).unwrap();
-        let time = Timestamp::from_micros(nth as i64 * 1_001).unwrap();
-        let event = event_with("Happened", text(nth, *id).as_bytes(), time, metadata);
-        batch = batch.events(*id, "user", nth as i64 / 3, vec![event]);
+    // Two events go in each append, with a header of the same name.
+    let text = |nth: i64| format!("{nth} of {}", ids[nth as usize / 2 % 3]);
+    let told = |nth: i64| {
+        let metadata = Metadata::new().with_reference(text(nth)).unwrap();
+        let metadata = metadata.with_header(format!("header {}", nth / 2 % 4), text(nth)).unwrap();
+        event_with("Happened", text(nth).as_bytes(), Timestamp::from_micros(nth * 1_001).unwrap(), metadata)
+    };
+    for (nth, id) in (0..).step_by(2).zip(ids.iter().cycle().take(15)) {
+        batch = batch.events(*id, "user", nth / 6 * 2, vec![told(nth), told(nth + 1)]);
     }
     batch.commit(&engine).await.unwrap();
-    for (nth, event) in log(&engine).await.iter().enumerate() {
-        let text = text(nth, ids[nth % 3]);
-        assert_eq!((event.aggregate(), event.payload()), (ids[nth % 3], text.as_bytes()));
+    let found = log(&engine).await;
+    assert_eq!(found.len(), 30);
+    for (nth, event) in (0..).zip(&found) {
+        let text = text(nth);
+        assert_eq!((event.aggregate(), event.payload()), (ids[nth as usize / 2 % 3], text.as_bytes()));
         assert_eq!(event.reference(), Some(text.as_str()));
-        assert_eq!(event.headers()[&format!("header {}", nth % 4)], text);
-        assert_eq!((event.headers().len(), event.time().as_micros()), (1, nth as i64 * 1_001));
+        assert_eq!(event.headers()[&format!("header {}", nth / 2 % 4)], text);
+        assert_eq!((event.headers().len(), event.time().as_micros()), (1, nth * 1_001));
     }
 }

@@ -1,7 +1,11 @@
 //! Engines that are broken on purpose, one fault each: a suite that lets one of them pass proves nothing.
 
+mod fault;
+mod layer;
+
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,173 +17,14 @@ use evercore_core::{
     SubscriptionStorage, Target, Timestamp, limits,
 };
 
-/// What is wrong with an engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// A stale append is written behind whatever is there.
-    ForgetsConflicts,
-    /// The last append of a batch of several is lost.
-    CommitsHalf,
-    /// The appends of a batch are written one after the other, and between them anything can happen.
-    CommitsInPieces,
-    /// Guards are not looked at.
-    ForgetsGuards,
-    /// Command ids are not looked at.
-    ForgetsCommands,
-    /// A known command is answered with the first receipt, whatever it is for.
-    ForgetsFingerprints,
-    /// Young commands are forgotten with the old ones.
-    ForgetsYoungCommands,
-    /// No command is forgotten.
-    KeepsCommands,
-    /// Two appends of one batch change places.
-    MixesUpAppends,
-    /// Settling a command asks for it, and does not keep the late original out.
-    ForgetsToSettle,
-    /// A key that is taken is left out, and the aggregate is made without it.
-    LosesTakenKeys,
-    /// A key is taken for all types when one type has it.
-    SharesKeysAmongTypes,
-    /// Keys are compared without case and spaces.
-    FoldsKeys,
-    /// Key changes are lost.
-    ForgetsKeyChanges,
-    /// Snapshots are never kept.
-    LosesSnapshots,
-    /// A snapshot of another version is given out as if it had the one asked for.
-    IgnoresSnapshotVersions,
-    /// The first event behind a snapshot is lost.
-    SkipsBehindSnapshots,
-    /// Loads do not end where they are asked to.
-    LoadsTooMuch,
-    /// Pages hold one event more than asked for.
-    OverfillsPages,
-    /// Pages are not bounded in bytes.
-    IgnoresByteLimits,
-    /// The page after a full one begins one event too late.
-    SkipsBetweenPages,
-    /// The page after a full one begins one event too early.
-    RepeatsBetweenPages,
-    /// A page that found nothing tells that nothing was searched.
-    ForgetsWhatWasSearched,
-    /// The naive rule: reads on from the last position seen, past a commit that is slower than its position.
-    SkipsSlowCommits,
-    /// A cursor past the head reads as "nothing new".
-    IgnoresCursorsAhead,
-    /// The log's filter forgets the aggregate type.
-    ForgetsTheTypeFilter,
-    /// Of several aggregate types in a filter the last one counts.
-    KnowsOneTypeOfFilter,
-    /// The log's filter forgets the reference.
-    ForgetsTheReferenceFilter,
-    /// The log's filter forgets the correlation id.
-    ForgetsTheCorrelationFilter,
-    /// Event types match without case.
-    FoldsEventTypes,
-    /// An aggregate's events come back without reference.
-    LosesReferences,
-    /// An aggregate's events come back without headers.
-    LosesHeaders,
-    /// Texts that are empty come back as none.
-    LosesEmptyTexts,
-    /// Payloads end at the first NUL.
-    CutsPayloads,
-    /// Event times are kept in milliseconds.
-    CutsTimes,
-    /// The time of recording is taken from the writer's clock.
-    BelievesWriters,
-    /// Ids are given out twice.
-    RepeatsIds,
-    /// A commit wakes nobody.
-    WakesNobody,
-    /// Names of commits that failed are remembered.
-    RemembersLostNames,
-    /// `Debug` shows natural keys.
-    ShowsKeys,
-    /// A cursor moves for whoever asks, whatever lease he names.
-    IgnoresLeases,
-    /// A lease is given to whoever claims it, though another has it.
-    GivesLeasesTwice,
-    /// A renewal is answered, and the lease ends as if it had not been.
-    ForgetsRenewals,
-    /// A cursor moves from anywhere.
-    MovesFromAnywhere,
-    /// A cursor moves past the end of the log.
-    MovesPastTheEnd,
-    /// A cursor moves and its parked events are forgotten.
-    LosesParkedEvents,
-    /// A cursor moves although parked events were changed since its owner looked at them.
-    OverlooksOperators,
-    /// A reset leaves the lease with its owner.
-    ResetsSoftly,
-    /// A cursor is made anew whenever it is declared.
-    DeclaresAgain,
-    /// A pause is forgotten.
-    ForgetsPauses,
-    /// A closed engine goes on.
-    ForgetsToClose,
-}
+pub use fault::Fault;
+use layer::Layer;
 
-impl Fault {
-    /// All faults there are.
-    pub const ALL: &[Self] = &[
-        Self::ForgetsConflicts,
-        Self::CommitsHalf,
-        Self::CommitsInPieces,
-        Self::ForgetsGuards,
-        Self::ForgetsCommands,
-        Self::ForgetsFingerprints,
-        Self::ForgetsYoungCommands,
-        Self::KeepsCommands,
-        Self::MixesUpAppends,
-        Self::ForgetsToSettle,
-        Self::LosesTakenKeys,
-        Self::SharesKeysAmongTypes,
-        Self::FoldsKeys,
-        Self::ForgetsKeyChanges,
-        Self::LosesSnapshots,
-        Self::IgnoresSnapshotVersions,
-        Self::SkipsBehindSnapshots,
-        Self::LoadsTooMuch,
-        Self::OverfillsPages,
-        Self::IgnoresByteLimits,
-        Self::SkipsBetweenPages,
-        Self::RepeatsBetweenPages,
-        Self::ForgetsWhatWasSearched,
-        Self::SkipsSlowCommits,
-        Self::IgnoresCursorsAhead,
-        Self::ForgetsTheTypeFilter,
-        Self::KnowsOneTypeOfFilter,
-        Self::ForgetsTheReferenceFilter,
-        Self::ForgetsTheCorrelationFilter,
-        Self::FoldsEventTypes,
-        Self::LosesReferences,
-        Self::LosesHeaders,
-        Self::LosesEmptyTexts,
-        Self::CutsPayloads,
-        Self::CutsTimes,
-        Self::BelievesWriters,
-        Self::RepeatsIds,
-        Self::WakesNobody,
-        Self::RemembersLostNames,
-        Self::ShowsKeys,
-        Self::IgnoresLeases,
-        Self::GivesLeasesTwice,
-        Self::ForgetsRenewals,
-        Self::MovesFromAnywhere,
-        Self::MovesPastTheEnd,
-        Self::LosesParkedEvents,
-        Self::OverlooksOperators,
-        Self::ResetsSoftly,
-        Self::DeclaresAgain,
-        Self::ForgetsPauses,
-        Self::ForgetsToClose,
-    ];
-}
+use crate::fixture::{Doors, Fixture, LocalFuture, Opened};
 
 /// An engine that passes everything on to another one, with one fault.
 pub struct Broken {
-    inner: Arc<dyn StorageEngine>,
+    inner: Arc<Layer>,
     fault: Fault,
     notes: Mutex<Notes>,
 }
@@ -195,11 +40,44 @@ struct Notes {
 impl Broken {
     /// Breaks an engine.
     pub fn new(inner: Arc<dyn StorageEngine>, fault: Fault) -> Self {
-        Self { inner, fault, notes: Mutex::default() }
+        let inner = Layer { inner, fault, disk: None, is_reopened: false, shared: Arc::default() };
+        Self { inner: Arc::new(inner), fault, notes: Mutex::default() }
     }
 
+    /// A fixture on such an engine. `disk`, an empty engine, is what a crash leaves: whatever is written is written to it
+    /// too. The clocks of both should stand still, and then show the same time.
+    pub fn fixture(
+        inner: Arc<dyn StorageEngine>,
+        disk: Option<Arc<dyn StorageEngine>>,
+        fault: Fault,
+    ) -> Fixture {
+        let inner = Layer { inner, fault, disk, is_reopened: false, shared: Arc::default() };
+        Self::fixture_of(Arc::new(Self { inner: Arc::new(inner), fault, notes: Mutex::default() }))
+    }
+
+    /// A fixture on this engine.
+    pub fn fixture_of(engine: Arc<Self>) -> Fixture {
+        Fixture::with_doors(Arc::clone(&engine) as _, Box::new(BrokenDoors(engine)))
+    }
+
+    /// The same storage, opened again.
+    fn reopened(&self) -> Self {
+        let Layer { inner, fault, disk, shared, .. } = &*self.inner;
+        let (inner, disk, shared) = (Arc::clone(inner), disk.clone(), Arc::clone(shared));
+        let inner = Layer { inner, fault: *fault, disk, is_reopened: true, shared };
+        Self { inner: Arc::new(inner), fault: *fault, notes: Mutex::default() }
+    }
+
+    /// Whether the fault is this one, where the engine would do wrong.
     fn has(&self, fault: Fault) -> bool {
-        self.fault == fault
+        let strikes = self.fault == fault;
+        self.inner.shared.strikes.fetch_add(usize::from(strikes), Ordering::Relaxed);
+        strikes
+    }
+
+    /// How often the place was reached where the engine does wrong: after none, a case that passed has said nothing.
+    pub fn strikes(&self) -> usize {
+        self.inner.shared.strikes.load(Ordering::Relaxed)
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -429,8 +307,10 @@ impl Broken {
         let mut wider = Filter::all();
         let aggregate_types = filter.aggregate_types();
         let kept = match self.fault {
-            Fault::ForgetsTheTypeFilter => &[],
-            Fault::KnowsOneTypeOfFilter => &aggregate_types[aggregate_types.len().saturating_sub(1)..],
+            Fault::ForgetsTheTypeFilter if self.has(Fault::ForgetsTheTypeFilter) => &[],
+            Fault::KnowsOneTypeOfFilter if self.has(Fault::KnowsOneTypeOfFilter) => {
+                &aggregate_types[aggregate_types.len().saturating_sub(1)..]
+            }
             _ => aggregate_types,
         };
         wider = kept.iter().cloned().fold(wider, Filter::with_aggregate_type);
@@ -544,8 +424,10 @@ impl StorageEngine for Broken {
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
         match self.fault {
-            Fault::KeepsCommands => Box::pin(async { Ok(1) }),
-            Fault::ForgetsYoungCommands => self.inner.forget_commands(Timestamp::MAX),
+            Fault::KeepsCommands if self.has(Fault::KeepsCommands) => Box::pin(async { Ok(1) }),
+            Fault::ForgetsYoungCommands if self.has(Fault::ForgetsYoungCommands) => {
+                self.inner.forget_commands(Timestamp::MAX)
+            }
             _ => self.inner.forget_commands(before),
         }
     }
@@ -651,5 +533,26 @@ impl fmt::Debug for Broken {
             shown.field("keys", &self.notes().keys);
         }
         shown.finish_non_exhaustive()
+    }
+}
+
+struct BrokenDoors(Arc<Broken>);
+
+impl Doors for BrokenDoors {
+    fn further(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::clone(&self.0) as _)) })
+    }
+
+    fn reopen(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::new(self.0.reopened()) as _)) })
+    }
+
+    fn crash_image(&self) -> LocalFuture<'_, Option<Opened>> {
+        Box::pin(async { Some((None, Arc::clone(self.0.inner.disk.as_ref()?))) })
+    }
+
+    fn turn_clock_back(&self, by: Duration) -> LocalFuture<'_, bool> {
+        self.0.inner.turn_clock_back(by);
+        Box::pin(async { true })
     }
 }

@@ -1,0 +1,215 @@
+//! Who tests the tests: an honest engine passes every case, and every broken one is caught by exactly the cases that are
+//! there to catch it.
+
+mod table;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use evercore_memory::{MemoryEngine, Timestamp};
+use evercore_testkit::broken::{Broken, Fault};
+use evercore_testkit::{Ability, CASES, Case, Fixture, Harness, block_on};
+use table::{Row, TABLE};
+
+fn passes(case: &Case, mut fixture: Fixture) -> bool {
+    catch_unwind(AssertUnwindSafe(|| block_on((case.run)(&mut fixture)))).is_ok()
+}
+
+fn case_named(name: &str) -> &'static Case {
+    CASES.iter().find(|case| case.name == name).unwrap_or_else(|| panic!("there is no case \"{name}\""))
+}
+
+/// An engine with this fault, on memory. For a crash image there is a second engine, and a time that stands still.
+fn broken(fault: Fault, case: &Case) -> Fixture {
+    if !case.needs.contains(&Ability::CrashImage) {
+        return Broken::fixture(Arc::new(MemoryEngine::new()), None, fault);
+    }
+    let now = Timestamp::now();
+    let engine = || Arc::new(MemoryEngine::with_clock(move || now));
+    Broken::fixture(engine(), Some(engine()), fault)
+}
+
+/// The cases that run on an engine in memory, which does all its work at once.
+fn cases() -> impl Iterator<Item = &'static Case> {
+    CASES.iter().filter(|case| !case.needs.contains(&Ability::OffThread))
+}
+
+/// Which of these cases fail, side by side.
+fn failing(cases: &[&'static Case], fixture: impl Fn(&Case) -> Fixture + Sync) -> Vec<&'static str> {
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if !passes(case, fixture(case)) {
+                        failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(case.name);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[test]
+fn an_honest_engine_passes_every_case() {
+    let shared = |_: &Case| Fixture::shared(Arc::new(MemoryEngine::new()));
+    let cases: Vec<_> = cases()
+        .filter(|case| {
+            !case.needs.iter().any(|need| matches!(need, Ability::CrashImage | Ability::TurnClockBack))
+        })
+        .collect();
+    assert_eq!(failing(&cases, shared), [""; 0]);
+}
+
+#[test]
+fn an_engine_that_passes_everything_on_is_as_honest_as_what_is_below() {
+    // The wrapper itself must not be what is caught: this fault is of one method only, and of no other case.
+    let others = cases().filter(|case| case.name != "values::nothing_shows_a_key_or_a_payload");
+    let others: Vec<_> = others.collect();
+    assert_eq!(failing(&others, |case| broken(Fault::ShowsKeys, case)), [""; 0]);
+}
+
+#[test]
+fn every_name_is_there_once() {
+    let mut names: Vec<_> = CASES.iter().map(|case| case.name).collect();
+    names.sort_unstable();
+    assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+}
+
+#[test]
+fn every_fault_is_in_the_table_and_no_list_is_empty() {
+    assert!(TABLE.iter().map(|row| row.fault).eq(Fault::ALL.iter().copied()));
+    for row in TABLE {
+        assert!(quick(row).next().is_some(), "{:?}", row.fault);
+        row.must_fail.iter().chain(row.may_fail).for_each(|name| assert_eq!(case_named(name).name, *name));
+    }
+}
+
+/// The first two cases of each list fail, and the fault has struck in them. A fault that shows in a race only may hide
+/// from one run on a busy machine.
+#[test]
+fn every_fault_strikes_and_is_seen() {
+    let of_row = |row: &'static Row| quick(row).take(2).map(|name| (row.fault, name));
+    let pairs: Vec<_> = TABLE.iter().flat_map(of_row).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut unseen = Vec::new();
+        while let Some((fault, name)) = pairs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let case = case_named(name);
+            if !(0..5).any(|_| strikes_and_fails(*fault, case)) {
+                unseen.push(format!("{name} does not see {fault:?}"));
+            }
+        }
+        unseen
+    };
+    let unseen: Vec<String> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..16).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+    });
+    assert_eq!(unseen, [""; 0]);
+}
+
+/// Subscriptions wait long for what a broken engine never gives.
+fn quick(row: &'static Row) -> impl Iterator<Item = &'static str> {
+    row.must_fail.iter().copied().filter(|name| !name.starts_with("subscriptions::"))
+}
+
+fn strikes_and_fails(fault: Fault, case: &Case) -> bool {
+    if case.needs.contains(&Ability::CrashImage) {
+        return !passes(case, broken(fault, case));
+    }
+    let engine = Arc::new(Broken::new(Arc::new(MemoryEngine::new()), fault));
+    !passes(case, Broken::fixture_of(Arc::clone(&engine))) && engine.strikes() > 0
+}
+
+/// All cases but those of subscriptions, on all broken engines: exactly those of the list fail, and those that need luck.
+/// Some minutes, so only where `EVERCORE_TORTURE` is `full`.
+#[test]
+fn exactly_the_cases_of_the_table_fail() {
+    if !std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full") {
+        return;
+    }
+    let cases: Vec<_> = cases().filter(|case| !case.name.starts_with("subscriptions::")).collect();
+    let mut wrong = Vec::new();
+    for row in TABLE {
+        let failed = failing(&cases, |case| broken(row.fault, case));
+        let is_listed = |name: &&str| row.must_fail.contains(name) || row.may_fail.contains(name);
+        let mut unlisted: Vec<_> = failed.iter().filter(|name| !is_listed(name)).collect();
+        unlisted.sort_unstable();
+        let is_missed = |name: &&&str| {
+            let case = case_named(name);
+            !failed.contains(name)
+                && case.name.split("::").next() != Some("subscriptions")
+                && (0..5).all(|_| passes(case, broken(row.fault, case)))
+        };
+        let missed: Vec<_> = row.must_fail.iter().filter(is_missed).collect();
+        if !unlisted.is_empty() || !missed.is_empty() {
+            wrong.push(format!("{:?}: also seen by {unlisted:?}, not seen by {missed:?}", row.fault));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Gives none of what its list says that it can.
+struct Modest;
+
+impl Harness for Modest {
+    const NAME: &'static str = "modest";
+    const ONLY: &'static [&'static str] = &["log::an_empty_log", "aggregates::no_id_is_given_out_twice"];
+    type Engine = MemoryEngine;
+    type Guard = ();
+
+    async fn engine() -> Option<((), MemoryEngine)> {
+        Some(((), MemoryEngine::new()))
+    }
+}
+
+#[test]
+#[should_panic(expected = "cannot do Further, and does not list it in `CANNOT`")]
+fn a_skip_that_is_not_allowed_fails() {
+    evercore_testkit::run::<Modest>("aggregates::no_id_is_given_out_twice_by_any_engine_on_the_same_storage");
+}
+
+#[test]
+fn what_is_left_to_long_runs_passes_at_once() {
+    // It would fail: the harness gives no further engine.
+    evercore_testkit::run::<Modest>("types::two_engines_on_one_storage_agree");
+    evercore_testkit::run::<Modest>("log::an_empty_log_ends_at_zero");
+    evercore_testkit::tell_what_is_skipped::<Modest>();
+}
+
+/// Never gives an engine.
+struct Hanging;
+
+impl Harness for Hanging {
+    const NAME: &'static str = "hanging";
+    type Engine = MemoryEngine;
+    type Guard = ();
+
+    async fn engine() -> Option<((), MemoryEngine)> {
+        std::future::pending().await
+    }
+}
+
+const HANGS: &str = "EVERCORE_TEST_HANGS";
+
+#[test]
+fn a_case_that_hangs_is_named() {
+    if std::env::var_os(HANGS).is_some() {
+        evercore_testkit::run::<Hanging>("log::an_empty_log_ends_at_zero");
+        return;
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    let child = Command::new(program)
+        .args(["a_case_that_hangs_is_named", "--exact", "--nocapture"])
+        .envs([(HANGS, "1"), ("EVERCORE_CASE_SECONDS", "1")])
+        .output();
+    let child = child.unwrap_or_else(|error| panic!("{error}"));
+    let said = String::from_utf8_lossy(&child.stderr);
+    assert!(!child.status.success());
+    assert!(said.contains("log::an_empty_log_ends_at_zero on self_check::Hanging has run for"), "{said}");
+}
