@@ -3,25 +3,105 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use evercore_core::Error;
+use evercore_core::{Error, ErrorKind};
 use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
+use crate::builder::Settings;
 use crate::commit::Head;
-use crate::error::{Result, SqliteError, damaged};
+use crate::connection::{self, Role};
+use crate::error::{self, Result, SqliteError, damaged};
+use crate::migrate::{self, Identity, not_a_store};
+use crate::wal;
 
-/// Copies the store into a new file, which is there complete or not at all.
-pub(crate) fn back_up(source: &Connection, target: &Path) -> Result<()> {
+/// Copies the store into a new file, which is there complete or not at all, and is as private as the store.
+pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> Result<()> {
     if fs::symlink_metadata(target).is_ok() {
         return Err(exists());
     }
-    let copy = Copy(beside(target));
-    write(source, &copy.0)?;
-    // SQLite has closed it; now it can be opened as a plain file.
-    File::open(&copy.0)?.sync_all()?;
+    let copy = Copy::write(source, target, of)?;
     arrive(&copy.0, target)?;
     sync_folder(target)
+}
+
+/// Puts a backup in the place of a store that nobody has open; gives the place where the old one is now.
+pub(crate) fn restore(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
+    let settings = Settings { read_only: true, ..Settings::default() };
+    // Without a log it needs no file beside it: it may lie where nothing can be written.
+    let settings = Settings { immutable: wal::bytes(backup) == 0, ..settings };
+    let identified = match fs::metadata(backup) {
+        Ok(file) if file.is_file() => migrate::identify(backup, &settings),
+        _ => Err(not_a_store("there is no such file")),
+    };
+    if identified.map_err(|error| error.at(backup))? == Identity::Empty {
+        return Err(not_a_store("the database is empty").at(backup));
+    }
+    let role = if settings.immutable { Role::Archive } else { Role::Reader };
+    let source = connection::ready(backup, role, false, &settings).map_err(|error| error.at(backup))?;
+    let _folder = migrate::lock_folder(path, Instant::now() + settings.open_timeout);
+    let like = if path.exists() { path } else { backup };
+    let copy = Copy::write(&source, path, Some(like))?;
+    let replaced = set_aside(path).map_err(|error| error.at(path))?;
+    fs::rename(&copy.0, path)?;
+    sync_folder(path)?;
+    Ok(replaced)
+}
+
+/// Gives what lies there another name, with all files beside it. A store is made one file before; while somebody has it
+/// open that cannot be done.
+fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
+    let old = free_name(path);
+    let length = fs::symlink_metadata(path).ok().map(|file| file.len());
+    let was_there = length.is_some();
+    // SQLite takes a short file for an empty one, and would delete the log beside it.
+    if length.is_some_and(|length| length >= migrate::HEADER_BYTES) {
+        match migrate::identify(path, &Settings::default()).map_err(Error::from) {
+            Ok(_) => make_one_file(path)?,
+            // Not to be read any more: kept as it is.
+            Err(error) if *error.kind() == ErrorKind::NotAStore => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    // The log first: a crash between the two leaves no log beside a file that it does not belong to.
+    for suffix in ["-wal", "-journal"] {
+        if let Err(error) = fs::rename(wal::beside(path, suffix), wal::beside(&old, suffix))
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
+    }
+    let _ = fs::remove_file(wal::beside(path, "-shm")); // SQLite makes it anew
+    if was_there && fs::hard_link(path, &old).is_err() {
+        fs::rename(path, &old)?;
+    }
+    Ok(was_there.then_some(old))
+}
+
+/// Out of WAL mode, which SQLite does only for a connection that is alone.
+fn make_one_file(path: &Path) -> Result<()> {
+    let connection = connection::open(path, Role::Writer, false, Duration::from_secs(1))?;
+    let mode = connection.pragma_update_and_check(None, "journal_mode", "delete", |row| row.get(0));
+    match mode {
+        Ok::<String, _>(mode) if mode == "delete" => Ok(()),
+        Err(error) if !error::is_busy(&error) => Err(error.into()),
+        _ => {
+            let message =
+                "somebody has the store open, so nothing can take its place: close it everywhere first";
+            Err(Error::new(ErrorKind::Unavailable, message).into())
+        }
+    }
+}
+
+fn free_name(path: &Path) -> PathBuf {
+    let name = |n| wal::beside(path, &format!(".replaced-{n}"));
+    let is_taken = |n: &u32| {
+        ["", "-wal", "-journal"]
+            .iter()
+            .any(|suffix| fs::symlink_metadata(wal::beside(&name(*n), suffix)).is_ok())
+    };
+    name((1..u32::MAX).find(|n| !is_taken(n)).unwrap_or(u32::MAX))
 }
 
 /// Gives the copy its name, unless a file with that name has come meanwhile: a link, unlike a rename, replaces nothing.
@@ -48,12 +128,37 @@ fn exists() -> SqliteError {
 /// A file that is on its way, and goes when it does not arrive.
 struct Copy(PathBuf);
 
+impl Copy {
+    /// A flushed copy beside the target, with the permissions of the file that it is `like`.
+    fn write(source: &Connection, target: &Path, like: Option<&Path>) -> Result<Self> {
+        let copy = Self(beside(target));
+        new_file(&copy.0, like.is_some())?;
+        write(source, &copy.0)?;
+        if let Some(like) = like {
+            fs::set_permissions(&copy.0, fs::metadata(like)?.permissions())?;
+        }
+        // SQLite has closed it; now it can be opened as a plain file.
+        File::open(&copy.0)?.sync_all()?;
+        Ok(copy)
+    }
+}
+
+/// An empty file, which only its owner may read until it gets the permissions that it is to have.
+fn new_file(path: &Path, is_private: bool) -> Result<()> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    if is_private {
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    }
+    options.open(path)?;
+    Ok(())
+}
+
 impl Drop for Copy {
     fn drop(&mut self) {
         for suffix in ["", "-wal", "-shm", "-journal"] {
-            let mut name = self.0.as_os_str().to_owned();
-            name.push(suffix);
-            let _ = fs::remove_file(name);
+            let _ = fs::remove_file(wal::beside(&self.0, suffix));
         }
     }
 }
@@ -61,24 +166,23 @@ impl Drop for Copy {
 fn beside(target: &Path) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let mut name = target.as_os_str().to_owned();
-    name.push(format!(".{}-{count}.part", std::process::id()));
-    name.into()
+    wal::beside(target, &format!(".{}-{count}.part", std::process::id()))
 }
 
 /// All pages in one step: the copy is of one moment, and commits go on beside it. In several steps it would begin
-/// again with every commit.
+/// again with every commit. The copy is marked as a backup, and is one file, without a log.
 fn write(source: &Connection, path: &Path) -> Result<()> {
-    let flags =
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut copy = Connection::open_with_flags(path, flags)?;
     let moment = Transaction::new_unchecked(source, TransactionBehavior::Deferred)?;
     let head = Head::read(&moment)?;
     let outcome = Backup::new(&moment, &mut copy)?.step(-1)?;
     drop(moment);
     if outcome != StepResult::Done {
-        return Err(Error::new(evercore_core::ErrorKind::Unavailable, "the store is locked").into());
+        return Err(Error::new(ErrorKind::Unavailable, "the store is locked").into());
     }
+    copy.pragma_update_and_check(None, "journal_mode", "delete", |_| Ok(()))?;
+    copy.execute_batch("UPDATE store SET is_backup = 1")?;
     verify(&copy, head)?;
     copy.close().map_err(|(_, error)| error.into())
 }
@@ -105,8 +209,6 @@ fn sync_folder(target: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use evercore_core::ErrorKind;
-
     use super::*;
 
     #[test]

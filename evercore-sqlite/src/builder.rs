@@ -53,9 +53,11 @@ pub(crate) struct Settings {
     pub(crate) durability: Durability,
     pub(crate) read_connections: u32,
     pub(crate) busy_timeout: Duration,
+    pub(crate) open_timeout: Duration,
     pub(crate) sql_timeout: Duration,
     pub(crate) create: bool,
     pub(crate) read_only: bool,
+    pub(crate) immutable: bool,
     pub(crate) commit_on_caller_thread: bool,
 }
 
@@ -65,9 +67,11 @@ impl Default for Settings {
             durability: Durability::default(),
             read_connections: 4,
             busy_timeout: Duration::from_secs(5),
+            open_timeout: Duration::from_secs(10),
             sql_timeout: Duration::from_secs(5),
             create: true,
             read_only: false,
+            immutable: false,
             commit_on_caller_thread: false,
         }
     }
@@ -84,7 +88,8 @@ impl Builder {
         self
     }
 
-    /// How many connections read at the same time, at least 1; 4 unless set.
+    /// How many connections read at the same time, at least 1; 4 unless set. Each is opened when it is first needed and
+    /// takes two file descriptors; the store itself takes three.
     pub fn read_connections(mut self, count: u32) -> Self {
         self.settings.read_connections = count.max(1);
         self
@@ -94,8 +99,14 @@ impl Builder {
     /// as [`Unavailable`](ErrorKind::Unavailable); 5 seconds unless set, at least 1 millisecond, at most 24 days (what
     /// SQLite can count).
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        const DAY: Duration = Duration::from_secs(86_400);
-        self.settings.busy_timeout = timeout.clamp(Duration::from_millis(1), 24 * DAY);
+        self.settings.busy_timeout = countable(timeout);
+        self
+    }
+
+    /// How long opening may take while another process holds a lock, as when it makes the same store; 10 seconds unless
+    /// set, at least 1 millisecond, at most 24 days. The [`busy_timeout`](Self::busy_timeout) is for the time afterwards.
+    pub fn open_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.open_timeout = countable(timeout);
         self
     }
 
@@ -114,9 +125,22 @@ impl Builder {
     }
 
     /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly). SQLite
-    /// still needs its files `-wal` and `-shm` beside a store, or leave to make them.
+    /// still needs its files `-wal` and `-shm` beside a store, or leave to make them; see [`immutable`](Self::immutable).
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.settings.read_only = read_only;
+        self
+    }
+
+    /// Opens a store that nobody writes as long as it is open: an archive, a file on a read-only mount. It is
+    /// [`read_only`](Self::read_only), takes no lock and needs no file beside it. If the file is written to all the same,
+    /// what is read may be nonsense.
+    ///
+    /// Commits that lie in a write-ahead log beside the file would not be seen, so opening is
+    /// [`NotAStore`](ErrorKind::NotAStore) if there are any: [close](SqliteEngine::close) the store first, or use a
+    /// [backup](SqliteEngine::backup_to).
+    pub fn immutable(mut self, immutable: bool) -> Self {
+        self.settings.immutable = immutable;
+        self.settings.read_only |= immutable;
         self
     }
 
@@ -139,7 +163,7 @@ impl Builder {
     /// [`NotAStore`](ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
     /// missing one that is not to be created; [`SchemaTooNew`](ErrorKind::SchemaTooNew) for a store made by a newer
     /// library; [`ReadOnly`](ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](ErrorKind::Unavailable) if
-    /// it stays locked. A file that is refused was not written to.
+    /// it stays locked, or if the process has too many files open. A file that is refused was not written to.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
         let path = checked(path.as_ref())?;
         SqliteEngine::open_with(self.settings, self.inline, Some(path)).await
@@ -158,15 +182,52 @@ impl Builder {
     }
 }
 
-/// SQLite gives some names a meaning of their own, in which several connections would not be one store.
-fn checked(path: &Path) -> Result<PathBuf> {
+/// What SQLite can count, in milliseconds.
+fn countable(timeout: Duration) -> Duration {
+    const DAY: Duration = Duration::from_secs(86_400);
+    timeout.clamp(Duration::from_millis(1), 24 * DAY)
+}
+
+/// The file that is meant: absolute, since the engine outlives a change of the working directory, and behind all links,
+/// since SQLite puts its files beside that one.
+pub(crate) fn checked(path: &Path) -> Result<PathBuf> {
     let text = path.as_os_str().as_encoded_bytes();
+    // SQLite gives some names a meaning of their own, in which several connections would not be one store.
     if text.is_empty() || text == b":memory:" || text.starts_with(b"file:") {
         return Err(Error::invalid(format!("\"{}\" is no path of a file", path.display())));
     }
-    // The engine outlives a change of the working directory.
-    std::path::absolute(path)
-        .map_err(|error| Error::new(ErrorKind::Backend, "the path has no absolute form").with_source(error))
+    let resolved = std::path::absolute(path).and_then(|path| resolved(path, 0));
+    resolved.map_err(|error| {
+        let message = format!("\"{}\" cannot be resolved", path.display());
+        Error::new(ErrorKind::Backend, message).with_source(error)
+    })
+}
+
+/// A file that is to be made. What is there by this name is not looked behind, so that a link is found to be there.
+pub(crate) fn checked_new(path: &Path) -> Result<PathBuf> {
+    checked(path)?;
+    std::path::absolute(path).map_err(|error| {
+        let message = format!("\"{}\" cannot be resolved", path.display());
+        Error::new(ErrorKind::Backend, message).with_source(error)
+    })
+}
+
+/// Also of a file that is not there yet, and of a link to one.
+fn resolved(path: PathBuf, links: u32) -> std::io::Result<PathBuf> {
+    const MOST_LINKS: u32 = 40;
+    match std::fs::canonicalize(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        found => return found,
+    }
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    match std::fs::read_link(&path) {
+        Ok(target) if links < MOST_LINKS => resolved(folder.join(target), links + 1),
+        // No link: there is nothing by this name.
+        _ => match (std::fs::canonicalize(folder), path.file_name()) {
+            (Ok(folder), Some(name)) => Ok(folder.join(name)),
+            _ => Ok(path),
+        },
+    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use evercore_core::{Error, ErrorKind};
 use rusqlite::{Connection, OpenFlags};
 
-use crate::builder::Durability;
-use crate::error::Result;
+use crate::builder::{Durability, Settings};
+use crate::error::{self, Result, SqliteError};
 
 /// Enough for every statement of this crate at once.
 const STATEMENTS: usize = 128;
@@ -26,6 +26,8 @@ const CACHE_KIB: i64 = 8 * 1024;
 pub(crate) enum Role {
     Writer,
     Reader,
+    /// Reads a file that nobody writes, without a lock and without files beside it.
+    Archive,
 }
 
 /// Refuses a SQLite library with a known corruption bug.
@@ -38,24 +40,71 @@ pub(crate) fn check_library() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn flags(role: Role, create: bool) -> OpenFlags {
+fn flags(role: Role, create: bool) -> OpenFlags {
     let base = OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_EXRESCODE;
     match (role, create) {
         (Role::Reader, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY,
+        (Role::Archive, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI,
         (Role::Writer, false) => base | OpenFlags::SQLITE_OPEN_READ_WRITE,
         (Role::Writer, true) => base | OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
     }
 }
 
-pub(crate) fn open(
-    path: &Path,
-    role: Role,
-    create: bool,
-    busy_timeout: Duration,
-) -> rusqlite::Result<Connection> {
-    let connection = Connection::open_with_flags(path, flags(role, create))?;
-    wait_for_locks(&connection, busy_timeout)?;
+/// `path` is absolute, so that SQLite takes it for the name of a file and nothing else.
+pub(crate) fn open(path: &Path, role: Role, create: bool, timeout: Duration) -> Result<Connection> {
+    let flags = flags(role, create);
+    let opened = match role {
+        Role::Archive => Connection::open_with_flags(immutable(path), flags),
+        Role::Writer | Role::Reader => Connection::open_with_flags(path, flags),
+    };
+    let connection = opened.map_err(|error| explain(error.into(), path))?;
+    wait_for_locks(&connection, timeout)?;
     Ok(connection)
+}
+
+/// A connection with all its settings, which has read from the file and so has all its files open.
+pub(crate) fn ready(path: &Path, role: Role, create: bool, settings: &Settings) -> Result<Connection> {
+    let connection = open(path, role, create, settings.busy_timeout)?;
+    let settled = settle(&connection, role, settings.durability);
+    settled.map_err(|error| explain(error.into(), path))?;
+    Ok(connection)
+}
+
+/// SQLite says "cannot open" also where the process has no descriptor left. Asked while those that it has are still
+/// open; by the folder, since closing a second handle to the file would drop the locks that SQLite holds.
+pub(crate) fn explain(error: SqliteError, path: &Path) -> SqliteError {
+    match error {
+        SqliteError::Sqlite(error) if error::cannot_open(&error) && has_no_descriptor(path) => {
+            SqliteError::NoDescriptor(error)
+        }
+        other => other,
+    }
+}
+
+fn has_no_descriptor(path: &Path) -> bool {
+    /// ENFILE and EMFILE, which have these numbers on every Unix.
+    const NONE_LEFT: [i32; 2] = [23, 24];
+    /// Where SQLite gets one file open and not the next, it closes the one again.
+    const FILES: usize = 4;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let opened: Result<Vec<_>, _> = (0..FILES).map(|_| std::fs::File::open(folder)).collect();
+    cfg!(unix)
+        && opened.is_err_and(|error| error.raw_os_error().is_some_and(|code| NONE_LEFT.contains(&code)))
+}
+
+/// The name by which SQLite takes a file for one that nobody changes.
+fn immutable(path: &Path) -> String {
+    use std::fmt::Write;
+    let mut name = "file:".to_owned();
+    for byte in path.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' | b'-' | b'.' | b'_' => name.push(char::from(*byte)),
+            byte if byte.is_ascii_alphanumeric() => name.push(char::from(*byte)),
+            // Writing to a string cannot fail.
+            byte => drop(write!(name, "%{byte:02x}")),
+        }
+    }
+    name + "?immutable=1"
 }
 
 /// How long this connection waits for a lock that another one holds.
@@ -74,7 +123,7 @@ pub(crate) fn settle(connection: &Connection, role: Role, durability: Durability
     set(connection, "cell_size_check", 1)?;
     set(connection, "journal_size_limit", JOURNAL_SIZE_LIMIT)?;
     set(connection, "cache_size", -CACHE_KIB)?;
-    set(connection, "query_only", i64::from(role == Role::Reader))?;
+    set(connection, "query_only", i64::from(role != Role::Writer))?;
     // A disk error under mmap is a signal, not an error code. A build without mmap answers nothing.
     match connection.pragma_update_and_check(None, "mmap_size", 0, |row| row.get(0)) {
         Err(rusqlite::Error::QueryReturnedNoRows) => Ok(()),

@@ -15,8 +15,9 @@ use crate::error::{SqliteError, outcome_unknown, read_only};
 use crate::inline::InlineProjection;
 use crate::names::Registrar;
 use crate::own_sql::OwnSql;
+use crate::queue::Watch;
 use crate::store::Store;
-use crate::{backup, commit, flight, guard, load, log, wait};
+use crate::{backup, builder, commit, flight, guard, load, log, queue, reads, wait};
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -58,6 +59,40 @@ impl SqliteEngine {
         guard::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
     }
 
+    /// Puts a backup in the place of the store at `path`, and gives the place where the old store is now, if there was
+    /// one: `path` with `.replaced-1`, and so on. To be used instead of copying the backup by hand, which leaves the
+    /// write-ahead log of the old store beside a file that it does not belong to.
+    ///
+    /// The backup is verified and copied first; then the copy takes the place, by one rename. It may be any file of a
+    /// store that nobody writes to meanwhile. No process may have the store at `path` open: what an engine knows of the
+    /// store would be of the old one.
+    ///
+    /// ```
+    /// # use evercore_sqlite::{Result, SqliteEngine, StorageEngine};
+    /// # fn main() -> Result<()> { futures_lite::future::block_on(async {
+    /// # let folder = tempfile::tempdir().map_err(|_| evercore_sqlite::Error::invalid("no folder"))?;
+    /// # let (path, backup) = (folder.path().join("store.db"), folder.path().join("backup.db"));
+    /// let engine = SqliteEngine::open(&path).await?;
+    /// engine.backup_to(&backup).await?;
+    /// engine.close().await?;
+    /// let old = SqliteEngine::restore_from(&backup, &path).await?;
+    /// assert!(old.is_some());
+    /// SqliteEngine::open(&path).await?.head().await?;
+    /// # Ok(()) }) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`NotAStore`](ErrorKind::NotAStore) if the backup is none, or damaged; [`Unavailable`](ErrorKind::Unavailable) if
+    /// somebody has the store at `path` open; [`Invalid`](ErrorKind::Invalid) for what [`open`](Self::open) takes for no
+    /// path of a file. Then the old store is as it was.
+    pub async fn restore_from(backup: impl AsRef<Path>, path: impl AsRef<Path>) -> Result<Option<PathBuf>> {
+        let (backup, path) = (builder::checked(backup.as_ref())?, builder::checked(path.as_ref())?);
+        if backup == path {
+            return Err(Error::invalid("the backup is the file that it is to replace"));
+        }
+        Ok(blocking::unblock(move || backup::restore(&backup, &path)).await?)
+    }
+
     /// The file, with its whole path; `None` for a store in memory.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
@@ -79,7 +114,7 @@ impl SqliteEngine {
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if somebody still reads from it when the busy time-out ends.
     pub async fn checkpoint(&self) -> Result<()> {
-        self.run(|store| {
+        self.write(|store| {
             if store.truncate_wal(&mut store.lock()?)? {
                 return Ok(());
             }
@@ -89,22 +124,31 @@ impl SqliteEngine {
     }
 
     /// Writes a copy of the store, as of one moment, while the store is in use. The copy is flushed and verified
-    /// before it gets its name. To copy the file by hand is no backup.
+    /// before it gets its name, and has the store's permissions. To copy the file by hand is no backup.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) if there is something at `target` already.
-    pub async fn backup_to(&self, target: impl Into<PathBuf>) -> Result<()> {
-        let target = target.into();
-        self.run(move |store| store.read(|connection| backup::back_up(connection, &target))).await
+    /// [`Invalid`](ErrorKind::Invalid) if there is something at `target` already, and for what [`open`](Self::open)
+    /// takes for no path of a file.
+    pub async fn backup_to(&self, target: impl AsRef<Path>) -> Result<()> {
+        let target = builder::checked_new(target.as_ref())?;
+        self.unblock(move |store| {
+            store.read_apart(|connection| backup::back_up(connection, store.path.as_deref(), &target))
+        })
+        .await
     }
 
-    /// Closes the file, for all clones, once the commits under way have ended. What is called later is
-    /// [`Closed`](ErrorKind::Closed). To drop all clones closes it as well.
+    /// Closes the store, for all clones: what is called from now on is [`Closed`](ErrorKind::Closed), reads, commits and
+    /// backups under way come to their end, the write-ahead log is written back, and all connections are closed. Then the
+    /// one file holds everything, unless others have it open.
+    ///
+    /// To drop all clones closes it as well, but nobody is told how that went.
     ///
     /// # Errors
-    /// [`Backend`](ErrorKind::Backend) if SQLite cannot close it.
+    /// [`Unavailable`](ErrorKind::Unavailable) if another connection was in the way for the whole busy time-out: the
+    /// engine is closed, but newest commits stay in the write-ahead log beside the file, which belongs to it;
+    /// [`Backend`](ErrorKind::Backend) if the disk failed.
     pub async fn close(&self) -> Result<()> {
-        self.run(Store::close).await
+        self.unblock(Store::close).await
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -117,11 +161,16 @@ impl SqliteEngine {
         if seen > after {
             return self.0.check_open().map(|()| seen);
         }
-        self.run(Store::head).await
+        self.read(Store::head).await
     }
 
-    /// Runs what may block where blocking is allowed.
-    pub(crate) fn run<T: Send + 'static>(
+    /// Has the store watched for the commits of others.
+    pub(crate) fn watch(&self) -> Result<Watch<'_>> {
+        Watch::begin(&self.0)
+    }
+
+    /// Reads where blocking is allowed.
+    pub(crate) fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> BoxFuture<'static, Result<T>> {
@@ -130,8 +179,38 @@ impl SqliteEngine {
             if store.settings.commit_on_caller_thread {
                 return work(&store);
             }
-            blocking::unblock(move || work(&store)).await
+            reads::read(&store, work).await
         })
+    }
+
+    /// Writes on the engine's own thread.
+    pub(crate) fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T>> {
+        let store = Arc::clone(&self.0);
+        Box::pin(async move {
+            store.check_open()?;
+            if store.settings.read_only {
+                return Err(read_only());
+            }
+            if store.settings.commit_on_caller_thread {
+                return work(&store);
+            }
+            queue::write(&store, work).await
+        })
+    }
+
+    /// Does what is rare and long on a thread that may block.
+    async fn unblock<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = Arc::clone(&self.0);
+        if store.settings.commit_on_caller_thread {
+            return work(&store);
+        }
+        blocking::unblock(move || work(&store)).await
     }
 
     /// Commits a batch, and with it the user's own SQL if there is some.
@@ -146,12 +225,8 @@ impl SqliteEngine {
         if self.0.settings.commit_on_caller_thread {
             return guard::go_on(flight::commit_here(&self.0, batch, sql));
         }
-        let (answer, is_leader) = self.0.queue.push(batch, sql);
-        if is_leader {
-            // Detached: a caller who goes away loses the answer and leaves the flight alone.
-            let store = Arc::clone(&self.0);
-            blocking::unblock(move || flight::lead(&store)).detach();
-        }
+        // Carried through also if the caller goes away: then only the answer is lost.
+        let answer = queue::commit(&self.0, batch, sql)?;
         guard::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
     }
 }
@@ -168,7 +243,7 @@ impl fmt::Debug for SqliteEngine {
 
 impl StorageEngine for SqliteEngine {
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
-        self.run(move |store| {
+        self.write(move |store| {
             let first = store.write(|connection| {
                 Ok(connection.prepare_cached(RESERVE)?.query_row([count], |row| row.get(0))?)
             })?;
@@ -182,16 +257,16 @@ impl StorageEngine for SqliteEngine {
 
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
         let id = id.clone();
-        self.run(move |store| store.read(|connection| commit::command(connection, &id)))
+        self.read(move |store| store.read(|connection| commit::command(connection, &id)))
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         let command = command.clone();
-        self.run(move |store| store.write(|connection| commit::settle(connection, &command)))
+        self.write(move |store| store.write(|connection| commit::settle(connection, &command)))
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
-        self.run(move |store| {
+        self.write(move |store| {
             let (mut forgotten, mut after) = (0, String::new());
             loop {
                 let piece = store.write(|connection| commit::forget_commands(connection, &after, before))?;
@@ -203,24 +278,24 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>> {
-        self.run(move |store| store.read(|connection| load::load(connection, &store.names, &request)))
+        self.read(move |store| store.read(|connection| load::load(connection, &store.names, &request)))
     }
 
     fn read_aggregate(&self, query: AggregateQuery) -> BoxFuture<'_, Result<Events>> {
-        self.run(move |store| store.read(|connection| load::read(connection, &store.names, &query)))
+        self.read(move |store| store.read(|connection| load::read(connection, &store.names, &query)))
     }
 
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
         let query = query.clone();
-        self.run(move |store| store.read(|connection| log::read(connection, &store.names, &query)))
+        self.read(move |store| store.read(|connection| log::read(connection, &store.names, &query)))
     }
 
     fn head(&self) -> BoxFuture<'_, Result<Position>> {
-        self.run(Store::head)
+        self.read(Store::head)
     }
 
     fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>> {
-        self.run(move |store| store.read(|connection| log::position_at(connection, time)))
+        self.read(move |store| store.read(|connection| log::position_at(connection, time)))
     }
 
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
@@ -233,7 +308,7 @@ impl StorageEngine for SqliteEngine {
 
     fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>> {
         let types = types.to_vec();
-        self.run(move |store| {
+        self.write(move |store| {
             let fresh = store.write(|connection| {
                 let mut names = Registrar::new(connection, &store.names);
                 names.all(&types)?;
@@ -245,7 +320,7 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>> {
-        self.run(|store| store.read(|connection| store.names.list(connection)))
+        self.read(|store| store.read(|connection| store.names.list(connection)))
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {

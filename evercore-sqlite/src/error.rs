@@ -1,5 +1,7 @@
 //! What SQLite and its helpers can say, and what it means to the caller.
 
+use std::path::{Path, PathBuf};
+
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
 
@@ -11,9 +13,12 @@ pub(crate) enum SqliteError {
     /// SQLite itself.
     #[error("SQLite: {0}")]
     Sqlite(#[from] rusqlite::Error),
-    /// No read connection became free in time.
-    #[error("no read connection became free: {0}")]
-    Pool(#[from] r2d2::Error),
+    /// SQLite could open no file, since the process or the system has too many open.
+    #[error("SQLite: {0}")]
+    NoDescriptor(rusqlite::Error),
+    /// What was said of one file.
+    #[error("{0}")]
+    At(PathBuf, #[source] Box<SqliteError>),
     /// The file system.
     #[error("file system: {0}")]
     Io(#[from] std::io::Error),
@@ -33,21 +38,35 @@ pub(crate) enum SqliteError {
 
 pub(crate) type Result<T, E = SqliteError> = std::result::Result<T, E>;
 
+impl SqliteError {
+    /// The same error, which names the file.
+    pub(crate) fn at(self, path: &Path) -> Self {
+        match self {
+            Self::At(..) => self,
+            other => Self::At(path.to_owned(), Box::new(other)),
+        }
+    }
+}
+
 impl From<SqliteError> for Error {
     fn from(error: SqliteError) -> Self {
         let (kind, message) = match &error {
             SqliteError::Sqlite(source) => meaning(source),
-            SqliteError::Pool(_) => (ErrorKind::Unavailable, "no read connection became free in time"),
+            SqliteError::NoDescriptor(_) => {
+                let message = "the process has too many files open, raise its limit or close other stores";
+                (ErrorKind::Unavailable, message)
+            }
             SqliteError::Io(_) => (ErrorKind::Backend, "the file system refused"),
             SqliteError::Migration(source) => migration(source),
             SqliteError::Damaged(_) => {
                 (ErrorKind::NotAStore, "the file has a value that is no value of a store")
             }
-            SqliteError::User(_) | SqliteError::Core(_) => (ErrorKind::Backend, ""),
+            SqliteError::At(..) | SqliteError::User(_) | SqliteError::Core(_) => (ErrorKind::Backend, ""),
         };
         match error {
             SqliteError::User(fault) => fault.into(),
             SqliteError::Core(error) => error,
+            SqliteError::At(path, error) => at(&path, *error),
             other => Self::new(kind, message).because(other),
         }
     }
@@ -100,6 +119,14 @@ fn told(failure: ffi::Error, message: Option<&str>) -> String {
     format!("SQLite result {}, {failure}{message}", failure.extended_code)
 }
 
+fn at(path: &Path, error: SqliteError) -> Error {
+    let is_told = matches!(error, SqliteError::Core(_));
+    let error = Error::from(error);
+    let named = Error::new(error.kind().clone(), format!("\"{}\": {error}", path.display()));
+    // An error of our own says all there is; the others have a source that says more.
+    if is_told { named } else { named.with_source(error) }
+}
+
 /// A value in the file that evercore cannot have written.
 pub(crate) fn damaged(error: impl Into<BoxError>) -> SqliteError {
     SqliteError::Damaged(error.into())
@@ -120,11 +147,6 @@ pub(crate) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the store was opened for reading only")
 }
 
-/// Another thread panicked while it held the lock: what it guards cannot be trusted.
-pub(crate) fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
-    closed()
-}
-
 /// The same error once more, for the next of several callers who share it; without its source.
 pub(crate) fn again(error: &Error) -> Error {
     error.again()
@@ -142,6 +164,11 @@ pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
 /// Whether another connection is in the way, for the moment.
 pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
     matches!(primary_code(error), Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL))
+}
+
+/// Whether a file could not be opened, for whatever reason.
+pub(crate) fn cannot_open(error: &rusqlite::Error) -> bool {
+    primary_code(error) == Some(ffi::SQLITE_CANTOPEN)
 }
 
 /// Whether the disk itself failed.

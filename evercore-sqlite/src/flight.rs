@@ -1,12 +1,9 @@
 //! Combining: commits that arrive while one is under way are written together, in one transaction.
 //!
 //! The flush is what costs, so everything that is queued when a flight begins goes with it, each batch with its own
-//! outcome. The first caller in sees to it that somebody leads: a thread that may block, or itself if the user said so.
-
-use std::sync::{Mutex, MutexGuard, PoisonError};
+//! outcome. The engine's own thread leads, or the caller itself if the user said so.
 
 use evercore_core::{Batch, Error, Receipt, Result};
-use futures_channel::oneshot;
 use rusqlite::Connection;
 
 use crate::commit::Writer;
@@ -14,70 +11,22 @@ use crate::error::{self, SqliteError, again, closed, outcome_unknown};
 use crate::inline;
 use crate::names::Registrar;
 use crate::own_sql::OwnSql;
+use crate::queue::Job;
 use crate::store::{Locked, Store};
 use crate::transaction::{self, Failure};
 
-/// A batch on its way, with the user's own SQL if there is some, and who waits for it.
-#[derive(Debug)]
-struct Job {
-    batch: Batch,
-    sql: Option<OwnSql>,
-    reply: oneshot::Sender<Result<Receipt>>,
-}
-
-/// The commits that wait for the next flight.
-#[derive(Debug, Default)]
-pub(crate) struct Queue(Mutex<Waiting>);
-
-#[derive(Debug, Default)]
-struct Waiting {
-    jobs: Vec<Job>,
-    has_leader: bool,
-}
-
-/// Where a caller finds the answer.
-pub(crate) type Answer = oneshot::Receiver<Result<Receipt>>;
-
-impl Queue {
-    /// Queues a batch; `true` if the caller is to lead.
-    pub(crate) fn push(&self, batch: Batch, sql: Option<OwnSql>) -> (Answer, bool) {
-        let (reply, answer) = oneshot::channel();
-        let mut waiting = self.lock();
-        waiting.jobs.push(Job { batch, sql, reply });
-        (answer, !std::mem::replace(&mut waiting.has_leader, true))
-    }
-
-    fn take(&self) -> Vec<Job> {
-        std::mem::take(&mut self.lock().jobs)
-    }
-
-    /// What is queued; if that is nothing, the leader is one no more.
-    fn take_or_resign(&self) -> Option<Vec<Job>> {
-        let mut waiting = self.lock();
-        waiting.has_leader = !waiting.jobs.is_empty();
-        waiting.has_leader.then(|| std::mem::take(&mut waiting.jobs))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Flies until nobody waits any more.
-pub(crate) fn lead(store: &Store) {
-    let leader = Leader(&store.queue);
-    while let Some(jobs) = leader.0.take_or_resign() {
-        match store.lock() {
-            Ok(mut writer) => fly(store, &mut writer, jobs),
-            Err(error) => jobs.into_iter().for_each(|job| job.answer(Err(again(&error)))),
-        }
+/// Flies with all jobs of the queue.
+pub(crate) fn lead(store: &Store, jobs: Vec<Job>) {
+    match store.lock() {
+        Ok(mut writer) => fly(store, &mut writer, jobs),
+        Err(error) => jobs.into_iter().for_each(|job| job.answer(Err(again(&error)))),
     }
 }
 
 /// Commits on this thread. Whoever gets the writer flies everything that is queued, so the answer may be there
 /// already.
 pub(crate) fn commit_here(store: &Store, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
-    let (mut answer, _) = store.queue.push(batch, sql);
+    let mut answer = store.queue.push_here(batch, sql);
     match store.lock() {
         Ok(mut writer) => {
             if let Ok(Some(outcome)) = answer.try_recv() {
@@ -88,26 +37,6 @@ pub(crate) fn commit_here(store: &Store, batch: Batch, sql: Option<OwnSql>) -> R
         Err(error) => store.queue.take().into_iter().for_each(|job| job.answer(Err(again(&error)))),
     }
     answer.try_recv().ok().flatten().unwrap_or_else(|| Err(outcome_unknown()))
-}
-
-/// Sees to it that a panic of the leader does not leave the others waiting for ever: who drops a [`Job`] answers it.
-struct Leader<'a>(&'a Queue);
-
-impl Drop for Leader<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let mut waiting = self.0.lock();
-            waiting.has_leader = false;
-            waiting.jobs.clear();
-        }
-    }
-}
-
-impl Job {
-    /// The caller may have gone; then nobody needs the answer.
-    fn answer(self, outcome: Result<Receipt>) {
-        let _ = self.reply.send(outcome);
-    }
 }
 
 /// Writes all jobs, answers them, and then does what nobody waits for.

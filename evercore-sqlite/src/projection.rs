@@ -66,7 +66,7 @@ impl Sink for Projection {
     fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome> {
         let (handle, delivery) = (Arc::clone(&self.handle), delivery.clone());
         let step = Step::Advance(advance.clone());
-        let outcome = self.engine.run(move |store| deliver(store, &*handle, &delivery, &step));
+        let outcome = self.engine.write(move |store| deliver(store, &*handle, &delivery, &step));
         Box::pin(async move {
             let outcome = outcome.await.unwrap_or_else(Outcome::Refused);
             if let Outcome::Failed { error, .. } = &outcome

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use event_listener::Event;
@@ -13,21 +13,20 @@ use crate::builder::Settings;
 use crate::commit::Head;
 use crate::connection::{self, Role};
 use crate::error::{self, SqliteError, closed};
-use crate::flight::Queue;
 use crate::inline::{self, Inline, InlineProjection};
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
-use crate::pool::Pool;
+use crate::pool::Readers;
+use crate::queue::Queue;
+use crate::reads::Reads;
 use crate::transaction::{self, Failure};
+use crate::wal;
 
 /// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
 const LARGE_WAL: u64 = 16 * 1024 * 1024;
 
 /// After how many written events the WAL's length is looked at.
 const EVENTS_PER_LOOK: usize = 1_000;
-
-/// What every SQLite database begins with.
-const HEADER_BYTES: u64 = 100;
 
 const OPEN: u8 = 0;
 const CLOSED: u8 = 1;
@@ -39,14 +38,16 @@ pub(crate) struct Store {
     pub(crate) store_id: String,
     pub(crate) names: Names,
     pub(crate) inline: Vec<Inline>,
-    pub(crate) queue: Queue,
+    pub(crate) queue: Arc<Queue>,
+    pub(crate) reads: Reads,
     /// Rung after each flight that wrote events.
     pub(crate) committed: Event,
     /// The last position that this engine knows of.
     head: AtomicI64,
     state: AtomicU8,
     /// Before the writer, and so dropped before it: who closes last tidies the WAL away, and only a writer can.
-    readers: RwLock<Option<Pool>>,
+    /// None for a store in memory, where the writer reads.
+    readers: Option<Readers>,
     /// Held by the next in line for the writer, so that one who comes back at once, as the leader of flights does, gets in
     /// behind who has waited: a mutex alone would let it in again and again.
     next: Mutex<()>,
@@ -71,29 +72,33 @@ impl Store {
             return Err(Error::invalid("an inline projection writes, so the store cannot be read-only"));
         }
         let writer = match &path {
-            Some(path) => open_file(path, &settings)?,
+            Some(path) => open_file(path, &settings).map_err(|error| error.at(path))?,
             None => Some(open_memory(&settings)?),
         };
-        let readers = path.as_deref().map(|path| Pool::open(path, &settings)).transpose()?;
+        let readers = path.clone().map(|path| Readers::new(path, settings));
         let mut store = Self {
             path,
             settings,
             store_id: String::new(),
             names: Names::default(),
             inline,
-            queue: Queue::default(),
+            queue: Arc::default(),
+            reads: Reads::default(),
             committed: Event::new(),
             head: AtomicI64::new(0),
             state: AtomicU8::new(OPEN),
-            readers: RwLock::new(readers),
+            readers,
             next: Mutex::default(),
             writer: Mutex::new(writer.map(|connection| Writer { connection, events_since_look: 0 })),
         };
-        store.store_id = store.read(|connection| {
+        store.store_id = store.ask(|connection| {
             Ok(connection.query_row("SELECT store_id FROM store", [], |row| row.get(0))?)
         })?;
-        store.read(|connection| store.names.reload(connection).map(drop))?;
-        store.head()?;
+        let head = store.ask(|connection| {
+            store.names.reload(connection)?;
+            Ok(Head::read(connection)?.position)
+        })?;
+        store.saw(head);
         inline::catch_up(&store)?;
         Ok(store)
     }
@@ -109,14 +114,43 @@ impl Store {
         }
     }
 
-    /// Reads on a connection of the pool, or on the only one there is.
+    /// Reads on one of the read connections, or on the only connection there is.
     pub(crate) fn read<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         self.check_open()?;
-        if self.path.is_none() {
-            return Ok(work(&self.lock()?.get()?.connection)?);
+        match &self.readers {
+            Some(readers) => Ok(readers.with(work)?),
+            None => Ok(work(&self.lock()?.get()?.connection)?),
         }
-        let readers = self.readers.read().map_err(error::poisoned)?.clone();
-        Ok(readers.ok_or_else(closed)?.with(work)?)
+    }
+
+    /// Reads for long: on a connection of its own.
+    pub(crate) fn read_apart<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+        self.check_open()?;
+        match &self.readers {
+            Some(readers) => Ok(readers.apart(work)?),
+            None => self.read(work),
+        }
+    }
+
+    /// Reads something small on the writer, if there is one, so that no other connection is opened for it.
+    fn ask<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+        if self.settings.read_only {
+            return self.read(work);
+        }
+        Ok(work(&self.lock()?.get()?.connection)?)
+    }
+
+    /// Looks for what other processes have committed, and rings the bell for it.
+    pub(crate) fn look(&self) {
+        if self.path.is_none() {
+            return;
+        }
+        // What is wrong is told to those who look for themselves when their time is over.
+        let Ok(head) = self.ask(Head::read) else { return };
+        if self.seen() < head.position {
+            self.saw(head.position);
+            self.committed.notify(usize::MAX);
+        }
     }
 
     /// The writer, once whoever has it is done.
@@ -162,19 +196,41 @@ impl Store {
     /// on, and a flush that is tried again may succeed without having written: only opening anew tells.
     pub(crate) fn fail(&self, writer: &mut Locked<'_>) {
         self.state.store(FAILED, Ordering::Release);
-        drop(self.readers.write().unwrap_or_else(PoisonError::into_inner).take());
+        if let Some(readers) = &self.readers {
+            readers.abandon();
+        }
         drop(writer.0.take());
+        self.queue.end();
         self.committed.notify(usize::MAX);
     }
 
+    /// Refuses what is new, waits for what is under way, writes the WAL back and closes all connections, the writer
+    /// last: only a writer can tidy the WAL away.
     pub(crate) fn close(&self) -> Result<()> {
-        // First, so that no new commit gets in before this call.
         let _ = self.state.compare_exchange(OPEN, CLOSED, Ordering::AcqRel, Ordering::Acquire);
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.readers.write().unwrap_or_else(PoisonError::into_inner).take());
+        self.queue.end();
         self.committed.notify(usize::MAX);
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(readers) = &self.readers {
+            readers.close();
+        }
         let Some(writer) = writer.take() else { return Ok(()) };
-        writer.connection.close().map_err(|(_, error)| SqliteError::from(error).into())
+        let has_written_back = match &self.path {
+            Some(_) => truncate_wal(&writer.connection).map_err(SqliteError::from),
+            None => Ok(true),
+        };
+        writer.connection.close().map_err(|(_, error)| SqliteError::from(error))?;
+        if has_written_back? {
+            return Ok(());
+        }
+        let wal = self.path.as_deref().map(wal::path_of).unwrap_or_default();
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            format!(
+                "the engine is closed, but others use the store, so newest commits stay in \"{}\": keep it with the file",
+                wal.display()
+            ),
+        ))
     }
 
     /// Where the log ends.
@@ -195,8 +251,7 @@ impl Store {
     }
 
     pub(crate) fn wal_bytes(&self) -> u64 {
-        let wal = self.path.as_deref().map(migrate::wal_path);
-        wal.and_then(|wal| std::fs::metadata(wal).ok()).map_or(0, |wal| wal.len())
+        self.path.as_deref().map_or(0, wal::bytes)
     }
 
     /// Writes a large WAL back, unless somebody reads from it: then it is for a later flight.
@@ -219,18 +274,26 @@ impl Store {
 
     /// Writes the whole WAL back and cuts it; `false` if somebody was in the way.
     pub(crate) fn truncate_wal(&self, writer: &mut Locked<'_>) -> Result<bool> {
-        let connection = &writer.get()?.connection;
-        let outcome = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0));
-        match outcome {
-            Ok(busy) => Ok(busy == 0),
-            Err(error) if error::is_busy(&error) => Ok(false),
-            Err(error) => {
-                if error::is_io(&error) {
-                    self.fail(writer);
-                }
-                Err(SqliteError::from(error).into())
-            }
+        let outcome = truncate_wal(&writer.get()?.connection);
+        if outcome.as_ref().is_err_and(error::is_io) {
+            self.fail(writer);
         }
+        Ok(outcome.map_err(SqliteError::from)?)
+    }
+}
+
+fn truncate_wal(connection: &Connection) -> rusqlite::Result<bool> {
+    match connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
+        Ok(busy) => Ok(busy == 0),
+        Err(error) if error::is_busy(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Nobody has the store any more, so nothing is under way.
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.queue.end();
     }
 }
 
@@ -252,16 +315,22 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
         Err(error) => return Err(error.into()),
     };
     let create = settings.create && !settings.read_only;
+    // While it is opened; afterwards each connection waits for the busy time-out.
+    let opening = Settings { busy_timeout: settings.open_timeout, ..*settings };
     let identity = match length {
         None if !create => return Err(not_a_store("there is no such file")),
+        // SQLite would delete it, and whatever it holds.
+        None | Some(0) if wal::bytes(path) > 0 => return Err(migrate::foreign_wal(path)),
         None if !path.parent().is_some_and(Path::is_dir) => {
             return Err(Error::new(ErrorKind::Backend, "the folder of the file does not exist").into());
         }
         Some(0) if !create => return Err(not_a_store("the file is empty")),
         None | Some(0) => Identity::Empty,
         // SQLite takes a file of one byte for an empty one.
-        Some(..HEADER_BYTES) => return Err(not_a_store("the file is shorter than the header of a database")),
-        Some(_) => migrate::identify(path, settings.busy_timeout)?,
+        Some(..migrate::HEADER_BYTES) => {
+            return Err(not_a_store("the file is shorter than the header of a database"));
+        }
+        Some(_) => migrate::identify(path, &opening)?,
     };
     if identity == Identity::Empty && !create {
         return Err(not_a_store("the database is empty"));
@@ -269,19 +338,20 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
     if settings.read_only {
         return Ok(None);
     }
-    let mut connection = connection::open(path, Role::Writer, create, settings.busy_timeout)?;
+    let mut connection = connection::ready(path, Role::Writer, create, &opening)?;
     if connection.is_readonly("main")? {
         return Err(Error::new(ErrorKind::ReadOnly, "the file cannot be written").into());
     }
-    connection::settle(&connection, Role::Writer, settings.durability)?;
-    migrate::migrate(&mut connection, Some(path), settings.busy_timeout)?;
+    let migrated = migrate::migrate(&mut connection, Some(path), settings.open_timeout);
+    migrated.map_err(|error| connection::explain(error, path))?;
+    connection::wait_for_locks(&connection, settings.busy_timeout)?;
     Ok(Some(connection))
 }
 
 fn open_memory(settings: &Settings) -> error::Result<Connection> {
     let mut connection = Connection::open_in_memory()?;
     connection::settle(&connection, Role::Writer, settings.durability)?;
-    migrate::migrate(&mut connection, None, settings.busy_timeout)?;
+    migrate::migrate(&mut connection, None, settings.open_timeout)?;
     Ok(connection)
 }
 

@@ -56,20 +56,23 @@ const PARKED_IS_DUE: &str = "
 
 impl SubscriptionStorage for SqliteEngine {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
-        let (id, step) = (id.clone(), step.clone());
-        self.run(move |store| {
+        Box::pin(async move {
             // A claim in vain shall neither wait for the writer nor keep it from others.
-            if step.is_claim() && !store.settings.read_only {
-                store
-                    .read(|connection| outcome(connection, &id, &step, cursor(connection, &id)?).map(drop))?;
+            if step.is_claim() && !self.store().settings.read_only {
+                let (id, step) = (id.clone(), step.clone());
+                let look = move |connection: &Connection| {
+                    outcome(connection, &id, &step, cursor(connection, &id)?).map(drop)
+                };
+                self.read(move |store| store.read(look)).await?;
             }
-            store.write(|connection| take(connection, &id, &step))
+            let (id, step) = (id.clone(), step.clone());
+            self.write(move |store| store.write(|connection| take(connection, &id, &step))).await
         })
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         let of = of.cloned();
-        self.run(move |store| {
+        self.read(move |store| {
             store.read(|connection| {
                 Ok(Cursors { cursors: cursors(connection, of.as_ref())?, now: Timestamp::now() })
             })
@@ -83,7 +86,7 @@ impl SubscriptionStorage for SqliteEngine {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<Parked>>> {
         let id = id.clone();
-        self.run(move |store| store.read(|connection| parked(connection, &id, after, limit)))
+        self.read(move |store| store.read(|connection| parked(connection, &id, after, limit)))
     }
 }
 

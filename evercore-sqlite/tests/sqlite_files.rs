@@ -61,7 +61,7 @@ fn the_database_of_another_application_is_refused_and_left_alone() {
 fn a_newer_schema_is_refused_with_both_numbers() {
     let folder = Folder::new();
     drop(block_on(SqliteEngine::open(folder.store())).unwrap());
-    Connection::open(folder.store()).unwrap().execute_batch("PRAGMA user_version = 99").unwrap();
+    Connection::open(folder.store()).unwrap().execute_batch("UPDATE store SET schema_version = 99").unwrap();
     let error = block_on(SqliteEngine::open(folder.store())).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::SchemaTooNew { found: 99, known: 1, .. }), "{error:?}");
 }
@@ -99,7 +99,7 @@ fn a_store_that_is_not_to_be_created_is_not_created() {
 #[test]
 fn a_store_that_was_begun_and_not_finished_is_finished() {
     let folder = Folder::new();
-    let history = "CREATE TABLE refinery_schema_history (version int4 PRIMARY KEY, name VARCHAR(255),
+    let history = "CREATE TABLE evercore_schema_history (version int4 PRIMARY KEY, name VARCHAR(255),
                    applied_on VARCHAR(255), checksum VARCHAR(255))";
     Connection::open(folder.store()).unwrap().execute_batch(history).unwrap();
     let engine = block_on(SqliteEngine::open(folder.store())).unwrap();

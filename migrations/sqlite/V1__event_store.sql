@@ -1,17 +1,20 @@
 -- The schema of an evercore store on SQLite, version 1.
 -- Names, keys and texts compare bytewise; times are microseconds since 1970, UTC.
 
--- 'EVCR': this file is a store of evercore, and of which schema version. Read before anything else.
+-- 'EVCR': this file is a store of evercore. A store that was dumped and read in again is without it, and still a store.
 PRAGMA application_id = 1163281234;
-PRAGMA user_version = 1;
 
--- One row: who this store is, and the next id that no block of reserved ids has covered yet.
+-- One row: who this store is, of which schema version, and the next id that no block of reserved ids has covered yet.
+-- Each later migration raises the version.
 CREATE TABLE store (
     one               INTEGER PRIMARY KEY CHECK (one = 1),
     store_id          TEXT    NOT NULL,
+    schema_version    INTEGER NOT NULL,
+    is_backup         INTEGER NOT NULL, -- whether it was written as a backup and not written to since
     next_aggregate_id INTEGER NOT NULL
 ) STRICT;
-INSERT INTO store VALUES (1, lower(hex(randomblob(16))), 1);
+INSERT INTO store (one, store_id, schema_version, is_backup, next_aggregate_id)
+VALUES (1, lower(hex(randomblob(16))), 1, 0, 1);
 
 -- AUTOINCREMENT: an id that has committed is never given to another name, whatever becomes of its row.
 CREATE TABLE aggregate_types (
@@ -108,7 +111,8 @@ CREATE TABLE parked_events (
     PRIMARY KEY (subscription, version, partition, position)
 ) STRICT, WITHOUT ROWID;
 
--- The log for people: names instead of ids, the payload and the times as text.
+-- The log for people: names instead of ids, the payload and the times as text. All in integers: a division into a
+-- fraction would round.
 CREATE VIEW event_log AS
 SELECT e.position,
        a.name                                                       AS aggregate_type,
@@ -118,8 +122,10 @@ SELECT e.position,
        t.name                                                       AS event_type,
        CAST(e.payload AS TEXT)                                      AS payload,
        e.reference,
-       strftime('%Y-%m-%dT%H:%M:%f', e.event_time / 1000000.0, 'unixepoch') || 'Z'  AS event_time,
-       strftime('%Y-%m-%dT%H:%M:%f', e.recorded_at / 1000000.0, 'unixepoch') || 'Z' AS recorded_at,
+       strftime('%Y-%m-%dT%H:%M:%S', (e.event_time - (e.event_time % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+           || format('.%06dZ', (e.event_time % 1000000 + 1000000) % 1000000)  AS event_time,
+       strftime('%Y-%m-%dT%H:%M:%S', (e.recorded_at - (e.recorded_at % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+           || format('.%06dZ', (e.recorded_at % 1000000 + 1000000) % 1000000)  AS recorded_at,
        e.correlation_id,
        e.causation_id,
        e.headers
