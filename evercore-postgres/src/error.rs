@@ -49,7 +49,7 @@ impl From<PostgresError> for Error {
             PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };
-        if let Some(told) = told(&error) {
+        if let Some(told) = ours_within(&error) {
             return again(told).with_source(error);
         }
         match error {
@@ -164,7 +164,7 @@ pub(crate) fn passes_by_itself(error: &tokio_postgres::Error) -> bool {
 }
 
 /// An error of ours that has come through the driver: a login that is not tried again so soon.
-fn told(error: &PostgresError) -> Option<&Error> {
+fn ours_within(error: &PostgresError) -> Option<&Error> {
     let (PostgresError::Postgres(error) | PostgresError::Pool(PoolError::Backend(error))) = error else {
         return None;
     };
