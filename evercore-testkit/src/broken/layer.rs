@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use evercore_core::{
     AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
     Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
-    KeyChange, KnownType, Lease, LoadRequest, LogPage, LogQuery, NewAggregate, NewEvent, PageLimit, Parked,
-    ParkedChange, Position, Receipt, Result, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
-    Target, Timestamp, limits,
+    KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, NewAggregate, NewEvent,
+    PageLimit, Parked, ParkedChange, Position, Receipt, Result, Step, StorageEngine, SubscriptionName,
+    SubscriptionStorage, Target, Timestamp, limits,
 };
 
 use super::Fault;
@@ -157,7 +157,7 @@ impl Layer {
             }
         }
         if let Some(id) = batch.command_id() {
-            read.set_command_id(id.clone());
+            read.set_command(id.clone(), batch.fingerprint());
         }
         Ok(read)
     }
@@ -219,7 +219,7 @@ impl Layer {
                 let id =
                     batch.command_id().filter(|_| self.strikes(Fault::ForgetsContents, self.is_reopened));
                 let Some(id) = id else { return Err(error) };
-                return self.inner.receipt(id).await?.ok_or(error);
+                return self.inner.command(id).await?.and_then(KnownCommand::into_receipt).ok_or(error);
             }
             Err(error) => {
                 let lost = batch.creates().iter().filter_map(|new| Some((wants(new)?, new.id)));
@@ -268,13 +268,11 @@ impl Layer {
         self.inner.commit(piece).await
     }
 
-    fn sorted(&self, receipt: Option<Receipt>) -> Option<Receipt> {
-        receipt.map(|mut receipt| {
-            if self.strikes(Fault::SortsReceipts, !receipt.aggregates.is_sorted()) {
-                receipt.aggregates.sort_unstable();
-            }
-            receipt
-        })
+    fn sorted(&self, mut receipt: Receipt) -> Receipt {
+        if self.strikes(Fault::SortsReceipts, !receipt.aggregates.is_sorted()) {
+            receipt.aggregates.sort_unstable();
+        }
+        receipt
     }
 
     async fn wait_badly(&self, after: Position, at_most: Duration) -> Result<Position> {
@@ -487,15 +485,26 @@ impl StorageEngine for Layer {
         Box::pin(self.commit_badly(batch))
     }
 
-    fn receipt<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.sorted(self.inner.receipt(command).await?)) })
+    fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
+        Box::pin(async move {
+            Ok(self.inner.command(id).await?.map(|known| match known {
+                KnownCommand::Committed { fingerprint, receipt } => {
+                    KnownCommand::Committed { fingerprint, receipt: self.sorted(receipt) }
+                }
+                KnownCommand::Abandoned => KnownCommand::Abandoned,
+            }))
+        })
+    }
+
+    fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
+        self.inner.forget_commands(before)
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         Box::pin(async move {
             let receipt = self.inner.settle(command).await?;
             self.save(Write::Settled(command.clone())).await?;
-            Ok(self.sorted(receipt))
+            Ok(receipt.map(|receipt| self.sorted(receipt)))
         })
     }
 

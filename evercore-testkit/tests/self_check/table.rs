@@ -124,8 +124,8 @@ pub(crate) const TABLE: &[Row] = &[
         ]),
     row(Fault::ForgetsCommands,
         &[
-            "commands::a_known_id_with_the_same_content_returns_the_first_receipt",
-            "commands::a_known_id_with_other_content_is_command_reused",
+            "commands::a_known_id_returns_the_first_receipt",
+            "commands::a_known_id_with_another_fingerprint_is_command_reused",
             "commands::the_command_id_is_looked_at_before_everything_else",
             "commands::an_id_takes_effect_once_when_sixteen_come_at_once",
             "commands::a_receipt_can_be_asked_for",
@@ -156,14 +156,17 @@ pub(crate) const TABLE: &[Row] = &[
         ]),
     row(Fault::ForgetsFingerprints,
         &[
+            "commands::a_known_id_with_another_fingerprint_is_command_reused",
         ],
         &[]),
     row(Fault::ForgetsYoungCommands,
         &[
+            "commands::old_commands_are_forgotten_and_young_ones_kept",
         ],
         &[]),
     row(Fault::KeepsCommands,
         &[
+            "commands::old_commands_are_forgotten_and_young_ones_kept",
         ],
         &[]),
     row(Fault::MixesUpAppends,
