@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::limits;
+use crate::mark::Mark;
 use crate::metadata::Metadata;
 use crate::name::{AggregateType, CommandId, Key};
 use crate::time::Timestamp;
@@ -107,6 +108,7 @@ pub struct Batch {
     key_change_of: HashMap<AggregateId, usize>,
     snapshot_of: HashMap<AggregateId, usize>,
     known_guards: HashSet<Guard>,
+    read: HashMap<AggregateId, (Sequence, Mark)>,
     events: usize,
     bytes: usize,
 }
@@ -219,6 +221,36 @@ impl Batch {
     pub fn guard(&mut self, guard: Guard) {
         if self.known_guards.insert(guard) {
             self.guards.push(guard);
+        }
+    }
+
+    /// Names the event that was the aggregate's last when it was read: by its sequence, and by its mark. If the log has lost
+    /// its tail since, another event may have that sequence, and appends and guards are then a conflict.
+    ///
+    /// # Errors
+    /// [`Conflict`](crate::ErrorKind::Conflict) if the batch has read another event there.
+    pub fn has_read(&mut self, aggregate: AggregateId, sequence: Sequence, mark: Mark) -> Result<()> {
+        let read = *self.read.entry(aggregate).or_insert((sequence, mark));
+        if read.0 == sequence && read.1 != mark {
+            return Err(Error::other_event(aggregate, sequence));
+        }
+        Ok(())
+    }
+
+    /// The mark that the event at this sequence had when the aggregate was read, if it was named.
+    pub fn mark_read(&self, aggregate: AggregateId, sequence: Sequence) -> Option<Mark> {
+        self.read.get(&aggregate).filter(|read| read.0 == sequence).map(|read| read.1)
+    }
+
+    /// Whether an aggregate that stands at the sequence at which it was read still has the event that was read there;
+    /// `found` is the mark of that event.
+    ///
+    /// # Errors
+    /// [`Conflict`](crate::ErrorKind::Conflict) if it is another event.
+    pub fn check_read(&self, aggregate: AggregateId, sequence: Sequence, found: Option<Mark>) -> Result<()> {
+        match self.mark_read(aggregate, sequence) {
+            Some(mark) if found != Some(mark) => Err(Error::other_event(aggregate, sequence)),
+            _ => Ok(()),
         }
     }
 
@@ -368,6 +400,8 @@ pub struct Receipt {
     pub last: Position,
     /// When it was committed, by the engine's clock.
     pub recorded_at: Timestamp,
+    /// The mark of the unit's events.
+    pub mark: Mark,
     /// The aggregates that were made or got events, each with the sequence it has now, in the batch's order: those
     /// made first.
     pub aggregates: Vec<(AggregateId, Sequence)>,
@@ -385,7 +419,14 @@ impl Receipt {
             0 => (Position::ZERO, Position::ZERO),
             events => (head.next(), head.plus(events)),
         };
-        Self { first, last, recorded_at, aggregates }
+        Self { first, last, recorded_at, mark: Mark::ALWAYS, aggregates }
+    }
+
+    /// The same, with the mark that the events got.
+    #[must_use]
+    pub fn with_mark(mut self, mark: Mark) -> Self {
+        self.mark = mark;
+        self
     }
 
     /// The sequence that the unit left the aggregate at, if the unit made it or added to it.
@@ -394,10 +435,10 @@ impl Receipt {
     }
 }
 
-/// The form in which engines store a receipt: `first last recorded_at;id sequence;id sequence…`.
+/// The form in which engines store a receipt: `first last recorded_at mark;id sequence;id sequence…`.
 impl fmt::Display for Receipt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {}", self.first, self.last, self.recorded_at.as_micros())?;
+        write!(f, "{} {} {} {}", self.first, self.last, self.recorded_at.as_micros(), self.mark.get())?;
         self.aggregates.iter().try_for_each(|(id, sequence)| write!(f, ";{id} {sequence}"))
     }
 }
@@ -411,7 +452,7 @@ impl std::str::FromStr for Receipt {
             part.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>().map_err(|_| damaged())
         });
         let head = parts.next().ok_or_else(damaged)??;
-        let [first, last, recorded_at] = head[..] else { return Err(damaged()) };
+        let [first, last, recorded_at, mark] = head[..] else { return Err(damaged()) };
         let pair = |part: Result<Vec<i64>>| match part?[..] {
             [id, sequence] => Ok((AggregateId::new(id)?, Sequence::new(sequence)?)),
             _ => Err(damaged()),
@@ -420,6 +461,7 @@ impl std::str::FromStr for Receipt {
             first: Position::new(first)?,
             last: Position::new(last)?,
             recorded_at: Timestamp::from_micros(recorded_at)?,
+            mark: Mark::new(mark),
             aggregates: parts.map(pair).collect::<Result<_>>()?,
         })
     }

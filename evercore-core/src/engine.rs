@@ -13,6 +13,7 @@ use crate::command::KnownCommand;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventRow, Events};
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
+use crate::mark::Mark;
 use crate::name::{AggregateType, CommandId, EventType, Key};
 use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
@@ -55,6 +56,8 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// * without a command id, a unit that is sent twice may land twice: this is the limit of the promise;
     /// * what is acknowledged is durable, as far as the user asked for;
     /// * a stale append is a conflict, names expected and actual sequence, and writes nothing; so is a stale guard;
+    /// * an append or a guard that [names the event](Batch::has_read) that was read is a conflict if another event has come
+    ///   to its sequence, as it may after the log has lost its tail;
     /// * events are numbered from `expected + 1`, without holes, and positions from the log's head, without holes, in
     ///   commit order; the events of a batch are contiguous, in the order of its appends;
     /// * a key held by another aggregate of the same type is `KeyTaken`; a key that the same batch takes from its
@@ -179,6 +182,8 @@ pub struct History {
     pub key: Option<Key>,
     /// The sequence of its last event, whether loaded or not; [`Sequence::ZERO`] if it has none.
     pub sequence: Sequence,
+    /// The mark of its last event, [`Mark::ALWAYS`] where the log cannot lose its tail; `None` if it has no event.
+    pub mark: Option<Mark>,
     /// The snapshot to begin with.
     pub snapshot: Option<Snapshot>,
     /// The events behind the snapshot, as many as the limit allowed.

@@ -173,6 +173,14 @@ impl Error {
         Self::new(ErrorKind::Conflict { aggregate, expected, actual }, message)
     }
 
+    /// The aggregate is at the sequence that was expected, by another event than the one that was read.
+    pub fn other_event(aggregate: AggregateId, sequence: Sequence) -> Self {
+        let message = format!(
+            "event {sequence} of aggregate {aggregate} is not the one that was read: the log has lost its tail since"
+        );
+        Self::new(ErrorKind::Conflict { aggregate, expected: sequence, actual: sequence }, message)
+    }
+
     /// The natural key belongs to another aggregate of that type.
     pub fn key_taken(aggregate_type: AggregateType) -> Self {
         let message = format!("the natural key belongs to another \"{aggregate_type}\"");

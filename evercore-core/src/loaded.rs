@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::aggregate::Aggregate;
 use crate::context::EventContext;
 use crate::error::{BoxError, Result};
 use crate::ids::{AggregateId, Sequence};
+use crate::mark::Mark;
 use crate::name::Key;
 
 /// An aggregate with what the store knows of it: id, natural key, sequence. Reads like the state itself.
@@ -17,13 +17,18 @@ pub struct Loaded<T> {
     key: Option<Key>,
     sequence: Sequence,
     state: T,
-    /// Set if the state has events of a unit of work in it; true once that unit has committed.
-    staged_in: Option<Arc<AtomicBool>>,
+    /// The mark of its last event, if that was read.
+    mark: Option<Mark>,
+    /// Set if the state has events of a unit of work in it.
+    staged_in: Option<Arc<Fate>>,
 }
+
+/// What becomes of a unit of work: once it has committed, the mark of its events.
+pub(crate) type Fate = OnceLock<Mark>;
 
 impl<T> Loaded<T> {
     pub(crate) fn new(id: AggregateId, key: Option<Key>, sequence: Sequence, state: T) -> Self {
-        Self { id, key, sequence, state, staged_in: None }
+        Self { id, key, sequence, state, mark: None, staged_in: None }
     }
 
     /// The same aggregate, as a snapshot has it.
@@ -31,16 +36,25 @@ impl<T> Loaded<T> {
         Self { sequence, state, ..self }
     }
 
-    pub(crate) fn staged_in(mut self, unit: &Arc<AtomicBool>) -> Self {
+    /// The same, with the mark of the last event in the state.
+    pub(crate) fn marked(self, mark: Option<Mark>) -> Self {
+        Self { mark, ..self }
+    }
+
+    /// The mark of the last event in the state, if there is one and it is known.
+    pub(crate) fn mark(&self) -> Option<Mark> {
+        let mark = self.staged_in.as_ref().map_or(self.mark, |unit| unit.get().copied());
+        mark.filter(|_| self.sequence > Sequence::ZERO)
+    }
+
+    pub(crate) fn staged_in(mut self, unit: &Arc<Fate>) -> Self {
         self.staged_in = Some(Arc::clone(unit));
         self
     }
 
     /// Whether the state has events in it that belong to another unit and are not committed.
-    pub(crate) fn is_stale(&self, unit: &Arc<AtomicBool>) -> bool {
-        self.staged_in
-            .as_ref()
-            .is_some_and(|other| !Arc::ptr_eq(other, unit) && !other.load(Ordering::Acquire))
+    pub(crate) fn is_stale(&self, unit: &Arc<Fate>) -> bool {
+        self.staged_in.as_ref().is_some_and(|other| !Arc::ptr_eq(other, unit) && other.get().is_none())
     }
 
     pub(crate) fn set_key(&mut self, key: Key) {
@@ -97,6 +111,7 @@ impl<T: Clone> Clone for Loaded<T> {
             key: self.key.clone(),
             sequence: self.sequence,
             state: self.state.clone(),
+            mark: self.mark,
             staged_in: self.staged_in.clone(),
         }
     }

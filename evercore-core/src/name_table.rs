@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::engine::{Filter, KnownType};
+use crate::mark::Mark;
 use crate::name::{AggregateType, EventType};
 
 /// Type names and their numbers, looked up both ways; for engines that store numbers instead of names.
@@ -14,6 +15,7 @@ pub struct NameTable {
     aggregate_types: Vec<Option<AggregateType>>,
     event_types: Vec<Option<(AggregateType, EventType)>>,
     complete_to: u32,
+    mark: Mark,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -108,6 +110,32 @@ impl NameTable {
         self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), number);
         set(&mut self.event_types, number, (aggregate_type.clone(), name.clone()));
         self.complete_on();
+    }
+
+    /// Uses the memory of another table for the names that both have: equal names that are the same memory are quicker
+    /// to compare.
+    pub fn share_with(&mut self, other: &Self) {
+        for name in other.aggregate_types.iter().flatten() {
+            if let Some(number) = self.aggregate_type_number(name) {
+                set(&mut self.aggregate_types, number, name.clone());
+            }
+        }
+        for (of, name) in other.event_types.iter().flatten() {
+            if let Some(number) = self.event_type_number(of, name) {
+                set(&mut self.event_types, number, (of.clone(), name.clone()));
+            }
+        }
+    }
+
+    /// What the names were read under: it changes with every name that is registered. For engines whose log may lose its
+    /// tail, and with it the names at its end.
+    pub fn mark(&self) -> Mark {
+        self.mark
+    }
+
+    /// Notes what the names were read under.
+    pub fn set_mark(&mut self, mark: Mark) {
+        self.mark = mark;
     }
 
     fn complete_on(&mut self) {

@@ -100,7 +100,8 @@ impl EventStore {
             let reached = page.last().map_or(aggregate.sequence(), |event| event.sequence());
             if reached >= end {
                 apply_all(&mut aggregate, &page, &wanted)?;
-                return Ok(aggregate);
+                let is_last = aggregate.sequence() == history.sequence;
+                return Ok(aggregate.marked(history.mark.filter(|_| is_last)));
             }
             let mut next = Ahead::new(self.events_of(aggregate.id(), reached, end));
             if reads_ahead {

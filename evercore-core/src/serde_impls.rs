@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::batch::Receipt;
 use crate::ids::{AggregateId, Position, Sequence};
+use crate::mark::Mark;
 use crate::name::{AggregateType, CommandId, EventType, Key, OwnerId, SubscriptionName};
 use crate::time::Timestamp;
 
@@ -70,22 +71,26 @@ struct Shown {
     first: Position,
     last: Position,
     recorded_at: Timestamp,
+    /// A text: not every language keeps 64 bits in a number.
+    mark: String,
     aggregates: Vec<Left>,
 }
 
 impl Serialize for Receipt {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Self { first, last, recorded_at, .. } = *self;
+        let Self { first, last, recorded_at, mark, .. } = *self;
+        let mark = mark.get().to_string();
         let aggregates = self.aggregates.iter().map(|(id, sequence)| Left { id: *id, sequence: *sequence });
-        Shown { first, last, recorded_at, aggregates: aggregates.collect() }.serialize(serializer)
+        Shown { first, last, recorded_at, mark, aggregates: aggregates.collect() }.serialize(serializer)
     }
 }
 
 impl<'de> Deserialize<'de> for Receipt {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Shown { first, last, recorded_at, aggregates } = Shown::deserialize(deserializer)?;
+        let Shown { first, last, recorded_at, mark, aggregates } = Shown::deserialize(deserializer)?;
         let aggregates = aggregates.into_iter().map(|left| (left.id, left.sequence)).collect();
-        Ok(Self { first, last, recorded_at, aggregates })
+        let mark = Mark::new(mark.parse().map_err(D::Error::custom)?);
+        Ok(Self { first, last, recorded_at, mark, aggregates })
     }
 }
 
@@ -99,10 +104,11 @@ mod tests {
             first: Position::new(7).unwrap(),
             last: Position::new(8).unwrap(),
             recorded_at: Timestamp::from_micros(1).unwrap(),
+            mark: Mark::new(-5),
             aggregates: vec![(AggregateId::new(3).unwrap(), Sequence::new(2).unwrap())],
         };
         let json = serde_json::to_string(&receipt).unwrap();
-        let expected = r#"{"first":7,"last":8,"recorded_at":"1970-01-01T00:00:00.000001Z","aggregates":[{"id":3,"sequence":2}]}"#;
+        let expected = r#"{"first":7,"last":8,"recorded_at":"1970-01-01T00:00:00.000001Z","mark":"-5","aggregates":[{"id":3,"sequence":2}]}"#;
         assert_eq!(json, expected);
         assert_eq!(serde_json::from_str::<Receipt>(&json).unwrap(), receipt);
         let key = Key::new("ann").unwrap();

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
@@ -15,7 +14,7 @@ use crate::engine::{LoadRequest, PageLimit, StorageEngine, Target};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
-use crate::loaded::Loaded;
+use crate::loaded::{Fate, Loaded};
 use crate::metadata::Metadata;
 use crate::name::{AggregateType, EventType, Key};
 use crate::observe;
@@ -60,8 +59,8 @@ pub struct UnitOfWork {
     metadata: Arc<Metadata>,
     /// When the events of this unit happened, unless one says otherwise; fixed when the first is recorded.
     time: Option<Timestamp>,
-    /// Shared with every handle that carries events of this unit; true once they are committed.
-    committed: Arc<AtomicBool>,
+    /// Shared with every handle that carries events of this unit.
+    committed: Arc<Fate>,
     /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
     raced: Vec<(AggregateId, Target)>,
     /// Why this unit cannot commit, for a fault that could not be told at once.
@@ -102,7 +101,7 @@ impl UnitOfWork {
             found_by: HashMap::new(),
             command: None,
             time: None,
-            committed: Arc::new(AtomicBool::new(false)),
+            committed: Arc::default(),
             raced: Vec::new(),
             refused: None,
         }
@@ -324,6 +323,7 @@ impl UnitOfWork {
         if staged.is_empty() {
             return Ok(());
         }
+        self.note_read(aggregate)?;
         self.snapshot(aggregate.sequence(), &next);
         self.staged.append(&mut staged);
         *aggregate = next.staged_in(&self.committed);
@@ -338,6 +338,14 @@ impl UnitOfWork {
             None => (time, Arc::clone(&self.metadata)),
             Some(own) => (own.time().unwrap_or(time), Arc::new(own.clone().over(&self.metadata)?)),
         })
+    }
+
+    /// Names the event that the handle stands at, unless that is of this unit.
+    fn note_read<T>(&mut self, aggregate: &Loaded<T>) -> Result<()> {
+        match aggregate.mark() {
+            Some(mark) => self.batch.has_read(aggregate.id(), aggregate.sequence(), mark),
+            None => Ok(()),
+        }
     }
 
     /// Where this handle's aggregate stands in this unit; an error if the handle stands elsewhere.
@@ -385,6 +393,9 @@ impl UnitOfWork {
     pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) {
         if aggregate.is_stale(&self.committed) {
             self.refused.get_or_insert(stale(aggregate.id()));
+        }
+        if let Err(error) = self.note_read(aggregate) {
+            self.refused.get_or_insert(error);
         }
         let read = aggregate.sequence();
         let expected = match self.heads.get(&aggregate.id()) {
@@ -470,7 +481,9 @@ impl UnitOfWork {
                 // The first receipt of a repeated command is about what another unit wrote.
                 let is_ours =
                     |(id, head): (&AggregateId, &Head)| receipt.sequence_of(*id) == Some(head.staged);
-                self.committed.store(self.heads.iter().all(is_ours), Ordering::Release);
+                if self.heads.iter().all(is_ours) {
+                    self.committed.get_or_init(|| receipt.mark);
+                }
                 Ok(receipt)
             }
             Err(error) if matches!(error.kind(), ErrorKind::KeyTaken { .. }) => {

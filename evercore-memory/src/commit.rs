@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, KnownCommand, Receipt, Result,
+    AggregateId, AggregateType, Append, Batch, CommandId, Error, Key, KnownCommand, Mark, Receipt, Result,
     Sequence, Snapshot, Timestamp,
 };
 
@@ -48,10 +48,12 @@ impl State {
             let (aggregate_type, actual) = self.find(batch, growth.aggregate)?;
             check_type(growth.aggregate, &growth.aggregate_type, aggregate_type)?;
             check_sequence(growth.aggregate, growth.expected, actual)?;
+            batch.check_read(growth.aggregate, actual, Some(Mark::ALWAYS))?;
         }
         for guard in batch.guards() {
             let (_, actual) = self.find(batch, guard.aggregate)?;
             check_sequence(guard.aggregate, guard.expected, actual)?;
+            batch.check_read(guard.aggregate, actual, Some(Mark::ALWAYS))?;
         }
         for (aggregate, _) in batch.snapshots() {
             self.find(batch, *aggregate)?;

@@ -1,7 +1,7 @@
 //! Reading one aggregate.
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, LoadRequest, Position, Sequence, Target,
+    AggregateId, AggregateQuery, Direction, Events, History, LoadRequest, Mark, Position, Sequence, Target,
 };
 
 use crate::state::State;
@@ -23,6 +23,7 @@ impl State {
             aggregate_type: known.aggregate_type.clone(),
             key: known.key.clone(),
             sequence: known.sequence(),
+            mark: (known.sequence() > Sequence::ZERO).then_some(Mark::ALWAYS),
             snapshot: usable.cloned(),
             events,
         })

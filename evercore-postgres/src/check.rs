@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, NameTable, Receipt,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, Mark, NameTable, Receipt,
     Result as CoreResult, Sequence,
 };
 use tokio_postgres::Row;
@@ -24,6 +24,8 @@ pub(crate) struct Known {
 struct Aggregate {
     type_number: u32,
     sequence: Sequence,
+    /// The mark of its last event, unless that is written by this flight.
+    mark: Option<Mark>,
     key: Option<String>,
 }
 
@@ -81,17 +83,25 @@ impl Known {
             let aggregate = Aggregate {
                 type_number: checked(row.try_get(1)?)?,
                 sequence: Sequence::new(row.try_get(3)?).map_err(damaged)?,
+                mark: row.try_get::<_, Option<i64>>(4)?.map(Mark::new),
                 key: row.try_get(2)?,
             };
             known.aggregates.insert(row.try_get(0)?, aggregate);
         }
-        for row in holders {
-            known.holders.insert((checked(row.try_get(1)?)?, row.try_get(2)?), row.try_get(0)?);
-        }
+        known = known.with_holders(holders)?;
         for row in commands {
             known.commands.insert(row.try_get(0)?, KnownCommand::stored(row.try_get(1)?, row.try_get(2)?)?);
         }
         Ok(known)
+    }
+
+    /// The same with other holders of keys.
+    pub(crate) fn with_holders(mut self, holders: &[Row]) -> Result<Self> {
+        self.holders.clear();
+        for row in holders {
+            self.holders.insert((checked(row.try_get(1)?)?, row.try_get(2)?), row.try_get(0)?);
+        }
+        Ok(self)
     }
 
     /// Whether a type among those read is not in the table.
@@ -113,17 +123,16 @@ impl Known {
             let found = self.find(batch, growth.aggregate, table)?;
             check_type(growth.aggregate, &growth.aggregate_type, &found, table)?;
             check_sequence(growth.aggregate, growth.expected, found.sequence)?;
+            batch.check_read(growth.aggregate, found.sequence, found.mark)?;
             // Beyond the largest number there is no sequence: nobody can be there, so it is a conflict too.
             if growth.last == Sequence::MAX {
                 return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence));
             }
         }
         for guard in batch.guards() {
-            check_sequence(
-                guard.aggregate,
-                guard.expected,
-                self.find(batch, guard.aggregate, table)?.sequence,
-            )?;
+            let found = self.find(batch, guard.aggregate, table)?;
+            check_sequence(guard.aggregate, guard.expected, found.sequence)?;
+            batch.check_read(guard.aggregate, found.sequence, found.mark)?;
         }
         for (id, _) in batch.snapshots() {
             self.find(batch, *id, table)?;
@@ -156,7 +165,7 @@ impl Known {
     fn find(&self, batch: &Batch, id: AggregateId, table: &NameTable) -> CoreResult<Aggregate> {
         if let Some(made) = batch.created(id) {
             let type_number = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
-            return Ok(Aggregate { type_number, sequence: Sequence::ZERO, key: None });
+            return Ok(Aggregate { type_number, sequence: Sequence::ZERO, mark: None, key: None });
         }
         self.aggregates.get(&id.get()).cloned().ok_or_else(|| Error::not_found(id))
     }
@@ -178,7 +187,8 @@ impl Known {
         for made in batch.creates() {
             let type_number = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
             let key = made.key.as_ref().map(|key| key.as_str().to_owned());
-            self.aggregates.insert(made.id.get(), Aggregate { type_number, sequence: Sequence::ZERO, key });
+            let made_now = Aggregate { type_number, sequence: Sequence::ZERO, mark: None, key };
+            self.aggregates.insert(made.id.get(), made_now);
         }
         let made = batch.creates().iter().filter_map(|made| Some((made.id, made.key.as_ref()?)));
         let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.key));
@@ -188,7 +198,7 @@ impl Known {
         }
         for growth in batch.growths() {
             if let Some(known) = self.aggregates.get_mut(&growth.aggregate.get()) {
-                known.sequence = growth.last;
+                (known.sequence, known.mark) = (growth.last, None);
             }
         }
     }

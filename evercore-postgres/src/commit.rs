@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, CommandId, Error, Growth, IdBlock, KnownCommand, NameTable, NewAggregate, Receipt,
+    AggregateId, Batch, CommandId, Error, Growth, IdBlock, KnownCommand, Mark, NameTable, NewAggregate, Receipt,
     Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
@@ -16,21 +16,23 @@ use tokio_postgres::types::Type;
 
 use crate::check::{Checked, Known, Questions};
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
-use crate::names::{self, stored};
+use crate::names;
 use crate::pool::Lent;
 use crate::sql::{Schema, Sender, Sql, begin};
 use crate::store::Store;
 use crate::write::WriteSql;
 use crate::writing::Writing;
 
-/// With the number of the newest event type, to know whether names are missing here.
-const LOCK: &str = "SELECT (SELECT coalesce(max(t.id), 0) FROM @event_types t) FROM @log_end
+const LOCK: &str = "SELECT one FROM @log_end
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
 
 const AGGREGATES: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key,
-           coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = a.id), 0)
-    FROM @aggregates a WHERE a.id = ANY ($1)";
+           coalesce(e.sequence, 0), e.mark
+    FROM @aggregates a
+    LEFT JOIN LATERAL (SELECT e.sequence, e.mark FROM @events e WHERE e.aggregate_id = a.id
+                       ORDER BY e.sequence DESC LIMIT 1) AS e ON true
+    WHERE a.id = ANY ($1)";
 
 const HOLDERS: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key
@@ -156,7 +158,7 @@ fn note(store: &Store, writing: &Writing<'_>, receipts: &[(usize, Receipt)], tab
 /// What can be written without a look, if nobody was faster; `None` if something calls for one.
 fn optimistic<'a>(store: &Store, batches: &[&'a Batch], table: &NameTable) -> Result<Option<Writing<'a>>> {
     let mut flight = Flight::default();
-    let mut writing = Writing::default();
+    let mut writing = Writing::with_names(table);
     for (index, batch) in batches.iter().enumerate() {
         if !flight.takes(batch, table, &mut writing) {
             return Ok(None);
@@ -187,7 +189,10 @@ impl<'a> Flight<'a> {
         is_plain
             && batch.snapshots().iter().all(|(id, _)| has(*id))
             && batch.creates().iter().all(|made| self.makes(made, table))
-            && batch.growths().iter().all(|growth| self.grows(growth, table, writing))
+            && batch.growths().iter().all(|growth| {
+                let read = batch.mark_read(growth.aggregate, growth.expected);
+                self.grows(growth, read, table, writing)
+            })
     }
 
     fn makes(&mut self, made: &'a NewAggregate, table: &NameTable) -> bool {
@@ -198,12 +203,18 @@ impl<'a> Flight<'a> {
     }
 
     /// What this flight has made or grown before is where that left it; of the others the store must tell.
-    fn grows(&mut self, growth: &Growth, table: &NameTable, writing: &mut Writing<'a>) -> bool {
+    fn grows(
+        &mut self,
+        growth: &Growth,
+        read: Option<Mark>,
+        table: &NameTable,
+        writing: &mut Writing<'a>,
+    ) -> bool {
         let Some(number) = table.aggregate_type_number(&growth.aggregate_type) else { return false };
         let follows = match self.reached.insert(growth.aggregate, (number, growth.last)) {
-            Some(reached) => reached == (number, growth.expected),
+            Some(reached) => reached == (number, growth.expected) && read.is_none(),
             None => {
-                writing.expect(growth, number, table);
+                writing.expect(growth, read, number, table);
                 true
             }
         };
@@ -299,10 +310,11 @@ pub(crate) async fn look(
             None => Ok(()),
         }
     };
-    let (begun, (locked, (aggregates, (holders, commands)))) = zip(
+    let names = store.names.mark(sender).await?;
+    let (begun, ((locked, names), (aggregates, (holders, commands)))) = zip(
         begun,
         zip(
-            lock.rows(&[]),
+            zip(lock.rows(&[]), names.rows(&[])),
             zip(
                 aggregates.rows(&[&ask.aggregates]),
                 zip(holders.rows(&[&ask.key_types, &ask.keys]), commands.rows(&[&ask.commands])),
@@ -311,15 +323,18 @@ pub(crate) async fn look(
     )
     .await;
     begun?;
-    let locked = locked?;
-    let newest: i32 = locked.first().ok_or_else(|| damaged("the end of the log is missing"))?.try_get(0)?;
+    if locked?.is_empty() {
+        return Err(damaged("the end of the log is missing"));
+    }
     let (aggregates, commands) = (aggregates?, commands?);
     let known = Known::read(&aggregates, &holders?, &commands)?;
-    if stored(table.complete_to()) >= newest && !known.has_unknown_type(table) {
-        return Ok((known, Arc::clone(table)));
+    match names::check_mark(&names?, table) {
+        Ok(()) if !known.has_unknown_type(table) => return Ok((known, Arc::clone(table))),
+        Ok(()) | Err(PostgresError::OtherNames) => {}
+        Err(error) => return Err(error),
     }
     let table = store.names.reload(sender).await?;
-    // Keys of a type that was not known here were not asked about.
+    // Keys of a type that was not known here were not asked about, or by the number of another.
     let ask = Questions::about(batches, &table);
     let holders = sender.rows(&sql.holders, &[&ask.key_types, &ask.keys]).await?;
     Ok((Known::read(&aggregates, &holders, &commands)?, table))
@@ -379,7 +394,7 @@ fn write_rest<'a>(
     mut known: Known,
     table: &NameTable,
 ) -> Result<Writing<'a>> {
-    let mut writing = Writing::default();
+    let mut writing = Writing::new();
     for (index, batch) in batches.iter().enumerate().filter(|(index, _)| outcomes[*index].is_none()) {
         writing.add(index, batch, table, |id| known.sequence_after(batch, id))?;
         known.apply(batch, table);

@@ -26,6 +26,9 @@ pub(crate) enum PostgresError {
     /// Another process has registered this type since the names were read.
     #[error("a type has the unknown number {0}")]
     UnknownName(u32),
+    /// The names are not those that were read: some were registered since, or lost.
+    #[error("the names of types have changed")]
+    OtherNames,
     /// Already an error of evercore.
     #[error(transparent)]
     Core(#[from] Error),
@@ -46,6 +49,9 @@ impl From<PostgresError> for Error {
             PostgresError::Pool(source) => pool_meaning(source),
             PostgresError::Migration(source) => migration_meaning(source),
             PostgresError::Damaged(_) | PostgresError::UnknownName(_) => (ErrorKind::NotAStore, NO_VALUE),
+            PostgresError::OtherNames => {
+                (ErrorKind::Unavailable, "the names of types change again and again")
+            }
             PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };

@@ -4,14 +4,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Payload, Position, Sequence,
-    Snapshot, Target,
+    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, NameTable, Payload,
+    Position, Sequence, Snapshot, Target,
 };
 use futures_lite::StreamExt;
+use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, RowStream};
 
-use crate::error::{Result, damaged};
+use crate::error::{PostgresError, Result, damaged};
+use crate::names::{self, checked};
 use crate::pool::Lent;
 use crate::rows::{Order, Page, Range, event_columns};
 use crate::sql::{Schema, Sql};
@@ -19,15 +21,16 @@ use crate::store::Store;
 
 /// What there is to know of an aggregate, its newest usable snapshot and the events behind it, in one statement: so
 /// all is of one moment. The first row is the aggregate, with the snapshot in the places of times and payload; the
-/// others are its events.
+/// others are its events. The last column of the first is the mark of the names.
 macro_rules! select_history {
     ($which:literal) => {
         concat!(
             "WITH a AS MATERIALIZED (
-                SELECT a.id, a.aggregate_type_id, a.natural_key,
-                       coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = a.id), 0) AS sequence,
+                SELECT a.id, a.aggregate_type_id, a.natural_key, coalesce(e.sequence, 0) AS sequence, e.mark,
                        s.sequence AS snapshot_sequence, s.version, s.state
                 FROM @aggregates a
+                LEFT JOIN LATERAL (SELECT e.sequence, e.mark FROM @events e WHERE e.aggregate_id = a.id
+                                   ORDER BY e.sequence DESC LIMIT 1) e ON true
                 LEFT JOIN LATERAL (SELECT s.sequence, s.version, s.state FROM @snapshots s
                                    WHERE s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2 LIMIT 1) s ON true
                 WHERE ",
@@ -36,12 +39,12 @@ macro_rules! select_history {
                 SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
             )
             SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
-                   natural_key, NULL, NULL, NULL
+                   natural_key, NULL, NULL, NULL, mark, (SELECT n.mark FROM @type_names n WHERE n.one = 1)
             FROM a
             UNION ALL
             (SELECT ",
             event_columns!(),
-            " FROM @events
+            ", NULL::bigint FROM @events
              WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
              ORDER BY sequence LIMIT $3)"
         )
@@ -54,13 +57,14 @@ macro_rules! select_all {
     ($which:literal) => {
         concat!(
             "SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
-                    a.natural_key, NULL, NULL, NULL
+                    a.natural_key, NULL, NULL, NULL, NULL::bigint,
+                    (SELECT n.mark FROM @type_names n WHERE n.one = 1)
              FROM @aggregates a WHERE ",
             $which,
             " UNION ALL
             (SELECT ",
             event_columns!(),
-            " FROM @events WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE ",
+            ", NULL::bigint FROM @events WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE ",
             $which,
             ") ORDER BY sequence LIMIT $1)"
         )
@@ -86,7 +90,8 @@ const FROM_FIRST: (&str, &str) = by_id_and_key!(
     "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $2) AND a.natural_key = $3"
 );
 
-const LAST: &str = "SELECT max(sequence) FROM @events WHERE aggregate_id = $1";
+const LAST: &str =
+    "SELECT sequence, mark FROM @events WHERE aggregate_id = $1 ORDER BY sequence DESC LIMIT 1";
 
 const FORWARD: &str = concat!(
     "SELECT ",
@@ -137,34 +142,44 @@ impl LoadSql {
 
 /// An aggregate as of one moment.
 pub(crate) async fn load(store: &Store, request: &LoadRequest) -> Result<Option<History>> {
-    store.read(|lent| async move { store.names.retry(&lent, || load_on(store, &lent, request)).await }).await
+    store.read(|lent| async move { store.names.retry(&lent, |table| load_on(store, &lent, request, table)).await }).await
 }
 
-async fn load_on(store: &Store, lent: &Lent, request: &LoadRequest) -> Result<Option<History>> {
-    let mut page = Page::new(store, lent, request.limit);
+async fn load_on(
+    store: &Store,
+    lent: &Lent,
+    request: &LoadRequest,
+    table: Arc<NameTable>,
+) -> Result<Option<History>> {
+    let mut page = Page::new(store, lent, Arc::clone(&table), request.limit);
     let asked = page.ask();
     let mut rows = send(store, lent, request, asked).await?;
     let Some(row) = rows.try_next().await? else { return Ok(None) };
     let found = Found::of(&row)?;
+    if found.names != table.mark() {
+        return Err(PostgresError::OtherNames);
+    }
     let count = page.take_all(rows, asked, Position::MAX).await?;
-    let sequence = match found.sequence {
-        Some(sequence) => sequence,
-        None if count < asked && !page.is_full() => page.last_sequence()?,
-        None => last_sequence(store, lent, found.id).await?,
+    let (sequence, mark) = match found.last {
+        Some(last) => last,
+        None if count < asked && !page.is_full() => page.last_row()?,
+        None => last_of(store, lent, found.id).await?,
     };
     let end = sequence.min(request.up_to);
     page.go_on(store.sql.load.range(Direction::Forward, found.id, (Sequence::ZERO, end)), asked, count)
         .await?;
     let (events, _) = page.finish();
-    let aggregate_type = store.names.aggregate_type(lent.sender()?, found.type_number).await?;
+    let unknown = || damaged(format!("an aggregate has the unknown type {}", found.type_number));
+    let aggregate_type = table.aggregate_type(checked(found.type_number)?).cloned().ok_or_else(unknown)?;
     let snapshot = found.snapshot.filter(|snapshot| snapshot.sequence <= sequence);
-    Ok(Some(History { id: found.id, aggregate_type, key: found.key, sequence, snapshot, events }))
+    Ok(Some(History { id: found.id, aggregate_type, key: found.key, sequence, mark, snapshot, events }))
 }
 
-async fn last_sequence(store: &Store, lent: &Lent, id: AggregateId) -> Result<Sequence> {
-    let row = lent.sender()?.row(&store.sql.load.last, &[&id.get()]).await?;
-    let last: Option<i64> = row.map(|row| row.try_get(0)).transpose()?.flatten();
-    Sequence::new(last.unwrap_or(0)).map_err(damaged)
+async fn last_of(store: &Store, lent: &Lent, id: AggregateId) -> Result<(Sequence, Option<Mark>)> {
+    let Some(row) = lent.sender()?.row(&store.sql.load.last, &[&id.get()]).await? else {
+        return Ok((Sequence::ZERO, None));
+    };
+    Ok((Sequence::new(row.try_get(0)?).map_err(damaged)?, Some(Mark::new(row.try_get(1)?))))
 }
 
 async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> Result<Pin<Box<RowStream>>> {
@@ -194,12 +209,21 @@ async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> 
 
 /// A page of one aggregate's events.
 pub(crate) async fn read(store: &Store, query: &AggregateQuery) -> Result<Events> {
-    store.read(|lent| async move { store.names.retry(&lent, || read_on(store, &lent, query)).await }).await
+    store.read(|lent| async move { store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await }).await
 }
 
-async fn read_on(store: &Store, lent: &Lent, query: &AggregateQuery) -> Result<Events> {
-    let mut page = Page::new(store, lent, query.limit);
-    page.fill(store.sql.load.range(query.direction, query.aggregate, (query.from, query.to))).await?;
+async fn read_on(
+    store: &Store,
+    lent: &Lent,
+    query: &AggregateQuery,
+    table: Arc<NameTable>,
+) -> Result<Events> {
+    let mut page = Page::new(store, lent, Arc::clone(&table), query.limit);
+    let names = store.names.mark(lent.sender()?).await?;
+    let range = store.sql.load.range(query.direction, query.aggregate, (query.from, query.to));
+    let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;
+    names::check_mark(&names?, &table)?;
+    filled?;
     Ok(page.finish().0)
 }
 
@@ -208,9 +232,11 @@ struct Found {
     id: AggregateId,
     type_number: i32,
     key: Option<Key>,
-    /// `None` if it was not asked for.
-    sequence: Option<Sequence>,
+    /// The sequence of its last event and its mark; `None` if they were not asked for.
+    last: Option<(Sequence, Option<Mark>)>,
     snapshot: Option<Snapshot>,
+    /// The mark of the names.
+    names: Mark,
 }
 
 impl Found {
@@ -222,8 +248,15 @@ impl Found {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             type_number: row.try_get(3)?,
             key: row.try_get::<_, Option<&str>>(7)?.map(Key::new).transpose().map_err(damaged)?,
-            sequence: row.try_get::<_, Option<i64>>(2)?.map(Sequence::new).transpose().map_err(damaged)?,
+            last: match row.try_get(2)? {
+                Some(sequence) => {
+                    let mark: Option<i64> = row.try_get(11)?;
+                    Some((Sequence::new(sequence).map_err(damaged)?, mark.map(Mark::new)))
+                }
+                None => None,
+            },
             snapshot: snapshot(row)?,
+            names: Mark::new(row.try_get(12)?),
         })
     }
 }

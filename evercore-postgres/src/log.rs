@@ -3,21 +3,21 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{Direction, Error, ErrorKind, LogPage, LogQuery, NameTable, Position, Timestamp};
+use evercore_core::{Direction, Error, ErrorKind, LogPage, LogQuery, Mark, NameTable, Position, Timestamp};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::{checked, stored};
+use crate::names::stored;
 use crate::pool::Lent;
 use crate::rows::{Order, Page, Range, Rest, event_columns};
 use crate::sql::{Schema, Sender, Sql};
 use crate::store::Store;
 
-/// Where the log ends, and the number of the newest event type: who knows as many names knows all that are in the log
-/// up to there.
-const HEAD: &str = "SELECT l.position, coalesce((SELECT max(t.id) FROM @event_types t), 0)
+/// Where the log ends, and the mark of the names: who knows the names of that mark knows all that are in the log up to
+/// there.
+const HEAD: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1)
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
 const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
@@ -251,15 +251,14 @@ fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
 /// What the log is up to.
 struct Head {
     position: Position,
-    newest_type: u32,
+    names: Mark,
 }
 
 impl Head {
     fn of(rows: &[Row]) -> Result<Self> {
         let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
-        let newest: i32 = row.try_get(1)?;
-        let newest_type = if newest == 0 { 0 } else { checked(newest)? };
-        Ok(Self { position: Position::new(row.try_get(0)?).map_err(damaged)?, newest_type })
+        let position = Position::new(row.try_get(0)?).map_err(damaged)?;
+        Ok(Self { position, names: Mark::new(row.try_get(1)?) })
     }
 
     /// Whether the query can be answered, with the names that are in the table.
@@ -267,10 +266,7 @@ impl Head {
         if query.direction == Direction::Forward && query.from > self.position {
             return Err(Error::cursor_ahead(query.from, self.position).into());
         }
-        if query.filter.is_by_type() && table.complete_to() < self.newest_type {
-            return Err(PostgresError::UnknownName(self.newest_type));
-        }
-        Ok(())
+        if table.mark() == self.names { Ok(()) } else { Err(PostgresError::OtherNames) }
     }
 }
 
@@ -278,7 +274,7 @@ impl Head {
 pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
     store
         .read(|lent| async move {
-            let page = store.names.retry(&lent, || read_on(store, &lent, query)).await;
+            let page = store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await;
             match page {
                 Err(PostgresError::Core(error)) if matches!(error.kind(), ErrorKind::CursorAhead { .. }) => {
                     Err(ahead(&lent, error).await?.into())
@@ -301,14 +297,14 @@ async fn ahead(lent: &Lent, error: Error) -> Result<Error> {
 }
 
 /// The head and the first rows go over the wire together.
-async fn read_on(store: &Store, lent: &Lent, query: &LogQuery) -> Result<LogPage> {
-    let (known, table) = (store.watch.seen(), store.names.table());
+async fn read_on(store: &Store, lent: &Lent, query: &LogQuery, table: Arc<NameTable>) -> Result<LogPage> {
+    let known = store.watch.seen();
     let check = |rows: &[Row]| {
         let head = Head::of(rows)?;
         store.watch.found(known, head.position);
         head.check(query, &table).map(|()| head)
     };
-    let mut page = Page::new(store, lent, query.limit);
+    let mut page = Page::new(store, lent, Arc::clone(&table), query.limit);
     let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
     let passing: Option<Vec<i32>> = passing.map(|numbers| numbers.into_iter().map(stored).collect());
     let head = lent.sender()?.ready(&store.sql.log.head).await?;

@@ -1,24 +1,35 @@
 //! Type names and the numbers they have in the store: an interner that remembers only what has committed.
 //!
-//! Names are registered under the lock of the one row in `store`: so they commit in the order of their numbers, and a
-//! table that knows the largest has all.
+//! Names are registered under the lock of the one row in `type_names`, and each time that row gets another mark. A table
+//! of names is used only together with a look that finds the mark under which it was read: names may be registered by
+//! others meanwhile, or lost with the tail of the log, and their numbers given to other names.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{AggregateType, Batch, EventType, KnownType, NameTable};
+use evercore_core::{AggregateType, Batch, EventType, KnownType, Mark, NameTable};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use crate::error::{PostgresError, Result, damaged};
 use crate::pool::Lent;
-use crate::sql::{Schema, Sender, Sql, begin};
+use crate::sql::{Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
 
 /// One statement, so that what it gives is of one moment.
-const ALL: &str = "SELECT a.id, a.name, e.id, e.name
-    FROM @aggregate_types a LEFT JOIN @event_types e ON e.aggregate_type_id = a.id";
+const ALL: &str = "SELECT a.id, a.name, e.id, e.name, n.mark
+    FROM @type_names n
+    LEFT JOIN @aggregate_types a ON true
+    LEFT JOIN @event_types e ON e.aggregate_type_id = a.id
+    WHERE n.one = 1";
 
-const LOCK: &str = "SELECT one FROM @store WHERE one = 1 FOR UPDATE";
+const MARK: &str = "SELECT n.mark FROM @type_names n WHERE n.one = 1";
+
+const LOCK: &str = "SELECT one FROM @type_names WHERE one = 1 FOR UPDATE";
+
+const SET_MARK: &str = "UPDATE @type_names SET mark = $1 WHERE one = 1";
+
+/// How often to read the names anew while others register some or the connection goes to another server.
+const ATTEMPTS: usize = 4;
 
 const INSERT_AGGREGATE_TYPES: &str =
     "INSERT INTO @aggregate_types (id, name) SELECT * FROM unnest($1::int[], $2::text[])";
@@ -34,7 +45,9 @@ const MOST_NAMES: u32 = 1 << 24;
 pub(crate) struct Names {
     table: RwLock<Arc<NameTable>>,
     all: Sql,
+    mark: Sql,
     lock: Sql,
+    set_mark: Sql,
     insert_aggregate_types: Sql,
     insert_event_types: Sql,
 }
@@ -44,7 +57,9 @@ impl Names {
         Self {
             table: RwLock::default(),
             all: Sql::new(schema, ALL, &[]),
+            mark: Sql::new(schema, MARK, &[]),
             lock: Sql::new(schema, LOCK, &[]),
+            set_mark: Sql::new(schema, SET_MARK, &[Type::INT8]),
             insert_aggregate_types: Sql::new(
                 schema,
                 INSERT_AGGREGATE_TYPES,
@@ -68,49 +83,49 @@ impl Names {
         Ok(self.learn(fresh))
     }
 
-    /// Runs a read, again with all names there are by then as long as it meets one that is not known here yet. Only one
-    /// that is in no table is damage.
+    /// Runs a read, again with all names there are by then if it finds that they are others than those known here. Only a
+    /// name that is in no table is damage.
     pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
         &self,
         lent: &Lent,
-        read: impl Fn() -> W,
+        read: impl Fn(Arc<NameTable>) -> W,
     ) -> Result<T> {
-        loop {
-            let number = match read().await {
-                Err(PostgresError::UnknownName(number)) => number,
-                outcome => return outcome,
-            };
-            if self.reload(lent.sender()?).await?.event_type(number).is_none() {
-                return Err(PostgresError::UnknownName(number));
+        let mut table = self.table();
+        for _ in 1..ATTEMPTS {
+            let outcome = read(Arc::clone(&table)).await;
+            if !matches!(outcome, Err(PostgresError::OtherNames | PostgresError::UnknownName(_))) {
+                return outcome;
             }
+            table = self.reload(lent.sender()?).await?;
         }
+        read(table).await
     }
 
-    /// Takes in what has committed.
+    /// Takes in what has committed, in the place of what was known: those that were lost are known no more.
     pub(crate) fn learn(&self, mut fresh: NameTable) -> Arc<NameTable> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        // Keep the memory that pages know already, so that equal names stay the same memory.
-        fresh.add(NameTable::clone(&table));
+        fresh.share_with(&table);
         *table = Arc::new(fresh);
         Arc::clone(&table)
     }
 
-    /// The name of an aggregate type that was just read from the store.
-    pub(crate) async fn aggregate_type(&self, sender: Sender<'_>, number: i32) -> Result<AggregateType> {
-        let number = checked(number)?;
-        if let Some(name) = self.table().aggregate_type(number) {
-            return Ok(name.clone());
-        }
-        let table = self.reload(sender).await?;
-        let name = table.aggregate_type(number).cloned();
-        name.ok_or_else(|| damaged(format!("an aggregate has the unknown type {number}")))
+    /// The mark of the names in the store.
+    pub(crate) async fn mark<'a>(&'a self, sender: Sender<'a>) -> Result<Ready<'a>> {
+        sender.ready(&self.mark).await
     }
+}
+
+/// What [`Names::mark`] has found; an error if the names are others than those of the table.
+pub(crate) fn check_mark(rows: &[Row], table: &NameTable) -> Result<()> {
+    let row = rows.first().ok_or_else(|| damaged("the table of names is empty"))?;
+    if table.mark() == Mark::new(row.try_get(0)?) { Ok(()) } else { Err(PostgresError::OtherNames) }
 }
 
 fn read(rows: &[Row]) -> Result<NameTable> {
     let mut table = NameTable::new();
     for row in rows {
-        let of = checked(row.try_get(0)?)?;
+        let Some(of) = row.try_get::<_, Option<i32>>(0)? else { continue };
+        let of = checked(of)?;
         if table.aggregate_type(of).is_none() {
             table.set_aggregate_type(of, &AggregateType::new(row.try_get::<_, &str>(1)?).map_err(damaged)?);
         }
@@ -120,6 +135,8 @@ fn read(rows: &[Row]) -> Result<NameTable> {
         table.set_event_type(checked(number)?, &aggregate_type, &name);
     }
     table.mark_complete();
+    let row = rows.first().ok_or_else(|| damaged("the table of names is empty"))?;
+    table.set_mark(Mark::new(row.try_get(4)?));
     Ok(table)
 }
 
@@ -212,6 +229,10 @@ impl Names {
         if !new.event_types.0.is_empty() {
             let (numbers, of, texts) = &new.event_types;
             sender.rows(&self.insert_event_types, &[numbers, of, texts]).await?;
+        }
+        if !new.aggregate_types.0.is_empty() || !new.event_types.0.is_empty() {
+            table.set_mark(Mark::random());
+            sender.rows(&self.set_mark, &[&table.mark().get()]).await?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use evercore_core::{
-    AggregateId, EventRow, Events, EventsBuilder, Headers, NameTable, PageLimit, Position, Sequence,
+    AggregateId, EventRow, Events, EventsBuilder, Headers, Mark, NameTable, PageLimit, Position, Sequence,
     Timestamp,
 };
 use futures_lite::StreamExt;
@@ -22,7 +22,7 @@ use crate::store::Store;
 macro_rules! event_columns {
     () => {
         "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
-         reference, correlation_id, causation_id, headers"
+         reference, correlation_id, causation_id, headers, mark"
     };
 }
 pub(crate) use event_columns;
@@ -63,6 +63,8 @@ pub(crate) struct Page<'a> {
     limit: PageLimit,
     events: EventsBuilder,
     last: (i64, i64),
+    /// Of the last row that came, and of the last event that was taken.
+    marks: (Option<Mark>, Option<Mark>),
     is_full: bool,
 }
 
@@ -95,8 +97,8 @@ impl Range {
 }
 
 impl<'a> Page<'a> {
-    pub(crate) fn new(store: &'a Store, lent: &'a Lent, limit: PageLimit) -> Self {
-        Self::of(store, Source::Lent(lent), store.names.table(), limit)
+    pub(crate) fn new(store: &'a Store, lent: &'a Lent, table: Arc<NameTable>, limit: PageLimit) -> Self {
+        Self::of(store, Source::Lent(lent), table, limit)
     }
 
     /// Within a transaction that is open; `table` has the names that are registered in it too.
@@ -111,7 +113,7 @@ impl<'a> Page<'a> {
 
     fn of(store: &'a Store, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
         let (events, is_full) = (EventsBuilder::new(), limit.max_events() == 0);
-        Self { store, from, table, limit, events, last: (0, 0), is_full }
+        Self { store, from, table, limit, events, last: (0, 0), marks: (None, None), is_full }
     }
 
     /// How many rows to ask for next.
@@ -167,6 +169,7 @@ impl<'a> Page<'a> {
             let Some(row) = rows.try_next().await? else { break };
             count += 1;
             self.last = (row.try_get(0)?, row.try_get(2)?);
+            self.marks.0 = Some(Mark::new(row.try_get(11)?));
             if self.last.0 <= head.get() {
                 self.take(&row)?;
             }
@@ -217,6 +220,7 @@ impl<'a> Page<'a> {
             return Ok(());
         }
         self.events.push(event);
+        self.marks.1 = self.marks.0;
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())
     }
@@ -226,9 +230,14 @@ impl<'a> Page<'a> {
         self.is_full
     }
 
-    /// The sequence of the last row that came; zero if none did.
-    pub(crate) fn last_sequence(&self) -> Result<Sequence> {
-        Sequence::new(self.last.1).map_err(damaged)
+    /// The sequence of the last row that came and its mark; zero if none did.
+    pub(crate) fn last_row(&self) -> Result<(Sequence, Option<Mark>)> {
+        Ok((Sequence::new(self.last.1).map_err(damaged)?, self.marks.0))
+    }
+
+    /// The mark of the last event in the page.
+    pub(crate) fn last_mark(&self) -> Option<Mark> {
+        self.marks.1
     }
 
     /// The events, and whether the limit ended them.

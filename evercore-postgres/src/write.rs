@@ -9,39 +9,46 @@ use tokio_postgres::types::Type;
 
 use crate::sql::{Schema, Sql};
 
-/// The look that an append needs: its aggregate is there, of its type, at its sequence. What the statement's snapshot
-/// shows is true for ever; what it does not show may have come meanwhile, and calls for a look under the lock. Looked up
-/// one by one: a plan that hashes a table that is small today would be kept when it is large.
+/// What the statement needs to be true. What its snapshot shows is true for ever; what it does not show may have come
+/// meanwhile, and calls for a look under the lock.
 ///
-/// A table of its own, of one row or none: so it is looked at once, and not again after each wait for the lock.
-const IF_NONE_IS_STALE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE NOT EXISTS (";
+/// A table of its own, of one row or none: so it is looked at once, and not again after each wait for the lock. First
+/// comes the mark of the names: whose numbers are to be written.
+const IF_NAMES: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok
+    WHERE (SELECT n.mark FROM @type_names n WHERE n.one = 1) = ?::bigint";
 
-/// The same where the engine knows some of the aggregates from its own writing, for which the witness stands.
-const IF_WITNESSED: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok
-    WHERE (SELECT (w.position, w.recorded_at) = (?::bigint, ?::bigint) FROM @events w
-           WHERE w.aggregate_id = ?::bigint AND w.sequence = ?::bigint)
-    AND NOT EXISTS (";
+const END_IF: &str = "), ";
 
-const STALE: &str = "
-    SELECT FROM unnest(?::bigint[], ?::int[], ?::bigint[]) AS g (id, type_id, expected)
+/// The engine knows some of the aggregates from its own writing, for which the witness stands. Asked for by order,
+/// although there is no hole: an index that only has the position too would be read from end to end.
+const IF_WITNESSED: &str = "
+    AND (SELECT w.mark FROM @events w WHERE w.position >= ?::bigint ORDER BY w.position LIMIT 1) = ?::bigint";
+
+/// An append's aggregate is there, of its type, at its sequence, by the event that was read. Looked up one by one: a plan
+/// that hashes a table that is small today would be kept when it is large.
+const IF_NONE_IS_STALE: &str = "
+    AND NOT EXISTS (
+    SELECT FROM unnest(?::bigint[], ?::int[], ?::bigint[], ?::bigint[]) AS g (id, type_id, expected, mark)
     WHERE (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = g.id) IS DISTINCT FROM g.type_id
-       OR (g.expected > 0 AND (SELECT e.sequence FROM @events e
-                               WHERE e.aggregate_id = g.id AND e.sequence = g.expected) IS NULL))), ";
+       OR (g.expected > 0 AND (SELECT coalesce(g.mark, e.mark) = e.mark FROM @events e
+                               WHERE e.aggregate_id = g.id AND e.sequence = g.expected) IS NOT TRUE))";
 
 /// The same look for a single aggregate that has events: an event type belongs to an aggregate type, so the type of its
 /// last event tells both.
-const IF_GROWN: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
-    SELECT e.event_type_id FROM @events e WHERE e.aggregate_id = ?::bigint AND e.sequence = ?::bigint) = ANY (?::int[])), ";
+const IF_GROWN: &str = "
+    AND (SELECT e.event_type_id FROM @events e
+         WHERE e.aggregate_id = ?::bigint AND e.sequence = ?::bigint AND coalesce(?::bigint, e.mark) = e.mark
+        ) = ANY (?::int[])";
 
 /// The same look for a single aggregate without events.
-const IF_MADE: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok WHERE (
-    SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int), ";
+const IF_MADE: &str = "
+    AND (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int";
 
 /// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
 /// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
 /// is; `>=` holds for it too if another commit has moved it while this one waited.
 const LOG_END: &str = "log_end AS (
-    UPDATE @log_end SET position = position + ?::bigint,
+    UPDATE @log_end SET position = position + ?::bigint, mark = ?::bigint,
         recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
             * 1000000::double precision)::bigint)";
 
@@ -49,7 +56,7 @@ const IF_FRESH: &str = " FROM fresh";
 
 const NEWEST: &str = " WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
-const RETURNING: &str = " RETURNING position, recorded_at, position - ?::bigint AS before)";
+const RETURNING: &str = " RETURNING position, recorded_at, mark, position - ?::bigint AS before)";
 
 const MADE: &str = ", made AS (
     INSERT INTO @aggregates (id, aggregate_type_id, natural_key)
@@ -63,18 +70,18 @@ const RENAMED: &str = ", renamed AS (
 
 /// Most events have no reference, ids and headers.
 const WRITTEN: &str = ", written AS (
-    INSERT INTO @events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload)
+    INSERT INTO @events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, mark)
     SELECT log_end.before + e.place, e.aggregate_id, e.sequence, e.event_type_id, e.event_time, log_end.recorded_at,
-           e.payload
+           e.payload, log_end.mark
     FROM log_end, unnest(?::bigint[], ?::bigint[], ?::int[], ?::bigint[], ?::bytea[]) WITH ORDINALITY
         AS e (aggregate_id, sequence, event_type_id, event_time, payload, place))";
 
 /// Headers that many events share are sent once.
 const WRITTEN_WITH_METADATA: &str = ", written AS (
     INSERT INTO @events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload,
-                         reference, correlation_id, causation_id, headers)
+                         mark, reference, correlation_id, causation_id, headers)
     SELECT log_end.before + e.place, e.aggregate_id, e.sequence, e.event_type_id, e.event_time, log_end.recorded_at,
-           e.payload, e.reference, e.correlation_id, e.causation_id, coalesce(e.headers, (?::text[])[e.shared])
+           e.payload, log_end.mark, e.reference, e.correlation_id, e.causation_id, coalesce(e.headers, (?::text[])[e.shared])
     FROM log_end, unnest(?::bigint[], ?::bigint[], ?::int[], ?::bigint[], ?::bytea[], ?::text[], ?::text[], ?::text[],
                          ?::text[], ?::int[]) WITH ORDINALITY
         AS e (aggregate_id, sequence, event_type_id, event_time, payload, reference, correlation_id, causation_id,
@@ -95,7 +102,7 @@ const NOTED: &str = ", noted AS (
     SELECT c.command_id, c.fingerprint, log_end.recorded_at,
            pg_catalog.concat(CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + 1 END, ' ',
                   CASE c.events WHEN 0 THEN 0 ELSE log_end.before + c.place + c.events END, ' ',
-                  log_end.recorded_at, c.aggregates)
+                  log_end.recorded_at, ' ', log_end.mark, c.aggregates)
     FROM log_end, unnest(?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[])
         AS c (command_id, fingerprint, place, events, aggregates))";
 
@@ -103,9 +110,9 @@ const RESULT: &str = " SELECT before, recorded_at FROM log_end";
 
 /// A single event is written without the detour over arrays.
 const WRITE_ONE: &str = " INSERT INTO @events (position, aggregate_id, sequence, event_type_id, event_time, recorded_at,
-        payload, reference, correlation_id, causation_id, headers)
-    SELECT log_end.position, ?::bigint, ?::bigint, ?::int, ?::bigint, log_end.recorded_at, ?::bytea, ?::text, ?::text,
-           ?::text, ?::text
+        mark, payload, reference, correlation_id, causation_id, headers)
+    SELECT log_end.position, ?::bigint, ?::bigint, ?::int, ?::bigint, log_end.recorded_at, log_end.mark, ?::bytea,
+           ?::text, ?::text, ?::text, ?::text
     FROM log_end RETURNING position - 1, recorded_at";
 
 /// The statement in all its forms; each is made when first used.
@@ -134,7 +141,10 @@ impl WriteSql {
 /// What the statement looks at before it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Look {
+    /// The look was under the lock.
     Nothing,
+    /// The names alone, as for all that follow.
+    Names,
     OneGrown,
     OneMade,
     Many,
@@ -151,7 +161,8 @@ pub(crate) enum Rows {
     WithMetadata,
 }
 
-const LOOKS: [Look; 5] = [Look::Nothing, Look::OneGrown, Look::OneMade, Look::Many, Look::Witnessed];
+const LOOKS: [Look; 6] =
+    [Look::Nothing, Look::Names, Look::OneGrown, Look::OneMade, Look::Many, Look::Witnessed];
 const ROWS: [Rows; 4] = [Rows::None, Rows::One, Rows::Plain, Rows::WithMetadata];
 const FORMS: usize = LOOKS.len() * ROWS.len() * 16;
 
@@ -194,16 +205,17 @@ impl Form {
         let (look, rows) = (|look| self.look == look, |rows| self.rows == rows);
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
-        let witness = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
-        let parts: [(bool, &str, &[Type]); 18] = [
+        let has_look = !look(Look::Nothing);
+        let parts: [(bool, &str, &[Type]); 19] = [
             (true, "WITH ", &[]),
-            (look(Look::Many), IF_NONE_IS_STALE, &[]),
-            (look(Look::Witnessed), IF_WITNESSED, &witness),
-            (look(Look::Many) || look(Look::Witnessed), STALE, &[N, I, N]),
-            (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, I]),
+            (has_look, IF_NAMES, &[Type::INT8]),
+            (look(Look::Witnessed), IF_WITNESSED, &[Type::INT8, Type::INT8]),
+            (look(Look::Many) || look(Look::Witnessed), IF_NONE_IS_STALE, &[N, I, N, N]),
+            (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, Type::INT8, I]),
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
-            (true, LOG_END, &[Type::INT8]),
-            (!look(Look::Nothing), IF_FRESH, &[]),
+            (has_look, END_IF, &[]),
+            (true, LOG_END, &[Type::INT8, Type::INT8]),
+            (has_look, IF_FRESH, &[]),
             (true, NEWEST, &[]),
             (true, RETURNING, &[Type::INT8]),
             (self.made, MADE, &[N, I, T]),

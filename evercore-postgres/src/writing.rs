@@ -5,7 +5,8 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, Growth, Key, Metadata, NameTable, Position, Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, Batch, Growth, Key, Mark, Metadata, NameTable, Position, Receipt, Sequence, Snapshot,
+    Timestamp, Witness,
 };
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -13,14 +14,19 @@ use tokio_postgres::types::ToSql;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::stored;
 use crate::write::{Form, Look, Rows};
-use crate::written::{Book, Witness};
+use crate::written::Book;
 
 /// What one statement is to write, column by column, and which batches are in it.
 #[derive(Debug, Default)]
 pub(crate) struct Writing<'a> {
-    growths: (Vec<i64>, Vec<i32>, Vec<i64>),
+    /// What the events are known by.
+    mark: i64,
+    /// The names for whose mark the statement looks; `None`: whoever made this has looked under the lock.
+    names: Option<i64>,
+    /// With the marks of the events that were read, where they are known.
+    growths: (Vec<i64>, Vec<i32>, Vec<i64>, Vec<Option<i64>>),
     /// The event that stands for all aggregates that are not among these.
-    witness: Option<Witness>,
+    witness: Option<(i64, i64)>,
     /// The numbers of all event types of the first growth's aggregate type.
     event_types: Vec<i32>,
     made: (Vec<i64>, Vec<i32>, Vec<Option<&'a str>>),
@@ -120,8 +126,24 @@ impl<'a> Headers<'a> {
 }
 
 impl<'a> Writing<'a> {
+    /// Of a flight that has looked under the lock.
+    pub(crate) fn new() -> Self {
+        Self { mark: Mark::random().get(), ..Self::default() }
+    }
+
+    /// Of a flight whose statement looks for itself whether these are the names.
+    pub(crate) fn with_names(table: &NameTable) -> Self {
+        Self { names: Some(table.mark().get()), ..Self::new() }
+    }
+
     /// Has the statement look for itself whether the aggregate is there, of this type and at this sequence.
-    pub(crate) fn expect(&mut self, growth: &Growth, type_number: u32, table: &NameTable) {
+    pub(crate) fn expect(
+        &mut self,
+        growth: &Growth,
+        read: Option<Mark>,
+        type_number: u32,
+        table: &NameTable,
+    ) {
         if self.growths.0.is_empty() {
             let numbers = table.event_type_numbers(&growth.aggregate_type);
             self.event_types = numbers.map(stored).collect();
@@ -129,32 +151,39 @@ impl<'a> Writing<'a> {
         self.growths.0.push(growth.aggregate.get());
         self.growths.1.push(stored(type_number));
         self.growths.2.push(growth.expected.get());
+        self.growths.3.push(read.map(Mark::get));
     }
 
     /// Has the statement look for the witness in place of all that this engine knows by itself. A single aggregate is as
     /// soon looked up as the witness.
     pub(crate) fn rely_on(&mut self, book: &Book) {
-        self.witness = book.witness().filter(|_| self.growths.0.len() > 1);
+        let witness = book.witness().filter(|_| self.growths.0.len() > 1);
+        self.witness = witness.map(|witness| (witness.position.get(), witness.mark.get()));
         if self.witness.is_none() {
             return;
         }
         let growths = std::mem::take(&mut self.growths);
-        for ((id, type_number), expected) in growths.0.into_iter().zip(growths.1).zip(growths.2) {
+        let expected = growths.2.into_iter().zip(growths.3);
+        for ((id, type_number), (expected, mark)) in growths.0.into_iter().zip(growths.1).zip(expected) {
             let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
             let is_known = reached.is_some_and(|reached| {
-                stored(reached.type_number) == type_number && reached.sequence.get() == expected
+                stored(reached.type_number) == type_number
+                    && reached.sequence.get() == expected
+                    && (expected == 0 || mark.is_none_or(|mark| mark == reached.mark.get()))
             });
             if !is_known {
                 self.growths.0.push(id);
                 self.growths.1.push(type_number);
                 self.growths.2.push(expected);
+                self.growths.3.push(mark);
             }
         }
     }
 
     /// The event for which the statement looks.
     pub(crate) fn witness(&self) -> Option<Witness> {
-        self.witness
+        let (position, mark) = self.witness?;
+        Some(Witness::new(Position::new(position).ok()?, Mark::new(mark)))
     }
 
     /// The batches that are in it, in the order of their receipts.
@@ -257,7 +286,8 @@ impl<'a> Writing<'a> {
     pub(crate) fn form(&self) -> Form {
         let look = match self.growths.2[..] {
             _ if self.witness.is_some() => Look::Witnessed,
-            [] => Look::Nothing,
+            _ if self.names.is_none() => Look::Nothing,
+            [] => Look::Names,
             [0] => Look::OneMade,
             [_] => Look::OneGrown,
             _ => Look::Many,
@@ -297,7 +327,7 @@ impl<'a> Writing<'a> {
         let before = Position::new(row.try_get(0)?).map_err(damaged)?;
         let recorded_at = Timestamp::from_micros(row.try_get(1)?).map_err(damaged)?;
         let receipt = |(index, batch, place): &(usize, &Batch, usize)| {
-            (*index, Receipt::of(batch, before.plus(*place), recorded_at))
+            (*index, Receipt::of(batch, before.plus(*place), recorded_at).with_mark(Mark::new(self.mark)))
         };
         Ok(self.batches.iter().map(receipt).collect())
     }
@@ -333,21 +363,22 @@ impl Columns<'_> {
         let Writing { growths, event_types, made, events, commands, .. } = self.writing;
         let form = self.writing.form();
         let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
-        if let Some(witness) = &self.writing.witness {
-            values.extend([&witness.position as &(dyn ToSql + Sync), &witness.recorded_at]);
-            values.extend([&witness.aggregate as &(dyn ToSql + Sync), &witness.sequence]);
+        values.extend(self.writing.names.iter().map(|mark| mark as &(dyn ToSql + Sync)));
+        if let Some((position, mark)) = &self.writing.witness {
+            values.extend([position as &(dyn ToSql + Sync), mark]);
         }
         match form.look {
             Look::Many | Look::Witnessed => {
-                values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2]);
+                values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2, &growths.3]);
             }
             Look::OneGrown => {
-                values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], event_types]);
+                values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], &growths.3[0]]);
+                values.push(event_types);
             }
             Look::OneMade => values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.1[0]]),
-            Look::Nothing => {}
+            Look::Nothing | Look::Names => {}
         }
-        values.extend([&self.events as &(dyn ToSql + Sync), &self.events]);
+        values.extend([&self.events as &(dyn ToSql + Sync), &self.writing.mark, &self.events]);
         if form.made {
             values.extend([&made.0 as &(dyn ToSql + Sync), &made.1, &made.2]);
         }

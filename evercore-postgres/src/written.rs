@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{AggregateId, Batch, NameTable, Receipt, Sequence};
+use evercore_core::{AggregateId, Batch, Mark, NameTable, Position, Receipt, Sequence, Witness};
 
 /// How many aggregates are known before the older half of them is forgotten: some megabytes.
 const MOST: usize = 1 << 16;
@@ -25,21 +25,12 @@ pub(crate) struct Book {
     older: HashMap<AggregateId, Reached>,
 }
 
-/// An event as nobody else will have written it. After a lost tail another may come to its position; that one is not to be
-/// expected to be of the same aggregate, with the same sequence, recorded in the same microsecond.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Witness {
-    pub(crate) position: i64,
-    pub(crate) aggregate: i64,
-    pub(crate) sequence: i64,
-    pub(crate) recorded_at: i64,
-}
-
-/// How far an aggregate has come at least, and the number of its type.
+/// How far an aggregate has come at least, by which event, and the number of its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reached {
     pub(crate) type_number: u32,
     pub(crate) sequence: Sequence,
+    pub(crate) mark: Mark,
 }
 
 impl Written {
@@ -64,34 +55,20 @@ impl Written {
         if book.witness != looked_for {
             return;
         }
-        let Some(witness) =
-            batches.iter().filter_map(|(batch, receipt)| last_event(batch, receipt)).next_back()
-        else {
-            return;
-        };
-        book.witness = Some(witness);
-        for (batch, _) in batches {
+        let last = batches.iter().filter(|(_, receipt)| receipt.last > Position::ZERO).next_back();
+        let Some((_, last)) = last else { return };
+        book.witness = Some(Witness::new(last.last, last.mark));
+        for (batch, receipt) in batches {
             let made = batch.creates().iter().map(|made| (made.id, &made.aggregate_type, Sequence::ZERO));
             let grown = batch.growths().iter();
             let grown = grown.map(|growth| (growth.aggregate, &growth.aggregate_type, growth.last));
             for (aggregate, aggregate_type, sequence) in made.chain(grown) {
                 if let Some(type_number) = table.aggregate_type_number(aggregate_type) {
-                    book.insert(aggregate, Reached { type_number, sequence });
+                    book.insert(aggregate, Reached { type_number, sequence, mark: receipt.mark });
                 }
             }
         }
     }
-}
-
-/// The last event of a batch that was written, where it has one.
-fn last_event(batch: &Batch, receipt: &Receipt) -> Option<Witness> {
-    let append = batch.appends().iter().rev().find(|append| !append.events.is_empty())?;
-    Some(Witness {
-        position: receipt.last.get(),
-        aggregate: append.aggregate.get(),
-        sequence: append.expected.plus(append.events.len()).get(),
-        recorded_at: receipt.recorded_at.as_micros(),
-    })
 }
 
 impl Book {
@@ -116,7 +93,7 @@ impl Book {
 mod tests {
     use std::sync::Arc;
 
-    use evercore_core::{AggregateType, Append, EventType, Metadata, NewEvent, Payload, Position, Timestamp};
+    use evercore_core::{AggregateType, Append, EventType, Metadata, NewEvent, Payload, Timestamp};
 
     use super::*;
 
@@ -148,7 +125,8 @@ mod tests {
     }
 
     fn note(written: &Written, batch: &Batch, head: i64, looked_for: Option<Witness>) {
-        let receipt = Receipt::of(batch, Position::new(head).unwrap(), Timestamp::MIN);
+        let receipt =
+            Receipt::of(batch, Position::new(head).unwrap(), Timestamp::MIN).with_mark(Mark::random());
         written.note(&[(batch, &receipt)], looked_for, &table());
     }
 
@@ -159,17 +137,14 @@ mod tests {
         let witness = || written.book().witness();
         let reached = |number| written.book().reached(id(number)).map(|reached| reached.sequence.get());
         let first = witness();
-        assert_eq!(
-            first.map(|witness| (witness.position, witness.aggregate, witness.sequence)),
-            Some((1, 7, 1))
-        );
+        assert_eq!(first.map(|witness| witness.position.get()), Some(1));
         // It has not looked: perhaps the first event is gone, and aggregate 7 with it.
         note(&written, &grown(8, 4), 1, None);
         assert_eq!(witness(), first);
         assert_eq!(reached(8), None);
         note(&written, &grown(8, 5), 2, first);
         assert_eq!((reached(7), reached(8)), (Some(1), Some(6)));
-        assert_eq!(witness().map(|witness| witness.position), Some(3));
+        assert_eq!(witness().map(|witness| witness.position.get()), Some(3));
         written.forget();
         assert_eq!((witness(), reached(7)), (None, None));
     }

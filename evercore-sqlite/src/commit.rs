@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Metadata, NewEvent,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Mark, Metadata, NewEvent,
     Position, Receipt, Sequence, Snapshot, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
@@ -175,13 +175,16 @@ impl<'a> Writer<'a> {
             let found = self.find(batch, growth.aggregate)?;
             self.check_type(growth.aggregate, &growth.aggregate_type, &found)?;
             check_sequence(growth.aggregate, growth.expected, found.sequence)?;
+            batch.check_read(growth.aggregate, found.sequence, Some(Mark::ALWAYS))?;
             // Beyond the largest number there is no sequence: nobody can be there, so it is a conflict too.
             if growth.last == Sequence::MAX {
                 return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence).into());
             }
         }
         for guard in batch.guards() {
-            check_sequence(guard.aggregate, guard.expected, self.find(batch, guard.aggregate)?.sequence)?;
+            let found = self.find(batch, guard.aggregate)?.sequence;
+            check_sequence(guard.aggregate, guard.expected, found)?;
+            batch.check_read(guard.aggregate, found, Some(Mark::ALWAYS))?;
         }
         let limits =
             batch.snapshots().iter().map(|(id, _)| self.sequence_after(batch, *id)).collect::<Result<_>>()?;

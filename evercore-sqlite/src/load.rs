@@ -1,8 +1,8 @@
 //! Loading one aggregate.
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, PageLimit, Payload, Sequence,
-    Snapshot, Target,
+    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, PageLimit, Payload,
+    Sequence, Snapshot, Target,
 };
 use rusqlite::{Connection, Row};
 
@@ -64,7 +64,8 @@ fn history(connection: &Connection, names: &Names, request: &LoadRequest, found:
         Events::default()
     };
     let aggregate_type = names.aggregate_type(connection, found.type_id)?;
-    Ok(History { id: found.id, aggregate_type, key: found.key, sequence: found.sequence, snapshot, events })
+    let (sequence, mark) = (found.sequence, (found.sequence > Sequence::ZERO).then_some(Mark::ALWAYS));
+    Ok(History { id: found.id, aggregate_type, key: found.key, sequence, mark, snapshot, events })
 }
 
 /// A page of one aggregate's events.

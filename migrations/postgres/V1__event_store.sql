@@ -20,7 +20,8 @@ INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::te
 CREATE TABLE log_end (
     one         SMALLINT NOT NULL CHECK (one = 1),
     position    BIGINT   NOT NULL,
-    recorded_at BIGINT   NOT NULL
+    recorded_at BIGINT   NOT NULL,
+    mark        BIGINT   NOT NULL -- of the last event
 ) WITH (
     -- Every commit leaves a dead version of the row. They are few pages if they are vacuumed often. The table is never
     -- cut short at its end: that takes a lock which ends queries on standbys.
@@ -29,9 +30,18 @@ CREATE TABLE log_end (
 );
 -- The live version of the row is the first from the top. A key on `one` would make each commit look through the dead ones.
 CREATE INDEX log_end_position ON log_end (position);
-INSERT INTO log_end VALUES (1, 0, 0);
+INSERT INTO log_end VALUES (1, 0, 0, 0);
 
--- Names are numbered under the lock of the row in store: 1, 2, 3, … in the order in which they commit.
+-- One row: a random number that changes with every name that is registered. Where it is as it was when the names were
+-- read, they are as they were, and there are no others.
+CREATE TABLE type_names (
+    one  SMALLINT NOT NULL CHECK (one = 1),
+    mark BIGINT   NOT NULL,
+    CONSTRAINT type_names_one PRIMARY KEY (one)
+);
+INSERT INTO type_names VALUES (1, 0);
+
+-- Names are numbered under the lock of the row in type_names: 1, 2, 3, … in the order in which they commit.
 CREATE TABLE aggregate_types (
     id   INTEGER          NOT NULL,
     name TEXT COLLATE "C" NOT NULL,
@@ -69,6 +79,7 @@ CREATE TABLE events (
     correlation_id TEXT COLLATE "C",
     causation_id   TEXT COLLATE "C",
     headers        TEXT, -- a JSON object of strings
+    mark           BIGINT  NOT NULL, -- a random number of the commit: tells this event from another that takes its place
     CONSTRAINT events_position PRIMARY KEY (position),
     -- An aggregate's events, and what no two writers can pass together.
     CONSTRAINT events_aggregate_sequence UNIQUE (aggregate_id, sequence)
