@@ -13,7 +13,7 @@ use crate::command::KnownCommand;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventRow, Events};
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
-use crate::mark::Mark;
+use crate::mark::{Mark, Witness};
 use crate::name::{AggregateType, CommandId, EventType, Key};
 use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
@@ -105,7 +105,9 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// * a page ends at `limit`, and `LogPage::scanned` tells up to where there is nothing more to find;
     /// * a filter means the same to every engine: what [`Filter::matches_row`] says;
     /// * a name that no event has yet matches nothing, and matches as soon as one has it;
-    /// * reading forward from past the head is `CursorAhead`.
+    /// * reading forward from past the head is `CursorAhead`;
+    /// * a page tells by their marks at which event it began and at which it ended, so that whoever reads on sees whether the
+    ///   log has lost its tail in between.
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>>;
 
     /// The position of the last event; [`Position::ZERO`] in an empty store.
@@ -535,4 +537,27 @@ pub struct LogPage {
     pub scanned: Position,
     /// The position of the last event of the log, as of this page.
     pub head: Position,
+    /// The mark of the event at which the query began, if there is one.
+    pub began: Option<Mark>,
+    /// Going forward, the mark of the event at `scanned`; at the beginning of the log [`Mark::ALWAYS`].
+    pub ended: Option<Mark>,
+}
+
+impl LogPage {
+    /// The answer to this query, of a log that cannot lose its tail; `is_full` if the limit ended it.
+    pub fn new(query: &LogQuery, events: Events, is_full: bool, head: Position) -> Self {
+        let began = (query.from > Position::ZERO).then_some(Mark::ALWAYS);
+        Self {
+            scanned: query.scanned(&events, is_full, head),
+            events,
+            head,
+            began,
+            ended: Some(Mark::ALWAYS),
+        }
+    }
+
+    /// Going forward, the event that proves all that was read up to here.
+    pub fn witness(&self) -> Option<Witness> {
+        Some(Witness::new(self.scanned, self.ended?))
+    }
 }

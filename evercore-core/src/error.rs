@@ -100,6 +100,13 @@ pub enum ErrorKind {
         /// Where the log ends.
         head: Position,
     },
+    /// What was read of the log is not in it any more: the log has lost its tail since, in a failover or a restore, and
+    /// other events may have come in its place. Go back to where you were before, and read on from there.
+    #[non_exhaustive]
+    TailLost {
+        /// The event that was read and is gone, or is another one now.
+        position: Position,
+    },
     /// The cursor belongs to another owner, or was reset: what was done with it since may be done again by that owner.
     /// Stop; claim it again if you want it back.
     LeaseLost,
@@ -207,6 +214,14 @@ impl Error {
     pub fn cursor_ahead(cursor: Position, head: Position) -> Self {
         let message = format!("cursor {cursor} is ahead of the log, which ends at {head}");
         Self::new(ErrorKind::CursorAhead { cursor, head }, message)
+    }
+
+    /// The event at this position is not the one that was read.
+    pub fn tail_lost(position: Position) -> Self {
+        let message = format!(
+            "the event that was read at position {position} is gone: the log has lost its tail since, read on from before"
+        );
+        Self::new(ErrorKind::TailLost { position }, message)
     }
 
     /// Another owner holds the lease of the cursor, or has the cursor in hand.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use crate::ahead::Ahead;
 use crate::engine::{BoxFuture, Direction, Filter, LogPage, LogQuery, StorageEngine};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
+use crate::mark::Witness;
 
 /// How many pages are read at a time: the next one, and the one behind it where it is known where that begins.
 const AHEAD: usize = 2;
@@ -39,6 +40,8 @@ pub struct LogReader {
     /// Whether pages are as long as they may be, so that the one behind the next can be asked for.
     are_full: bool,
     is_at_end: bool,
+    /// The event where the pages end that were handed out.
+    read: Option<Witness>,
 }
 
 /// A page on its way.
@@ -49,7 +52,25 @@ struct Reading {
 
 impl LogReader {
     pub(crate) fn new(engine: Arc<dyn StorageEngine>, query: LogQuery) -> Self {
-        Self { engine, query, reading: VecDeque::new(), reads_ahead: true, are_full: true, is_at_end: false }
+        Self {
+            engine,
+            query,
+            reading: VecDeque::new(),
+            reads_ahead: true,
+            are_full: true,
+            is_at_end: false,
+            read: None,
+        }
+    }
+
+    /// The same, behind an event that was read before.
+    pub(crate) fn behind(self, read: Option<Witness>) -> Self {
+        Self { read: read.filter(|read| read.position == self.query.from), ..self }
+    }
+
+    /// The event where the pages end that were handed out.
+    pub(crate) fn witness(&self) -> Option<Witness> {
+        self.read
     }
 
     /// The next page; `None` at the end of what there was when the page before was read. After that it looks again:
@@ -59,12 +80,15 @@ impl LogReader {
     /// again: nothing is lost by that. After an error the same page is asked for again.
     ///
     /// # Errors
-    /// As [`EventStore::read_log`](crate::EventStore::read_log), each in the place of the page that it is about.
+    /// As [`EventStore::read_log`](crate::EventStore::read_log), each in the place of the page that it is about;
+    /// [`TailLost`](ErrorKind::TailLost) if the log has lost what was handed out last: make a new reader, from where you
+    /// are sure of.
     pub async fn next(&mut self) -> Result<Option<LogPage>> {
         if std::mem::take(&mut self.is_at_end) {
             return Ok(None);
         }
-        let page = self.page().await?;
+        let page = self.page().await.map_err(|error| self.explained(error))?;
+        self.check(&page)?;
         if page.scanned == std::mem::replace(&mut self.query.from, page.scanned) {
             return Ok(None);
         }
@@ -76,6 +100,27 @@ impl LogReader {
             self.read_ahead(page.head).await;
         }
         Ok(Some(page))
+    }
+
+    /// A page goes on where the last one ended, by the same event.
+    fn check(&mut self, page: &LogPage) -> Result<()> {
+        if self.query.direction == Direction::Backward {
+            return Ok(());
+        }
+        if let Some(read) = self.read.filter(|read| !read.stands(page.began)) {
+            self.reading.clear();
+            return Err(Error::tail_lost(read.position));
+        }
+        self.read = page.witness();
+        Ok(())
+    }
+
+    /// A reader is ahead of the log that has read to there because the log has lost its tail.
+    fn explained(&self, error: Error) -> Error {
+        match (error.kind(), self.read) {
+            (ErrorKind::CursorAhead { .. }, Some(read)) => Error::tail_lost(read.position).with_source(error),
+            _ => error,
+        }
     }
 
     /// Begins to read what comes next, unless the engine reads in the caller's time.

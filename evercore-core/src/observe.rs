@@ -247,6 +247,17 @@ pub(crate) fn moved(cursor: &Cursor, head: Position) {
     .set((head.get() - cursor.position.get()).max(0) as f64);
 }
 
+/// A runner goes back to the stored cursor.
+pub(crate) fn tail_lost(cursor: &CursorId, position: Position) {
+    count!("evercore_tails_lost_total", 1, "subscription" => name(cursor));
+    say!(
+        warn,
+        subscription = cursor.subscription.as_str(),
+        position = position.get(),
+        "the log has lost its tail, a subscription goes back to its stored cursor"
+    );
+}
+
 pub(crate) fn lease_changed(cursor: &CursorId, change: &'static str) {
     count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => change);
     say!(

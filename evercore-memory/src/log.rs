@@ -18,7 +18,7 @@ impl State {
                 self.page(self.matching(query, query.to.max(Position::ZERO.next()), last).rev(), query.limit)
             }
         };
-        Ok(LogPage { scanned: query.scanned(&events, is_full, head), events, head })
+        Ok(LogPage::new(query, events, is_full, head))
     }
 
     /// The positions from `first` to `last` whose events pass the filter.

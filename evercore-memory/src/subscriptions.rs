@@ -1,8 +1,8 @@
 //! The cursors of subscriptions, and the events that were parked.
 
 use evercore_core::{
-    BoxFuture, Cursor, CursorId, Cursors, Parked, ParkedChange, Position, Result, Step, SubscriptionName,
-    SubscriptionStorage, Taken,
+    BoxFuture, Cursor, CursorId, Cursors, Mark, Parked, ParkedChange, Position, Result, Step,
+    SubscriptionName, SubscriptionStorage, Taken,
 };
 
 use crate::engine::MemoryEngine;
@@ -16,7 +16,8 @@ impl State {
 
     /// What a step comes to; nothing is changed yet.
     pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
-        step.take(id, self.cursors.get(id).cloned(), self.now(), self.head())
+        let found = self.at(step.looks_at()).map(|_| Mark::ALWAYS);
+        step.take(id, self.cursors.get(id).cloned(), self.now(), found)
     }
 
     pub(crate) fn put(&mut self, id: &CursorId, taken: Taken) -> Option<Cursor> {

@@ -200,7 +200,7 @@ impl Inline {
         let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
         let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
         // The cursor before the head: a commit of another process may move it while this waits for it.
-        store.in_time(subscriptions::hold(store, sender, &self.id, false, None)).await?;
+        store.in_time(subscriptions::hold(store, sender, &self.id, (false, Position::ZERO), None)).await?;
         // The head before the names: those of all events up to there have committed by then.
         let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
         let (head, table) = store.in_time(read).await?;
@@ -220,7 +220,9 @@ impl Inline {
         table: &Arc<NameTable>,
         head: Position,
     ) -> Result<bool> {
-        let held = store.in_time(subscriptions::hold(store, sender, &self.id, false, None)).await?;
+        let held = store
+            .in_time(subscriptions::hold(store, sender, &self.id, (false, Position::ZERO), None))
+            .await?;
         // One that was removed by hand is left alone.
         let Some(mut cursor) = held.cursor else { return Ok(false) };
         if cursor.status != CursorStatus::Active || cursor.position == head {

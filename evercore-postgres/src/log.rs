@@ -22,6 +22,12 @@ const HEAD: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n
 
 const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 
+/// The same, with the marks of the events at which a page begins and may end; there are no holes.
+const HEAD_OF_PAGE: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1), l.mark,
+        (SELECT e.mark FROM @events e WHERE e.position >= $1 ORDER BY e.position LIMIT 1),
+        (SELECT e.mark FROM @events e WHERE e.position >= $2 ORDER BY e.position LIMIT 1)
+    FROM @log_end l WHERE l.one = 1";
+
 /// The columns of an event, filtered and in the order of a direction.
 macro_rules! select_log {
     (forward $with:literal, $where:literal) => {
@@ -128,6 +134,7 @@ const POSITION_AT: &str = "
 pub(crate) struct LogSql {
     schema: Schema,
     head: Sql,
+    head_of_page: Sql,
     position_at: Sql,
     all: [Arc<Sql>; 2],
     types: [Arc<Sql>; 2],
@@ -149,6 +156,7 @@ impl LogSql {
         Self {
             schema: schema.clone(),
             head: Sql::new(schema, HEAD, &[]),
+            head_of_page: Sql::new(schema, HEAD_OF_PAGE, &NUMBERS[..2]),
             position_at: Sql::new(schema, POSITION_AT, &[Type::INT8]),
             all: [sql(ALL_FORWARD, &[]), sql(ALL_BACKWARD, &[])],
             types: [sql(TYPES_FORWARD, &[Type::INT4_ARRAY]), sql(TYPES_BACKWARD, &[Type::INT4_ARRAY])],
@@ -270,6 +278,23 @@ impl Head {
     }
 }
 
+/// The marks of the events between which a page lies.
+struct Marks {
+    head: Mark,
+    from: Option<Mark>,
+    to: Option<Mark>,
+}
+
+impl Marks {
+    fn of(rows: &[Row], query: &LogQuery) -> Result<Self> {
+        let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
+        let mark =
+            |column| -> Result<Option<Mark>> { Ok(row.try_get::<_, Option<i64>>(column)?.map(Mark::new)) };
+        let from = if query.from > Position::ZERO { mark(3)? } else { None };
+        Ok(Self { head: Mark::new(row.try_get(2)?), from, to: mark(4)? })
+    }
+}
+
 /// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
 pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
     store
@@ -299,34 +324,46 @@ async fn ahead(lent: &Lent, error: Error) -> Result<Error> {
 /// The head and the first rows go over the wire together.
 async fn read_on(store: &Store, lent: &Lent, query: &LogQuery, table: Arc<NameTable>) -> Result<LogPage> {
     let known = store.watch.seen();
-    let check = |rows: &[Row]| {
+    let check = |rows: &[Row]| -> Result<(Head, Marks)> {
         let head = Head::of(rows)?;
         store.watch.found(known, head.position);
-        head.check(query, &table).map(|()| head)
+        head.check(query, &table)?;
+        Ok((head, Marks::of(rows, query)?))
     };
     let mut page = Page::new(store, lent, Arc::clone(&table), query.limit);
     let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
     let passing: Option<Vec<i32>> = passing.map(|numbers| numbers.into_iter().map(stored).collect());
-    let head = lent.sender()?.ready(&store.sql.log.head).await?;
-    let head = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {
-        check(&head.rows(&[]).await?)?
+    let head = lent.sender()?.ready(&store.sql.log.head_of_page).await?;
+    let ends = [query.from.get(), query.to.get()];
+    let ends: [&(dyn ToSql + Sync); 2] = [&ends[0], &ends[1]];
+    let (head, marks) = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {
+        check(&head.rows(&ends).await?)?
     } else {
         let mut range = store.sql.log.range(query, passing);
         let asked = page.ask();
         let ready = lent.sender()?.ready(&range.sql).await?;
         let values = range.values(&asked);
-        let (head, rows) = zip(head.rows(&[]), ready.stream(&values)).await;
+        let (head, rows) = zip(head.rows(&ends), ready.stream(&values)).await;
         drop(values);
-        let head = check(&head?)?;
+        let (head, marks) = check(&head?)?;
         let count = page.take_all(rows?, asked, head.position).await?;
         if query.direction == Direction::Forward {
             range.to = range.to.min(head.position.get());
         }
         page.go_on(range, asked, count).await?;
-        head
+        (head, marks)
     };
+    let last = page.last_mark();
     let (events, is_full) = page.finish();
-    Ok(LogPage { scanned: query.scanned(&events, is_full, head.position), events, head: head.position })
+    let page = LogPage::new(query, events, is_full, head.position);
+    let ended = match page.scanned {
+        Position::ZERO => Some(Mark::ALWAYS),
+        _ if is_full && !page.events.is_empty() => last,
+        scanned if scanned == query.from => marks.from,
+        scanned if scanned == head.position => Some(marks.head),
+        _ => marks.to,
+    };
+    Ok(LogPage { began: marks.from, ended, ..page })
 }
 
 /// Where the log ends, told to those who wait for it too.

@@ -28,8 +28,8 @@ const LOCK: &str = "SELECT one FROM @type_names WHERE one = 1 FOR UPDATE";
 
 const SET_MARK: &str = "UPDATE @type_names SET mark = $1 WHERE one = 1";
 
-/// How often to read the names anew while others register some or the connection goes to another server.
-const ATTEMPTS: usize = 4;
+/// How often to read the names anew while others register some: it takes a round trip, in which there may be new ones.
+const ATTEMPTS: usize = 64;
 
 const INSERT_AGGREGATE_TYPES: &str =
     "INSERT INTO @aggregate_types (id, name) SELECT * FROM unnest($1::int[], $2::text[])";

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use evercore_core::{
     Advance, AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Error, ErrorKind, Failure,
-    OwnerId, Parked, ParkedChange, Position, Result as CoreResult, Step, SubscriptionName,
+    Mark, OwnerId, Parked, ParkedChange, Position, Result as CoreResult, Step, SubscriptionName,
     SubscriptionStorage, Taken, Timestamp,
 };
 use futures_lite::future::{poll_fn, zip};
@@ -84,7 +84,7 @@ const LOOK: &str = concat!(
     server_time!(),
     ", (SELECT max(revision) FROM @cursors",
     of_cursor!(),
-    ") IS NOT NULL, (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)"
+    ") IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)"
 );
 
 /// Cursors are made one after the other: this is held while one is. The next statement sees what was made meanwhile.
@@ -119,7 +119,7 @@ const ADVANCE: &str = concat!(
          failed_error = CASE WHEN failed_position > $7 THEN failed_error END",
     this_cursor!(),
     " AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
-         AND $7 <= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) RETURNING ",
+         AND (SELECT coalesce($11, e.mark) = e.mark FROM @events e WHERE e.position >= $10 ORDER BY e.position LIMIT 1) RETURNING ",
     cursor_columns!()
 );
 
@@ -210,11 +210,11 @@ impl SubscriptionSql {
             hold: sql(HOLD, &ID),
             behind: sql(BEHIND, &ID),
             hold_if_free: sql(HOLD_IF_FREE, &ID),
-            look: sql(LOOK, &ID),
+            look: sql(LOOK, &[T, N, N, N]),
             before_make: sql(BEFORE_MAKE, &[]),
             make: sql(MAKE, &CURSOR),
             put: sql(MOVE, &CURSOR),
-            advance: sql(ADVANCE, &[T, N, N, T, N, N, N, N, N]),
+            advance: sql(ADVANCE, &[T, N, N, T, N, N, N, N, N, N, N]),
             remove: sql(REMOVE, &ID),
             keep: sql(KEEP, &EVENT),
             forget: sql(FORGET, &[T, N, N, N]),
@@ -293,10 +293,12 @@ async fn parked_on(
 
 /// Takes a step in a transaction of its own.
 pub(crate) async fn step(store: &Store, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
+    let looks_at = step.looks_at();
     if let Step::Advance(advance) = step
+        && looks_at >= advance.to
         && advance.parked.is_empty()
         && advance.parked_seen.is_none()
-        && let Some(cursor) = advance_alone(store, id, advance).await?
+        && let Some(cursor) = advance_alone(store, id, advance, looks_at).await?
     {
         return Ok(Some(cursor));
     }
@@ -315,7 +317,12 @@ pub(crate) async fn step(store: &Store, id: &CursorId, step: &Step) -> Result<Op
 }
 
 /// A move in one statement; `None` if it is to be refused.
-async fn advance_alone(store: &Store, id: &CursorId, advance: &Advance) -> Result<Option<Cursor>> {
+async fn advance_alone(
+    store: &Store,
+    id: &CursorId,
+    advance: &Advance,
+    looks_at: Position,
+) -> Result<Option<Cursor>> {
     let lent = Lent::to_write(store).await?;
     let ready = store.in_time(lent.sender()?.ready(&store.sql.subscriptions.advance)).await?;
     let time = i64::try_from(advance.time.as_micros()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
@@ -327,6 +334,8 @@ async fn advance_alone(store: &Store, id: &CursorId, advance: &Advance) -> Resul
         Box::new(advance.to.get()),
         Box::new(time),
         Box::new(Timestamp::MAX.as_micros()),
+        Box::new(looks_at.get()),
+        Box::new(advance.read.map(|read| read.mark.get())),
     ]);
     let values = borrowed(&values);
     let doubt = store.heard.before_commit();
@@ -359,12 +368,13 @@ async fn step_once(store: &Store, id: &CursorId, step: &Step) -> Result<Stepped>
     let lent = Lent::to_write(store).await?;
     let sender = lent.sender()?;
     let begin = begin(&store.settings);
-    let held = store.in_time(hold(store, sender, id, step.is_claim(), Some(&begin))).await?;
+    let held =
+        store.in_time(hold(store, sender, id, (step.is_claim(), step.looks_at()), Some(&begin))).await?;
     if held.is_held_by_another(step) {
         return roll_back(store, lent, Ok(Stepped::Held)).await;
     }
     let writes = step
-        .take(id, held.cursor.clone(), held.now, held.head)
+        .take(id, held.cursor.clone(), held.now, held.found)
         .map(|taken| (Writes::of(store, id, &held, &taken), taken));
     let (writes, taken) = match writes {
         Ok((writes, taken)) if !writes.statements.is_empty() => (writes, taken),
@@ -395,11 +405,11 @@ pub(crate) async fn step_within(
     id: &CursorId,
     step: &Step,
 ) -> Result<Option<Cursor>> {
-    let held = hold(store, sender, id, step.is_claim(), None).await?;
+    let held = hold(store, sender, id, (step.is_claim(), step.looks_at()), None).await?;
     if held.is_held_by_another(step) {
         return Err(Error::already_owned(id).into());
     }
-    let taken = step.take(id, held.cursor.clone(), held.now, held.head)?;
+    let taken = step.take(id, held.cursor.clone(), held.now, held.found)?;
     Writes::of(store, id, &held, &taken).send(sender).await?;
     Ok(taken.cursor)
 }
@@ -410,7 +420,8 @@ pub(crate) struct Held {
     /// Whether there is one, be it in other hands.
     is_there: bool,
     now: Timestamp,
-    head: Position,
+    /// The mark of the event that was to be looked at.
+    found: Option<Mark>,
 }
 
 impl Held {
@@ -430,27 +441,30 @@ pub(crate) async fn hold(
     store: &Store,
     sender: Sender<'_>,
     id: &CursorId,
-    is_claim: bool,
+    (is_claim, looks_at): (bool, Position),
     begin: Option<&str>,
 ) -> Result<Held> {
     let sql = &store.sql.subscriptions;
     let hold = sender.ready(if is_claim { &sql.hold_if_free } else { &sql.hold }).await?;
     let look = sender.ready(&sql.look).await?;
+    let looks_at = looks_at.get();
     let values = values_of(id);
     let values = borrowed(&values);
+    let looking: Vec<&(dyn ToSql + Sync)> =
+        values.iter().copied().chain([&looks_at as &(dyn ToSql + Sync)]).collect();
     let begun = async {
         match begin {
             Some(begin) => sender.client.batch_execute(begin).await,
             None => Ok(()),
         }
     };
-    let (begun, (rows, looked)) = zip(begun, zip(hold.rows(&values), look.rows(&values))).await;
+    let (begun, (rows, looked)) = zip(begun, zip(hold.rows(&values), look.rows(&looking))).await;
     begun?;
     let cursor = rows?.first().map(read_cursor).transpose()?;
     let looked = looked?;
     let looked = looked.first().ok_or_else(|| damaged("the server's clock is missing"))?;
-    let head = Position::new(looked.try_get(2)?).map_err(damaged)?;
-    Ok(Held { cursor, is_there: looked.try_get(1)?, now: time(looked, 0)?, head })
+    let found: Option<i64> = looked.try_get(2)?;
+    Ok(Held { cursor, is_there: looked.try_get(1)?, now: time(looked, 0)?, found: found.map(Mark::new) })
 }
 
 /// What a step writes: statements with their values.

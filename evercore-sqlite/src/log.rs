@@ -74,7 +74,7 @@ pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> 
         0 => (Events::default(), true),
         _ => matching(connection, names, query, range(query, head))?,
     };
-    Ok(LogPage { scanned: query.scanned(&events, is_full, head), events, head })
+    Ok(LogPage::new(query, events, is_full, head))
 }
 
 /// The first and the last position to read, whichever way.

@@ -1,8 +1,8 @@
 //! The cursors of subscriptions, and the events that were parked.
 
 use evercore_core::{
-    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Failure, OwnerId, Parked, ParkedChange,
-    Position, Result, Step, SubscriptionName, SubscriptionStorage, Taken, Timestamp,
+    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Failure, Mark, OwnerId, Parked,
+    ParkedChange, Position, Result, Step, SubscriptionName, SubscriptionStorage, Taken, Timestamp,
 };
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
@@ -114,7 +114,9 @@ fn outcome(
     step: &Step,
     before: Option<Cursor>,
 ) -> error::Result<Taken> {
-    Ok(step.take(id, before, Timestamp::now(), Head::read(connection)?.position)?)
+    let looked_at = step.looks_at();
+    let is_there = looked_at > Position::ZERO && looked_at <= Head::read(connection)?.position;
+    Ok(step.take(id, before, Timestamp::now(), is_there.then_some(Mark::ALWAYS))?)
 }
 
 fn key(id: &CursorId) -> (&str, u32, u32) {

@@ -136,7 +136,7 @@ impl Model {
         }
         let receipt = answer.unwrap();
         let head = Position::ZERO.plus(self.log.len());
-        assert_eq!(receipt, Receipt::of(batch, head, receipt.recorded_at));
+        assert_eq!(receipt, Receipt::of(batch, head, receipt.recorded_at).with_mark(receipt.mark));
         self.write(batch);
         if let Some(id) = batch.command_id() {
             self.commands.insert(id.clone(), Some((batch.fingerprint(), receipt)));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use evercore_core::{
     Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
     Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownCommand, KnownType, LoadRequest,
-    LogQuery, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence,
+    LogQuery, Mark, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence,
     Snapshot, StorageEngine, Target, Timestamp,
 };
 use serde::{Deserialize, Serialize};
@@ -221,6 +221,11 @@ impl Unit {
 
     pub(crate) fn guard(mut self, aggregate: AggregateId, expected: i64) -> Self {
         self.0.guard(Guard { aggregate, expected: at(expected) });
+        self
+    }
+
+    pub(crate) fn read(mut self, id: AggregateId, sequence: i64, mark: Mark) -> Self {
+        self.0.has_read(id, at(sequence), mark).unwrap();
         self
     }
 

@@ -37,7 +37,7 @@ impl EventStore {
         let query = LogQuery::after(from).with_filter(filter);
         Ok(EphemeralSubscription {
             store: self.clone(),
-            tail: Tail::new(self.engine(), query.clone()),
+            tail: Tail::new(self.engine(), query.clone(), None),
             query,
         })
     }
@@ -57,7 +57,7 @@ impl EphemeralSubscription {
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
         self.query = self.query.with_limit(limit.at_least_one());
         self.query.from = self.tail.position();
-        self.tail = Tail::new(self.store.engine(), self.query.clone());
+        self.tail = Tail::new(self.store.engine(), self.query.clone(), self.tail.witness());
         self
     }
 
@@ -65,8 +65,8 @@ impl EphemeralSubscription {
     /// nothing is lost by that. After an error the same events are asked for again.
     ///
     /// # Errors
-    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the log has lost its end; what the engine says when it is out
-    /// of reach.
+    /// [`TailLost`](crate::ErrorKind::TailLost) if the log has lost what was handed out last: subscribe anew, from where
+    /// you are sure of. What the engine says when it is out of reach.
     pub async fn next(&mut self) -> Result<Events> {
         loop {
             let events = self.next_page().await?.events;

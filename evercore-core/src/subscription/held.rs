@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::ids::{AggregateId, Position};
 use crate::limits;
+use crate::mark::Witness;
 use crate::name::OwnerId;
 use crate::race::{First, race};
 
@@ -44,6 +45,8 @@ pub(crate) struct Held {
     /// What was read and is not yet taken, and where the cursor stands when it is done.
     pending: VecDeque<Event>,
     pending_end: Position,
+    /// The event at which the last page ended.
+    read: Option<Witness>,
     /// Everything up to here was handed out or passed over.
     taken_to: Position,
     /// The last event that was handed out.
@@ -71,7 +74,7 @@ impl Held {
         let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
         let mut held = Self {
-            tail: Tail::new(engine, LogQuery::after(cursor.position)),
+            tail: Tail::new(engine, LogQuery::after(cursor.position), None),
             context: Arc::new(Context { id, lease, is_stopping }),
             renewed_at: asked_at,
             next_renewal: asked_at + subscription.settings.lease / 3,
@@ -80,6 +83,7 @@ impl Held {
             head: cursor.position,
             pending: VecDeque::new(),
             pending_end: cursor.position,
+            read: None,
             taken_to: cursor.position,
             handed_out: cursor.position,
             alone_to: cursor.position,
@@ -102,7 +106,7 @@ impl Held {
             .up_to(bound)
             .with_filter(settings.filter.clone())
             .with_limit(settings.batch);
-        self.tail = Tail::new(self.subscription.store.engine(), query);
+        self.tail = Tail::new(self.subscription.store.engine(), query, self.read);
     }
 
     /// The lease lasts until here, by our own clock; a little less, for the way.
@@ -177,7 +181,12 @@ impl Held {
 
     async fn step(&mut self, step: &Step) -> Result<()> {
         let stepped = self.subscription.store.engine().step(&self.context.id, step).await?;
-        self.cursor = stepped.ok_or_else(|| gone(&self.subscription))?;
+        let stepped = stepped.ok_or_else(|| gone(&self.subscription))?;
+        // Under our lease nobody moves it back: it was lost, with the end of the log.
+        if stepped.position < self.cursor.position {
+            return Err(Error::tail_lost(self.cursor.position));
+        }
+        self.cursor = stepped;
         Ok(())
     }
 
@@ -205,7 +214,9 @@ impl Held {
     pub(crate) fn advance_to(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
         let time = self.subscription.settings.lease;
         let from = self.cursor.position;
-        Advance { lease: self.context.lease.clone(), from, to: to.max(from), time, parked, parked_seen: None }
+        let (lease, to) = (self.context.lease.clone(), to.max(from));
+        let read = self.read.filter(|read| read.position >= to);
+        Advance { lease, from, to, time, parked, parked_seen: None, read }
     }
 
     /// The same for a parked event that is tried again: what an operator says meanwhile goes before it.
@@ -301,6 +312,7 @@ impl Held {
             page.events.iter().filter(|event| partition_of(event.aggregate(), partitions) == partition),
         );
         self.pending_end = page.scanned;
+        self.read = page.witness();
         self.head = page.head;
     }
 
@@ -360,6 +372,7 @@ impl Held {
         self.taken_to = self.cursor.position;
         self.handed_out = self.cursor.position;
         self.pending_end = self.cursor.position;
+        self.read = None;
         self.read_from(self.tail.bound());
     }
 

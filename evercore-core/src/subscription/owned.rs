@@ -73,7 +73,8 @@ impl OwnedSubscription {
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost) if another has claimed the cursor, or it was reset;
     /// [`Paused`](ErrorKind::Paused) if the subscription was paused; [`Superseded`](ErrorKind::Superseded) if a newer
-    /// version has taken over; [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; what the engine says.
+    /// version has taken over; [`TailLost`](ErrorKind::TailLost) if the log has lost what was handed out last: claim the
+    /// cursor again; what the engine says.
     pub async fn next(&mut self) -> Result<Delivery> {
         loop {
             self.held.renew_if_due().await?;
@@ -108,7 +109,8 @@ impl OwnedSubscription {
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost) if another has claimed the cursor, or it was reset: then nothing has moved, and
-    /// the events come again, to that owner. [`Superseded`](ErrorKind::Superseded); what the engine says.
+    /// the events come again, to that owner. [`TailLost`](ErrorKind::TailLost) if the log has lost its tail since they were
+    /// read, and the events that came in their place are still to be handled: claim the cursor again. [`Superseded`](ErrorKind::Superseded); what the engine says.
     pub async fn ack(&mut self, delivery: &Delivery) -> Result<()> {
         if delivery.context.lease != self.held.context.lease || delivery.cursor() != &self.held.context.id {
             return Err(Error::new(ErrorKind::LeaseLost, "the delivery is of another lease"));

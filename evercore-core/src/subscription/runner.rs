@@ -45,6 +45,10 @@ pub(crate) async fn run(mut held: Held, sink: Arc<dyn Sink>, stop: Arc<Stop>) ->
                 observe::lease_changed(&held.context.id, "lost");
                 Ended::Lost { has_moved: held.has_moved() }
             }
+            ErrorKind::TailLost { position } => {
+                observe::tail_lost(&held.context.id, *position);
+                Ended::Lost { has_moved: held.has_moved() }
+            }
             _ if is_passing(&error) => Ended::Lost { has_moved: held.has_moved() },
             _ => Ended::Failed(error),
         },

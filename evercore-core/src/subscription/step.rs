@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::cursor::{Cursor, CursorId, CursorStatus, Failure, Lease, ParkedChange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
+use crate::mark::{Mark, Witness};
 use crate::name::OwnerId;
 use crate::time::Timestamp;
 
@@ -118,12 +119,35 @@ pub struct Advance {
     /// The [`parked_changes`](Cursor::parked_changes) of the cursor when those were looked at: if operators have changed
     /// something since, the move is refused. `None`: that is no matter.
     pub parked_seen: Option<i64>,
+    /// The event that proves what was read: at `to` or after it. If the log has lost it since, the move is refused: other
+    /// events may have come in the place of those that were handled. `None`: that there is an event at `to` will do.
+    pub read: Option<Witness>,
 }
 
 impl Advance {
     /// A move from one position to another, which renews the lease for this time.
     pub const fn new(lease: Lease, from: Position, to: Position, time: Duration) -> Self {
-        Self { lease, from, to, time, parked: Vec::new(), parked_seen: None }
+        Self { lease, from, to, time, parked: Vec::new(), parked_seen: None, read: None }
+    }
+
+    /// The same, refused if this event is not in the log any more.
+    #[must_use]
+    pub fn having_read(mut self, read: Witness) -> Self {
+        self.read = Some(read);
+        self
+    }
+
+    /// Whether what was handled is in the log; `found` is the mark of the event that was to be looked at.
+    fn check_read(&self, found: Option<Mark>) -> Result<()> {
+        let Some(read) = self.read else {
+            let is_there = self.to == Position::ZERO || found.is_some();
+            return if is_there { Ok(()) } else { Err(Error::tail_lost(self.to)) };
+        };
+        if read.position < self.to {
+            let message = format!("a move to {} cannot be proved by the event at {}", self.to, read.position);
+            return Err(Error::invalid(message));
+        }
+        if read.stands(found) { Ok(()) } else { Err(Error::tail_lost(read.position)) }
     }
 
     /// The same, with what becomes of parked events.
@@ -202,20 +226,30 @@ impl Step {
         Self::Reset { position }
     }
 
-    /// What comes of this step on a cursor that is as given, or is not there, at this time of the engine's clock, where the
-    /// log ends at `head`.
+    /// The position of the event on which this step depends, whose mark [`take`](Self::take) is to be told; zero if there is
+    /// none.
+    pub fn looks_at(&self) -> Position {
+        match self {
+            Self::Advance(advance) => advance.read.map_or(advance.to, |read| read.position),
+            _ => Position::ZERO,
+        }
+    }
+
+    /// What comes of this step on a cursor that is as given, or is not there, at this time of the engine's clock. `found` is
+    /// the mark of the event at the position that the step [looks at](Self::looks_at); `None` if there is none.
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost), [`AlreadyOwned`](ErrorKind::AlreadyOwned), [`Paused`](ErrorKind::Paused),
     /// [`Superseded`](ErrorKind::Superseded); [`NotFound`](ErrorKind::NotFound) if there is no such cursor;
-    /// [`CursorAhead`](ErrorKind::CursorAhead) for a move past the end of the log, which has lost its tail since it was read;
+    /// [`TailLost`](ErrorKind::TailLost) for a move past the end of the log, or if another event is where the last one was
+    /// read: the log has lost its tail since;
     /// [`Invalid`](ErrorKind::Invalid) if it has another number of partitions. Then nothing is written.
     pub fn take(
         &self,
         id: &CursorId,
         cursor: Option<Cursor>,
         now: Timestamp,
-        head: Position,
+        found: Option<Mark>,
     ) -> Result<Taken> {
         if let Self::Declare { partitions, position, live_from } = self {
             return declare(id, cursor, (*partitions, *position, *live_from));
@@ -235,7 +269,7 @@ impl Step {
                 cursor.expires_at = now.plus(*time);
             }
             Self::Advance(advance) => {
-                cursor.advance(advance, now, head)?;
+                cursor.advance(advance, now, found)?;
                 parked.clone_from(&advance.parked);
             }
             Self::Fail { lease, failure, rest } => {
@@ -362,8 +396,9 @@ impl Cursor {
         Ok(())
     }
 
-    fn advance(&mut self, advance: &Advance, now: Timestamp, head: Position) -> Result<()> {
+    fn advance(&mut self, advance: &Advance, now: Timestamp, found: Option<Mark>) -> Result<()> {
         self.check(&advance.lease)?;
+        advance.check_read(found)?;
         if self.position != advance.from || advance.to < advance.from {
             let message = format!("the cursor of subscription \"{}\" stands elsewhere", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
@@ -372,9 +407,6 @@ impl Cursor {
             let message =
                 format!("parked events of subscription \"{}\" were changed by hand", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
-        }
-        if advance.to > head {
-            return Err(Error::cursor_ahead(advance.to, head));
         }
         self.position = advance.to;
         self.expires_at = now.plus(advance.time);

@@ -18,7 +18,7 @@ pub trait SubscriptionStorage {
     /// * the cursor is read, [the step taken](Step::take) and all of its outcome written, or nothing, in one
     ///   transaction, which no other step on the same cursor crosses;
     /// * the time is the engine's clock, never the caller's;
-    /// * no cursor moves past the end of the log, as it is by then;
+    /// * no cursor moves past the end of the log, as it is by then, nor past events that are others than those that were read;
     /// * a lease is not lost when the clock goes back;
     /// * what is acknowledged is durable, as a commit is;
     /// * a claim does not wait for a handler that has the cursor in hand: it is

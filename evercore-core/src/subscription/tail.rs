@@ -7,6 +7,7 @@ use crate::engine::{LogPage, LogQuery, StorageEngine};
 use crate::error::Result;
 use crate::ids::Position;
 use crate::log_reader::LogReader;
+use crate::mark::Witness;
 
 /// Reads to the end of the log and waits there for more.
 #[derive(Debug)]
@@ -18,9 +19,16 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    pub(crate) fn new(engine: &Arc<dyn StorageEngine>, query: LogQuery) -> Self {
+    /// `read`: the event at which the query begins, if that was read before.
+    pub(crate) fn new(engine: &Arc<dyn StorageEngine>, query: LogQuery, read: Option<Witness>) -> Self {
         let bound = query.to;
-        Self { engine: Arc::clone(engine), reader: LogReader::new(Arc::clone(engine), query), bound }
+        let reader = LogReader::new(Arc::clone(engine), query).behind(read);
+        Self { engine: Arc::clone(engine), reader, bound }
+    }
+
+    /// The event where the pages end that were handed out.
+    pub(crate) fn witness(&self) -> Option<Witness> {
+        self.reader.witness()
     }
 
     /// The next page; without events if nothing passed the filter. `None` if the log did not grow in that time, or the

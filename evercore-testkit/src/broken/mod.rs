@@ -292,7 +292,9 @@ impl Broken {
         let mut page = match result {
             Err(error) if self.has(Fault::IgnoresCursorsAhead) => {
                 let ErrorKind::CursorAhead { cursor, head, .. } = error.kind() else { return Err(error) };
-                return Ok(LogPage { events: Events::default(), scanned: *cursor, head: *head });
+                let (scanned, head) = (*cursor, *head);
+                let page = LogPage::new(query, Events::default(), false, head);
+                return Ok(LogPage { scanned, ..page });
             }
             result => result?,
         };

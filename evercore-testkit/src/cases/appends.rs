@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use evercore_core::{AggregateId, ErrorKind, Position, Sequence, limits};
+use evercore_core::{AggregateId, ErrorKind, Mark, Position, Sequence, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -46,6 +46,24 @@ pub(crate) async fn a_new_aggregate_is_at_zero(fixture: &mut Fixture) {
     let id = new_id(&engine).await;
     assert_conflict(unit().create(id, "user").append(id, "user", 1, 1).commit(&engine).await, id, 1, 0);
     assert!(!exists(&engine, id).await);
+}
+
+/// After a lost tail another event may have the sequence that was read.
+pub(crate) async fn an_append_or_a_guard_that_read_another_event_is_a_conflict(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let (id, other) = (grown(&engine, "user", 3).await, grown(&engine, "user", 1).await);
+    let read = history(&engine, id).await.mark.expect("the mark of its last event");
+    let before = everything(&engine).await;
+    let wrong = Mark::new(read.get().wrapping_add(1));
+    assert_conflict(unit().append(id, "user", 3, 1).read(id, 3, wrong).commit(&engine).await, id, 3, 3);
+    let guarded = unit().append(other, "user", 1, 1).guard(id, 3);
+    assert_conflict(guarded.read(id, 3, wrong).commit(&engine).await, id, 3, 3);
+    assert_eq!(everything(&engine).await, before);
+    let receipt = unit().append(id, "user", 3, 1).read(id, 3, read).commit(&engine).await.unwrap();
+    let last = history(&engine, id).await.mark;
+    assert_eq!(last, Some(receipt.mark));
+    let (guarded, last) = (unit().append(other, "user", 1, 1).guard(id, 4), last.unwrap());
+    guarded.read(id, 4, last).commit(&engine).await.unwrap();
 }
 
 fn assert_conflict<T>(result: evercore_core::Result<T>, id: AggregateId, wanted: i64, found: i64) {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use evercore_core::{
-    Advance, Cursor, CursorId, CursorStatus, ErrorKind, Failure, Lease, OwnerId, Parked, ParkedChange,
-    Position, Result, Step, SubscriptionName, Timestamp,
+    Advance, Cursor, CursorId, CursorStatus, ErrorKind, Failure, Lease, LogQuery, Mark, OwnerId, Parked,
+    ParkedChange, Position, Result, Step, SubscriptionName, Timestamp, Witness,
 };
 
 use crate::fixture::Fixture;
@@ -160,6 +160,27 @@ pub(crate) async fn a_cursor_moves_from_where_it_stands_and_never_back(fixture: 
     assert_eq!(the(&engine, &id).await.position, place(50));
 }
 
+/// Whoever moves a cursor names what was read: other events may have come in its place.
+pub(crate) async fn a_move_that_read_another_event_is_refused(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let page = engine.read_log(&LogQuery::after(place(0)).with_limit(events_per_page(20))).await.unwrap();
+    let read = page.witness().expect("a page that was read forward");
+    assert_eq!(read.position, place(20));
+    let other = Witness::new(read.position, Mark::new(read.mark.get().wrapping_add(1)));
+    let gone = Witness::new(place(51), read.mark);
+    let to = |to: i64, read: Witness| {
+        Step::Advance(Advance::new(lease.clone(), place(0), place(to), LONG).having_read(read))
+    };
+    for lost in [other, gone] {
+        assert_kind!(step(&engine, &id, to(10, lost)).await, ErrorKind::TailLost { .. });
+    }
+    assert_kind!(step(&engine, &id, to(21, read)).await, ErrorKind::Invalid);
+    assert_eq!(the(&engine, &id).await.position, place(0));
+    assert_eq!(step(&engine, &id, to(10, read)).await.unwrap().position, place(10));
+}
+
 /// A log that has lost its tail, in a failover, must not have a cursor that knows of more: what is written next would be
 /// skipped.
 pub(crate) async fn a_cursor_does_not_move_past_the_end_of_the_log(fixture: &mut Fixture) {
@@ -167,11 +188,11 @@ pub(crate) async fn a_cursor_does_not_move_past_the_end_of_the_log(fixture: &mut
     let id = declared(&engine, "mails").await;
     let lease = claimed(&engine, &id, "first", LONG).await;
     for to in [51, i64::MAX] {
-        assert_kind!(step(&engine, &id, advance(&lease, 0, to)).await, ErrorKind::CursorAhead { .. });
+        assert_kind!(step(&engine, &id, advance(&lease, 0, to)).await, ErrorKind::TailLost { .. });
         let parks = vec![ParkedChange::Keep(parked_at(to))];
         let parks = Advance::new(lease.clone(), place(0), place(to), LONG).with_parked(parks);
         let parked = step(&engine, &id, Step::Advance(parks)).await;
-        assert_kind!(parked, ErrorKind::CursorAhead { .. });
+        assert_kind!(parked, ErrorKind::TailLost { .. });
     }
     assert_eq!((the(&engine, &id).await.position, all_parked(&engine, &id).await), (place(0), Vec::new()));
     grown(&engine, "letter", 1).await;

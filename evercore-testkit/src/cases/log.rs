@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_core::{CursorId, ErrorKind, LogQuery, OwnerId, Position, Step, SubscriptionName, Timestamp};
+use evercore_core::{
+    CursorId, ErrorKind, Filter, LogQuery, OwnerId, Position, Step, SubscriptionName, Timestamp, Witness,
+};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -156,6 +158,28 @@ pub(crate) async fn reading_forward_from_past_the_head_is_cursor_ahead(fixture: 
     assert_eq!((page.events.len(), page.scanned, page.head), (0, place(3), place(3)));
     let page = engine.read_log(&LogQuery::before(place(100))).await.unwrap();
     assert_eq!(page.events.len(), 3, "going backward there is nothing ahead");
+}
+
+pub(crate) async fn a_page_tells_at_which_events_it_began_and_ended(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    assert_eq!(engine.read_log(&LogQuery::after(place(0))).await.unwrap().witness(), Some(Witness::START));
+    for _ in 0..3 {
+        grown(&engine, "user", 4).await;
+    }
+    let mark_at =
+        async |position: i64| engine.read_log(&LogQuery::after(place(position))).await.unwrap().began;
+    assert_eq!(mark_at(0).await, None);
+    let nothing = Filter::all().with_event_type(event_named("Never"));
+    for filter in [Filter::all(), nothing] {
+        for (from, to, limit) in [(0, 12, 5), (5, 12, 5), (2, 7, 100), (10, 100, 5), (12, 100, 5), (3, 3, 9)]
+        {
+            let query = LogQuery::after(place(from)).up_to(place(to)).with_filter(filter.clone());
+            let page = engine.read_log(&query.with_limit(events_per_page(limit))).await.unwrap();
+            let witness = page.witness().expect("a page that was read forward");
+            assert_eq!((witness.position, page.began), (page.scanned, mark_at(from).await));
+            assert_eq!(Some(witness.mark), mark_at(page.scanned.get()).await, "{from} to {to}, {limit}");
+        }
+    }
 }
 
 pub(crate) async fn an_empty_log_knows_a_cursor_that_is_ahead(fixture: &mut Fixture) {

@@ -135,6 +135,7 @@ cases! {
     appends {
         the_first_sequence_is_one_and_there_are_no_holes,
         a_stale_append_is_a_conflict_and_writes_nothing,
+        an_append_or_a_guard_that_read_another_event_is_a_conflict,
         an_expectation_from_the_future_is_a_conflict,
         a_new_aggregate_is_at_zero,
         a_conflict_names_the_aggregate_that_is_stale,
@@ -249,6 +250,7 @@ cases! {
         a_commit_of_another_engine_is_never_skipped [Further],
         positions_survive_reopening [Reopen],
         reading_forward_from_past_the_head_is_cursor_ahead,
+        a_page_tells_at_which_events_it_began_and_ended,
         an_empty_log_knows_a_cursor_that_is_ahead,
         recorded_at_is_the_engines_clock_and_never_goes_back,
         a_position_is_found_by_the_time_of_recording,
@@ -323,6 +325,7 @@ cases! {
         a_move_renews_the_lease,
         a_cursor_moves_from_where_it_stands_and_never_back,
         a_cursor_does_not_move_past_the_end_of_the_log,
+        a_move_that_read_another_event_is_refused,
         of_racing_claims_one_wins,
         of_racing_claims_one_wins_whichever_engine_it_came_by [Further],
         racing_declarations_make_one_cursor,
