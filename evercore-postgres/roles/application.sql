@@ -26,10 +26,9 @@ GRANT INSERT ON :"schema".events, :"schema".aggregates, :"schema".commands, :"sc
 -- Commands are forgotten by a role that may remove them (`EventStore::forget_commands`), by default the owner. If the
 -- application is to do so by itself: GRANT DELETE ON :"schema".commands TO :"role";
 
--- What moves: the end of the log, the mark of the names, the ids given out, the key of an aggregate, its one snapshot.
+-- What moves: the end of the log, the mark of the names, the key of an aggregate, its one snapshot.
 GRANT UPDATE (position, recorded_at, mark) ON :"schema".log_end TO :"role";
 GRANT UPDATE (mark) ON :"schema".type_names TO :"role";
-GRANT UPDATE (next_aggregate_id) ON :"schema".store TO :"role";
 GRANT UPDATE (natural_key) ON :"schema".aggregates TO :"role";
 GRANT INSERT, UPDATE (sequence, version, state) ON :"schema".snapshots TO :"role";
 

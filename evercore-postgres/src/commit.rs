@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, CommandId, Error, Growth, IdBlock, KnownCommand, Mark, NameTable, NewAggregate, Receipt,
+    AggregateId, Batch, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable, NewAggregate, Receipt,
     Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
@@ -54,8 +54,14 @@ const COMMANDS_AFTER: &str =
 
 const FORGET: &str = "DELETE FROM @commands WHERE command_id = ANY ($1) AND recorded_at < $2";
 
-const RESERVE: &str = "
-    UPDATE @store SET next_aggregate_id = next_aggregate_id + $1 WHERE one = 1 RETURNING next_aggregate_id - $1";
+/// Whether an id of a block is in use.
+const ARE_USED: &str = "SELECT EXISTS (SELECT FROM @aggregates a WHERE a.id >= $1 AND a.id < $2)";
+
+/// Up to here a number is the same in JSON and in every language.
+const LARGEST_ID: u64 = (1 << 53) - 1;
+
+/// How often to look for a block of ids of which none is in use; the first is free unless the store holds very many.
+const BLOCKS: usize = 100;
 
 /// The statements of this room.
 #[derive(Debug)]
@@ -67,7 +73,7 @@ pub(crate) struct CommitSql {
     abandon: Sql,
     commands_after: Sql,
     forget: Sql,
-    reserve: Sql,
+    are_used: Sql,
     write: WriteSql,
 }
 
@@ -81,7 +87,7 @@ impl CommitSql {
             abandon: Sql::new(schema, ABANDON, &[Type::TEXT]),
             commands_after: Sql::new(schema, COMMANDS_AFTER, &[Type::TEXT]),
             forget: Sql::new(schema, FORGET, &[Type::TEXT_ARRAY, Type::INT8]),
-            reserve: Sql::new(schema, RESERVE, &[Type::INT8]),
+            are_used: Sql::new(schema, ARE_USED, &[Type::INT8, Type::INT8]),
             write: WriteSql::new(schema),
         }
     }
@@ -473,14 +479,40 @@ async fn forget_some(store: &Store, lent: &Lent, after: &str, before: i64) -> Re
     Ok((old.len() as u64, last))
 }
 
-/// Ids that nobody else gets.
+/// Ids that nobody else gets: a block that begins anywhere. A counter would be lost with the tail of the log and count up to
+/// the same ids again, for others; and nobody would see that an aggregate is another one than before.
 pub(crate) async fn reserve(store: &Store, count: u32) -> Result<IdBlock> {
     store.write(|lent| async move { reserve_on(store, &lent, count).await }).await
 }
 
 async fn reserve_on(store: &Store, lent: &Lent, count: u32) -> Result<IdBlock> {
-    let ready = lent.sender()?.ready(&store.sql.commit.reserve).await?;
-    let rows = ready.write(&store.settings, &[&i64::from(count)]).await?;
-    let row = rows.first().ok_or_else(|| damaged("the table of the store is empty"))?;
-    Ok(IdBlock::new(row.try_get(0)?, count)?)
+    for _ in 0..BLOCKS {
+        let block = anywhere(count);
+        let end = block.saturating_add(i64::from(count));
+        let row = lent.sender()?.row(&store.sql.commit.are_used, &[&block, &end]).await?;
+        if !row.ok_or_else(|| damaged("the server did not answer"))?.try_get::<_, bool>(0)? {
+            return Ok(IdBlock::new(block, count)?);
+        }
+    }
+    Err(Error::new(ErrorKind::Backend, "there is no free block of ids, the store has too many aggregates")
+        .into())
+}
+
+/// Where a block of so many ids begins.
+fn anywhere(count: u32) -> i64 {
+    let room = LARGEST_ID - u64::from(count);
+    i64::try_from(1 + Mark::random().get().cast_unsigned() % room).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_numbers_that_json_keeps() {
+        for count in [1, 256, u32::MAX] {
+            let (first, last) = (anywhere(count), anywhere(count) + i64::from(count) - 1);
+            assert!(first >= 1 && last.cast_unsigned() <= LARGEST_ID);
+        }
+    }
 }

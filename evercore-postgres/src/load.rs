@@ -209,7 +209,11 @@ async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> 
 
 /// A page of one aggregate's events.
 pub(crate) async fn read(store: &Store, query: &AggregateQuery) -> Result<Events> {
-    store.read(|lent| async move { store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await }).await
+    store
+        .read(
+            |lent| async move { store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await },
+        )
+        .await
 }
 
 async fn read_on(

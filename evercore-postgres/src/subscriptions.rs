@@ -88,7 +88,7 @@ const LOOK: &str = concat!(
 );
 
 /// Cursors are made one after the other: this is held while one is. The next statement sees what was made meanwhile.
-const BEFORE_MAKE: &str = "SELECT one FROM @store WHERE one = 1 FOR UPDATE";
+const BEFORE_MAKE: &str = "SELECT one FROM @type_names WHERE one = 1 FOR UPDATE";
 
 /// Leaves alone what another has made meanwhile.
 const MAKE: &str = concat!(

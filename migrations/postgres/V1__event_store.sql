@@ -5,15 +5,14 @@
 -- There is no sequence, no trigger, no function and no foreign key: every row is written by one statement that holds
 -- the row of log_end and has checked what a foreign key would check again, row by row.
 
--- One row: who this store is, of which schema version, and what was given out by now. It is updated outside of commits.
+-- One row: who this store is, and of which schema version.
 CREATE TABLE store (
-    one               SMALLINT NOT NULL CHECK (one = 1),
-    store_id          TEXT     NOT NULL,
-    schema_version    INTEGER  NOT NULL,
-    next_aggregate_id BIGINT   NOT NULL,
+    one            SMALLINT NOT NULL CHECK (one = 1),
+    store_id       TEXT     NOT NULL,
+    schema_version INTEGER  NOT NULL,
     CONSTRAINT store_one PRIMARY KEY (one)
 );
-INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), 1, 1);
+INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), 1);
 
 -- One row: where the log ends. Whoever commits updates it first and holds it until the commit is visible, so positions
 -- are 1, 2, 3, … in commit order, on a standby and after a restore too.
