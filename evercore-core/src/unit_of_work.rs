@@ -240,13 +240,17 @@ impl UnitOfWork {
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
-    /// unit gives it to another aggregate.
+    /// unit gives it to another aggregate; [`Invalid`](ErrorKind::Invalid) if the handle carries events of another unit that
+    /// did not commit.
     pub fn change_key<T: Aggregate>(
         &mut self,
         aggregate: &mut Loaded<T>,
         key: impl AsRef<str>,
     ) -> Result<()> {
         let key = Key::new(key)?;
+        if aggregate.is_stale(&self.committed) {
+            return Err(stale(aggregate.id()));
+        }
         let aggregate_type = aggregate_type::<T>()?;
         self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
         self.raced.retain(|(raced, _)| *raced != aggregate.id());

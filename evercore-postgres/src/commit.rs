@@ -8,8 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable, NewAggregate, Receipt,
-    Result as CoreResult, Sequence, Timestamp,
+    AggregateId, Batch, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable,
+    NewAggregate, Receipt, Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
 use tokio_postgres::types::Type;

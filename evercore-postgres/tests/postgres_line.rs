@@ -269,8 +269,9 @@ impl Seen {
                 let seen = seen.clone();
                 async move {
                     let position = event.event().position().get();
+                    let is_first = !seen.events.lock().unwrap().iter().any(|known| known.0 == position);
                     seen.events.lock().unwrap().push((position, event.event().aggregate().get()));
-                    if seen.stops_at == Some(position) {
+                    if seen.stops_at == Some(position) && is_first {
                         seen.gate.notified().await;
                     }
                     Ok(())

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Mark, Metadata, NewEvent,
-    Position, Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Mark, Metadata,
+    NewEvent, Position, Receipt, Sequence, Snapshot, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 

@@ -13,8 +13,8 @@ use std::time::Duration;
 use evercore_core::{
     Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
     Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownCommand, KnownType, LoadRequest,
-    LogQuery, Mark, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result, Sequence,
-    Snapshot, StorageEngine, Target, Timestamp,
+    LogQuery, Mark, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result,
+    Sequence, Snapshot, StorageEngine, Target, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 

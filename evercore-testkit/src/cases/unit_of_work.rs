@@ -388,6 +388,7 @@ pub(crate) async fn a_handle_of_a_repeated_command_is_not_committed(fixture: &mu
     // The second handle has the deposit of 10 twice; now that the sequences agree, only its unit can tell.
     let mut work = store.begin();
     assert_kind!(work.record(&mut handles[1], deposited(1_000)), ErrorKind::Invalid);
+    assert_kind!(work.change_key(&mut handles[1], "another key"), ErrorKind::Invalid);
 }
 
 pub(crate) async fn a_guard_on_what_never_was_does_not_hold(fixture: &mut Fixture) {
