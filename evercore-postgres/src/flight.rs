@@ -65,7 +65,7 @@ struct Job {
 enum Answer {
     Flown(Result<Receipt>),
     /// Whoever was to carry it out is gone, and nothing was sent.
-    Back(Batch),
+    Back(Box<Batch>),
 }
 
 impl Job {
@@ -75,7 +75,7 @@ impl Job {
     }
 
     fn give_back(self) {
-        let _ = self.reply.send(Answer::Back(self.batch));
+        let _ = self.reply.send(Answer::Back(Box::new(self.batch)));
     }
 }
 
@@ -261,7 +261,7 @@ pub(crate) async fn commit(store: &Arc<Store>, mut batch: Batch) -> Result<Recei
         };
         match answered {
             Ok(Answer::Flown(outcome)) => return outcome.map_err(inline::go_on),
-            Ok(Answer::Back(unsent)) => batch = unsent,
+            Ok(Answer::Back(unsent)) => batch = *unsent,
             Err(_) => return Err(outcome_unknown()),
         }
     }
