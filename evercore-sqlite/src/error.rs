@@ -18,7 +18,7 @@ pub(crate) enum SqliteError {
     NoDescriptor(rusqlite::Error),
     /// What was said of one file.
     #[error("{0}")]
-    At(PathBuf, #[source] Box<SqliteError>),
+    At(PathBuf, #[source] Box<Self>),
     /// The file system.
     #[error("file system: {0}")]
     Io(#[from] std::io::Error),

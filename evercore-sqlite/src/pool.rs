@@ -136,9 +136,9 @@ impl Drop for Lent<'_> {
         }
         state.idle.extend(self.connection.take());
         if self.is_apart {
-            state.apart -= 1
+            state.apart -= 1;
         } else {
-            state.lent -= 1
+            state.lent -= 1;
         }
         drop(state);
         self.readers.returned.notify_all();
