@@ -131,7 +131,7 @@ async fn furnish_aggregates(engine: &Engine) -> Vec<AggregateId> {
 }
 
 fn paid(ann: AggregateId, bob: AggregateId) -> Unit {
-    unit().append(bob, "user", 2, 2).append(ann, "user", 5, 1).command("paid")
+    unit().append(bob, "user", 2, 2).append(ann, "user", 5, 1).command_with("paid", 1)
 }
 
 /// One of everything that a store keeps.
@@ -174,7 +174,7 @@ async fn goes_on(fixture: &Fixture, engine: &Engine, known: &Furnished) {
     // Commands: with the same content, with another one, and settled.
     let first = receipt_of(&engine, &command("paid")).await.expect("a receipt");
     assert_eq!(paid(ann, bob).commit(engine).await.unwrap(), first);
-    let other = unit().append(carl, "order", 0, 1).command("paid").commit(engine).await;
+    let other = unit().append(carl, "order", 0, 1).command_with("paid", 2).commit(engine).await;
     assert_kind!(other, ErrorKind::CommandReused);
     let late = unit().append(carl, "order", 0, 1).command("never").commit(engine).await;
     assert_kind!(late, ErrorKind::CommandAbandoned);
