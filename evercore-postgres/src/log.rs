@@ -26,7 +26,7 @@ const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 const HEAD_OF_PAGE: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1), l.mark,
         (SELECT e.mark FROM @events e WHERE e.position >= $1 ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $2 ORDER BY e.position LIMIT 1)
-    FROM @log_end l WHERE l.one = 1";
+    FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
 /// The columns of an event, filtered and in the order of a direction.
 macro_rules! select_log {

@@ -194,7 +194,8 @@ fn sessions_that_take_no_writes_are_given_up() {
         let store = EventStore::new(engine.clone());
         for _ in 0..3 {
             assert_eq!(kind(place(&store, "first").await), ErrorKind::ReadOnly);
-            assert_eq!(kind(engine.reserve(1).await), ErrorKind::ReadOnly);
+            let settled = engine.settle(&CommandId::new("never").unwrap()).await;
+            assert_eq!(kind(settled), ErrorKind::ReadOnly);
         }
         server.psql("template1", &set("off")).unwrap();
         soon("it takes writes again", async || place(&store, "first").await.is_ok()).await;
