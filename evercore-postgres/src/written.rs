@@ -55,7 +55,7 @@ impl Written {
         if book.witness != looked_for {
             return;
         }
-        let last = batches.iter().filter(|(_, receipt)| receipt.last > Position::ZERO).next_back();
+        let last = batches.iter().rfind(|(_, receipt)| receipt.last > Position::ZERO);
         let Some((_, last)) = last else { return };
         book.witness = Some(Witness::new(last.last, last.mark));
         for (batch, receipt) in batches {

@@ -286,7 +286,7 @@ impl Seen {
     }
 }
 
-async fn cursor(at: &Place) -> i64 {
+fn cursor(at: &Place) -> i64 {
     at.psql("SELECT coalesce(max(position), 0) FROM @cursors").parse().unwrap()
 }
 
@@ -295,7 +295,7 @@ async fn ten_handled(shop: &Shop) {
     for n in 0..10 {
         place(&shop.store, &format!("old {n}")).await.unwrap();
     }
-    soon("ten are handled", async || cursor(&shop.at).await == 10).await;
+    soon("ten are handled", async || cursor(&shop.at) == 10).await;
 }
 
 /// Five events in one unit, which are one page.
@@ -320,10 +320,10 @@ async fn all_come(shop: &Shop, gate: Option<&Notify>, seen: impl Fn() -> Vec<(i6
     assert_eq!(log.len(), 18);
     let missing = || log.iter().filter(|event| !seen().contains(event)).count();
     let standby = &shop.standby;
-    let is_done = async || cursor(standby).await == 18 && missing() == 0;
+    let is_done = async || cursor(standby) == 18 && missing() == 0;
     let end = std::time::Instant::now() + Duration::from_secs(10);
     while !is_done().await {
-        let (moved, lost) = (cursor(standby).await, missing());
+        let (moved, lost) = (cursor(standby), missing());
         assert!(std::time::Instant::now() < end, "{lost} events never came, the cursor is at {moved}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -386,7 +386,7 @@ fn nobody_who_remembers_what_a_failover_lost_does_harm_with_it() {
         }
         soon("the slow one is at 11", async || seen_slowly.last() == 11).await;
         for shop in [&quick, &once] {
-            soon("the quick one is at 15", async || cursor(&shop.at).await == 15).await;
+            soon("the quick one is at 15", async || cursor(&shop.at) == 15).await;
         }
 
         pair.fail_over();

@@ -52,7 +52,7 @@ struct Notes {
 
 /// What is still to be written to the disk.
 enum Write {
-    Batch(Batch),
+    Batch(Box<Batch>),
     Step(CursorId, Step),
     Settled(CommandId),
     Reserved(u32),
@@ -110,7 +110,7 @@ impl Layer {
         }
         for write in ready {
             match write {
-                Write::Batch(batch) => drop(disk.commit(batch).await),
+                Write::Batch(batch) => drop(disk.commit(*batch).await),
                 Write::Step(id, step) => drop(disk.step(&id, &step).await),
                 Write::Settled(id) => drop(disk.settle(&id).await),
                 Write::Reserved(count) => drop(disk.reserve(count).await),
@@ -229,7 +229,7 @@ impl Layer {
             }
         };
         drop(under_way);
-        self.save(Write::Batch(read)).await?;
+        self.save(Write::Batch(Box::new(read))).await?;
         self.note(&batch, receipt, others)
     }
 

@@ -44,7 +44,7 @@ async fn whole(engine: &Engine, ids: &[AggregateId]) -> Whole {
     }
     let mut receipts = Vec::new();
     for name in COMMANDS {
-        receipts.push(receipt_of(&engine, &command(name)).await);
+        receipts.push(receipt_of(engine, &command(name)).await);
     }
     let mut cursors = Vec::new();
     for cursor in engine.cursors(None).await.unwrap().cursors {
@@ -172,7 +172,7 @@ async fn furnish(engine: &Engine) -> Furnished {
 async fn goes_on(fixture: &Fixture, engine: &Engine, known: &Furnished) {
     let [ann, bob, carl, ..] = known.ids[..] else { unreachable!() };
     // Commands: with the same content, with another one, and settled.
-    let first = receipt_of(&engine, &command("paid")).await.expect("a receipt");
+    let first = receipt_of(engine, &command("paid")).await.expect("a receipt");
     assert_eq!(paid(ann, bob).commit(engine).await.unwrap(), first);
     let other = unit().append(carl, "order", 0, 1).command_with("paid", 2).commit(engine).await;
     assert_kind!(other, ErrorKind::CommandReused);
