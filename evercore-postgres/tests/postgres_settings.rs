@@ -539,6 +539,28 @@ fn the_log_is_readable_by_people() {
     });
 }
 
+/// The times of the view are exact, and the same as SQLite's.
+#[test]
+fn the_view_shows_times_to_the_microsecond() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let engine = at.engine().await;
+        write(&engine, vec![event("Kept", b"plain", Timestamp::now())]).await;
+        for (micros, text) in [
+            (0i64, "1970-01-01T00:00:00.000000Z"),
+            (-1, "1969-12-31T23:59:59.999999Z"),
+            (1_719_999_999_999_500, "2024-07-03T09:46:39.999500Z"),
+            (-62_135_596_800_000_000, "0001-01-01T00:00:00.000000Z"),
+            (253_402_300_799_999_999, "9999-12-31T23:59:59.999999Z"),
+        ] {
+            let set = format!("UPDATE @events SET event_time = {micros}, recorded_at = {micros}");
+            let shown =
+                at.psql(&format!("{set}; SELECT event_time, recorded_at FROM @event_log WHERE position = 1"));
+            assert_eq!(shown, format!("{text}|{text}"), "{micros}");
+        }
+    });
+}
+
 #[test]
 fn a_server_that_is_not_there_or_says_nothing_is_unavailable_in_time() {
     block_on(async {
