@@ -3,13 +3,13 @@
 //! A dump, a report or a standby with feedback keeps the server from removing dead row versions. Every commit leaves one of
 //! the row of `log_end`, and every move of a cursor one of its row. This starts a server of its own, holds a snapshot, makes
 //! as many dead versions as the argument says (1,000,000 unless told otherwise), and prints how long a commit, a read of the
-//! head and a move of a cursor take, as medians.
+//! head, a move of a cursor and a page of the log take, as medians, and how large both tables are with their indexes.
 
 use std::time::{Duration, Instant};
 
 use evercore_postgres::{
-    Advance, Aggregate, CursorId, EventStore, Json, Lease, OwnerId, Position, PostgresEngine, Result, Step,
-    SubscriptionName, SubscriptionStorage, tokio_postgres,
+    Advance, Aggregate, CursorId, EventStore, Json, Lease, LogQuery, OwnerId, Position, PostgresEngine,
+    Result, Step, SubscriptionName, SubscriptionStorage, tokio_postgres,
 };
 use evercore_testkit::postgres::Server;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,8 @@ struct Bench {
     store: EventStore,
     cursor: CursorId,
     lease: Lease,
+    /// The first event.
+    page: LogQuery,
 }
 
 impl Bench {
@@ -53,11 +55,16 @@ impl Bench {
         engine.step(&cursor, &Step::declare(1, Position::ZERO, None)).await?;
         let claimed = engine.step(&cursor, &Step::claim(owner.clone(), Duration::from_secs(3_600))).await?;
         let lease = Lease { owner, epoch: claimed.map_or(0, |cursor| cursor.epoch) };
-        Ok(Self { engine, store, cursor, lease })
+        let page = LogQuery::after(Position::ZERO).up_to(Position::new(1)?);
+        Ok(Self { engine, store, cursor, lease, page })
     }
 
-    async fn print(&self, when: &str) -> Result<()> {
-        let mut times = [Vec::new(), Vec::new(), Vec::new()];
+    async fn print(
+        &self,
+        when: &str,
+        server: &Server,
+    ) -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let mut times = [const { Vec::new() }; 4];
         for _ in 0..TIMES {
             let mut work = self.store.begin();
             let mut order = work.load_or_create::<Order>("one").await?;
@@ -73,13 +80,23 @@ impl Bench {
             let began = Instant::now();
             self.engine.step(&self.cursor, &Step::Advance(advance)).await?;
             times[2].push(began.elapsed());
+            let began = Instant::now();
+            self.store.read_log(&self.page).await?;
+            times[3].push(began.elapsed());
         }
         let median = |mut times: Vec<Duration>| {
             times.sort_unstable();
             times[times.len() / 2].as_secs_f64() * 1e3
         };
-        let [commit, head, cursor] = times.map(median);
-        println!("{when:<58} {commit:>8.2} {head:>8.2} {cursor:>8.2}");
+        let [commit, head, cursor, page] = times.map(median);
+        let size = |table: &str| -> std::result::Result<f64, Box<dyn std::error::Error>> {
+            let sql = format!("SELECT pg_total_relation_size('evercore.{table}')");
+            Ok(server.psql("postgres", &sql)?.parse::<f64>()? / 1e6)
+        };
+        let (log_end, cursors) = (size("log_end")?, size("cursors")?);
+        println!(
+            "{when:<58} {commit:>8.2} {head:>8.2} {cursor:>8.2} {page:>8.2} {log_end:>10.1} {cursors:>10.1}"
+        );
         Ok(())
     }
 }
@@ -89,8 +106,11 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let versions: usize = std::env::args().nth(1).map_or(Ok(1_000_000), |count| count.parse())?;
     let server = Server::start()?;
     let bench = Bench::new(PostgresEngine::connect(&server.url()).await?).await?;
-    println!("{:<58} {:>8} {:>8} {:>8}", "medians in milliseconds", "commit", "head", "cursor");
-    bench.print("at first").await?;
+    println!(
+        "{:<58} {:>8} {:>8} {:>8} {:>8} {:>10} {:>10}",
+        "medians in milliseconds, sizes in MB", "commit", "head", "cursor", "page", "log_end", "cursors"
+    );
+    bench.print("at first", &server).await?;
     let (mut reader, connection) = tokio_postgres::connect(&server.url(), NoTls).await?;
     tokio::spawn(connection);
     let snapshot = reader.build_transaction().isolation_level(IsolationLevel::RepeatableRead).start().await?;
@@ -99,12 +119,12 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     for count in [versions / 10, versions - versions / 10] {
         server.psql("postgres", &dead_versions(count))?;
         made += count;
-        bench.print(&format!("a snapshot is open, {made} dead versions of each row")).await?;
+        bench.print(&format!("a snapshot is open, {made} dead versions of each row"), &server).await?;
     }
     snapshot.rollback().await?;
-    bench.print("the snapshot is closed").await?;
+    bench.print("the snapshot is closed", &server).await?;
     server.psql("postgres", "VACUUM evercore.log_end; VACUUM evercore.cursors")?;
-    bench.print("after a vacuum").await?;
+    bench.print("after a vacuum", &server).await?;
     Ok(())
 }
 
