@@ -51,6 +51,11 @@ impl EventStore {
     /// The decision sees the state and returns what is to happen: events, none, or an error of its own. It must have
     /// no effects, since it may run several times.
     ///
+    /// Updates of one aggregate through one store and its clones go one after the other, in the order in which they
+    /// came, so that they do not race; other processes are met by conflicts alone. Nobody waits longer than a second
+    /// for an update that does not end: the next one passes it. An update of the same aggregate from inside the
+    /// decision waits that long.
+    ///
     /// # Errors
     /// [`Rejected`](crate::ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
     /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), the
@@ -143,13 +148,14 @@ impl EventStore {
             }
             None => None,
         };
-        let mut attempts = Attempts::new(self.retry_policy());
+        let mut attempts = Attempts::new(self);
+        attempts.take_turn(&target).await;
         loop {
             let error = match self.decide_once(&target, create, once.as_ref(), &mut decide).await {
                 Ok(receipt) => return Ok(receipt),
                 Err(error) => error,
             };
-            if error.is_retryable() && attempts.pause(self).await {
+            if error.is_retryable() && attempts.go_on(&error).await {
                 continue;
             }
             return match &once {

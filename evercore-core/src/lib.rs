@@ -34,6 +34,7 @@ mod subscription;
 mod target;
 mod text;
 mod time;
+mod turn;
 mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};

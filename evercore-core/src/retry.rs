@@ -1,13 +1,17 @@
 //! Running work again: how often, and after which pauses.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 use crate::batch::Receipt;
 use crate::command::Command;
-use crate::error::{Error, Result};
+use crate::engine::Target;
+use crate::error::{Error, ErrorKind, Result};
+use crate::race::{First, race};
 use crate::store::EventStore;
+use crate::turn::Turn;
 use crate::unit_of_work::UnitOfWork;
 
 /// How often, and after which pauses, work is run again after a conflict or when the engine is unavailable.
@@ -67,6 +71,9 @@ impl Default for RetryPolicy {
 impl EventStore {
     /// Runs the work, and again while it meets conflicts or an engine that is unavailable, as the policy says.
     ///
+    /// After the first conflict about an aggregate the work waits until it is its turn to write it, as an
+    /// [`update`](Self::update) does, and holds the turn to the end.
+    ///
     /// ```
     /// # use evercore_core::{Aggregate, EventStore, Json, Result};
     /// # use serde::{Deserialize, Serialize};
@@ -102,11 +109,11 @@ impl EventStore {
         F: FnMut() -> W,
         W: Future<Output = Result<R>>,
     {
-        let mut attempts = Attempts::new(self.retry_policy());
+        let mut attempts = Attempts::new(self);
         loop {
             match work().await {
                 Err(error) if error.is_retryable() => {
-                    if !attempts.pause(self).await {
+                    if !attempts.go_on(&error).await {
                         return Err(error);
                     }
                 }
@@ -153,8 +160,8 @@ impl EventStore {
     /// Where the future must be `Send` in a generic place (`tokio::spawn`), write `|mut work| async move { … }`.
     ///
     /// # Errors
-    /// As [`retry`](Self::retry), [`CommandReused`](crate::ErrorKind::CommandReused) and
-    /// [`CommandAbandoned`](crate::ErrorKind::CommandAbandoned). After [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown), call it
+    /// As [`retry`](Self::retry), [`CommandReused`](ErrorKind::CommandReused) and
+    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned). After [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), call it
     /// again with the same command.
     pub async fn once<F, W>(&self, command: Command, mut work: F) -> Result<Receipt>
     where
@@ -162,7 +169,7 @@ impl EventStore {
         W: Future<Output = Result<Receipt>>,
     {
         let once = Once { fingerprint: command.fingerprint([]), command };
-        let mut attempts = Attempts::new(self.retry_policy());
+        let mut attempts = Attempts::new(self);
         loop {
             let outcome = match once.receipt(self).await {
                 Ok(Some(first)) => return Ok(first),
@@ -175,7 +182,7 @@ impl EventStore {
             };
             match outcome {
                 Ok(receipt) => return Ok(receipt),
-                Err(error) if error.is_retryable() && attempts.pause(self).await => {}
+                Err(error) if error.is_retryable() && attempts.go_on(&error).await => {}
                 Err(error) => return once.receipt_or(self, error).await,
             }
         }
@@ -210,29 +217,76 @@ impl Once {
     }
 }
 
-/// Counts attempts and pauses between them.
-pub(crate) struct Attempts {
-    policy: RetryPolicy,
+/// How long a waiter leaves the turn to one holder. Then it passes it: the holder may be asleep, or wait for this waiter.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How many times at most a waiter waits so long for one turn. Then it goes out of turn.
+const WAITS: usize = 10;
+
+/// Counts attempts, and waits for a better moment between them.
+pub(crate) struct Attempts<'a> {
+    store: &'a EventStore,
     made: u32,
+    /// The turns of this work, by queue.
+    turns: BTreeMap<u64, Turn<'a>>,
 }
 
-impl Attempts {
-    pub(crate) fn new(policy: RetryPolicy) -> Self {
-        Self { policy, made: 1 }
+impl<'a> Attempts<'a> {
+    pub(crate) fn new(store: &'a EventStore) -> Self {
+        Self { store, made: 1, turns: BTreeMap::new() }
     }
 
-    /// Pauses before the next attempt; false if there is none.
-    pub(crate) async fn pause(&mut self, store: &EventStore) -> bool {
-        if self.made >= self.policy.attempts {
+    /// Waits until those have gone that came to write this aggregate before, through the same store.
+    pub(crate) async fn take_turn(&mut self, target: &Target) {
+        self.wait_in(self.store.turns().queue_of(target)).await;
+    }
+
+    async fn wait_in(&mut self, queue: u64) {
+        let turn = self.store.turns().enter(queue);
+        for _ in 0..WAITS {
+            let Some(holder) = turn.holder() else { break };
+            match race(turn.comes(), self.store.engine().pause(PATIENCE)).await {
+                First::Left(()) => break,
+                First::Right(()) => turn.pass(holder),
+            }
+        }
+        self.turns.insert(queue, turn);
+    }
+
+    /// Waits for a better moment for the next attempt; false if there is none. After the first conflict about an
+    /// aggregate this is its turn, after others a pause. Turns help against conflicts only: where the engine is
+    /// unavailable they are given back, so that a queue does not find that out one after the other.
+    pub(crate) async fn go_on(&mut self, error: &Error) -> bool {
+        let policy = self.store.retry_policy();
+        if self.made >= policy.attempts {
             return false;
         }
-        let pause = backoff(self.made, self.policy.first_pause, self.policy.longest_pause);
         self.made += 1;
         crate::observe::run_again();
+        if let ErrorKind::Conflict { aggregate, .. } = error.kind() {
+            let queue = self.store.turns().queue_of(&Target::Id(*aggregate));
+            if !self.turns.contains_key(&queue) {
+                self.queue_anew(queue).await;
+                return true;
+            }
+        } else {
+            self.turns.clear();
+        }
+        let pause = backoff(self.made - 1, policy.first_pause, policy.longest_pause);
         if !pause.is_zero() {
-            store.engine().pause(pause).await;
+            self.store.engine().pause(pause).await;
         }
         true
+    }
+
+    /// Gives all turns back and takes them again in one order, so that no two writers wait for one another.
+    async fn queue_anew(&mut self, another: u64) {
+        let mut queues: Vec<u64> = self.turns.keys().copied().chain([another]).collect();
+        self.turns.clear();
+        queues.sort_unstable();
+        for queue in queues {
+            self.wait_in(queue).await;
+        }
     }
 }
 

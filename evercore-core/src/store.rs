@@ -22,6 +22,7 @@ use crate::race::Bell;
 use crate::retry::RetryPolicy;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
+use crate::turn::Turns;
 use crate::unit_of_work::UnitOfWork;
 
 /// How many ids are reserved at once.
@@ -48,6 +49,7 @@ struct Shared {
     rings: Bell,
     /// Rung when an operator has changed something about a subscription.
     operated: Bell,
+    turns: Turns,
 }
 
 impl EventStore {
@@ -325,6 +327,10 @@ impl EventStore {
 
     pub(crate) fn operated(&self) -> &Bell {
         &self.shared.operated
+    }
+
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.shared.turns
     }
 
     pub(crate) fn retry_policy(&self) -> RetryPolicy {

@@ -9,6 +9,7 @@
 use evercore_sqlite as evercore;
 
 mod ground;
+mod hot_products;
 mod kit;
 mod restart;
 mod runners;
