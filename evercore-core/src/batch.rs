@@ -237,6 +237,11 @@ impl Batch {
         Ok(())
     }
 
+    /// The events that were named as read: of which aggregate, at which sequence, with which mark. In no order.
+    pub fn reads(&self) -> impl Iterator<Item = (AggregateId, Sequence, Mark)> + '_ {
+        self.read.iter().map(|(aggregate, (sequence, mark))| (*aggregate, *sequence, *mark))
+    }
+
     /// The mark that the event at this sequence had when the aggregate was read, if it was named.
     pub fn mark_read(&self, aggregate: AggregateId, sequence: Sequence) -> Option<Mark> {
         self.read.get(&aggregate).filter(|read| read.0 == sequence).map(|read| read.1)

@@ -159,6 +159,9 @@ impl Layer {
         if let Some(id) = batch.command_id() {
             read.set_command(id.clone(), batch.fingerprint());
         }
+        for (aggregate, sequence, mark) in batch.reads() {
+            read.has_read(aggregate, sequence, mark)?;
+        }
         Ok(read)
     }
 

@@ -171,6 +171,9 @@ impl Broken {
             let fingerprint = batch.fingerprint().filter(|_| !self.has(Fault::ForgetsFingerprints));
             read.set_command(id.clone(), fingerprint);
         }
+        for (aggregate, sequence, mark) in batch.reads() {
+            read.has_read(aggregate, sequence, mark)?;
+        }
         Ok(read)
     }
 

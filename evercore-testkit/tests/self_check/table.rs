@@ -650,15 +650,7 @@ pub(crate) const TABLE: &[Row] = &[
             "values::each_event_of_a_unit_keeps_its_own_metadata",
         ],
         &[]),
-    row(Fault::TakesIdsInUse,
-        &[
-            "aggregates::an_id_in_use_is_invalid",
-            "commands::a_large_receipt_comes_back_equal",
-            "commands::a_receipt_keeps_the_order_of_its_unit",
-            "commands::the_command_id_is_looked_at_before_everything_else",
-            "storage::all_of_a_store_is_there_after_reopening",
-        ],
-        &[]),
+    row(Fault::TakesIdsInUse, &["aggregates::an_id_in_use_is_invalid"], &[]),
     row(Fault::KeepsKeysOfFailures,
         &[
             "appends::what_a_failed_unit_wanted_is_free",
