@@ -3,6 +3,7 @@
 use crate::batch::{Batch, Receipt};
 use crate::engine::Target;
 use crate::error::{Error, Result};
+use crate::hash::{Fnv, hash};
 use crate::name::{AggregateType, CommandId, Key};
 
 /// A command: the id under which it takes effect once and, if the caller says so, what it asks for.
@@ -159,33 +160,6 @@ impl KnownCommand {
             Self::Committed { receipt, .. } => Some(receipt),
             Self::Abandoned => None,
         }
-    }
-}
-
-fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
-    let mut hash = Fnv::new();
-    parts.into_iter().for_each(|part| hash.part(part));
-    hash.finish()
-}
-
-/// FNV-1a with 64 bits: the same on every machine and in every release, unlike the standard library's hasher. It finds
-/// an id that is used twice by mistake; it is no defence against malice.
-struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    /// The length goes in first, so that no two lists of parts are alike.
-    fn part(&mut self, bytes: &[u8]) {
-        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
-
-    fn finish(self) -> u64 {
-        self.0
     }
 }
 

@@ -15,6 +15,7 @@ use crate::event::{Event, EventRow, Events};
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::mark::{Mark, Witness};
 use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::store_id::StoreId;
 use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
 use crate::{limits, metadata};
@@ -43,6 +44,12 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 ///
 /// [`Any`] is here so that an engine can tell whether a unit of work is its own; it is implemented by itself.
 pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
+    /// Which store this is. Known when the engine is opened, so that asking costs nothing.
+    ///
+    /// * all engines on one storage say the same, also after reopening, so a handle that one of them gave is good for
+    ///   another; engines on different storages differ, and a handle of another store is refused. A copy is the same store.
+    fn identity(&self) -> StoreId;
+
     /// Reserves `count` ids for aggregates to be made, at least 1 and at most [`limits::RESERVE_IDS`].
     ///
     /// * no id is given out twice, by any engine on the same storage, also after reopening;

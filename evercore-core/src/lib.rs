@@ -10,6 +10,7 @@ mod decision;
 mod engine;
 mod error;
 mod event;
+mod hash;
 mod ids;
 #[cfg(feature = "json")]
 mod json;
@@ -30,6 +31,7 @@ mod serde_impls;
 #[cfg(feature = "json")]
 mod state;
 mod store;
+mod store_id;
 mod subscription;
 mod target;
 mod text;
@@ -63,6 +65,7 @@ pub use retry::RetryPolicy;
 #[cfg(feature = "json")]
 pub use state::{Patch, StateAggregate};
 pub use store::EventStore;
+pub use store_id::StoreId;
 pub use subscription::{
     Advance, Cursor, CursorId, CursorState, CursorStatus, Cursors, Delivered, Delivery,
     EphemeralSubscription, Failure, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked, ParkedChange,

@@ -10,9 +10,11 @@ use crate::error::{BoxError, Result};
 use crate::ids::{AggregateId, Sequence};
 use crate::mark::Mark;
 use crate::name::Key;
+use crate::store_id::StoreId;
 
 /// An aggregate with what the store knows of it: id, natural key, sequence. Reads like the state itself.
 pub struct Loaded<T> {
+    store: StoreId,
     id: AggregateId,
     key: Option<Key>,
     sequence: Sequence,
@@ -27,8 +29,9 @@ pub struct Loaded<T> {
 pub(crate) type Fate = OnceLock<Mark>;
 
 impl<T> Loaded<T> {
-    pub(crate) fn new(id: AggregateId, key: Option<Key>, sequence: Sequence, state: T) -> Self {
-        Self { id, key, sequence, state, mark: None, staged_in: None }
+    /// An aggregate of this store, before its first event.
+    pub(crate) fn new(store: StoreId, id: AggregateId, key: Option<Key>, state: T) -> Self {
+        Self { store, id, key, sequence: Sequence::ZERO, state, mark: None, staged_in: None }
     }
 
     /// The same aggregate, as a snapshot has it.
@@ -55,6 +58,11 @@ impl<T> Loaded<T> {
     /// Whether the state has events in it that belong to another unit and are not committed.
     pub(crate) fn is_stale(&self, unit: &Arc<Fate>) -> bool {
         self.staged_in.as_ref().is_some_and(|other| !Arc::ptr_eq(other, unit) && other.get().is_none())
+    }
+
+    /// The store that it came from.
+    pub(crate) fn store(&self) -> StoreId {
+        self.store
     }
 
     pub(crate) fn set_key(&mut self, key: Key) {
@@ -107,6 +115,7 @@ impl<T> Deref for Loaded<T> {
 impl<T: Clone> Clone for Loaded<T> {
     fn clone(&self) -> Self {
         Self {
+            store: self.store,
             id: self.id,
             key: self.key.clone(),
             sequence: self.sequence,

@@ -10,6 +10,7 @@ use crate::ids::{AggregateId, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::observe;
 use crate::store::EventStore;
+use crate::store_id::StoreId;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
 
@@ -53,7 +54,10 @@ impl EventStore {
             let request =
                 LoadRequest { target, snapshot: None, up_to: Sequence::MAX, limit: PageLimit::FOLD };
             let history = self.engine().load(request).await?.ok_or(missing)?;
-            self.replay(begin::<T>(&history)?, history, Sequence::MAX, |event| as_of.includes(event)).await
+            self.replay(begin::<T>(self.identity(), &history)?, history, Sequence::MAX, |event| {
+                as_of.includes(event)
+            })
+            .await
         };
         observe::load(T::TYPE, work).await
     }
@@ -71,7 +75,7 @@ impl EventStore {
         let snapshot = (T::SNAPSHOT_EVERY > 0).then_some(T::SNAPSHOT_VERSION);
         let request = LoadRequest { target, snapshot, up_to, limit: PageLimit::FOLD };
         let Some(mut history) = self.engine().load(request.clone()).await? else { return Ok(None) };
-        let mut start = begin::<T>(&history)?;
+        let mut start = begin::<T>(self.identity(), &history)?;
         if let Some(snapshot) = &history.snapshot {
             match T::Codec::decode_state(snapshot.state.as_bytes()) {
                 Ok(state) => start = start.at(snapshot.sequence, state),
@@ -131,12 +135,12 @@ impl EventStore {
     }
 }
 
-fn begin<T: Aggregate>(history: &History) -> Result<Loaded<T>> {
+fn begin<T: Aggregate>(store: StoreId, history: &History) -> Result<Loaded<T>> {
     let wanted = aggregate_type::<T>()?;
     if history.aggregate_type != wanted {
         return Err(Error::wrong_type(history.id, wanted, history.aggregate_type.clone()));
     }
-    Ok(Loaded::new(history.id, history.key.clone(), Sequence::ZERO, T::default()))
+    Ok(Loaded::new(store, history.id, history.key.clone(), T::default()))
 }
 
 /// Applies the events up to the first that is not wanted; `false` if there was one.

@@ -20,6 +20,7 @@ use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
 use crate::race::Bell;
 use crate::retry::RetryPolicy;
+use crate::store_id::StoreId;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
 use crate::turn::Turns;
@@ -95,6 +96,11 @@ impl EventStore {
     /// The engine.
     pub fn engine(&self) -> &Arc<dyn StorageEngine> {
         &self.engine
+    }
+
+    /// Which store this is.
+    pub(crate) fn identity(&self) -> StoreId {
+        self.engine.identity()
     }
 
     /// Begins a unit of work. Nothing is written before its commit, and dropping it writes nothing.

@@ -131,7 +131,7 @@ impl UnitOfWork {
         self.batch.create(NewAggregate { id, aggregate_type, key: key.clone() })?;
         let head = Head { base: Sequence::ZERO, staged: Sequence::ZERO };
         self.heads.insert(id, head);
-        Ok(Loaded::new(id, key, Sequence::ZERO, T::default()).staged_in(&self.committed))
+        Ok(Loaded::new(self.store.identity(), id, key, T::default()).staged_in(&self.committed))
     }
 
     /// Loads an aggregate by key or id, with the events that are already staged in this unit.
@@ -179,9 +179,8 @@ impl UnitOfWork {
             if created.aggregate_type != wanted {
                 return Err(Error::wrong_type(id, wanted, created.aggregate_type.clone()));
             }
-            return self
-                .replay_staged(Loaded::new(id, created.key.clone(), Sequence::ZERO, T::default()))
-                .map(Some);
+            let created = Loaded::new(self.store.identity(), id, created.key.clone(), T::default());
+            return self.replay_staged(created).map(Some);
         }
         let up_to = match &target {
             Target::Id(id) => self.heads.get(id).map(|head| head.base),
@@ -241,16 +240,14 @@ impl UnitOfWork {
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
     /// unit gives it to another aggregate; [`Invalid`](ErrorKind::Invalid) if the handle carries events of another unit that
-    /// did not commit.
+    /// did not commit, or comes from another store.
     pub fn change_key<T: Aggregate>(
         &mut self,
         aggregate: &mut Loaded<T>,
         key: impl AsRef<str>,
     ) -> Result<()> {
         let key = Key::new(key)?;
-        if aggregate.is_stale(&self.committed) {
-            return Err(stale(aggregate.id()));
-        }
+        self.check(aggregate)?;
         let aggregate_type = aggregate_type::<T>()?;
         self.batch.change_key(KeyChange { aggregate: aggregate.id(), aggregate_type, key: key.clone() })?;
         self.raced.retain(|(raced, _)| *raced != aggregate.id());
@@ -265,8 +262,8 @@ impl UnitOfWork {
     /// # Errors
     /// [`InvalidState`](ErrorKind::InvalidState) if the state refuses; [`Codec`](ErrorKind::Codec) if the event does
     /// not encode, does not come back as it was written, or does not fit the state; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
-    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit.
-    /// The event is then not staged and the aggregate is as before.
+    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit, or
+    /// comes from another store. The event is then not staged and the aggregate is as before.
     pub fn record<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, event: T::Event) -> Result<()> {
         self.stage(aggregate, [event], None)
     }
@@ -352,12 +349,21 @@ impl UnitOfWork {
         }
     }
 
+    /// An error unless the handle is of this store, and what it has read has been or is of this unit.
+    fn check<T>(&self, aggregate: &Loaded<T>) -> Result<()> {
+        if aggregate.store() != self.store.identity() {
+            return Err(stranger(aggregate.id()));
+        }
+        if aggregate.is_stale(&self.committed) {
+            return Err(stale(aggregate.id()));
+        }
+        Ok(())
+    }
+
     /// Where this handle's aggregate stands in this unit; an error if the handle stands elsewhere.
     fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
+        self.check(aggregate)?;
         let id = aggregate.id();
-        if aggregate.is_stale(&self.committed) {
-            return Err(stale(id));
-        }
         match self.heads.get(&id) {
             Some(head) if head.staged != aggregate.sequence() => {
                 Err(Error::conflict(id, aggregate.sequence(), head.staged))
@@ -392,13 +398,10 @@ impl UnitOfWork {
     /// Demands that the aggregate, which was only read, has not changed when this unit commits.
     ///
     /// Without it two units that each read what the other writes can both commit (write skew). A handle that carries
-    /// events of another unit that did not commit has read what never was: the commit is then
-    /// [`Invalid`](ErrorKind::Invalid).
+    /// events of another unit that did not commit has read what never was, and one that comes from another store has read
+    /// something else: the commit is then [`Invalid`](ErrorKind::Invalid).
     pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) {
-        if aggregate.is_stale(&self.committed) {
-            self.refused.get_or_insert(stale(aggregate.id()));
-        }
-        if let Err(error) = self.note_read(aggregate) {
+        if let Err(error) = self.check(aggregate).and_then(|()| self.note_read(aggregate)) {
             self.refused.get_or_insert(error);
         }
         let read = aggregate.sequence();
@@ -587,6 +590,12 @@ fn kept<T: Aggregate>(state: &T) -> Result<Payload, BoxError> {
         T::Codec::read_back_state(&bytes)?;
     }
     Ok(Payload::new(bytes)?)
+}
+
+fn stranger(id: AggregateId) -> Error {
+    Error::invalid(format!(
+        "the handle of aggregate {id} comes from another store; load the aggregate from the store of this unit of work"
+    ))
 }
 
 fn stale(id: AggregateId) -> Error {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use event_listener::Event as Bell;
 use evercore_core::{
     AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
-    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
@@ -20,11 +20,17 @@ pub struct MemoryEngine {
     shared: Arc<Shared>,
 }
 
-#[derive(Default)]
 struct Shared {
+    identity: StoreId,
     state: Mutex<State>,
     /// Rung after each commit that wrote events.
     bell: Bell,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { identity: StoreId::random(), state: Mutex::default(), bell: Bell::new() }
+    }
 }
 
 impl MemoryEngine {
@@ -104,6 +110,10 @@ impl MemoryEngine {
 }
 
 impl StorageEngine for MemoryEngine {
+    fn identity(&self) -> StoreId {
+        self.shared.identity
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
             let mut state = self.state()?;

@@ -12,7 +12,7 @@ use evercore_memory::{
     Aggregate, AggregateQuery, AsOf, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error,
     ErrorKind, EventStore, Events, History, IdBlock, Json, KnownCommand, KnownType, LoadRequest, LogPage,
     LogQuery, MemoryEngine, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine,
-    SubscriptionName, SubscriptionStorage, Timestamp,
+    StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
 };
 use futures_lite::future::{block_on, poll_once};
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,10 @@ impl SubscriptionStorage for Watched {
 }
 
 impl StorageEngine for Watched {
+    fn identity(&self) -> StoreId {
+        self.inner.identity()
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         self.inner.reserve(count)
     }

@@ -86,6 +86,10 @@ impl SubscriptionStorage for Late {
     }
 }
 impl StorageEngine for Late {
+    fn identity(&self) -> StoreId {
+        self.0.identity()
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         self.0.reserve(count)
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use deadpool_postgres::Pool;
 use evercore_core::{
     AggregateQuery, Batch, BoxFuture, CommandId, Events, History, IdBlock, KnownCommand, KnownType,
-    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
 };
 
 use crate::builder::{Builder, Settings};
@@ -111,6 +111,10 @@ impl fmt::Debug for PostgresEngine {
 }
 
 impl StorageEngine for PostgresEngine {
+    fn identity(&self) -> StoreId {
+        self.0.identity()
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
             self.0.check_writable()?;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use deadpool_postgres::Pool;
-use evercore_core::{Error, ErrorKind, Result};
+use evercore_core::{Error, ErrorKind, Result, StoreId};
 
 use crate::builder::Settings;
 use crate::commit::CommitSql;
@@ -43,7 +43,7 @@ pub(crate) struct Store {
     pub(crate) watch: Watch,
     pub(crate) usual_size: UsualSize,
     pub(crate) inline: Vec<Inline>,
-    store_id: OnceLock<String>,
+    store_id: OnceLock<(String, StoreId)>,
     closed: AtomicBool,
 }
 
@@ -107,14 +107,21 @@ impl Store {
         let sender = lent.sender()?;
         let row = sender.row(&self.sql.store_id, &[]).await?;
         let row = row.ok_or_else(|| damaged("the table of the store is empty"))?;
-        let _ = self.store_id.set(row.try_get(0)?);
+        let store_id: String = row.try_get(0)?;
+        let identity = StoreId::of(&store_id);
+        let _ = self.store_id.set((store_id, identity));
         self.names.reload(sender).await?;
         self.watch.saw(self.sql.log.head(sender).await?);
         Ok(())
     }
 
     pub(crate) fn store_id(&self) -> &str {
-        self.store_id.get().map_or("", String::as_str)
+        self.store_id.get().map_or("", |(store_id, _)| store_id)
+    }
+
+    /// Of a store that is open the id is always known.
+    pub(crate) fn identity(&self) -> StoreId {
+        self.store_id.get().map_or_else(|| StoreId::of(""), |(_, identity)| *identity)
     }
 
     pub(crate) fn check_open(&self) -> Result<()> {

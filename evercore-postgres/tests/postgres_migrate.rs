@@ -48,6 +48,7 @@ fn a_store_is_made_once_and_connecting_again_is_harmless() {
         for again in [at.builder(), at.builder().migrate_on_connect(false), at.builder().pooler(true)] {
             let again = again.connect(&at.url).await.unwrap();
             assert_eq!(again.store_id(), engine.store_id());
+            assert_eq!(again.identity(), engine.identity());
             assert_eq!(positions(&again).await, [1]);
         }
         assert_eq!(relations(&at), tables);
@@ -104,6 +105,7 @@ fn several_stores_live_in_one_database() {
         let (Some(one), Some(other)) = (Place::fresh(), Place::fresh()) else { return };
         let (first, second) = (one.engine().await, other.engine().await);
         assert_ne!(first.store_id(), second.store_id());
+        assert_ne!(first.identity(), second.identity());
         for _ in 0..3 {
             place(&EventStore::new(first.clone()), "same key").await.unwrap();
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use evercore_core::{
     AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
-    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, Timestamp,
+    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
 };
 
 use crate::builder::{Builder, Settings};
@@ -242,6 +242,10 @@ impl fmt::Debug for SqliteEngine {
 }
 
 impl StorageEngine for SqliteEngine {
+    fn identity(&self) -> StoreId {
+        self.0.identity
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         self.write(move |store| {
             let first = store.write(|connection| {

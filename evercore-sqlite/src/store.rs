@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use event_listener::Event;
-use evercore_core::{Error, ErrorKind, Position, Result};
+use evercore_core::{Error, ErrorKind, Position, Result, StoreId};
 use rusqlite::Connection;
 
 use crate::builder::Settings;
@@ -36,6 +36,7 @@ pub(crate) struct Store {
     pub(crate) path: Option<PathBuf>,
     pub(crate) settings: Settings,
     pub(crate) store_id: String,
+    pub(crate) identity: StoreId,
     pub(crate) names: Names,
     pub(crate) inline: Vec<Inline>,
     pub(crate) queue: Arc<Queue>,
@@ -80,6 +81,7 @@ impl Store {
             path,
             settings,
             store_id: String::new(),
+            identity: StoreId::of(""),
             names: Names::default(),
             inline,
             queue: Arc::default(),
@@ -94,6 +96,7 @@ impl Store {
         store.store_id = store.ask(|connection| {
             Ok(connection.query_row("SELECT store_id FROM store", [], |row| row.get(0))?)
         })?;
+        store.identity = StoreId::of(&store.store_id);
         let head = store.ask(|connection| {
             store.names.reload(connection)?;
             Ok(Head::read(connection)?.position)

@@ -7,8 +7,9 @@ mod common;
 use std::fs;
 
 use common::{Folder, as_child, block_on, child, create, kind, one_event, positions};
-use evercore_sqlite::{ErrorKind, SqliteEngine, StorageEngine};
+use evercore_sqlite::{Aggregate, ErrorKind, EventStore, Json, SqliteEngine, StorageEngine};
 use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
 
 fn open_kind(path: &std::path::Path) -> ErrorKind {
     kind(block_on(SqliteEngine::open(path)))
@@ -150,6 +151,49 @@ fn a_file_without_leave_to_write_is_read_only() {
         return;
     }
     assert_eq!(open_kind(&folder.store()), ErrorKind::ReadOnly);
+}
+
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Order;
+
+#[derive(Serialize, Deserialize)]
+enum OrderEvent {
+    Placed,
+}
+
+impl Aggregate for Order {
+    const TYPE: &'static str = "order";
+    type Event = OrderEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, OrderEvent::Placed: OrderEvent) {}
+}
+
+#[test]
+fn a_handle_of_another_file_is_refused_and_one_from_before_reopening_is_good() {
+    let folder = Folder::new();
+    block_on(async {
+        let ours = SqliteEngine::open(folder.store()).await.unwrap();
+        let theirs = SqliteEngine::open(folder.file("other.db")).await.unwrap();
+        let mut handles = Vec::new();
+        for engine in [&ours, &theirs] {
+            let store = EventStore::new(engine.clone());
+            store.update_or_create::<Order, _, _>("a", |_| [OrderEvent::Placed]).await.unwrap();
+            handles.push(store.load::<Order>("a").await.unwrap());
+        }
+        let [own, stranger] = &mut handles[..] else { panic!("two stores have two handles") };
+        assert_eq!((own.id(), own.sequence()), (stranger.id(), stranger.sequence()));
+        ours.close().await.unwrap();
+
+        let again = EventStore::new(SqliteEngine::open(folder.store()).await.unwrap());
+        let mut work = again.begin();
+        let refused = work.record(stranger, OrderEvent::Placed).unwrap_err();
+        assert!(refused.to_string().contains("another store"), "{refused}");
+        assert_eq!(*refused.kind(), ErrorKind::Invalid);
+        work.record(own, OrderEvent::Placed).unwrap();
+        work.commit().await.unwrap();
+        assert_eq!(again.load::<Order>("a").await.unwrap().sequence().get(), 2);
+    });
 }
 
 #[test]

@@ -10,8 +10,8 @@ use evercore_core::{
     AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
     Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
     KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, NewAggregate, NewEvent,
-    PageLimit, Parked, ParkedChange, Position, Receipt, Result, Step, StorageEngine, SubscriptionName,
-    SubscriptionStorage, Target, Timestamp, limits,
+    PageLimit, Parked, ParkedChange, Position, Receipt, Result, Step, StorageEngine, StoreId,
+    SubscriptionName, SubscriptionStorage, Target, Timestamp, limits,
 };
 
 use super::Fault;
@@ -476,6 +476,10 @@ impl Layer {
 }
 
 impl StorageEngine for Layer {
+    fn identity(&self) -> StoreId {
+        self.inner.identity()
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
             let block = self.inner.reserve(count).await?;

@@ -13,8 +13,8 @@ use evercore_core::{
     AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
     Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
     KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate,
-    NewEvent, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, SubscriptionName,
-    SubscriptionStorage, Target, Timestamp, limits,
+    NewEvent, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, StoreId,
+    SubscriptionName, SubscriptionStorage, Target, Timestamp, limits,
 };
 
 pub use fault::Fault;
@@ -406,6 +406,10 @@ fn without_keys(batch: &Batch) -> Result<Batch> {
 }
 
 impl StorageEngine for Broken {
+    fn identity(&self) -> StoreId {
+        self.inner.identity()
+    }
+
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
             let block = self.inner.reserve(count).await?;

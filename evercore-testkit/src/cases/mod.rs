@@ -171,6 +171,7 @@ cases! {
         racing_guards_never_let_both_through,
         a_handle_of_a_repeated_command_is_not_committed,
         a_guard_on_what_never_was_does_not_hold,
+        a_handle_is_good_for_every_engine_on_the_same_storage [Further],
         a_guard_on_an_older_read_is_a_conflict,
         joined_headers_keep_their_limit,
         a_retry_runs_again_on_fresh_state,

@@ -405,6 +405,18 @@ pub(crate) async fn a_guard_on_what_never_was_does_not_hold(fixture: &mut Fixtur
     assert_kind!(work.commit().await, ErrorKind::Invalid);
 }
 
+pub(crate) async fn a_handle_is_good_for_every_engine_on_the_same_storage(fixture: &mut Fixture) {
+    let (engine, further) = (fixture.engine(), fixture.further().await);
+    assert_eq!(engine.identity(), further.identity());
+    let (store, other) = (EventStore::shared(engine), EventStore::shared(further));
+    store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
+    let mut account = store.load::<Account>("ann").await.unwrap();
+    let mut work = other.begin();
+    work.record(&mut account, deposited(2)).unwrap();
+    work.commit().await.unwrap();
+    assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 3);
+}
+
 pub(crate) async fn a_guard_on_an_older_read_is_a_conflict(fixture: &mut Fixture) {
     let store = fixture.store();
     store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
