@@ -19,6 +19,7 @@ pub struct Loaded<T> {
     key: Option<Key>,
     sequence: Sequence,
     state: T,
+    is_new: bool,
     /// The mark of its last event, if that was read.
     mark: Option<Mark>,
     /// Set if the state has events of a unit of work in it.
@@ -31,7 +32,12 @@ pub(crate) type Fate = OnceLock<Mark>;
 impl<T> Loaded<T> {
     /// An aggregate of this store, before its first event.
     pub(crate) fn new(store: StoreId, id: AggregateId, key: Option<Key>, state: T) -> Self {
-        Self { store, id, key, sequence: Sequence::ZERO, state, mark: None, staged_in: None }
+        Self { store, id, key, sequence: Sequence::ZERO, state, is_new: false, mark: None, staged_in: None }
+    }
+
+    /// The same, made by the call that returns it.
+    pub(crate) fn created(self) -> Self {
+        Self { is_new: true, ..self }
     }
 
     /// The same aggregate, as a snapshot has it.
@@ -84,6 +90,24 @@ impl<T> Loaded<T> {
         self.sequence
     }
 
+    /// Whether the call that returned this handle made the aggregate, and did not find it: `create` always does,
+    /// `load_or_create` where there was none. It stays so after the commit and with events recorded; a handle that was
+    /// loaded is never new, not even within the unit that made the aggregate.
+    ///
+    /// ```
+    /// # use evercore_core::{Aggregate, Result, UnitOfWork};
+    /// async fn open<T: Aggregate>(work: &mut UnitOfWork, key: &str, opened: T::Event) -> Result<()> {
+    ///     let mut account = work.load_or_create::<T>(key).await?;
+    ///     if account.is_new() {
+    ///         work.record(&mut account, opened)?;
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
     /// The state.
     pub fn state(&self) -> &T {
         &self.state
@@ -120,6 +144,7 @@ impl<T: Clone> Clone for Loaded<T> {
             key: self.key.clone(),
             sequence: self.sequence,
             state: self.state.clone(),
+            is_new: self.is_new,
             mark: self.mark,
             staged_in: self.staged_in.clone(),
         }

@@ -36,7 +36,7 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// 20 attempts, pauses up to 1 ms at first and 100 ms at last. With 16 writers on one aggregate 1 to 3 commits in a
+    /// 20 attempts, pauses up to 1 ms at first and 100 ms at last. With 16 writers that race for one aggregate 1 to 3 commits in a
     /// hundred need more than that (measured on PostgreSQL, on a busy machine); raise it where that is the rule.
     pub const fn new() -> Self {
         Self {

@@ -150,7 +150,7 @@ impl EventStore {
     }
 
     /// Loads the aggregate with this natural key; if there is none, makes it, without an event, at once. However many
-    /// do so at the same time, one aggregate is made, and all get it.
+    /// do so at the same time, one aggregate is made, and all get it; [`Loaded::is_new`] is true for the one that made it.
     ///
     /// # Errors
     /// As [`load`](Self::load), but never [`NotFound`](ErrorKind::NotFound), and as [`UnitOfWork::commit`].

@@ -131,7 +131,7 @@ impl UnitOfWork {
         self.batch.create(NewAggregate { id, aggregate_type, key: key.clone() })?;
         let head = Head { base: Sequence::ZERO, staged: Sequence::ZERO };
         self.heads.insert(id, head);
-        Ok(Loaded::new(self.store.identity(), id, key, T::default()).staged_in(&self.committed))
+        Ok(Loaded::new(self.store.identity(), id, key, T::default()).created().staged_in(&self.committed))
     }
 
     /// Loads an aggregate by key or id, with the events that are already staged in this unit.
@@ -147,6 +147,7 @@ impl UnitOfWork {
 
     /// Loads the aggregate with this key, or makes it. If somebody else makes it before this unit commits, the commit
     /// is a [conflict](Error::is_conflict): run the unit again, for instance with [`EventStore::retry`].
+    /// [`Loaded::is_new`] says which it was.
     ///
     /// # Errors
     /// As [`load`](Self::load) and [`create_with_key`](Self::create_with_key), but never

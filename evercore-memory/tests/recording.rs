@@ -498,3 +498,25 @@ fn a_text_with_an_escape_in_it_is_read_where_it_cannot_be_borrowed() {
         assert_eq!(texts[1], "a \"quote\"\nand a line");
     });
 }
+
+#[test]
+fn a_handle_tells_whether_its_aggregate_was_made_or_found() {
+    #[derive(Debug, Serialize, Deserialize)]
+    enum Opened {
+        Now,
+    }
+    block_on(async {
+        let (store, mut work, created) = begun::<Seen<Opened>>().await;
+        assert!(created.is_new());
+        let mut made = work.load_or_create::<Seen<Opened>>("a").await.unwrap();
+        work.record(&mut made, Opened::Now).unwrap();
+        assert!(made.is_new() && made.clone().is_new());
+        assert!(!work.load_or_create::<Seen<Opened>>("a").await.unwrap().is_new(), "found in the unit");
+        work.commit().await.unwrap();
+        assert!(made.is_new());
+        assert!(!store.load::<Seen<Opened>>("a").await.unwrap().is_new());
+        assert!(!store.load_or_create::<Seen<Opened>>("a").await.unwrap().is_new());
+        assert!(store.load_or_create::<Seen<Opened>>("b").await.unwrap().is_new());
+        assert!(!store.begin().load_or_create::<Seen<Opened>>("b").await.unwrap().is_new());
+    });
+}
