@@ -89,7 +89,7 @@ fn a_restored_store_is_the_same_and_goes_on() {
         assert_eq!(repeated.unwrap(), receipt);
         assert_eq!(again.settle(&CommandId::new("never").unwrap()).await.unwrap(), None);
 
-        // It goes on behind the head, and gives out no id that it gave out before the dump.
+        // It goes on after the head. Its ids are drawn anew, so none comes twice.
         let next = place(&again, "moved").await.unwrap();
         assert_eq!(next.last, receipt.last.plus(1));
         let made = again.load_or_create::<Order>("new").await.unwrap().id();

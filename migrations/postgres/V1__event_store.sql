@@ -132,7 +132,7 @@ CREATE TABLE cursors (
     autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
 -- The live version of each row first. Not unique by the first three: that would make each move look through the dead
--- ones. A cursor is made under the lock of the row in store, so there is one of each.
+-- ones. A cursor is made under the lock of the row in type_names, so there is one of each.
 CREATE UNIQUE INDEX cursors_newest ON cursors (subscription, version, partition, revision DESC);
 
 -- Events that could not be handled and were put aside.
