@@ -132,7 +132,11 @@ impl StorageEngine for MemoryEngine {
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
-        Box::pin(async move { Ok(self.state()?.settle(command, Timestamp::now())) })
+        Box::pin(async move {
+            let mut state = self.state()?;
+            let now = state.now();
+            Ok(state.settle(command, now))
+        })
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {

@@ -146,7 +146,8 @@ impl Queue {
 
     /// The jobs of the next flight; if there are none, the leader is one no more.
     fn take_or_resign(&self) -> Option<Vec<Job>> {
-        if self.resign_if_empty() { None } else { Some(self.lock().take()) }
+        let mut waiting = self.lock();
+        if self.resigned(&mut waiting) { None } else { Some(waiting.take()) }
     }
 
     /// Lets those who have just got an answer run, who may have more to commit: they go along with this flight instead of
@@ -183,8 +184,7 @@ impl Queue {
     }
 
     /// Whether nobody waits, and so nobody leads any more.
-    fn resign_if_empty(&self) -> bool {
-        let mut waiting = self.lock();
+    fn resigned(&self, waiting: &mut Waiting) -> bool {
         waiting.has_leader = !waiting.jobs.is_empty();
         if !waiting.has_leader {
             self.idle.notify_waiters();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use evercore_core::{
     AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, NameTable, Payload,
-    Position, Sequence, Snapshot, Target,
+    Sequence, Snapshot, Target,
 };
 use futures_lite::StreamExt;
 use futures_lite::future::zip;
@@ -159,7 +159,7 @@ async fn load_on(
     if found.names != table.mark() {
         return Err(PostgresError::OtherNames);
     }
-    let count = page.take_all(rows, asked, Position::MAX).await?;
+    let count = page.take_all(rows, asked).await?;
     let (sequence, mark) = match found.last {
         Some(last) => last,
         None if count < asked && !page.is_full() => page.last_row()?,

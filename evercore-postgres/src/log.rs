@@ -23,7 +23,8 @@ const HEAD: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n
 const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 
 /// The same, with the marks of the events at which a page begins and may end; there are no holes.
-const HEAD_OF_PAGE: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1), l.mark,
+const HEAD_OF_PAGE: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1),
+        (SELECT e.mark FROM @events e WHERE e.position >= l.position ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $1 ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $2 ORDER BY e.position LIMIT 1)
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
@@ -280,7 +281,7 @@ impl Head {
 
 /// The marks of the events between which a page lies.
 struct Marks {
-    head: Mark,
+    head: Option<Mark>,
     from: Option<Mark>,
     to: Option<Mark>,
 }
@@ -291,7 +292,7 @@ impl Marks {
         let mark =
             |column| -> Result<Option<Mark>> { Ok(row.try_get::<_, Option<i64>>(column)?.map(Mark::new)) };
         let from = if query.from > Position::ZERO { mark(3)? } else { None };
-        Ok(Self { head: Mark::new(row.try_get(2)?), from, to: mark(4)? })
+        Ok(Self { head: mark(2)?, from, to: mark(4)? })
     }
 }
 
@@ -346,7 +347,8 @@ async fn read_on(store: &Store, lent: &Lent, query: &LogQuery, table: Arc<NameTa
         let (head, rows) = zip(head.rows(&ends), ready.stream(&values)).await;
         drop(values);
         let (head, marks) = check(&head?)?;
-        let count = page.take_all(rows?, asked, head.position).await?;
+        page.end_at(head.position);
+        let count = page.take_all(rows?, asked).await?;
         if query.direction == Direction::Forward {
             range.to = range.to.min(head.position.get());
         }
@@ -360,7 +362,7 @@ async fn read_on(store: &Store, lent: &Lent, query: &LogQuery, table: Arc<NameTa
         Position::ZERO => Some(Mark::ALWAYS),
         _ if is_full && !page.events.is_empty() => last,
         scanned if scanned == query.from => marks.from,
-        scanned if scanned == head.position => Some(marks.head),
+        scanned if scanned == head.position => marks.head,
         _ => marks.to,
     };
     Ok(LogPage { began: marks.from, ended, ..page })

@@ -63,6 +63,8 @@ pub(crate) struct Page<'a> {
     limit: PageLimit,
     events: EventsBuilder,
     last: (i64, i64),
+    /// Where the log ended when the page was begun: what lies past it is for another page.
+    head: Position,
     /// Of the last row that came, and of the last event that was taken.
     marks: (Option<Mark>, Option<Mark>),
     is_full: bool,
@@ -113,7 +115,17 @@ impl<'a> Page<'a> {
 
     fn of(store: &'a Store, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
         let (events, is_full) = (EventsBuilder::new(), limit.max_events() == 0);
-        Self { store, from, table, limit, events, last: (0, 0), marks: (None, None), is_full }
+        Self {
+            store,
+            from,
+            table,
+            limit,
+            events,
+            last: (0, 0),
+            head: Position::MAX,
+            marks: (None, None),
+            is_full,
+        }
     }
 
     /// How many rows to ask for next.
@@ -138,7 +150,8 @@ impl<'a> Page<'a> {
     pub(crate) async fn go_on(&mut self, mut range: Range, mut asked: i64, mut count: i64) -> Result<()> {
         while !self.is_full && count == asked {
             range.from = match range.order {
-                Order::Position => self.last.0,
+                // Going backward, what came past the head is stepped over at once.
+                Order::Position => self.last.0.min(self.head.get().saturating_add(1)),
                 Order::Sequence => self.last.1,
             };
             asked = self.ask();
@@ -154,23 +167,23 @@ impl<'a> Page<'a> {
         };
         let ready = sender.ready(&range.sql).await?;
         let rows = ready.stream(&range.values(&asked)).await?;
-        self.take_all(rows, asked, Position::MAX).await
+        self.take_all(rows, asked).await
     }
 
-    /// Takes rows until the page is full; tells how many came. What lies past `head` is left out.
-    pub(crate) async fn take_all(
-        &mut self,
-        mut rows: Pin<Box<RowStream>>,
-        asked: i64,
-        head: Position,
-    ) -> Result<i64> {
+    /// Leaves out what lies past the end of the log, as it was when the page was begun.
+    pub(crate) fn end_at(&mut self, head: Position) {
+        self.head = head;
+    }
+
+    /// Takes rows until the page is full; tells how many came.
+    pub(crate) async fn take_all(&mut self, mut rows: Pin<Box<RowStream>>, asked: i64) -> Result<i64> {
         let mut count = 0;
         while !self.is_full {
             let Some(row) = rows.try_next().await? else { break };
             count += 1;
             self.last = (row.try_get(0)?, row.try_get(2)?);
             self.marks.0 = Some(Mark::new(row.try_get(11)?));
-            if self.last.0 <= head.get() {
+            if self.last.0 <= self.head.get() {
                 self.take(&row)?;
             }
         }

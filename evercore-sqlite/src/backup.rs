@@ -28,6 +28,9 @@ pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> 
 
 /// Puts a backup in the place of a store that nobody has open; gives the place where the old one is now.
 pub(crate) fn restore(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
+    if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return Err(not_a_store("the path is a folder").at(path));
+    }
     let settings = Settings { read_only: true, ..Settings::default() };
     // Without a log it needs no file beside it: it may lie where nothing can be written.
     let settings = Settings { immutable: wal::bytes(backup) == 0, ..settings };

@@ -270,12 +270,17 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
-        self.write(move |store| {
+        Box::pin(async move {
             let (mut forgotten, mut after) = (0, String::new());
             loop {
-                let piece = store.write(|connection| commit::forget_commands(connection, &after, before))?;
-                forgotten += piece.0;
-                let Some(end) = piece.1 else { return Ok(forgotten) };
+                // Each piece takes its turn among the commits.
+                let from = std::mem::take(&mut after);
+                let piece = self.write(move |store| {
+                    store.write(|connection| commit::forget_commands(connection, &from, before))
+                });
+                let (count, end) = piece.await?;
+                forgotten += count;
+                let Some(end) = end else { return Ok(forgotten) };
                 after = end;
             }
         })

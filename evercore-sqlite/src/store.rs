@@ -150,10 +150,7 @@ impl Store {
         }
         // What is wrong is told to those who look for themselves when their time is over.
         let Ok(head) = self.ask(Head::read) else { return };
-        if self.seen() < head.position {
-            self.saw(head.position);
-            self.committed.notify(usize::MAX);
-        }
+        self.saw(head.position);
     }
 
     /// The writer, once whoever has it is done.
@@ -245,6 +242,10 @@ impl Store {
     /// Notes where the log ends; gives the furthest end that was seen by now.
     pub(crate) fn saw(&self, head: Position) -> Position {
         let before = self.head.fetch_max(head.get(), Ordering::AcqRel);
+        // Whoever is the first to see the new end tells the others: nobody else will find it new.
+        if before < head.get() {
+            self.committed.notify(usize::MAX);
+        }
         Position::new(before).unwrap_or_default().max(head)
     }
 

@@ -166,6 +166,8 @@ pub(crate) async fn a_page_tells_at_which_events_it_began_and_ended(fixture: &mu
     for _ in 0..3 {
         grown(&engine, "user", 4).await;
     }
+    // It ends at the last event, whatever was committed without events since.
+    keyed(&engine, "user", "made last").await;
     let mark_at =
         async |position: i64| engine.read_log(&LogQuery::after(place(position))).await.unwrap().began;
     assert_eq!(mark_at(0).await, None);
