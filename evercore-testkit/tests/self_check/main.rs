@@ -89,11 +89,11 @@ fn every_fault_is_in_the_table_and_no_list_is_empty() {
     }
 }
 
-/// The first two cases of each list fail, and the fault has struck in them. A fault that shows in a race only may hide
+/// The first case of each list fails, and the fault has struck in it. A fault that shows in a race only may hide
 /// from one run on a busy machine.
 #[test]
 fn every_fault_strikes_and_is_seen() {
-    let of_row = |row: &'static Row| quick(row).take(2).map(|name| (row.fault, name));
+    let of_row = |row: &'static Row| quick(row).take(1).map(|name| (row.fault, name));
     let pairs: Vec<_> = TABLE.iter().flat_map(of_row).collect();
     let next = AtomicUsize::new(0);
     let work = || {
