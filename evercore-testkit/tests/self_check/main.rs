@@ -89,12 +89,14 @@ fn every_fault_is_in_the_table_and_no_list_is_empty() {
     }
 }
 
-/// The first case of each list fails, and the fault has struck in it. A fault that shows in a race only may hide
+/// The first case of each list fails, and the fault has struck in it. One fault is left to long runs. A fault that shows in a race only may hide
 /// from one run on a busy machine.
 #[test]
 fn every_fault_strikes_and_is_seen() {
     let of_row = |row: &'static Row| quick(row).take(1).map(|name| (row.fault, name));
-    let pairs: Vec<_> = TABLE.iter().flat_map(of_row).collect();
+    // A wake-up that is lost only by luck takes minutes of waiting to be seen.
+    let is_long = |row: &&Row| row.fault == Fault::LosesWakeUps && !is_full();
+    let pairs: Vec<_> = TABLE.iter().filter(|row| !is_long(row)).flat_map(of_row).collect();
     let next = AtomicUsize::new(0);
     let work = || {
         let mut unseen = Vec::new();
@@ -111,6 +113,11 @@ fn every_fault_strikes_and_is_seen() {
         threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
     });
     assert_eq!(unseen, [""; 0]);
+}
+
+/// Whether this is a long run.
+fn is_full() -> bool {
+    std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full")
 }
 
 /// Subscriptions wait long for what a broken engine never gives.
@@ -130,7 +137,7 @@ fn strikes_and_fails(fault: Fault, case: &Case) -> bool {
 /// Some minutes, so only where `EVERCORE_TORTURE` is `full`.
 #[test]
 fn exactly_the_cases_of_the_table_fail() {
-    if !std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full") {
+    if !is_full() {
         return;
     }
     let cases: Vec<_> = cases().filter(|case| !case.name.starts_with("subscriptions::")).collect();
