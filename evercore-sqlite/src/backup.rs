@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use evercore_core::{Error, ErrorKind};
 use rusqlite::backup::{Backup, StepResult};
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 use crate::builder::Settings;
@@ -58,22 +59,33 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
     let old = free_name(path);
     let length = fs::symlink_metadata(path).ok().map(|file| file.len());
     let was_there = length.is_some();
-    // SQLite takes a short file for an empty one, and would delete the log beside it.
-    if length.is_some_and(|length| length >= migrate::HEADER_BYTES) {
-        match migrate::identify(path, &Settings::default()).map_err(Error::from) {
-            Ok(_) => make_one_file(path)?,
-            // Not to be read any more: kept as it is.
-            Err(error) if *error.kind() == ErrorKind::NotAStore => {}
+    let is_readable = match length {
+        None => true,
+        // SQLite takes a short file for an empty one, and would delete the log beside it.
+        Some(..migrate::HEADER_BYTES) => false,
+        Some(_) => match migrate::identify(path, &Settings::default()).map_err(Error::from) {
+            Ok(_) => {
+                make_one_file(path)?;
+                true
+            }
+            Err(error) if *error.kind() == ErrorKind::NotAStore => false,
             Err(error) => return Err(error.into()),
         }
     }
     // The log first: a crash between the two leaves no log beside a file that it does not belong to.
+/// How long a reader of the moment may be in the way of a restore.
+const PATIENCE: Duration = Duration::from_millis(250);
+
     for suffix in ["-wal", "-journal"] {
         if let Err(error) = fs::rename(wal::beside(path, suffix), wal::beside(&old, suffix))
             && error.kind() != std::io::ErrorKind::NotFound
         {
             return Err(error.into());
-        }
+        },
+    };
+    // It is kept as it is.
+    if !is_readable {
+        check_unused(path)?;
     }
     let _ = fs::remove_file(wal::beside(path, "-shm")); // SQLite makes it anew
     if was_there && fs::hard_link(path, &old).is_err() {
@@ -84,16 +96,30 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
 
 /// Out of WAL mode, which SQLite does only for a connection that is alone.
 fn make_one_file(path: &Path) -> Result<()> {
-    let connection = connection::open(path, Role::Writer, false, Duration::from_secs(1))?;
+    let connection = connection::open(path, Role::Writer, false, PATIENCE)?;
     let mode = connection.pragma_update_and_check(None, "journal_mode", "delete", |row| row.get(0));
     match mode {
         Ok::<String, _>(mode) if mode == "delete" => Ok(()),
         Err(error) if !error::is_busy(&error) => Err(error.into()),
-        _ => {
-            let message =
-                "somebody has the store open, so nothing can take its place: close it everywhere first";
-            Err(Error::new(ErrorKind::Unavailable, message).into())
-        }
+        _ => Err(in_use()),
+    }
+}
+
+/// Refuses a file that another connection has locked, without a change to it. SQLite is asked by a second name, so that it
+/// leaves alone what lies beside the first. An idle connection in rollback mode holds no lock and is not found.
+fn check_unused(path: &Path) -> Result<()> {
+    let second = Copy(beside(path));
+    if fs::hard_link(path, &second.0).is_err() {
+        return Ok(()); // The file system has no links.
+    }
+    // Beside a log, and in this mode, SQLite takes the exclusive lock before it reads. So the file may be broken.
+    fs::write(wal::path_of(&second.0), [0])?;
+    let connection = connection::open(&second.0, Role::Writer, false, PATIENCE)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    connection.pragma_update_and_check(None, "locking_mode", "exclusive", |_| Ok(()))?;
+    match connection.execute_batch("BEGIN EXCLUSIVE") {
+        Err(error) if error::is_busy(&error) => Err(in_use()),
+        _ => Ok(()),
     }
 }
 
@@ -113,6 +139,12 @@ fn arrive(copy: &Path, target: &Path) -> Result<()> {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(exists()),
         Err(_) => rename(copy, target),
+fn in_use() -> SqliteError {
+    let message =
+        "another application or process uses the file, so nothing can take its place: close it there first";
+    Error::new(ErrorKind::Unavailable, message).into()
+}
+
     }
 }
 

@@ -305,3 +305,39 @@ fn a_write_ahead_log_of_another_file_is_found_and_left_alone() {
     mix(&crashed, &crashed, &mixed);
     assert_eq!(block_on(positions(&block_on(SqliteEngine::open(&mixed)).unwrap())).len(), 51);
 }
+
+/// What lies beside a file that is in use, and the file.
+fn files(path: &Path) -> [Option<Vec<u8>>; 2] {
+    ["", "-wal"].map(|suffix| fs::read(beside(path, suffix)).ok())
+}
+
+#[test]
+fn a_restore_does_not_replace_a_broken_or_foreign_file_that_is_in_use() {
+    let folder = Folder::new();
+    let (backup, foreign) = (folder.file("backup.db"), folder.file("foreign.db"));
+    let refused = |path: &Path| {
+        let before = files(path);
+        let error = block_on(SqliteEngine::restore_from(&backup, path)).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Unavailable, "{error}");
+        assert!(error.to_string().contains("another application or process uses"), "{error}");
+        assert_eq!(files(path), before);
+    };
+    let source = block_on(SqliteEngine::open(folder.file("source.db"))).unwrap();
+    block_on(source.backup_to(&backup)).unwrap();
+    // A program that holds the file as SQLite does, in a process of its own or not: to SQLite that is one.
+    let other = Connection::open(&foreign).unwrap();
+    other.execute_batch("PRAGMA journal_mode = wal; CREATE TABLE letters (text)").unwrap();
+    refused(&foreign);
+    drop(other);
+    block_on(SqliteEngine::restore_from(&backup, &foreign)).unwrap().unwrap();
+    for length in [0, 1, 50, 4_000] {
+        let path = folder.file(&format!("{length}.db"));
+        let engine = block_on(SqliteEngine::open(&path)).unwrap();
+        block_on(create(&engine, None)).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+        refused(&path);
+        drop(engine);
+    }
+    let names = fs::read_dir(folder.store().parent().unwrap()).unwrap();
+    assert!(names.flatten().all(|file| !file.file_name().to_string_lossy().contains(".part")));
+}
