@@ -19,6 +19,11 @@ use crate::wal;
 
 /// Copies the store into a new file, which is there complete or not at all, and is as private as the store.
 pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> Result<()> {
+    copy_to(source, of, target).map_err(|error| during("the backup to", target, error))
+}
+
+fn copy_to(source: &Connection, of: Option<&Path>, target: &Path) -> Result<()> {
+    check_folder(target)?;
     if fs::symlink_metadata(target).is_ok() {
         return Err(exists());
     }
@@ -29,8 +34,19 @@ pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> 
 
 /// Puts a backup in the place of a store that nobody has open; gives the place where the old one is now.
 pub(crate) fn restore(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
+    replace(backup, path).map_err(|error| during("the restore to", path, error))
+}
+
+fn replace(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
+    check_folder(path)?;
+    if is_one_file(backup, path) {
+        return Err(Error::invalid(
+            "the backup is the file that it is to replace, so there is nothing to do",
+        )
+        .into());
+    }
     if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-        return Err(not_a_store("the path is a folder").at(path));
+        return Err(not_a_store("there is a folder or a device, and no file"));
     }
     let settings = Settings { read_only: true, ..Settings::default() };
     // Without a log it needs no file beside it: it may lie where nothing can be written.
@@ -47,11 +63,14 @@ pub(crate) fn restore(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
     let _folder = migrate::lock_folder(path, Instant::now() + settings.open_timeout);
     let like = if path.exists() { path } else { backup };
     let copy = Copy::write(&source, path, Some(like))?;
-    let replaced = set_aside(path).map_err(|error| error.at(path))?;
+    let replaced = set_aside(path)?;
     fs::rename(&copy.0, path)?;
     sync_folder(path)?;
     Ok(replaced)
 }
+
+/// How long a reader of the moment may be in the way of a restore.
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// Gives what lies there another name, with all files beside it. A store is made one file before; while somebody has it
 /// open that cannot be done.
@@ -70,22 +89,19 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
             }
             Err(error) if *error.kind() == ErrorKind::NotAStore => false,
             Err(error) => return Err(error.into()),
-        }
-    }
-    // The log first: a crash between the two leaves no log beside a file that it does not belong to.
-/// How long a reader of the moment may be in the way of a restore.
-const PATIENCE: Duration = Duration::from_millis(250);
-
-    for suffix in ["-wal", "-journal"] {
-        if let Err(error) = fs::rename(wal::beside(path, suffix), wal::beside(&old, suffix))
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            return Err(error.into());
         },
     };
     // It is kept as it is.
     if !is_readable {
         check_unused(path)?;
+    }
+    // The log first: a crash between the two leaves no log beside a file that it does not belong to.
+    for suffix in ["-wal", "-journal"] {
+        if let Err(error) = fs::rename(wal::beside(path, suffix), wal::beside(&old, suffix))
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
     }
     let _ = fs::remove_file(wal::beside(path, "-shm")); // SQLite makes it anew
     if was_there && fs::hard_link(path, &old).is_err() {
@@ -123,6 +139,12 @@ fn check_unused(path: &Path) -> Result<()> {
     }
 }
 
+fn in_use() -> SqliteError {
+    let message =
+        "another application or process uses the file, so nothing can take its place: close it there first";
+    Error::new(ErrorKind::Unavailable, message).into()
+}
+
 fn free_name(path: &Path) -> PathBuf {
     let name = |n| wal::beside(path, &format!(".replaced-{n}"));
     let is_taken = |n: &u32| {
@@ -139,12 +161,6 @@ fn arrive(copy: &Path, target: &Path) -> Result<()> {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(exists()),
         Err(_) => rename(copy, target),
-fn in_use() -> SqliteError {
-    let message =
-        "another application or process uses the file, so nothing can take its place: close it there first";
-    Error::new(ErrorKind::Unavailable, message).into()
-}
-
     }
 }
 
@@ -157,7 +173,34 @@ fn rename(copy: &Path, target: &Path) -> Result<()> {
 }
 
 fn exists() -> SqliteError {
-    Error::invalid("the target of the backup exists already").into()
+    Error::invalid("there is something by this name already, which is kept: choose another name").into()
+}
+
+fn check_folder(path: &Path) -> Result<()> {
+    if path.parent().is_some_and(Path::is_dir) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Backend, "the folder does not exist, make it first").into())
+}
+
+/// Also by two names, which are links to it.
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        if id(one).is_some_and(|found| Some(found) == id(other)) {
+            return true;
+        }
+    }
+    one == other
+}
+
+/// The same error, which says what failed and where.
+fn during(operation: &str, path: &Path, error: SqliteError) -> SqliteError {
+    let error = Error::from(error);
+    let message = format!("{operation} \"{}\" failed: {error}", path.display());
+    Error::new(error.kind().clone(), message).with_source(error).into()
 }
 
 /// A file that is on its way, and goes when it does not arrive.

@@ -82,14 +82,13 @@ impl SqliteEngine {
     /// ```
     ///
     /// # Errors
-    /// [`NotAStore`](ErrorKind::NotAStore) if the backup is none, or damaged; [`Unavailable`](ErrorKind::Unavailable) if
-    /// somebody has the store at `path` open; [`Invalid`](ErrorKind::Invalid) for what [`open`](Self::open) takes for no
-    /// path of a file. Then the old store is as it was.
+    /// [`NotAStore`](ErrorKind::NotAStore) if the backup is none, or damaged, or if `path` is a folder;
+    /// [`Unavailable`](ErrorKind::Unavailable) if another application or process uses the file at `path`, be it a store or
+    /// not; [`Invalid`](ErrorKind::Invalid) if both are one file, also by links, and for what [`open`](Self::open) takes for
+    /// no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder does not
+    /// exist. Then the old store is as it was.
     pub async fn restore_from(backup: impl AsRef<Path>, path: impl AsRef<Path>) -> Result<Option<PathBuf>> {
         let (backup, path) = (builder::checked(backup.as_ref())?, builder::checked(path.as_ref())?);
-        if backup == path {
-            return Err(Error::invalid("the backup is the file that it is to replace"));
-        }
         Ok(blocking::unblock(move || backup::restore(&backup, &path)).await?)
     }
 
@@ -128,7 +127,8 @@ impl SqliteEngine {
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if there is something at `target` already, and for what [`open`](Self::open)
-    /// takes for no path of a file.
+    /// takes for no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder
+    /// does not exist. Then nothing is left at `target`.
     pub async fn backup_to(&self, target: impl AsRef<Path>) -> Result<()> {
         let target = builder::checked_new(target.as_ref())?;
         self.unblock(move |store| {

@@ -56,6 +56,9 @@ impl From<SqliteError> for Error {
                 let message = "the process has too many files open, raise its limit or close other stores";
                 (ErrorKind::Unavailable, message)
             }
+            SqliteError::Io(source) if is_full(source) => {
+                (ErrorKind::Full, "the disk is full, nothing was written")
+            }
             SqliteError::Io(_) => (ErrorKind::Backend, "the file system refused"),
             SqliteError::Migration(source) => migration(source),
             SqliteError::Damaged(_) => {
@@ -174,6 +177,10 @@ pub(crate) fn cannot_open(error: &rusqlite::Error) -> bool {
 /// Whether the disk itself failed.
 pub(crate) fn is_io(error: &rusqlite::Error) -> bool {
     primary_code(error) == Some(ffi::SQLITE_IOERR)
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 /// Whether a row broke a constraint.

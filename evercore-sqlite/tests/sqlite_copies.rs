@@ -341,3 +341,49 @@ fn a_restore_does_not_replace_a_broken_or_foreign_file_that_is_in_use() {
     let names = fs::read_dir(folder.store().parent().unwrap()).unwrap();
     assert!(names.flatten().all(|file| !file.file_name().to_string_lossy().contains(".part")));
 }
+
+/// Mistakes of operators: each error names what was to be done and where, and nothing is lost.
+#[test]
+fn a_backup_or_a_restore_that_cannot_be_done_says_so_and_changes_nothing() {
+    let folder = Folder::new();
+    let (backup, link, nowhere) =
+        (folder.file("backup.db"), folder.file("link.db"), folder.file("nowhere/store.db"));
+    let a_folder = folder.file("folder");
+    fs::create_dir(&a_folder).unwrap();
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        create(&engine, None).await.unwrap();
+        engine.backup_to(&backup).await.unwrap();
+        fs::hard_link(folder.store(), &link).unwrap();
+        let targets = [
+            (&folder.store(), ErrorKind::Invalid),
+            (&link, ErrorKind::Invalid),
+            (&nowhere, ErrorKind::Backend),
+        ];
+        for (target, kind) in targets {
+            let error = engine.backup_to(target).await.unwrap_err();
+            let text = error.to_string();
+            assert_eq!(error.kind(), &kind, "{text}");
+            assert!(text.contains("backup") && text.contains(target.to_str().unwrap()), "{text}");
+        }
+        engine.close().await.unwrap();
+        let restores = [
+            (folder.store(), folder.store(), ErrorKind::Invalid),
+            (link.clone(), folder.store(), ErrorKind::Invalid),
+            (backup.clone(), nowhere.clone(), ErrorKind::Backend),
+            (backup.clone(), a_folder.clone(), ErrorKind::NotAStore),
+            (folder.file("none.db"), folder.store(), ErrorKind::NotAStore),
+        ];
+        for (from, to, kind) in restores {
+            let error = SqliteEngine::restore_from(&from, &to).await.unwrap_err();
+            let text = error.to_string();
+            assert_eq!(error.kind(), &kind, "{text}");
+            assert!(text.contains("restore") && text.contains(to.to_str().unwrap()), "{text}");
+        }
+        assert!(a_folder.is_dir());
+        let mut names: Vec<_> = fs::read_dir(folder.store().parent().unwrap()).unwrap().collect();
+        names.retain(|file| file.as_ref().unwrap().path() != a_folder);
+        assert_eq!(names.len(), 3, "store, link and backup: {names:?}");
+        assert_eq!(positions(&SqliteEngine::open(folder.store()).await.unwrap()).await, [1]);
+    });
+}

@@ -63,6 +63,38 @@ fn a_full_disk_writes_nothing_and_works_again_with_space() {
     });
 }
 
+#[test]
+fn a_backup_or_a_restore_onto_a_full_disk_leaves_it_as_it_was() {
+    let folder = Folder::new();
+    let Some(disk) = SmallDisk::mount(&folder.file("disk")) else {
+        eprintln!("SKIPPED: no leave to mount a small file system");
+        return;
+    };
+    let path = disk.0.join("store.db");
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        let (id, _) = create(&engine, None).await.unwrap();
+        let small = folder.file("small.db");
+        engine.backup_to(&small).await.unwrap();
+        SqliteEngine::restore_from(&small, &path).await.unwrap();
+        engine.commit(large(id, 1, 1_500_000)).await.unwrap();
+        let backup = folder.file("backup.db");
+        engine.backup_to(&backup).await.unwrap();
+        let before = std::fs::read(&path).unwrap();
+
+        let target = disk.0.join("backup.db");
+        let backed_up = engine.backup_to(&target).await.unwrap_err();
+        let restored = SqliteEngine::restore_from(&backup, &path).await.unwrap_err();
+        for (error, path) in [(backed_up, &target), (restored, &path)] {
+            assert_eq!(error.kind(), &ErrorKind::Full, "{error}");
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        }
+        let left: Vec<_> = std::fs::read_dir(&disk.0).unwrap().map(|file| file.unwrap().path()).collect();
+        assert_eq!(left, std::slice::from_ref(&path));
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    });
+}
+
 /// A limit on the size of files makes the write inside a commit fail with an error that is not "disk full".
 #[cfg(unix)]
 #[test]
