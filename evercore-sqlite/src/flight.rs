@@ -3,7 +3,7 @@
 //! The flush is what costs, so everything that is queued when a flight begins goes with it, each batch with its own
 //! outcome. The engine's own thread leads, or the caller itself if the user said so.
 
-use evercore_core::{Batch, Error, Receipt, Result};
+use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use rusqlite::Connection;
 
 use crate::commit::Writer;
@@ -15,8 +15,15 @@ use crate::queue::Job;
 use crate::store::{Locked, Store};
 use crate::transaction::{self, Failure};
 
-/// Flies with all jobs of the queue.
-pub(crate) fn lead(store: &Store, jobs: Vec<Job>) {
+/// Flies with all jobs of the queue. `between` runs between two pages of what inline projections have to catch up with.
+pub(crate) fn lead(store: &Store, jobs: Vec<Job>, between: impl Fn()) {
+    if jobs.iter().any(|job| job.batch.events() > 0)
+        && let Err(error) = inline::draw_near(store, between)
+        && *error.kind() == ErrorKind::Unavailable
+    {
+        return jobs.into_iter().for_each(|job| job.answer(Err(again(&error))));
+    }
+    // What else was in the way is so again in the flight, which tells each of them.
     match store.lock() {
         Ok(mut writer) => fly(store, &mut writer, jobs),
         Err(error) => jobs.into_iter().for_each(|job| job.answer(Err(again(&error)))),
@@ -26,6 +33,12 @@ pub(crate) fn lead(store: &Store, jobs: Vec<Job>) {
 /// Commits on this thread. Whoever gets the writer flies everything that is queued, so the answer may be there
 /// already.
 pub(crate) fn commit_here(store: &Store, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
+    if batch.events() > 0
+        && let Err(error) = inline::draw_near(store, || ())
+        && *error.kind() == ErrorKind::Unavailable
+    {
+        return Err(error);
+    }
     let mut answer = store.queue.push_here(batch, sql);
     match store.lock() {
         Ok(mut writer) => {

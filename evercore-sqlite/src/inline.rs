@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use evercore_core::{BoxError, CursorId, Error, Event, PageLimit, Position, Result, Step, SubscriptionName};
 use rusqlite::{Connection, OptionalExtension};
@@ -15,6 +17,12 @@ use crate::{guard, log, subscriptions};
 
 /// How many events a handler is given at once.
 const PAGE: usize = 1_000;
+
+/// For how long pages are written one after the other before others get the file.
+const SHIFT: Duration = Duration::from_millis(100);
+
+/// Longer than the longest step in which SQLite looks for a lock, which is 100 ms: so everybody who waits gets in.
+const REST: Duration = Duration::from_millis(120);
 
 /// A cursor that was removed, paused or retired by hand is left alone.
 const CURSOR: &str = "
@@ -51,11 +59,14 @@ impl Builder {
     /// Its place in the log is a cursor of this name and version, partition 0 of 1, which is listed with those of
     /// subscriptions and is not to be run as one. A new name or version begins at the beginning of the log: all there is
     /// is handled while the store is opened, 1,000 events to a transaction. What another process commits without the
-    /// projection is handled by the next commit here. While its cursor is paused, retired or removed, it does nothing.
+    /// projection is handled by the next commit here: before it begins, 1,000 events to a transaction and with pauses in
+    /// which others can write, until 1,000 events at most are left for its own transaction. While its cursor is paused,
+    /// retired or removed, it does nothing.
     ///
     /// To fill the tables anew, pause its cursor, reset it, empty the tables and resume it: what was committed between any
-    /// two of these is then neither missing nor there twice. The next commit that has events does the rest, all of it in its
-    /// own transaction; for a long log a new version with tables of its own is better, which is filled while the store is opened.
+    /// two of these is then neither missing nor there twice. The next commit that has events does the rest, in the same way,
+    /// and waits for it; for a long log a new version with tables of its own is better, which is filled while the store is
+    /// opened.
     /// The cursor of a version that no program has any more stays where it is until it is
     /// [removed](evercore_core::EventStore::remove_subscription).
     ///
@@ -128,11 +139,7 @@ impl Inline {
         names: &Names,
         head: Position,
     ) -> error::Result<bool> {
-        let key = (self.id.subscription.as_str(), self.id.version);
-        let at = connection.prepare_cached(CURSOR)?.query_row(key, |row| row.get(0)).optional()?;
-        let Some(at) = at.map(Position::new).transpose().map_err(damaged)?.filter(|at| *at < head) else {
-            return Ok(false);
-        };
+        let Some(at) = self.position(connection)?.filter(|at| *at < head) else { return Ok(false) };
         let events = log::between(connection, names, (at, head), PageLimit::events(PAGE)?)?;
         let events: Vec<Event> = events.iter().collect();
         let Some(last) = events.last().map(Event::position) else {
@@ -140,8 +147,69 @@ impl Inline {
         };
         let sql = |connection: &Connection| (self.handle)(connection, &events);
         guard::run(connection, store.settings.sql_timeout, &self.what, sql)?;
-        connection.prepare_cached(MOVE)?.execute((key.0, key.1, last.get()))?;
+        let (subscription, version) = self.key();
+        connection.prepare_cached(MOVE)?.execute((subscription, version, last.get()))?;
         Ok(last < head)
+    }
+
+    /// A page in a transaction that does nothing else.
+    fn next_page(&self, connection: &Connection, store: &Store) -> error::Result<bool> {
+        self.page(connection, store, &store.names.copy(), Head::read(connection)?.position)
+    }
+
+    /// How far it has come; `None` if it is not to move.
+    fn position(&self, connection: &Connection) -> error::Result<Option<Position>> {
+        let at = connection.prepare_cached(CURSOR)?.query_row(self.key(), |row| row.get(0)).optional()?;
+        at.map(Position::new).transpose().map_err(damaged)
+    }
+
+    /// Whether more than a page is between it and this head.
+    fn is_far(&self, connection: &Connection, head: Position) -> error::Result<bool> {
+        let page = i64::try_from(PAGE).unwrap_or(i64::MAX);
+        Ok(self.position(connection)?.is_some_and(|at| head.get().saturating_sub(at.get()) > page))
+    }
+
+    fn key(&self) -> (&str, u32) {
+        (self.id.subscription.as_str(), self.id.version)
+    }
+}
+
+/// Before a commit: all events that others have committed without a projection, up to a page at most, which is left for
+/// the commit. `between` runs between two pages.
+pub(crate) fn draw_near(store: &Store, between: impl Fn()) -> Result<()> {
+    if store.inline.is_empty() {
+        return Ok(());
+    }
+    // As of now: who commits meanwhile cannot keep this going.
+    let head = store.ask(Head::read)?.position;
+    let mut shift = Shift::begin(store);
+    for projection in &store.inline {
+        while store.ask(|connection| projection.is_far(connection, head))? {
+            store.write(|connection| projection.next_page(connection, store))?;
+            between();
+            shift.rest();
+        }
+    }
+    Ok(())
+}
+
+/// Pages in transactions of their own follow one another so fast that others who wait for the file miss the gap.
+struct Shift {
+    began: Instant,
+    has_others: bool,
+}
+
+impl Shift {
+    fn begin(store: &Store) -> Self {
+        Self { began: Instant::now(), has_others: store.path.is_some() }
+    }
+
+    /// Leaves the file to others if it was worked on for long.
+    fn rest(&mut self) {
+        if self.has_others && self.began.elapsed() >= SHIFT {
+            thread::sleep(REST);
+            self.began = Instant::now();
+        }
     }
 }
 
@@ -162,10 +230,10 @@ pub(crate) fn catch_up(store: &Store) -> Result<()> {
     for projection in &store.inline {
         let declare = Step::declare(1, Position::ZERO, Some(Position::ZERO));
         store.write(|connection| subscriptions::take(connection, &projection.id, &declare))?;
-        let next_page = |connection: &Connection| {
-            projection.page(connection, store, &store.names.copy(), Head::read(connection)?.position)
-        };
-        while store.write(next_page)? {}
+        let mut shift = Shift::begin(store);
+        while store.write(|connection| projection.next_page(connection, store))? {
+            shift.rest();
+        }
     }
     Ok(())
 }

@@ -136,7 +136,7 @@ impl Store {
     }
 
     /// Reads something small on the writer, if there is one, so that no other connection is opened for it.
-    fn ask<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+    pub(crate) fn ask<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         if self.settings.read_only {
             return self.read(work);
         }

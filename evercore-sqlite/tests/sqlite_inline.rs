@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Folder, append, as_child, block_on, child, create, event, kind, one_event};
 use evercore_sqlite::rusqlite::Connection;
@@ -320,6 +320,38 @@ fn what_others_commit_without_it_is_caught_up_by_the_next_commit() {
         }
         is_complete(&engine, 1_520).await;
     });
+}
+
+/// Neither the commits of an engine that has the file open without it, nor what else this engine writes.
+#[test]
+fn one_that_is_far_behind_does_not_hold_up_what_others_write() {
+    const PAGES: i64 = 10;
+    let folder = Folder::new();
+    for on_caller in [false, true] {
+        let path = folder.file(&format!("{on_caller}.db"));
+        let slow = SqliteEngine::builder().inline_projection("copy", 1, |sql, events| {
+            thread::sleep(Duration::from_micros(100) * u32::try_from(events.len()).unwrap());
+            copy(sql, events)
+        });
+        let engine = block_on(slow.commit_on_caller_thread(on_caller).open(&path)).unwrap();
+        let plain = block_on(SqliteEngine::open(&path)).unwrap();
+        let id = block_on(many(&plain, PAGES * 1_000));
+        thread::scope(|scope| {
+            let behind = scope.spawn(|| block_on(one(&engine, id, PAGES * 1_000, "Behind")));
+            thread::sleep(Duration::from_millis(150));
+            let (began, reserving) = (Instant::now(), &engine);
+            let same = scope.spawn(move || {
+                block_on(reserving.reserve(1)).unwrap();
+                began.elapsed()
+            });
+            block_on(create(&plain, None)).unwrap();
+            let took = [began.elapsed(), same.join().unwrap()];
+            assert!(took.iter().all(|took| *took < Duration::from_millis(700)), "{took:?}");
+            assert!(!behind.is_finished());
+            behind.join().unwrap().unwrap();
+        });
+        block_on(is_complete(&engine, PAGES * 1_000 + 2));
+    }
 }
 
 #[test]
