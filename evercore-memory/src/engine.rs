@@ -85,8 +85,13 @@ impl MemoryEngine {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
+    async fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
+        /// So that others who wait for the state get it, which a mutex alone does not see to.
+        const PAUSE: Duration = Duration::from_millis(1);
         let writes_events = batch.events() > 0;
+        while writes_events && self.state()?.draw_near() {
+            Delay::new(PAUSE).await;
+        }
         let receipt = self.state()?.commit(batch)?;
         if writes_events {
             self.shared.bell.notify(usize::MAX);
@@ -124,7 +129,7 @@ impl StorageEngine for MemoryEngine {
     }
 
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>> {
-        Box::pin(async move { self.commit_now(&batch) })
+        Box::pin(async move { self.commit_now(&batch).await })
     }
 
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {

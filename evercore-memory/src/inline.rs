@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use evercore_core::{
     Batch, BoxError, CursorId, CursorStatus, Error, ErrorKind, Event, EventRow, Events, EventsBuilder,
-    Position, Receipt, Result, Step, SubscriptionName,
+    Position, Receipt, Result, Step, SubscriptionName, limits,
 };
 
 use crate::engine::MemoryEngine;
@@ -29,6 +29,9 @@ impl MemoryEngine {
     ///
     /// The handler runs while the store is locked: it must not call it. The value belongs to this one projection, others
     /// only read it: what they write is lost where a commit is at work. Its cursor is listed among the subscriptions.
+    ///
+    /// After it was paused or reset, the next commit with events waits until it has caught up. It gets pages of 1,000
+    /// events then, and the store is free between two of them; the last 1,000 at most come with the commit's own events.
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};
@@ -78,7 +81,7 @@ impl State {
             return Err(Error::invalid(message));
         }
         self.step(&inline.id, &Step::declare(1, Position::ZERO, Some(Position::ZERO)))?;
-        if let Some(events) = self.behind(&inline, &Events::default()) {
+        if let Some(events) = self.behind(&inline, usize::MAX, &Events::default()) {
             inline.handle(&events)?();
         }
         self.move_to_head(&inline.id);
@@ -92,18 +95,40 @@ impl State {
             return Ok(Vec::new());
         }
         let behind = self.inline.iter().filter_map(|inline| {
-            let events = self.behind(inline, &events_of(batch, receipt))?;
+            let events = self.behind(inline, usize::MAX, &events_of(batch, receipt))?;
             Some(inline.handle(&events))
         });
         behind.collect()
     }
 
-    /// What is before a projection, and these; `None` if its cursor was paused, retired or removed by hand.
-    fn behind(&self, inline: &Inline, more: &Events) -> Option<Vec<Event>> {
+    /// Hands a page to a projection that is more than a page behind; `false` if there is none. It is also `false` if that
+    /// failed: then the commit fails as well, and tells it.
+    pub(crate) fn draw_near(&mut self) -> bool {
+        let head = self.head().get();
+        let page = i64::try_from(limits::DEFAULT_PAGE_EVENTS).unwrap_or(i64::MAX);
+        let is_far = |inline: &&Inline| {
+            let cursor = self.cursors.get(&inline.id);
+            cursor.is_some_and(|it| it.status == CursorStatus::Active && head - it.position.get() > page)
+        };
+        let Some(inline) = self.inline.iter().find(is_far) else { return false };
+        let events = self.behind(inline, limits::DEFAULT_PAGE_EVENTS, &Events::default());
+        let events = events.unwrap_or_default();
+        let Some(last) = events.last().map(Event::position) else { return false };
+        let Ok(write) = inline.handle(&events) else { return false };
+        let id = inline.id.clone();
+        write();
+        if let Some(cursor) = self.cursors.get_mut(&id) {
+            cursor.position = last;
+        }
+        true
+    }
+
+    /// What is before a projection, so many at most, and these; `None` if its cursor was paused, retired or removed by hand.
+    fn behind(&self, inline: &Inline, most: usize, more: &Events) -> Option<Vec<Event>> {
         let cursor = self.cursors.get(&inline.id).filter(|cursor| cursor.status == CursorStatus::Active)?;
         let mut before = EventsBuilder::new();
         let done = usize::try_from(cursor.position.get()).unwrap_or(usize::MAX).min(self.log.len());
-        for (event, place) in self.log[done..].iter().zip(1..) {
+        for (event, place) in self.log[done..].iter().take(most).zip(1..) {
             before.push(event.row(cursor.position.plus(place)));
         }
         Some(before.finish().iter().chain(more.iter()).collect())

@@ -161,6 +161,38 @@ fn an_inline_projection_passes_nothing_over() {
 }
 
 #[test]
+fn an_inline_projection_that_is_far_behind_does_not_hold_up_others() {
+    let engine = MemoryEngine::new();
+    let store = EventStore::new(engine.clone());
+    let count = Arc::new(Mutex::new(0));
+    let handle = |count: &mut usize, events: &[evercore_memory::Event]| {
+        std::thread::sleep(Duration::from_micros(100) * u32::try_from(events.len()).unwrap());
+        *count += events.len();
+        Ok(())
+    };
+    engine.inline_projection("slow", 1, Arc::clone(&count), handle).unwrap();
+    block_on(async {
+        store.pause_subscription("slow").await.unwrap();
+        let mut work = store.begin();
+        let mut account = work.create_with_key::<Account>("many").await.unwrap();
+        work.record_all(&mut account, (0..8_000).map(|_| AccountEvent::Deposited(1))).unwrap();
+        work.commit().await.unwrap();
+        store.resume_subscription("slow").await.unwrap();
+    });
+    std::thread::scope(|scope| {
+        let behind = scope.spawn(|| block_on(deposit(&store, "behind", 1)));
+        std::thread::sleep(Duration::from_millis(50));
+        let began = std::time::Instant::now();
+        block_on(store.head()).unwrap();
+        let took = began.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+        assert!(!behind.is_finished());
+        behind.join().unwrap().unwrap();
+    });
+    assert_eq!(*count.lock().unwrap(), 8_001);
+}
+
+#[test]
 fn a_projection_that_takes_longer_than_its_lease_keeps_it_while_nobody_else_wants_it() {
     block_on(async {
         let engine = MemoryEngine::new();
