@@ -28,27 +28,32 @@ struct Waiting {
     threads: u32,
 }
 
-/// Reads where blocking is allowed. Who has to wait for a turn waits for the busy time-out at most.
+/// Reads where blocking is allowed. A read waits for its turn for the busy time-out at most; once begun it may take longer.
 pub(crate) async fn read<T: Send + 'static>(
     store: &Arc<Store>,
     work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (reply, answer) = oneshot::channel();
+    let (begin, begun) = oneshot::channel();
     let read = Box::new(move |store: &Store| {
         // Nobody needs the answer if the caller has gone.
         if !reply.is_canceled() {
+            let _ = begin.send(());
             let _ = reply.send(work(store));
         }
     });
-    let answer = async { answer.await.unwrap_or_else(|_| Err(panicked())) };
-    if push(store, read) {
-        return answer.await;
+    if !push(store, read) {
+        let begun = async {
+            let _ = begun.await;
+            Ok(())
+        };
+        let too_late = async {
+            Delay::new(store.settings.busy_timeout).await;
+            Err(none_free())
+        };
+        future::or(begun, too_late).await?;
     }
-    let too_late = async {
-        Delay::new(store.settings.busy_timeout).await;
-        Err(none_free())
-    };
-    future::or(answer, too_late).await
+    answer.await.unwrap_or_else(|_| Err(panicked()))
 }
 
 /// Queues a read; `true` if its turn is now.
@@ -85,4 +90,33 @@ fn next(reads: &Reads) -> Option<Read> {
 
 fn panicked() -> Error {
     Error::new(ErrorKind::Backend, "reading panicked")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::builder::Settings;
+
+    #[test]
+    fn the_time_out_is_for_the_turn_and_not_for_the_read() {
+        let busy_timeout = Duration::from_millis(300);
+        let settings = Settings { busy_timeout, read_connections: 1, ..Settings::default() };
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(settings, Vec::new(), Some(folder.path().join("store.db"))).unwrap();
+        let store = Arc::new(store);
+        let slow = |millis| {
+            read(&store, move |_| {
+                sleep(Duration::from_millis(millis));
+                Ok(millis)
+            })
+        };
+        // The second gets its turn in time and is slow then; the third gets its turn too late.
+        let (first, (second, third)) =
+            future::block_on(future::zip(slow(50), future::zip(slow(600), slow(0))));
+        assert_eq!((first.unwrap(), second.unwrap()), (50, 600));
+        assert_eq!(third.unwrap_err().kind(), &ErrorKind::Unavailable);
+    }
 }
