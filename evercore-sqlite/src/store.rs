@@ -314,6 +314,8 @@ impl Locked<'_> {
 fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connection>> {
     let length = match std::fs::metadata(path) {
         Ok(file) if file.is_dir() => return Err(not_a_store("the path is a folder")),
+    // Before the length: where another process is making the store, the file has its first page before it has a log.
+    let has_wal = wal::bytes(path) > 0;
         Ok(file) => Some(file.len()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(error.into()),
@@ -324,7 +326,7 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
     let identity = match length {
         None if !create => return Err(not_a_store("there is no such file")),
         // SQLite would delete it, and whatever it holds.
-        None | Some(0) if wal::bytes(path) > 0 => return Err(migrate::foreign_wal(path)),
+        None | Some(0) if has_wal => return Err(migrate::foreign_wal(path)),
         None if !path.parent().is_some_and(Path::is_dir) => {
             return Err(Error::new(ErrorKind::Backend, "the folder of the file does not exist").into());
         }
