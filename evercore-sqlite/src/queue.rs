@@ -117,14 +117,18 @@ impl Queue {
         if waiting.store.is_none() {
             waiting.store = Some(Arc::clone(store));
         }
-        self.wake(waiting)
+        let has_thread = self.start(&mut waiting);
+        // Without a thread nothing else is queued: what is there is what was just put there.
+        let dropped = has_thread.is_err().then(|| waiting.clear());
+        drop(waiting);
+        drop(dropped);
+        self.bell.notify_one();
+        has_thread
     }
 
-    /// Rings the bell; starts the thread if there is none.
-    fn wake(self: &Arc<Self>, mut waiting: MutexGuard<'_, Waiting>) -> Result<()> {
+    /// Starts the thread if there is none.
+    fn start(self: &Arc<Self>, waiting: &mut Waiting) -> Result<()> {
         if waiting.has_thread {
-            drop(waiting);
-            self.bell.notify_one();
             return Ok(());
         }
         let queue = Arc::clone(self);
@@ -135,10 +139,6 @@ impl Queue {
                 Ok(())
             }
             Err(error) => {
-                // Without a thread nothing else is queued: what is there is what was just put there.
-                let dropped = waiting.clear();
-                drop(waiting);
-                drop(dropped);
                 let message = "the system gives no thread to write with, end some or raise its limit";
                 Err(Error::new(ErrorKind::Unavailable, message).with_source(error))
             }
@@ -232,7 +232,11 @@ impl<'a> Watch<'a> {
         let watch = Watch(&store.queue);
         if waiting.watchers == 1 {
             waiting.watched = Arc::downgrade(store);
-            store.queue.wake(waiting)?;
+            let has_thread = store.queue.start(&mut waiting);
+            // Before the watch is dropped, which takes the lock.
+            drop(waiting);
+            has_thread?;
+            store.queue.bell.notify_one();
         }
         Ok(watch)
     }
@@ -241,5 +245,38 @@ impl<'a> Watch<'a> {
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
         self.0.lock().watchers -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::builder::Settings;
+
+    /// Commits on the callers' threads wait in the same queue, and need no thread of the engine's.
+    #[test]
+    fn a_watch_that_gets_no_thread_leaves_the_commits_of_others_alone() {
+        const CHILD: &str = "EVERCORE_CHILD_WITHOUT_THREADS";
+        if std::env::var_os(CHILD).is_some() {
+            let settings = Settings { commit_on_caller_thread: true, ..Settings::default() };
+            let store = Arc::new(Store::open(settings, Vec::new(), None).unwrap());
+            let _answer = store.queue.push_here(Batch::new(), None);
+            let refused = Watch::begin(&store).map(drop).unwrap_err();
+            assert_eq!(refused.kind(), &ErrorKind::Unavailable, "{refused}");
+            assert_eq!(store.queue.take().len(), 1);
+            assert_eq!(store.queue.lock().watchers, 0);
+            println!("without threads");
+            return;
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let name = "queue::tests::a_watch_that_gets_no_thread_leaves_the_commits_of_others_alone";
+        child.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(CHILD, "1");
+        // No thread gets a stack of this size.
+        let output = child.env("RUST_MIN_STACK", (1_u64 << 50).to_string()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let is_done = output.status.success() && said.contains("without threads");
+        assert!(is_done, "{said}{}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -215,6 +215,8 @@ impl Store {
             readers.close();
         }
         let Some(writer) = writer.take() else { return Ok(()) };
+        // A panic may have left it in a transaction, and then the log would not be written back.
+        transaction::roll_back(&writer.connection);
         let has_written_back = match &self.path {
             Some(_) => truncate_wal(&writer.connection).map_err(SqliteError::from),
             None => Ok(true),
@@ -312,10 +314,10 @@ impl Locked<'_> {
 
 /// Opens the writer, after every look that must come before the first write; none for a store that is only read.
 fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connection>> {
-    let length = match std::fs::metadata(path) {
-        Ok(file) if file.is_dir() => return Err(not_a_store("the path is a folder")),
     // Before the length: where another process is making the store, the file has its first page before it has a log.
     let has_wal = wal::bytes(path) > 0;
+    let length = match std::fs::metadata(path) {
+        Ok(file) if file.is_dir() => return Err(not_a_store("the path is a folder")),
         Ok(file) => Some(file.len()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(error.into()),
@@ -419,21 +421,36 @@ mod tests {
         });
     }
 
+    /// Leaves the writer in a transaction.
+    fn panic_half_way(store: &Store) {
+        let half = || {
+            let mut writer = store.lock().unwrap();
+            let half = "BEGIN IMMEDIATE; INSERT INTO aggregate_types (name) VALUES ('half')";
+            writer.get().unwrap().connection.execute_batch(half).unwrap();
+            std::panic::resume_unwind(Box::new("with the writer in hand"));
+        };
+        std::thread::scope(|scope| scope.spawn(half).join()).unwrap_err();
+    }
+
+    #[test]
+    fn closing_after_a_panic_with_the_writer_in_hand_writes_the_log_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = open(&path);
+        let whole = "INSERT INTO aggregate_types (name) VALUES ('whole')";
+        store.write(|connection| Ok(connection.execute_batch(whole)?)).unwrap();
+        panic_half_way(&store);
+        store.close().unwrap();
+        assert_eq!(wal::bytes(&path), 0);
+        assert_eq!(names(&open(&path)).unwrap(), 1);
+    }
+
     #[test]
     fn a_panic_with_the_writer_in_hand_closes_the_engine_and_leaves_nothing_half_done() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("store.db");
         let store = open(&path);
-        let panicked = std::thread::scope(|scope| {
-            let half = || {
-                let mut writer = store.lock().unwrap();
-                let half = "BEGIN IMMEDIATE; INSERT INTO aggregate_types (name) VALUES ('half')";
-                writer.get().unwrap().connection.execute_batch(half).unwrap();
-                std::panic::resume_unwind(Box::new("with the writer in hand"));
-            };
-            scope.spawn(half).join()
-        });
-        panicked.unwrap_err();
+        panic_half_way(&store);
         // Whoever needs the writer next finds out, and says so to all others.
         assert_eq!(names(&store).unwrap(), 0, "reading does not need it");
         for _ in 0..2 {

@@ -47,7 +47,7 @@ fn commit(connection: &Connection) -> Result<(), Failure> {
 
 /// Some errors (a full disk among them) roll back by themselves. Where the rollback fails the connection is of no use
 /// any more: the next BEGIN says so.
-fn roll_back(connection: &Connection) {
+pub(crate) fn roll_back(connection: &Connection) {
     if !connection.is_autocommit() {
         let _ = connection.execute_batch("ROLLBACK");
     }
