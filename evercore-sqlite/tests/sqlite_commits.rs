@@ -351,6 +351,29 @@ fn a_commit_wakes_those_who_wait_and_so_does_another_process() {
     });
 }
 
+/// Whoever sees the commit of another engine first is here the one who asks for the head, and nobody else finds it new.
+#[test]
+fn a_commit_of_others_that_is_first_seen_by_another_call_wakes_those_who_wait() {
+    let folder = Folder::new();
+    block_on(async {
+        let engine = SqliteEngine::open(folder.store()).await.unwrap();
+        let other = SqliteEngine::open(folder.store()).await.unwrap();
+        for _ in 0..3 {
+            let head = engine.head().await.unwrap();
+            let waiting = smol::spawn({
+                let engine = engine.clone();
+                async move { engine.wait(head, Duration::from_secs(5)).await }
+            });
+            engine.pause(Duration::from_millis(20)).await;
+            create(&other, None).await.unwrap();
+            assert_eq!(engine.head().await.unwrap(), head.next());
+            let seen = std::time::Instant::now();
+            assert_eq!(waiting.await.unwrap(), head.next());
+            assert!(seen.elapsed() < Duration::from_secs(2), "{:?}", seen.elapsed());
+        }
+    });
+}
+
 /// The bell must be listened for before the head is looked at. Here the look is over, and nobody has asked for its
 /// result yet, when the commit rings.
 #[test]
