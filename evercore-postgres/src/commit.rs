@@ -46,7 +46,7 @@ const COMMANDS: &str = "SELECT command_id, fingerprint, receipt FROM @commands W
 const ABANDON: &str = "
     INSERT INTO @commands (command_id, recorded_at)
     VALUES ($1, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1000000::double precision)::bigint)
-    ON CONFLICT (command_id) DO NOTHING";
+    ON CONFLICT (command_id) DO NOTHING RETURNING command_id";
 
 /// All commands, in pieces: old ones are looked for too rarely to pay for an index in every commit.
 const COMMANDS_AFTER: &str =
@@ -130,7 +130,7 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
     };
     let columns = writing.columns();
     let doubt = store.heard.before_commit();
-    let written = doubt.settle(store.in_time(ready.write(&store.settings, &columns.values())).await);
+    let written = doubt.settle_rows(store.in_time(ready.write(&store.settings, &columns.values())).await);
     let is_known = written.as_ref().err().is_none_or(is_rolled_back);
     if is_known && !written.as_ref().is_err_and(|error| takes_no_writes(error) || is_stale(error)) {
         lent.put_back();
@@ -443,7 +443,9 @@ pub(crate) async fn settle(store: &Store, id: &CommandId) -> Result<Option<Recei
 
 async fn settle_on(store: &Store, lent: &Lent, id: &CommandId) -> Result<Option<Receipt>> {
     let sender = lent.sender()?;
-    sender.ready(&store.sql.commit.abandon).await?.write(&store.settings, &[&id.as_str()]).await?;
+    let ready = sender.ready(&store.sql.commit.abandon).await?;
+    let doubt = store.heard.before_commit();
+    doubt.settle_rows(ready.write(&store.settings, &[&id.as_str()]).await)?;
     Ok(command_on(store, sender, id).await?.and_then(KnownCommand::into_receipt))
 }
 
@@ -473,7 +475,9 @@ async fn forget_some(store: &Store, lent: &Lent, after: &str, before: i64) -> Re
         }
     }
     if !old.is_empty() {
-        sender.ready(&store.sql.commit.forget).await?.write(&store.settings, &[&old, &before]).await?;
+        let ready = sender.ready(&store.sql.commit.forget).await?;
+        let doubt = store.heard.before_commit();
+        doubt.settle(ready.write(&store.settings, &[&old, &before]).await)?;
     }
     let last = piece.last().map(|row| row.try_get(0)).transpose()?;
     Ok((old.len() as u64, last))
@@ -482,7 +486,7 @@ async fn forget_some(store: &Store, lent: &Lent, after: &str, before: i64) -> Re
 /// Ids that nobody else gets: a block that begins anywhere. A counter would be lost with the tail of the log and count up to
 /// the same ids again, for others; and nobody would see that an aggregate is another one than before.
 pub(crate) async fn reserve(store: &Store, count: u32) -> Result<IdBlock> {
-    store.write(|lent| async move { reserve_on(store, &lent, count).await }).await
+    store.look(|lent| async move { reserve_on(store, &lent, count).await }).await
 }
 
 async fn reserve_on(store: &Store, lent: &Lent, count: u32) -> Result<IdBlock> {

@@ -29,6 +29,9 @@ pub(crate) enum PostgresError {
     /// The names are not those that were read: some were registered since, or lost.
     #[error("the names of types have changed")]
     OtherNames,
+    /// The server undid a transaction with the user's SQL in it, because another was in the way.
+    #[error("undone by the server: {0}")]
+    Undone(#[source] BoxError),
     /// Already an error of evercore.
     #[error(transparent)]
     Core(#[from] Error),
@@ -53,6 +56,9 @@ impl From<PostgresError> for Error {
                 (ErrorKind::Unavailable, "the names of types change again and again")
             }
             PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
+            PostgresError::Undone(_) => {
+                (ErrorKind::Unavailable, "another transaction was in the way, and nothing was written")
+            }
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };
         if let Some(told) = ours_within(&error) {
@@ -60,6 +66,10 @@ impl From<PostgresError> for Error {
         }
         match error {
             PostgresError::Core(error) => error,
+            PostgresError::Undone(source) => {
+                let message = with_code_of(message, said(&*source));
+                Self::new(kind, message).because(source)
+            }
             other => Self::new(kind, with_code(message, &other)).because(other),
         }
     }
@@ -77,6 +87,12 @@ impl Because for Error {
         let error = self.with_source(source);
         told.into_iter().fold(error, Self::with_detail)
     }
+}
+
+/// The server's own word within an error that somebody else may have made of it.
+fn said<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a DbError> {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.find_map(|cause| cause.downcast_ref())
 }
 
 /// Of an error and what it comes from, the words that show no value.
@@ -130,17 +146,17 @@ fn shows_no_value(spoken: &DbError) -> bool {
 pub(crate) fn said_no(what: &str, source: impl Into<BoxError>) -> Error {
     let source = source.into();
     let code = source.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
-    let code = code.or_else(|| match source.downcast_ref::<PostgresError>() {
-        Some(PostgresError::Postgres(error)) => error.code(),
-        _ => None,
-    });
     let code = code.map_or_else(String::new, |code| format!(" (SQLSTATE {})", code.code()));
     Error::new(ErrorKind::Rejected, format!("{what} said no{code}")).because(source)
 }
 
 /// SQLSTATE and constraint are what one looks up; neither shows a value.
 fn with_code(message: &str, error: &PostgresError) -> String {
-    let Some(spoken) = spoken(error) else { return message.to_owned() };
+    with_code_of(message, spoken(error))
+}
+
+fn with_code_of(message: &str, spoken: Option<&DbError>) -> String {
+    let Some(spoken) = spoken else { return message.to_owned() };
     let constraint = spoken.constraint().map_or_else(String::new, |name| format!(", constraint \"{name}\""));
     format!("{message} (SQLSTATE {}{constraint})", spoken.code().code())
 }
@@ -371,12 +387,18 @@ pub(crate) fn is_ours(error: &PostgresError) -> bool {
     })
 }
 
-/// Whether the server undid a transaction for a reason that passes by itself.
+/// Whether the server undid a transaction because another was in its way: a deadlock, or a serialisation failure. It is
+/// nobody's fault and passes by itself, so it is [`Unavailable`](ErrorKind::Unavailable) wherever it comes from, and is never
+/// counted against an event.
 pub(crate) fn passes(error: &PostgresError) -> bool {
-    spoken(error).is_some_and(|spoken| undoes(spoken.code()))
+    matches!(error, PostgresError::Undone(_)) || spoken(error).is_some_and(undoes)
 }
 
-/// Whether the server says so when transactions met each other.
-pub(crate) fn undoes(code: &SqlState) -> bool {
-    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code)
+/// The same for an error of the user's SQL, or one that was made of it.
+pub(crate) fn was_undone(error: &(dyn std::error::Error + 'static)) -> bool {
+    said(error).is_some_and(undoes)
+}
+
+fn undoes(spoken: &DbError) -> bool {
+    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(spoken.code())
 }

@@ -385,7 +385,7 @@ async fn outcomes(store: &Store, batches: &[&Batch]) -> Vec<Result<Receipt>> {
         }
         // Whom the server does not let in it does not let in for another batch either.
         Flown::RolledBack(error @ PostgresError::Pool(_)) => all(batches, &Error::from(error)),
-        Flown::RolledBack(error) => apart(store, batches, error.into()).await,
+        Flown::RolledBack(error) => apart(store, batches, store.if_stale(error).into()).await,
     }
 }
 

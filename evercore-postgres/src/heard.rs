@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use tokio_postgres::Row;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::error::{Result, outcome_unknown};
@@ -47,5 +48,11 @@ impl Doubt {
             return Err(outcome_unknown().into());
         }
         outcome
+    }
+
+    /// The same for a statement that returns a row for what it has written: without one it wrote nothing, and nothing is in
+    /// doubt.
+    pub(crate) fn settle_rows(self, rows: Result<Vec<Row>>) -> Result<Vec<Row>> {
+        if rows.as_ref().is_ok_and(Vec::is_empty) { rows } else { self.settle(rows) }
     }
 }

@@ -17,8 +17,8 @@ use tokio_postgres::Transaction;
 
 use crate::builder::Settings;
 use crate::commit::{self, Flown, Sorted};
-use crate::error::{Because, PostgresError, Result, damaged, is_ours, is_rolled_back, passes, said_no};
-use crate::own_sql::{Fault, open, rejected, run_within};
+use crate::error::{Result, damaged, is_ours, is_rolled_back};
+use crate::own_sql::{at_the_end, open, run_within};
 use crate::pool::Lent;
 use crate::rows::Page;
 use crate::sql::Sender;
@@ -82,7 +82,8 @@ pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
     for inline in &store.inline {
         let begin = Step::declare(1, Position::ZERO, Some(Position::ZERO));
         subscriptions::step(store, &inline.id, &begin).await?;
-        while inline.catch_up_once(store).await.map_err(|error| go_on(error.into()))? {}
+        let catch_up = || store.again_if_stale(|| inline.catch_up_once(store));
+        while catch_up().await.map_err(|error| go_on(error.into()))? {}
     }
     Ok(())
 }
@@ -94,7 +95,7 @@ pub(crate) async fn draw_near(store: &Store) -> Result<()> {
     for inline in &store.inline {
         loop {
             let behind =
-                store.write(|lent| async move { subscriptions::behind(store, &lent, &inline.id).await });
+                store.look(|lent| async move { subscriptions::behind(store, &lent, &inline.id).await });
             let behind = behind.await?;
             if behind <= i64::try_from(limits::DEFAULT_PAGE_EVENTS).unwrap_or(i64::MAX) {
                 break;
@@ -106,7 +107,7 @@ pub(crate) async fn draw_near(store: &Store) -> Result<()> {
                 );
                 return Err(Error::new(ErrorKind::Unavailable, message).into());
             }
-            inline.catch_up_once(store).await?;
+            store.again_if_stale(|| inline.catch_up_once(store)).await?;
         }
     }
     Ok(())
@@ -163,11 +164,7 @@ async fn together(
             receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
             Ok((Flown::Done(outcomes.into_iter().flatten().collect()), true))
         }
-        // A constraint of the user's that is checked at the end.
-        Err(error) if is_rolled_back(&error) && !passes(&error) => {
-            Err(rejected("an inline projection", "failed when it was committed").because(error).into())
-        }
-        Err(error) if is_rolled_back(&error) => Err(error),
+        Err(error) if is_rolled_back(&error) => Err(at_the_end("an inline projection", error)),
         Err(_) => Ok((Flown::Unknown, false)),
     }
 }
@@ -205,8 +202,8 @@ impl Inline {
         let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
         let (head, table) = store.in_time(read).await?;
         let has_more = self.take_page(store, sender, &transaction, &table, head).await?;
-        let doubt = store.heard.before_commit();
-        doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await)?;
+        // It is nobody's commit: should a failover lose it, the cursor goes back together with what was written.
+        store.in_time(async { Ok(transaction.commit().await?) }).await?;
         lent.put_back();
         Ok(has_more)
     }
@@ -240,7 +237,7 @@ impl Inline {
         if let Err(fault) = handled {
             let ended = store.in_time(async { Ok(sender.client.batch_execute("ROLLBACK").await?) }).await;
             fault.unless_late(ended)?;
-            return Err(self.failed(fault));
+            return Err(fault.into_error(&self.what()));
         }
         store.in_time(Writes::put(store, &cursor).send(sender)).await?;
         Ok(cursor.position < head)
@@ -256,21 +253,6 @@ impl Inline {
             let handled = AssertUnwindSafe(async { (self.handle)(transaction, events).await });
             handled.catch_unwind().await.unwrap_or_else(|panic| Err(Panicked(Mutex::new(Some(panic))).into()))
         })
-    }
-
-    fn failed(&self, fault: Fault) -> PostgresError {
-        let source = match fault {
-            Fault::SaidNo(source) => source,
-            Fault::TooLong(error) | Fault::Other(error) => return error.into(),
-        };
-        match source.downcast::<tokio_postgres::Error>() {
-            Ok(error) => match PostgresError::from(*error) {
-                // Met SQL beside another commit, which has the same rows; what the server undid is tried again.
-                error if passes(&error) => error,
-                error => said_no(&self.what(), error).into(),
-            },
-            Err(source) => said_no(&self.what(), source).into(),
-        }
     }
 
     fn what(&self) -> String {

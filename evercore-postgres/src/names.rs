@@ -202,8 +202,15 @@ pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
 async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> Result<NameTable> {
     sender.client.batch_execute(&begin(&store.settings)).await?;
     let mut table = store.names.lock(sender).await?;
+    let before = table.mark();
     store.names.insert(sender, &mut table, types).await?;
-    sender.client.batch_execute("COMMIT").await?;
+    // All were there: nothing to commit, and no standby to wait for.
+    if table.mark() == before {
+        sender.client.batch_execute("ROLLBACK").await?;
+        return Ok(table);
+    }
+    let doubt = store.heard.before_commit();
+    doubt.settle(sender.client.batch_execute("COMMIT").await.map_err(Into::into))?;
     Ok(table)
 }
 

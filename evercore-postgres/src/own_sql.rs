@@ -16,7 +16,8 @@ use crate::builder::Settings;
 use crate::commit::{self, Flown};
 use crate::engine::PostgresEngine;
 use crate::error::{
-    Because, PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown, said_no,
+    Because, PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown, passes, said_no,
+    was_undone,
 };
 use crate::flight;
 use crate::inline::{self, newest};
@@ -26,8 +27,13 @@ use crate::store::Store;
 use crate::task::in_task;
 use crate::wait;
 
-/// For the user's SQL: as PostgreSQL comes, but for what the engine promises in its place.
-const AS_IT_COMES: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable_bitmapscan TO DEFAULT; \
+/// For the user's SQL in our sessions: planned as PostgreSQL does by itself. Said by value, since the default of such a
+/// session is what it began with, which is our own setting. `jit` stays off: the SQL is short.
+const AS_POSTGRES_PLANS: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
+     SET LOCAL plan_cache_mode = auto";
+
+/// The same in other people's sessions, which began with settings of theirs.
+const AS_THEY_BEGAN: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable_bitmapscan TO DEFAULT; \
      SET LOCAL plan_cache_mode TO DEFAULT; SET LOCAL jit TO DEFAULT";
 
 /// As the session began; RESET ALL leaves out who one is.
@@ -77,7 +83,8 @@ impl PostgresEngine {
     /// after [`connect_timeout`](crate::Builder::connect_timeout) is [`Unavailable`](ErrorKind::Unavailable). It runs in
     /// a task: a caller who goes away does not stop it. A panic writes nothing and goes on in the caller.
     ///
-    /// Give it names with their schema, since the search path is the role's. What it sets is set back; behind a pooler
+    /// Give it names with their schema, since the search path is the role's. It is planned as PostgreSQL plans by itself,
+    /// without `jit`: the planner's settings of the engine do not hold for it. What it sets is set back; behind a pooler
     /// and on a pool of your own that takes `SET LOCAL`. Savepoints are fine. COMMIT and ROLLBACK are not: that is found
     /// out and nothing of the unit is written, but what the SQL has committed by itself is committed, and stays.
     ///
@@ -144,7 +151,8 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
     let patience = patience.saturating_add(store.patience());
     let (flown, is_clean) =
         match tokio::time::timeout(patience, together(store, &mut lent, &batch, sql)).await {
-            Ok(ended) => ended?,
+            // The SQL runs once, so it is for the caller to send it again.
+            Ok(ended) => ended.map_err(|error| store.if_stale(error))?,
             // Perhaps to the COMMIT.
             Err(_) => (Flown::Unknown, false),
         };
@@ -192,10 +200,7 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
             fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
             Ok((Flown::Done(vec![Ok(receipt)]), true))
         }
-        // A constraint of the user's that is checked at the end.
-        Err(error) if is_rolled_back(&error) => {
-            Err(rejected(WHAT, "failed when it was committed").because(error).into())
-        }
+        Err(error) if is_rolled_back(&error) => Err(at_the_end(WHAT, error)),
         Err(_) => Ok((Flown::Unknown, false)),
     }
 }
@@ -250,15 +255,21 @@ pub(crate) enum Fault {
     SaidNo(BoxError),
     /// It took too long; the server may have ended the session for that.
     TooLong(Error),
-    /// Anything else.
-    Other(Error),
+    /// Anything else; also that the server undid it because another transaction was in the way.
+    Other(PostgresError),
 }
 
 impl Fault {
-    pub(crate) fn into_error(self, what: &str) -> Error {
+    /// Of an error of the user's SQL that came in time.
+    fn of(source: BoxError) -> Self {
+        if was_undone(&*source) { Self::Other(PostgresError::Undone(source)) } else { Self::SaidNo(source) }
+    }
+
+    pub(crate) fn into_error(self, what: &str) -> PostgresError {
         match self {
-            Self::SaidNo(source) => said_no(what, source),
-            Self::TooLong(error) | Self::Other(error) => error,
+            Self::SaidNo(source) => said_no(what, source).into(),
+            Self::TooLong(error) => error.into(),
+            Self::Other(error) => error,
         }
     }
 
@@ -271,7 +282,7 @@ impl Fault {
 
 impl From<PostgresError> for Fault {
     fn from(error: PostgresError) -> Self {
-        Self::Other(error.into())
+        Self::Other(error)
     }
 }
 
@@ -306,7 +317,7 @@ async fn run<'t>(
     let is_late = outcome.is_err() || began.elapsed() >= at_most;
     let too_long = || rejected(what, &format!("took longer than {at_most:?}"));
     match outcome {
-        Ok(Err(source)) if !is_late => return Err(Fault::SaidNo(source)),
+        Ok(Err(source)) if !is_late => return Err(Fault::of(source)),
         Ok(Err(source)) => return Err(Fault::TooLong(too_long().because(source))),
         _ if is_late => return Err(Fault::TooLong(too_long())),
         _ => {}
@@ -315,14 +326,20 @@ async fn run<'t>(
         Ok(after) if after == before => Ok(()),
         Ok(_) => {
             let message = format!("{what} ended the transaction, which is not its own");
-            Err(Fault::Other(Error::invalid(message)))
+            Err(Fault::Other(Error::invalid(message).into()))
         }
-        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").because(error))),
+        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").because(error).into())),
     }
 }
 
 pub(crate) fn rejected(what: &str, why: &str) -> Error {
     Error::new(ErrorKind::Rejected, format!("{what} {why}"))
+}
+
+/// What a COMMIT that the server has rolled back is told as: a constraint of the user's is checked at the end, unless
+/// another transaction was in the way.
+pub(crate) fn at_the_end(what: &str, error: PostgresError) -> PostgresError {
+    if passes(&error) { error } else { rejected(what, "failed when it was committed").because(error).into() }
 }
 
 /// A transaction in which the user's SQL is to run, on any kind of connection.
@@ -346,5 +363,6 @@ fn settings_for_the_commit(settings: &Settings) -> String {
 
 fn settings_for_own_sql(settings: &Settings) -> String {
     let timeout = settings.sql_timeout.as_millis();
-    format!("{}; {AS_IT_COMES}; SET LOCAL statement_timeout = {timeout}", set_local(settings))
+    let plans = if settings.has_sessions() { AS_POSTGRES_PLANS } else { AS_THEY_BEGAN };
+    format!("{}; {plans}; SET LOCAL statement_timeout = {timeout}", set_local(settings))
 }

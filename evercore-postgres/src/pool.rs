@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tokio_postgres::NoTls;
 
 use crate::connect::Address;
-use crate::error::{PostgresError, Result, closed, is_rolled_back, is_stale, takes_no_writes};
+use crate::error::{Because, PostgresError, Result, closed, is_rolled_back, is_stale, takes_no_writes};
 use crate::sql::Sender;
 use crate::store::Store;
 
@@ -29,7 +29,7 @@ const GRACE: Duration = Duration::from_millis(50);
 /// How often it is cancelled at most: each statement that was sent, one after the other.
 const CANCELS: usize = 8;
 
-/// How often a read is begun at most whose session had lost what was prepared in it.
+/// How often work is begun at most whose session had lost what was prepared in it.
 const ATTEMPTS: usize = 3;
 
 /// What is known of a connection that is lent, and so what becomes of it when it is dropped.
@@ -59,6 +59,11 @@ impl Lent {
     /// For statements that only read. Dropped before [`after`](Self::after), what is still at work is cancelled.
     pub(crate) async fn to_read(store: &Store) -> Result<Self> {
         Self::take(store, &store.pool, State::Reads).await
+    }
+
+    /// The same for reads that a commit needs, whatever other reads are at work.
+    pub(crate) async fn to_look(store: &Store) -> Result<Self> {
+        Self::take(store, &store.commits, State::Reads).await
     }
 
     /// For transactions with SQL of users in them, and for steps: dropped, it is closed, unless it was
@@ -193,13 +198,20 @@ async fn is_at_rest(object: &Object) -> bool {
 }
 
 impl Store {
-    /// Reads in time, on a connection that is given back afterwards. A session that has lost what was prepared in it, as
-    /// by `DISCARD ALL`, is given up, and so are the others that rest: the read is begun again on a new one.
+    /// Reads in time, on a connection that is given back afterwards.
     pub(crate) async fn read<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
     where
         W: Future<Output = Result<T>>,
     {
-        self.again_if_stale(|| Lent::to_read(self), work).await
+        self.again_if_stale(|| self.on(Lent::to_read(self), &work)).await
+    }
+
+    /// The same for what a commit needs to know. It writes nothing, so its outcome is never in doubt.
+    pub(crate) async fn look<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
+    where
+        W: Future<Output = Result<T>>,
+    {
+        self.again_if_stale(|| self.on(Lent::to_look(self), &work)).await
     }
 
     /// The same for what the engine writes beside its flights, each in a transaction of its own.
@@ -207,32 +219,45 @@ impl Store {
     where
         W: Future<Output = Result<T>>,
     {
-        let work = &work;
-        let in_doubt = move |lent| async move {
-            let doubt = self.heard.before_commit();
-            doubt.settle(work(lent).await)
-        };
-        self.again_if_stale(|| Lent::to_commit(self), in_doubt).await
+        self.again_if_stale(|| self.on(Lent::to_commit(self), &work)).await
     }
 
-    async fn again_if_stale<T, L, W>(&self, lend: impl Fn() -> L, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
+    async fn on<T, W>(
+        &self,
+        lent: impl Future<Output = Result<Lent>>,
+        work: impl Fn(Arc<Lent>) -> W,
+    ) -> Result<T>
     where
-        L: Future<Output = Result<Lent>>,
         W: Future<Output = Result<T>>,
     {
-        let mut attempt = 1;
-        loop {
-            let lent = Arc::new(lend().await?);
-            let outcome = self.in_time(work(Arc::clone(&lent))).await;
-            match lent.after(outcome) {
-                Err(error) if is_stale(&error) && attempt < ATTEMPTS => {
-                    drop(lent);
-                    self.forget_sessions();
-                }
+        let lent = Arc::new(lent.await?);
+        let outcome = self.in_time(work(Arc::clone(&lent))).await;
+        lent.after(outcome)
+    }
+
+    /// Does work that takes a connection by itself. A session may have lost what was prepared in it, as by `DISCARD ALL`.
+    /// It is given up then, and so are the others that rest; nothing was executed, and the work is begun again on a new one.
+    pub(crate) async fn again_if_stale<T, W>(&self, work: impl Fn() -> W) -> Result<T>
+    where
+        W: Future<Output = Result<T>>,
+    {
+        for _ in 1..ATTEMPTS {
+            match work().await {
+                Err(error) if is_stale(&error) => self.forget_sessions(),
                 outcome => return outcome,
             }
-            attempt += 1;
         }
+        work().await.map_err(|error| self.if_stale(error))
+    }
+
+    /// What work that is not begun again is told of a stale session: another time it meets a new one.
+    pub(crate) fn if_stale(&self, error: PostgresError) -> PostgresError {
+        if !is_stale(&error) {
+            return error;
+        }
+        self.forget_sessions();
+        let message = "the session has lost what was prepared in it, and is given up";
+        Error::new(ErrorKind::Unavailable, message).because(error).into()
     }
 
     /// Closes the connections that nobody has at the moment: what befell one session may have befallen all.

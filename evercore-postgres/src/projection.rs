@@ -7,8 +7,8 @@ use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, 
 use tokio_postgres::Transaction;
 
 use crate::engine::PostgresEngine;
-use crate::error::{Because, Result, is_rolled_back, outcome_unknown, undoes};
-use crate::own_sql::{Fault, open, rejected, run_within};
+use crate::error::{Because, PostgresError, Result, is_rolled_back, outcome_unknown, passes};
+use crate::own_sql::{Fault, at_the_end, open, run_within};
 use crate::pool::Lent;
 use crate::sql::Sender;
 use crate::store::Store;
@@ -18,7 +18,7 @@ use crate::task::in_task;
 /// What the errors of this room are about.
 const WHAT: &str = "the projection";
 
-/// How often a handler runs at most that meets other transactions in a deadlock.
+/// How often a handler runs at most that other transactions are in the way of.
 const ATTEMPTS: usize = 3;
 
 type Handle =
@@ -89,17 +89,16 @@ impl fmt::Debug for Projection {
     }
 }
 
-/// What the server undid because another transaction wanted the same rows is no failure of the handler's, which may be
-/// counted against the event: it runs again.
+/// Where another transaction was in the way, the handler runs again.
 async fn fly(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
     let step = Step::Advance(advance);
     for _ in 1..ATTEMPTS {
-        match fly_once(store, handle, delivery, &step).await? {
-            Outcome::Failed { error, .. } if was_undone(&error) => {}
-            outcome => return Ok(outcome),
+        match store.again_if_stale(|| fly_once(store, handle, delivery, &step)).await {
+            Err(error) if passes(&error) => {}
+            outcome => return outcome,
         }
     }
-    fly_once(store, handle, delivery, &step).await
+    store.again_if_stale(|| fly_once(store, handle, delivery, &step)).await
 }
 
 async fn fly_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
@@ -112,11 +111,6 @@ async fn fly_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &St
         lent.put_back();
     }
     Ok(outcome)
-}
-
-fn was_undone(error: &BoxError) -> bool {
-    let code = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
-    code.is_some_and(undoes)
 }
 
 /// The whole transaction: the cursor, what the handler writes, and the commit.
@@ -142,26 +136,28 @@ async fn together(
         let doubt = store.heard.before_commit();
         match doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await) {
             Ok(()) => {}
-            // A constraint of the user's that is checked at the end.
-            Err(error) if is_rolled_back(&error) => {
-                return Ok(failed(rejected(WHAT, AT_THE_END).because(error)));
-            }
+            Err(error) if is_rolled_back(&error) => return failed_or_refused(at_the_end(WHAT, error)),
             Err(error) => return Ok(Outcome::Refused(outcome_unknown().because(error))),
         }
     }
     let cursor = moved?;
-    Ok(match handled {
-        Ok(()) => cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced),
-        Err(Fault::SaidNo(error)) => failed(error),
-        Err(Fault::TooLong(error)) => failed(error),
-        Err(Fault::Other(error)) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
-            failed(error)
-        }
-        Err(Fault::Other(error)) => Outcome::Refused(error),
-    })
+    match handled {
+        Ok(()) => Ok(cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced)),
+        Err(Fault::SaidNo(error)) => Ok(failed(error)),
+        Err(Fault::TooLong(error)) => Ok(failed(error)),
+        Err(Fault::Other(error)) => failed_or_refused(error),
+    }
 }
 
-const AT_THE_END: &str = "failed when it was committed";
+/// What the handler has done wrong is its failure. Nothing else is.
+fn failed_or_refused(error: PostgresError) -> Result<Outcome> {
+    match error {
+        PostgresError::Core(error) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
+            Ok(failed(error))
+        }
+        error => Err(error),
+    }
+}
 
 fn failed(error: impl Into<BoxError>) -> Outcome {
     Outcome::Failed { handled: 0, error: error.into() }

@@ -93,9 +93,8 @@ impl Store {
             address: address.map(Arc::new),
         };
         migrate::prepare(&store).await?;
-        let lent = Lent::to_read(&store).await?;
-        let outcome = store.in_time(store.look_around(&lent)).await;
-        lent.after(outcome)?;
+        let opened = &store;
+        store.read(|lent| async move { opened.look_around(&lent).await }).await?;
         if let Some(address) = &store.address {
             address.hosts().follow(store.store_id(), store.watch.subscribe());
         }

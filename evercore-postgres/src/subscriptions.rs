@@ -298,14 +298,14 @@ pub(crate) async fn step(store: &Store, id: &CursorId, step: &Step) -> Result<Op
         && looks_at >= advance.to
         && advance.parked.is_empty()
         && advance.parked_seen.is_none()
-        && let Some(cursor) = advance_alone(store, id, advance, looks_at).await?
+        && let Some(cursor) = store.again_if_stale(|| advance_alone(store, id, advance, looks_at)).await?
     {
         return Ok(Some(cursor));
     }
     let until = Instant::now() + STEP_OF_ANOTHER;
     let mut met = 0;
     while met < ATTEMPTS {
-        match step_once(store, id, step).await? {
+        match store.again_if_stale(|| step_once(store, id, step)).await? {
             Stepped::To(cursor) => return Ok(cursor),
             Stepped::Met => met += 1,
             Stepped::Held if Instant::now() < until => sleep(STEP_OF_ANOTHER / 10).await,
@@ -341,7 +341,7 @@ async fn advance_alone(
     let doubt = store.heard.before_commit();
     match tokio::time::timeout(store.patience(), ready.write(&store.settings, &values))
         .await
-        .map(|rows| doubt.settle(rows))
+        .map(|rows| doubt.settle_rows(rows))
     {
         Ok(Ok(rows)) => {
             let cursor = rows.first().map(read_cursor).transpose()?;
@@ -515,8 +515,12 @@ impl<'a> Writes<'a> {
             return Err(unknown().into());
         };
         // COMMIT after an error is a rollback, and answers as if all were well.
-        match doubt.settle(rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into))) {
-            Ok(rows) => Ok(rows.get(self.of_cursor).is_none_or(|rows| !rows.is_empty())),
+        let rows = rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into));
+        if rows.as_ref().is_ok_and(|rows| rows.get(self.of_cursor).is_some_and(Vec::is_empty)) {
+            return Ok(false);
+        }
+        match doubt.settle(rows) {
+            Ok(_) => Ok(true),
             Err(error) if is_rolled_back(&error) => Err(error),
             Err(error) => Err(unknown().because(error).into()),
         }

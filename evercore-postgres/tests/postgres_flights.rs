@@ -114,15 +114,33 @@ fn a_commit_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged() {
                 }
             }
         };
+        let waits = "FROM pg_stat_activity WHERE application_name = 'waits' AND wait_event = 'SyncRep'";
         for way in 0..3 {
             let commit = tokio::spawn(commit(way));
-            let waits = "FROM pg_stat_activity WHERE application_name = 'waits' AND wait_event = 'SyncRep'";
             soon("it waits", async || at.psql(&format!("SELECT count(*) {waits}")) == "1").await;
             at.psql(&format!("SELECT pg_cancel_backend(pid) {waits}"));
             let outcome: Result<Receipt> = commit.await.unwrap();
             assert_eq!(kind(outcome), ErrorKind::OutcomeUnknown, "{way}");
             assert_eq!(engine.head().await.unwrap().get(), 2 + i64::try_from(way).unwrap());
         }
+        // What only reads beside it has nothing to be unsure of.
+        let commit = tokio::spawn(commit(2));
+        soon("it waits", async || at.psql(&format!("SELECT count(*) {waits}")) == "1").await;
+        let queued = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        let mut side = side(&at.url).await;
+        let table = format!("LOCK TABLE {}.aggregates IN ACCESS EXCLUSIVE MODE", at.schema);
+        let lock = tokio::spawn(async move {
+            let lock = side.transaction().await.unwrap();
+            lock.batch_execute(&table).await.unwrap();
+            lock.rollback().await.unwrap();
+        });
+        soon("it queues", async || at.psql(queued) == "1").await;
+        let reserved = tokio::spawn(async move { engine.reserve(1).await });
+        soon("it queues", async || at.psql(queued) == "2").await;
+        at.psql(&format!("SELECT pg_cancel_backend(pid) {waits}"));
+        assert_eq!(kind(commit.await.unwrap()), ErrorKind::OutcomeUnknown);
+        lock.await.unwrap();
+        reserved.await.unwrap().unwrap_or_else(|error| panic!("{}", all_of(&error)));
     });
 }
 
@@ -165,13 +183,20 @@ fn a_session_that_lost_what_was_prepared_in_it_is_given_up() {
 fn a_session_from_before_a_table_was_changed_is_given_up() {
     block_on(async {
         let Some(at) = Place::fresh() else { return };
-        let (_, store) = two_connections(&at, "changed").await;
+        let (engine, store) = two_connections(&at, "changed").await;
         for _ in 0..4 {
             store.load::<Order>("first").await.unwrap();
         }
         at.psql("DROP VIEW @event_log; ALTER TABLE @events ALTER COLUMN reference TYPE varchar");
         let order = store.load::<Order>("first").await;
         assert_eq!(order.unwrap_or_else(|error| panic!("{}", all_of(&error))).events, 1);
+        // SQL of the user's runs once, so it is for the user to send it again.
+        for _ in 0..4 {
+            place_with(&engine, "first", own("SELECT 1")).await.unwrap();
+        }
+        at.psql("ALTER TABLE @commands ALTER COLUMN receipt TYPE varchar");
+        assert_eq!(kind(place_with(&engine, "first", own("SELECT 1")).await), ErrorKind::Unavailable);
+        place_with(&engine, "first", own("SELECT 1")).await.unwrap();
     });
 }
 

@@ -681,3 +681,45 @@ fn an_error_that_may_come_after_the_commit_leaves_the_outcome_open() {
         shop.is_as_before().await;
     });
 }
+
+/// Another transaction was in the way: the same work may go through a moment later.
+#[test]
+fn what_the_server_undoes_may_be_tried_again() {
+    block_on(async {
+        for shop in Shop::all().await {
+            for code in ["40001", "40P01"] {
+                for when in ["DEFERRED", "IMMEDIATE"] {
+                    shop.at.psql(&format!(
+                        "CREATE OR REPLACE FUNCTION @undo() RETURNS trigger LANGUAGE plpgsql
+                             AS $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END $$;
+                         CREATE CONSTRAINT TRIGGER undo AFTER INSERT ON @outbox DEFERRABLE INITIALLY {when}
+                             FOR EACH ROW EXECUTE FUNCTION @undo()"
+                    ));
+                    let error = shop.place("first", shop.send()).await.unwrap_err();
+                    assert_eq!(error.kind(), &ErrorKind::Unavailable, "{when}: {}", all_of(&error));
+                    assert!(error.to_string().contains(code), "{error}");
+                    shop.at.psql("DROP TRIGGER undo ON @outbox");
+                }
+            }
+            shop.is_as_before().await;
+        }
+    });
+}
+
+#[test]
+fn the_sql_is_planned_as_postgresql_does_by_itself() {
+    block_on(async {
+        for shop in Shop::all().await {
+            let note = shop.sql(
+                "INSERT INTO @outbox SELECT pg_catalog.string_agg(name || ' ' || setting, ', ' ORDER BY name)
+                     FROM pg_settings WHERE name IN ('enable_seqscan', 'enable_bitmapscan', 'plan_cache_mode',
+                         'search_path', 'statement_timeout', 'synchronous_commit', 'transaction_isolation')",
+            );
+            shop.place("second", note).await.unwrap();
+            let expected = "enable_bitmapscan on, enable_seqscan on, plan_cache_mode auto, \
+                            search_path \"$user\", public, statement_timeout 5000, synchronous_commit on, \
+                            transaction_isolation read committed";
+            assert_eq!(shop.at.psql("SELECT message FROM @outbox"), expected);
+        }
+    });
+}

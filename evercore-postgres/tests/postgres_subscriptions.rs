@@ -650,6 +650,84 @@ fn a_deadlock_of_two_projections_is_no_failure_of_a_handler() {
     });
 }
 
+/// Found while the handler runs or at the COMMIT, and told as it is or within an error of the handler's own.
+#[test]
+fn what_the_server_undoes_is_no_failure_of_a_handler() {
+    block_on(async {
+        for (place, engine) in all(|builder| builder).await {
+            let table = table(&place);
+            fill(&engine, 3).await;
+            let (id, cursor) = begin(&engine, "undone").await;
+            let step = next(&engine, &cursor, 9).await.unwrap();
+            let sink = engine.projection(move |sql, delivery| {
+                let table = table.clone();
+                Box::pin(async move {
+                    let noted = note(sql, &table, delivery.events()).await;
+                    noted.map_err(|source| std::io::Error::other(source).into())
+                })
+            });
+            let undo = |code: &str, when: &str, times: i32| {
+                place.psql(&format!(
+                    "DROP TRIGGER IF EXISTS undo ON @seen; DROP SEQUENCE IF EXISTS @tries; CREATE SEQUENCE @tries;
+                     CREATE OR REPLACE FUNCTION @undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                         IF nextval('@tries') <= {times} THEN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END IF;
+                         RETURN NULL;
+                     END $$;
+                     CREATE CONSTRAINT TRIGGER undo AFTER INSERT ON @seen DEFERRABLE INITIALLY {when}
+                         FOR EACH ROW EXECUTE FUNCTION @undo()"
+                ))
+            };
+            for (code, when) in [("40001", "DEFERRED"), ("40P01", "DEFERRED"), ("40001", "IMMEDIATE")] {
+                undo(code, when, 99);
+                assert_eq!(refused(deliver(&sink, &step).await), ErrorKind::Unavailable, "{code} {when}");
+                assert_eq!((find(&engine, &id).await, seen(&place)), (cursor.clone(), vec![]));
+            }
+            // It runs again by itself.
+            undo("40001", "DEFERRED", 2);
+            let outcome = deliver(&sink, &step).await;
+            assert!(matches!(outcome, Outcome::Advanced(_)), "{outcome:?}");
+            assert_eq!(seen(&place), up_to(3));
+        }
+    });
+}
+
+#[test]
+fn a_step_whose_session_is_stale_is_taken_in_a_new_one() {
+    block_on(async {
+        let Some(place) = Place::fresh() else { return };
+        let manager = Manager::new(place.url.parse().unwrap(), NoTls);
+        let pool = Pool::builder(manager).max_size(2).build().unwrap();
+        let engine = place.builder().with_pool(pool.clone()).await.unwrap();
+        let table = table(&place);
+        fill(&engine, 20).await;
+        let (id, mut cursor) = begin(&engine, "stale").await;
+        let sink = projection(&engine, &table, "SELECT 1");
+        for way in 0..3 {
+            // Then "cached plan must not change result type".
+            let other = if way == 1 { "text" } else { "varchar" };
+            let alter =
+                format!("ALTER TABLE {}.cursors ALTER COLUMN failed_error TYPE {other}", place.schema);
+            for lose in ["SELECT 1", "SELECT 1", "DEALLOCATE ALL", "SELECT 1", "SELECT 1", &alter] {
+                let step = next(&engine, &cursor, 1).await.unwrap();
+                for client in [pool.get().await.unwrap(), pool.get().await.unwrap()] {
+                    client.batch_execute(lose).await.unwrap();
+                }
+                let outcome = match way {
+                    0 => engine.step(&id, &Step::claim(owner("me"), TIME)).await.map(Option::unwrap),
+                    1 => engine.step(&id, &Step::Advance(step.1)).await.map(Option::unwrap),
+                    _ => match deliver(&sink, &step).await {
+                        Outcome::Advanced(cursor) => Ok(cursor),
+                        Outcome::Refused(error) => Err(error),
+                        other => panic!("{other:?}"),
+                    },
+                };
+                cursor = outcome.unwrap_or_else(|error| panic!("{way} {lose}: {}", all_of(&error)));
+            }
+        }
+        assert_eq!(seen(&place), [7, 8, 9, 10, 11, 12]);
+    });
+}
+
 /// A future that was begun and is not polled must not keep a connection from others.
 #[test]
 fn whoever_waits_for_events_and_is_not_polled_holds_up_nobody() {
