@@ -71,6 +71,7 @@ pub(crate) struct Settings {
     pub(crate) connect_timeout: Duration,
     pub(crate) statement_timeout: Duration,
     pub(crate) sql_timeout: Duration,
+    pub(crate) connection_age: Duration,
     pub(crate) poll_interval: Duration,
     pub(crate) migrate: bool,
     pub(crate) read_only: bool,
@@ -92,6 +93,7 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(5),
             statement_timeout: Duration::from_secs(30),
             sql_timeout: Duration::from_secs(5),
+            connection_age: Duration::from_secs(30 * 60),
             poll_interval: Duration::from_millis(50),
             migrate: true,
             read_only: false,
@@ -173,6 +175,16 @@ impl Builder {
     /// while it holds what others wait for; 5 seconds unless set.
     pub fn sql_timeout(mut self, timeout: Duration) -> Self {
         self.settings.sql_timeout = at_least_a_millisecond(timeout);
+        self
+    }
+
+    /// How old a connection may become, 30 minutes unless set. One that is older is closed when it is next asked for, and
+    /// another is made; whatever is at work on it comes to its end.
+    ///
+    /// A new connection looks again for the primary among the hosts of the URL. So this is the longest for which an engine
+    /// goes on with a primary that was replaced and lives on, if its connections to it never break.
+    pub fn connection_age(mut self, at_most: Duration) -> Self {
+        self.settings.connection_age = at_most;
         self
     }
 

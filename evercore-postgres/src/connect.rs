@@ -85,12 +85,17 @@ impl Address {
         let manager = Manager::from_connect(config, self.clone(), manager_config);
         // A free connection is waited for as long as a new one, which keeps its time itself.
         let patience = Some(self.settings.connect_timeout);
-        let hosts = Arc::clone(&self.hosts);
-        let is_of_today =
-            Hook::sync_fn(move |_, metrics: &Metrics| match hosts.is_outdated(metrics.created) {
-                true => Err(HookError::message("it leads to a primary that was replaced")),
-                false => Ok(()),
-            });
+        let (hosts, at_most) = (Arc::clone(&self.hosts), self.settings.connection_age);
+        let is_of_today = Hook::sync_fn(move |_, metrics: &Metrics| {
+            if hosts.is_outdated(metrics.created) {
+                return Err(HookError::message("it leads to a primary that was replaced"));
+            }
+            // A primary that was replaced and lives on breaks no connection: a new one finds out.
+            if metrics.age() > at_most {
+                return Err(HookError::message("it is old"));
+            }
+            Ok(())
+        });
         Pool::builder(manager)
             .max_size(connections)
             .pre_recycle(is_of_today)
@@ -148,6 +153,7 @@ impl Address {
                         return Ok(self.newest(index, standing, connected, &notified).await);
                     }
                     Fit::Behind => {
+                        self.hosts.let_in();
                         if behind.as_ref().is_none_or(|(best, _)| *best < standing) {
                             behind = Some((standing, connected));
                         }
@@ -421,10 +427,20 @@ mod tests {
 
     #[test]
     fn what_does_not_read_is_not_shown() {
-        for url in ["postgres://app:hunter2@[bad", "postgres://u:hunter2@h/x?sslmode=never", "host"] {
-            let error = tls_of(url).unwrap_err();
+        for url in [
+            "postgres://app:hunter2@[bad",
+            "postgres://u:hunter2@h/x?sslmode=never",
+            "host",
+            "postgres://u:1/hunter2@localhost/x",
+            "postgres://u/hunter2@localhost/x",
+            "postgres://u:p@hunter2@localhost/x",
+            "postgres://u:p@localhost/hunter2@localhost",
+        ] {
+            let error = tls_of(url).expect_err(url);
             assert!(!format!("{error} {error:?}").contains("hunter2"));
             assert_eq!(*error.kind(), ErrorKind::Invalid);
         }
+        // In a parameter it is a letter like others.
+        assert!(!tls_of("postgres://localhost/x?user=a@b&application_name=c/d@e").unwrap());
     }
 }

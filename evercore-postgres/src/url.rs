@@ -175,6 +175,12 @@ fn of_url(rest: &str) -> Result<Vec<Pair>> {
         }
         _ => rest,
     };
+    // A password in which a "/" or "@" stands as it is would be taken for a host or a database, and shown.
+    if rest.split('?').next().is_some_and(|before| before.contains('@')) {
+        let message =
+            "an \"@\" where none belongs: in a name or a password, \"/\" is written as %2F and \"@\" as %40";
+        return Err(unreadable(message));
+    }
     let (hosts, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     if !hosts.is_empty() {
         let (names, ports): (Vec<_>, Vec<_>) =

@@ -398,6 +398,25 @@ fn an_engine_that_was_dropped_or_closed_leaves_no_connection() {
 }
 
 #[test]
+fn a_connection_that_is_old_is_replaced() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        for (age, is_kept) in [(Duration::from_secs(60), true), (Duration::ZERO, false)] {
+            let engine = at.builder().connection_age(age).connect(&at.url).await.unwrap();
+            let session = async || {
+                let client = engine.pool().get().await.unwrap();
+                client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0)
+            };
+            let mut sessions = Vec::new();
+            for _ in 0..5 {
+                sessions.push(session().await);
+            }
+            assert_eq!(sessions[1..].contains(&sessions[0]), is_kept, "{sessions:?}");
+        }
+    });
+}
+
+#[test]
 fn there_are_never_more_connections_than_asked_for_and_three() {
     block_on(async {
         let Some(at) = Place::fresh() else { return };
