@@ -10,13 +10,13 @@ BEGIN;
 
 -- Whatever it had here before; the owner's other tables are left alone.
 REVOKE ALL ON SCHEMA :"schema" FROM :"role";
-REVOKE ALL ON :"schema".store, :"schema".log_end, :"schema".type_names, :"schema".aggregate_types, :"schema".event_types,
+REVOKE ALL ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :"schema".event_types,
     :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands, :"schema".event_log,
     :"schema".cursors, :"schema".parked_events
     FROM :"role";
 
 GRANT USAGE ON SCHEMA :"schema" TO :"role";
-GRANT SELECT ON :"schema".store, :"schema".log_end, :"schema".type_names, :"schema".aggregate_types, :"schema".event_types,
+GRANT SELECT ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :"schema".event_types,
     :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands TO :"role";
 
 -- The log, and what comes with it: what is written here once stays as it is.
@@ -27,8 +27,7 @@ GRANT INSERT ON :"schema".events, :"schema".aggregates, :"schema".commands, :"sc
 -- application is to do so by itself: GRANT DELETE ON :"schema".commands TO :"role";
 
 -- What moves: the end of the log, the mark of the names, the key of an aggregate, its one snapshot.
-GRANT UPDATE (position, recorded_at, mark) ON :"schema".log_end TO :"role";
-GRANT UPDATE (mark) ON :"schema".type_names TO :"role";
+GRANT UPDATE (position, recorded_at, mark, names) ON :"schema".log_end TO :"role";
 GRANT UPDATE (natural_key) ON :"schema".aggregates TO :"role";
 GRANT INSERT, UPDATE (sequence, version, state) ON :"schema".snapshots TO :"role";
 

@@ -9,13 +9,13 @@ BEGIN;
 
 -- Whatever it had here before; the owner's other tables are left alone.
 REVOKE ALL ON SCHEMA :"schema" FROM :"role";
-REVOKE ALL ON :"schema".store, :"schema".log_end, :"schema".type_names, :"schema".aggregate_types, :"schema".event_types,
+REVOKE ALL ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :"schema".event_types,
     :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands, :"schema".event_log,
     :"schema".cursors, :"schema".parked_events
     FROM :"role";
 
 GRANT USAGE ON SCHEMA :"schema" TO :"role";
-GRANT SELECT ON :"schema".store, :"schema".log_end, :"schema".type_names, :"schema".aggregate_types, :"schema".event_types,
+GRANT SELECT ON :"schema".store, :"schema".log_end, :"schema".aggregate_types, :"schema".event_types,
     :"schema".aggregates, :"schema".events, :"schema".snapshots, :"schema".commands, :"schema".event_log,
     :"schema".cursors, :"schema".parked_events TO :"role";
 

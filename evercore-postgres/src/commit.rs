@@ -18,13 +18,10 @@ use crate::check::{Checked, Known, Questions};
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
 use crate::names;
 use crate::pool::Lent;
-use crate::sql::{Schema, Sender, Sql, begin};
+use crate::sql::{LOCK_LOG_END, Schema, Sender, Sql, begin};
 use crate::store::Store;
 use crate::write::WriteSql;
 use crate::writing::Writing;
-
-const LOCK: &str = "SELECT one FROM @log_end
-    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
 
 const AGGREGATES: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key,
@@ -80,7 +77,7 @@ pub(crate) struct CommitSql {
 impl CommitSql {
     pub(crate) fn new(schema: &Schema) -> Self {
         Self {
-            lock: Sql::new(schema, LOCK, &[]),
+            lock: Sql::new(schema, LOCK_LOG_END, &[]),
             aggregates: Sql::new(schema, AGGREGATES, &[Type::INT8_ARRAY]),
             holders: Sql::new(schema, HOLDERS, &[Type::INT4_ARRAY, Type::TEXT_ARRAY]),
             commands: Sql::new(schema, COMMANDS, &[Type::TEXT_ARRAY]),

@@ -39,7 +39,7 @@ macro_rules! select_history {
                 SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
             )
             SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
-                   natural_key, NULL, NULL, NULL, mark, (SELECT n.mark FROM @type_names n WHERE n.one = 1)
+                   natural_key, NULL, NULL, NULL, mark, (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
             FROM a
             UNION ALL
             (SELECT ",
@@ -58,7 +58,7 @@ macro_rules! select_all {
         concat!(
             "SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
                     a.natural_key, NULL, NULL, NULL, NULL::bigint,
-                    (SELECT n.mark FROM @type_names n WHERE n.one = 1)
+                    (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
              FROM @aggregates a WHERE ",
             $which,
             " UNION ALL

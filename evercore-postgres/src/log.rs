@@ -17,13 +17,13 @@ use crate::store::Store;
 
 /// Where the log ends, and the mark of the names: who knows the names of that mark knows all that are in the log up to
 /// there.
-const HEAD: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1)
+const HEAD: &str = "SELECT l.position, l.names
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
 const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 
 /// The same, with the marks of the events at which a page begins and may end; there are no holes.
-const HEAD_OF_PAGE: &str = "SELECT l.position, (SELECT n.mark FROM @type_names n WHERE n.one = 1),
+const HEAD_OF_PAGE: &str = "SELECT l.position, l.names,
         (SELECT e.mark FROM @events e WHERE e.position >= l.position ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $1 ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $2 ORDER BY e.position LIMIT 1)

@@ -1,8 +1,8 @@
 //! Type names and the numbers they have in the store: an interner that remembers only what has committed.
 //!
-//! Names are registered under the lock of the one row in `type_names`, and each time that row gets another mark. A table
-//! of names is used only together with a look that finds the mark under which it was read: names may be registered by
-//! others meanwhile, or lost with the tail of the log, and their numbers given to other names.
+//! Names are registered under the lock of the one row in `log_end`, and each time that row gets another mark of the names.
+//! A table of names is used only together with a look that finds the mark under which it was read: names may be registered
+//! by others meanwhile, or lost with the tail of the log, and their numbers given to other names.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -12,21 +12,19 @@ use tokio_postgres::types::Type;
 
 use crate::error::{PostgresError, Result, damaged};
 use crate::pool::Lent;
-use crate::sql::{Ready, Schema, Sender, Sql, begin};
+use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
 
 /// One statement, so that what it gives is of one moment.
-const ALL: &str = "SELECT a.id, a.name, e.id, e.name, n.mark
-    FROM @type_names n
+const ALL: &str = "SELECT a.id, a.name, e.id, e.name, n.names
+    FROM (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) n
     LEFT JOIN @aggregate_types a ON true
-    LEFT JOIN @event_types e ON e.aggregate_type_id = a.id
-    WHERE n.one = 1";
+    LEFT JOIN @event_types e ON e.aggregate_type_id = a.id";
 
-const MARK: &str = "SELECT n.mark FROM @type_names n WHERE n.one = 1";
+const MARK: &str = "SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
-const LOCK: &str = "SELECT one FROM @type_names WHERE one = 1 FOR UPDATE";
-
-const SET_MARK: &str = "UPDATE @type_names SET mark = $1 WHERE one = 1";
+const SET_MARK: &str = "UPDATE @log_end SET names = $1
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
 /// How often to read the names anew while others register some: it takes a round trip, in which there may be new ones.
 const ATTEMPTS: usize = 64;
@@ -58,7 +56,7 @@ impl Names {
             table: RwLock::default(),
             all: Sql::new(schema, ALL, &[]),
             mark: Sql::new(schema, MARK, &[]),
-            lock: Sql::new(schema, LOCK, &[]),
+            lock: Sql::new(schema, LOCK_LOG_END, &[]),
             set_mark: Sql::new(schema, SET_MARK, &[Type::INT8]),
             insert_aggregate_types: Sql::new(
                 schema,

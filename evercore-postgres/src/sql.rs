@@ -15,6 +15,10 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 use crate::builder::Settings;
 use crate::error::Result;
 
+/// Takes the lock under which the log grows: on the one row of `log_end`, found from the top of its index.
+pub(crate) const LOCK_LOG_END: &str = "SELECT one FROM @log_end
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
+
 /// The name of the store's schema, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Schema(String);

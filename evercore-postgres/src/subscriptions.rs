@@ -18,7 +18,7 @@ use crate::engine::PostgresEngine;
 use crate::error::{Because, Result, damaged, is_rolled_back};
 use crate::pool::Lent;
 use crate::rows::Rest;
-use crate::sql::{Ready, Schema, Sender, Sql, begin};
+use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
 use crate::task::in_task;
 
@@ -86,9 +86,6 @@ const LOOK: &str = concat!(
     of_cursor!(),
     ") IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)"
 );
-
-/// Cursors are made one after the other: this is held while one is. The next statement sees what was made meanwhile.
-const BEFORE_MAKE: &str = "SELECT one FROM @type_names WHERE one = 1 FOR UPDATE";
 
 /// Leaves alone what another has made meanwhile.
 const MAKE: &str = concat!(
@@ -182,6 +179,7 @@ pub(crate) struct SubscriptionSql {
     behind: Sql,
     hold_if_free: Sql,
     look: Sql,
+    /// Cursors are made one after the other, under the lock of the log's end. The next statement sees what was made meanwhile.
     before_make: Sql,
     make: Sql,
     /// Moves the cursor.
@@ -211,7 +209,7 @@ impl SubscriptionSql {
             behind: sql(BEHIND, &ID),
             hold_if_free: sql(HOLD_IF_FREE, &ID),
             look: sql(LOOK, &[T, N, N, N]),
-            before_make: sql(BEFORE_MAKE, &[]),
+            before_make: sql(LOCK_LOG_END, &[]),
             make: sql(MAKE, &CURSOR),
             put: sql(MOVE, &CURSOR),
             advance: sql(ADVANCE, &[T, N, N, T, N, N, N, N, N, N, N]),

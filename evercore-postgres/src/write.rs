@@ -9,16 +9,23 @@ use tokio_postgres::types::Type;
 
 use crate::sql::{Schema, Sql};
 
-/// What the statement needs to be true. What its snapshot shows is true for ever; what it does not show may have come
-/// meanwhile, and calls for a look under the lock.
+/// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
+/// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
+/// is; `>=` holds for it too if another commit has moved it while this one waited.
+const LOG_END: &str = "WITH log_end AS (
+    UPDATE @log_end SET position = position + ?::bigint, mark = ?::bigint,
+        recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+            * 1000000::double precision)::bigint)
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
+
+/// The names are those whose numbers are written. The row itself tells, so this holds when the lock is given.
+const IF_NAMES: &str = "
+    AND names = ?::bigint";
+
+/// The other conditions are subqueries without a reference to the row. The server answers each once, before it takes the
+/// lock, and not again after a wait for it. What the statement's snapshot shows is true for ever. What it does not show may
+/// have been written since, and calls for a look under the lock.
 ///
-/// A table of its own, of one row or none: so it is looked at once, and not again after each wait for the lock. First
-/// comes the mark of the names: whose numbers are to be written.
-const IF_NAMES: &str = "fresh AS MATERIALIZED (SELECT 1 AS ok
-    WHERE (SELECT n.mark FROM @type_names n WHERE n.one = 1) = ?::bigint";
-
-const END_IF: &str = "), ";
-
 /// The engine knows some of the aggregates from its own writing, for which the witness stands. Asked for by order,
 /// although there is no hole: an index that only has the position too would be read from end to end.
 const IF_WITNESSED: &str = "
@@ -43,18 +50,6 @@ const IF_GROWN: &str = "
 /// The same look for a single aggregate without events.
 const IF_MADE: &str = "
     AND (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int";
-
-/// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
-/// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
-/// is; `>=` holds for it too if another commit has moved it while this one waited.
-const LOG_END: &str = "log_end AS (
-    UPDATE @log_end SET position = position + ?::bigint, mark = ?::bigint,
-        recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
-            * 1000000::double precision)::bigint)";
-
-const IF_FRESH: &str = " FROM fresh";
-
-const NEWEST: &str = " WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
 const RETURNING: &str = " RETURNING position, recorded_at, mark, position - ?::bigint AS before)";
 
@@ -206,17 +201,13 @@ impl Form {
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
         let has_look = !look(Look::Nothing);
-        let parts: [(bool, &str, &[Type]); 19] = [
-            (true, "WITH ", &[]),
+        let parts: [(bool, &str, &[Type]); 15] = [
+            (true, LOG_END, &[Type::INT8, Type::INT8]),
             (has_look, IF_NAMES, &[Type::INT8]),
             (look(Look::Witnessed), IF_WITNESSED, &[Type::INT8, Type::INT8]),
             (look(Look::Many) || look(Look::Witnessed), IF_NONE_IS_STALE, &[N, I, N, N]),
             (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, Type::INT8, I]),
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
-            (has_look, END_IF, &[]),
-            (true, LOG_END, &[Type::INT8, Type::INT8]),
-            (has_look, IF_FRESH, &[]),
-            (true, NEWEST, &[]),
             (true, RETURNING, &[Type::INT8]),
             (self.made, MADE, &[N, I, T]),
             (self.renamed, RENAMED, &[N, T]),

@@ -42,7 +42,7 @@ fn a_store_is_made_once_and_connecting_again_is_harmless() {
         assert_eq!(
             tables,
             "aggregate_types aggregates commands cursors event_log event_types events evercore_schema_history log_end \
-             parked_events snapshots store type_names"
+             parked_events snapshots store"
         );
         at.builder().migrate(&at.url).await.unwrap();
         for again in [at.builder(), at.builder().migrate_on_connect(false), at.builder().pooler(true)] {

@@ -20,7 +20,11 @@ CREATE TABLE log_end (
     one         SMALLINT NOT NULL CHECK (one = 1),
     position    BIGINT   NOT NULL,
     recorded_at BIGINT   NOT NULL,
-    mark        BIGINT   NOT NULL -- of the last event
+    mark        BIGINT   NOT NULL, -- of the last event
+    -- A random number that changes with every name that is registered. While it stays as it was when the names were read,
+    -- they are as they were, and there are no others. It stands here and not in a table of its own because the statement
+    -- that commits locks this row anyway.
+    names       BIGINT   NOT NULL
 ) WITH (
     -- Every commit leaves a dead version of the row. They are few pages if they are vacuumed often. The table is never
     -- cut short at its end: that takes a lock which ends queries on standbys.
@@ -29,18 +33,9 @@ CREATE TABLE log_end (
 );
 -- The live version of the row is the first from the top. A key on `one` would make each commit look through the dead ones.
 CREATE INDEX log_end_position ON log_end (position);
-INSERT INTO log_end VALUES (1, 0, 0, 0);
+INSERT INTO log_end VALUES (1, 0, 0, 0, 0);
 
--- One row: a random number that changes with every name that is registered. Where it is as it was when the names were
--- read, they are as they were, and there are no others.
-CREATE TABLE type_names (
-    one  SMALLINT NOT NULL CHECK (one = 1),
-    mark BIGINT   NOT NULL,
-    CONSTRAINT type_names_one PRIMARY KEY (one)
-);
-INSERT INTO type_names VALUES (1, 0);
-
--- Names are numbered under the lock of the row in type_names: 1, 2, 3, … in the order in which they commit.
+-- Names are numbered under the lock of the row in log_end: 1, 2, 3, … in the order in which they commit.
 CREATE TABLE aggregate_types (
     id   INTEGER          NOT NULL,
     name TEXT COLLATE "C" NOT NULL,
@@ -132,7 +127,7 @@ CREATE TABLE cursors (
     autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
 -- The live version of each row first. Not unique by the first three: that would make each move look through the dead
--- ones. A cursor is made under the lock of the row in type_names, so there is one of each.
+-- ones. A cursor is made under the lock of the row in log_end, so there is one of each.
 CREATE UNIQUE INDEX cursors_newest ON cursors (subscription, version, partition, revision DESC);
 
 -- Events that could not be handled and were put aside.

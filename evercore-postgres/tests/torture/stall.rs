@@ -26,12 +26,12 @@ async fn a_lock_held_for_too_long_is_unavailable_and_leaves_the_connections_whol
     let mut refused = 0;
     let rounds = sized(3, 30);
     for round in 0..rounds {
-        for table in ["log_end", "type_names"] {
+        for what in ["commits", "names"] {
             let lock = rival.transaction().await.unwrap();
-            lock.execute(&format!("SELECT one FROM evercore.{table} FOR UPDATE"), &[]).await.unwrap();
-            let name = AggregateType::new(format!("new {round} {table}")).unwrap();
+            lock.execute("SELECT one FROM evercore.log_end FOR UPDATE", &[]).await.unwrap();
+            let name = AggregateType::new(format!("new {round}")).unwrap();
             let event_types = vec![EventType::new("new").unwrap()];
-            if table == "type_names" {
+            if what == "names" {
                 let new = KnownType { aggregate_type: name, event_types };
                 refused += assert_unavailable(&engine.warmup(&[new]).await.unwrap_err());
             } else {
@@ -52,7 +52,7 @@ async fn a_lock_held_for_too_long_is_unavailable_and_leaves_the_connections_whol
             lock.rollback().await.unwrap();
             // Whatever connection it gets, it is as good as new.
             for nth in 3..7 {
-                let number = number(1, round * 10 + nth + if table == "type_names" { 1_000_000 } else { 0 });
+                let number = number(1, round * 10 + nth + if what == "names" { 1_000_000 } else { 0 });
                 let receipt = unit(&store, &ids, number, 3).await.unwrap().commit().await.unwrap();
                 book.note(number, Fate::from(&receipt));
             }
