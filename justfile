@@ -1,4 +1,4 @@
-# The one door: people and CI run the same recipes. `just` alone lists them.
+# People and CI run the same recipes. `just` alone lists them.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
@@ -54,7 +54,8 @@ integration-test-postgres:
 # Long runs: random walks, a writer killed at random moments, and PostgreSQL under 64 writers, killed, cut off and dropped.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
-        cargo test --locked --release -p evercore-memory -p evercore-sqlite --all-features --tests -- --include-ignored
+        cargo test --locked --release -p evercore-memory -p evercore-sqlite -p loan_applications -p projection \
+        --all-features --tests -- --include-ignored
     just torture-testkit
     just torture-sqlite
     just torture-postgres {{ steps }} {{ seed }}
@@ -68,7 +69,7 @@ torture-sqlite:
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite,faketime \
         cargo test --locked --release -p evercore-sqlite --all-features --test torture -- --nocapture --test-threads=1
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite \
-        cargo test --locked --release -p evercore-sqlite --all-features --test loan_applications -- --nocapture live
+        cargo test --locked --release -p loan_applications -- --nocapture live
 
 # The long runs on PostgreSQL alone.
 torture-postgres steps="20000" seed=`echo $RANDOM`:
@@ -77,22 +78,22 @@ torture-postgres steps="20000" seed=`echo $RANDOM`:
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres,faketime \
         cargo test --locked --release -p evercore-postgres --all-features --test torture -- --nocapture --test-threads=1
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
-        cargo test --locked --release -p evercore-postgres --all-features --test postgres_loan_applications -- --nocapture
+        cargo test --locked --release -p postgres_loan_applications -- --nocapture
 
 # The benchmarks, each beside its floor. Arguments choose among them: `just bench W3`.
 bench *args: (bench-sqlite args) (bench-postgres args)
 
 # The benchmarks on SQLite and in memory.
 bench-sqlite *args:
-    cargo bench --locked -p evercore-sqlite --bench workloads -- {{ args }}
+    cargo bench --locked -p benches --bench sqlite -- {{ args }}
 
 # The benchmarks on PostgreSQL, on a server of their own.
 bench-postgres *args:
-    cargo bench --locked -p evercore-postgres --bench workloads -- {{ args }}
+    cargo bench --locked -p benches --bench postgres -- {{ args }}
 
-# What it costs that `record` reads back what it has written.
+# The price of `record`, which reads back every event that it writes.
 bench-record:
-    cargo bench --locked -p evercore-memory --bench recording
+    cargo bench --locked -p benches --bench recording
 
 # Run scratch/src/main.rs, a private playground that git ignores; made on first use.
 scratch *args:
@@ -101,11 +102,11 @@ scratch *args:
     [ -e scratch/Cargo.toml ] || scripts/make-scratch
     cargo run --manifest-path scratch/Cargo.toml --target-dir target -- {{ args }}
 
-# Cargo takes a version of a registry for unchanging, also in the registry that it makes here of crates not yet
-# published: what it unpacked and built of them the last time goes first.
+# Cargo believes that a version in a registry never changes, also in the temporary registry that it makes here for crates
+# that are not published yet. So files that it unpacked and built from there earlier are removed first.
 
-# Pack every crate as it would be published, and build it from its package.
+# Pack every published crate, and build it from its package.
 package *args:
     rm -rf target/packaging/package "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/evercore-*
     cargo clean --quiet --locked --workspace --target-dir target/packaging
-    cargo package --locked --workspace --target-dir target/packaging {{ args }}
+    cargo package --locked -p 'evercore-*' --target-dir target/packaging {{ args }}

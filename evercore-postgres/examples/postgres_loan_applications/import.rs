@@ -1,1 +1,0 @@
-../../../evercore-sqlite/examples/loan_applications/import.rs

@@ -1,0 +1,72 @@
+//! The quick start: an aggregate, a unit of work, a decision, the log. Run it twice.
+
+use evercore_sqlite::{Aggregate, EventStore, Json, LogQuery, Position, Result, SqliteEngine};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct User {
+    username: String,
+    email: String,
+    is_active: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum UserEvent {
+    UserCreated { username: String, email: String },
+    EmailChanged { email: String },
+    UserDeactivated,
+}
+
+impl Aggregate for User {
+    const TYPE: &'static str = "user";
+    type Event = UserEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, event: UserEvent) {
+        match event {
+            UserEvent::UserCreated { username, email } => *self = Self { username, email, is_active: true },
+            UserEvent::EmailChanged { email } => self.email = email,
+            UserEvent::UserDeactivated => self.is_active = false,
+        }
+    }
+}
+
+impl User {
+    /// A decision is pure: state in, events out, or a refusal.
+    fn change_email(&self, email: &str) -> Result<Option<UserEvent>, &'static str> {
+        if !self.is_active {
+            return Err("the user is not active");
+        }
+        Ok((self.email != email).then(|| UserEvent::EmailChanged { email: email.to_owned() }))
+    }
+}
+
+fn main() -> Result<()> {
+    smol::block_on(run("users.db"))
+}
+
+async fn run(file: &str) -> Result<()> {
+    let store = EventStore::new(SqliteEngine::open(file).await?);
+
+    if store.find::<User>("johndoe").await?.is_none() {
+        let mut work = store.begin(); // a unit of work; dropping it writes nothing
+        let mut user = work.create_with_key::<User>("johndoe").await?;
+        let (username, email) = ("johndoe".to_owned(), "john@example.org".to_owned());
+        work.record(&mut user, UserEvent::UserCreated { username, email })?;
+        let receipt = work.commit().await?; // all of it or nothing of it
+        println!("created johndoe at position {} of the log", receipt.last);
+    }
+
+    // Loaded, decided, committed, and run again on fresh state if somebody was faster.
+    store.update::<User, _, _>("johndoe", |user| user.change_email("j@example.org")).await?;
+
+    let user = store.load::<User>("johndoe").await?;
+    println!("{} <{}>, after {} events", user.username, user.email, user.sequence());
+
+    let page = store.read_log(&LogQuery::after(Position::ZERO)).await?;
+    for event in &page.events {
+        let payload = String::from_utf8_lossy(event.payload());
+        println!("{} {} {} {payload}", event.position(), event.time(), event.event_type());
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! A web service: seats for shows, with commands that take effect once, answers that know them, and live news.
+//!
+//!     cargo run -p web_service        until Ctrl-C; shows.db keeps what happened
+//!
+//!     curl -X PUT  localhost:3000/shows/hamlet -H 'content-type: application/json' -d '{"seats": 100}'
+//!     curl -X POST localhost:3000/shows/hamlet/bookings -H 'idempotency-key: 7f3a' \
+//!          -H 'content-type: application/json' -d '{"seats": 2}'          answers {"position":2}, however often
+//!     curl 'localhost:3000/shows/hamlet?after=2'                          has seen that position
+//!     curl localhost:3000/news                                            or the page at localhost:3000
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use axum::extract::{Path, Query, State};
+use axum::http::HeaderMap;
+use axum::response::Html;
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use evercore_sqlite::{
+    BoxError, CommandId, EphemeralSubscription, Error, ErrorKind, Event, EventStore, Filter, Position,
+    Receipt, Result, SqliteEngine, Start,
+};
+use futures_lite::stream::{self, Stream, StreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+
+mod free_seats;
+pub(crate) mod refused;
+mod show;
+
+use free_seats::FreeSeats;
+use refused::Refused;
+use show::Show;
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let listener = TcpListener::bind("127.0.0.1:3000").await?;
+    println!("http://{} shows what happens; Ctrl-C ends it", listener.local_addr()?);
+    let engine = SqliteEngine::open("shows.db").await?;
+    serve(engine, listener, async { drop(tokio::signal::ctrl_c().await) }).await?;
+    println!("all requests are answered and the lease is given back");
+    Ok(())
+}
+
+#[derive(Clone)]
+struct App {
+    store: EventStore,
+    file: PathBuf,
+    /// Live news have no end of their own.
+    stopping: watch::Receiver<bool>,
+}
+
+/// Serves until the shutdown, and answers then what was asked before.
+pub(crate) async fn serve(
+    engine: SqliteEngine,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<()> {
+    let store = EventStore::new(engine.clone());
+    engine.commit_with(store.begin(), |sql| Ok(sql.execute_batch(free_seats::TABLE)?)).await?;
+    let subscription = store.subscription(free_seats::NAME)?.with_lease(Duration::from_secs(5));
+    subscription.declare().await?; // from now on it can be waited for
+
+    let (stop, stopping) = watch::channel(false);
+    let (served, all_served) = oneshot::channel::<()>();
+    let file = engine.path().map(PathBuf::from).unwrap_or_default();
+    let routes = routes(App { store: store.clone(), file, stopping });
+    let server = async {
+        let stopped = async move {
+            shutdown.await;
+            stop.send_replace(true);
+        };
+        let end = axum::serve(listener, routes).with_graceful_shutdown(stopped).await;
+        drop(served);
+        end.map_err(|error| Error::new(ErrorKind::Backend, "the web server failed").with_source(error))
+    };
+    // The last answers may still wait for the projector, so it stops after the server, and gives its lease back.
+    let projector = subscription.run_sink(async { drop(all_served.await) }, free_seats::projection(&engine));
+    tokio::try_join!(server, projector)?;
+    engine.close().await
+}
+
+fn routes(app: App) -> Router {
+    Router::new()
+        .route("/", get(Html(include_str!("page.html"))))
+        .route("/shows/{name}", get(free_seats).put(announce))
+        .route("/shows/{name}/bookings", post(book))
+        .route("/news", get(news))
+        .with_state(app)
+}
+
+#[derive(Deserialize)]
+struct Seats {
+    seats: u32,
+}
+
+/// Where a command has led: who asks for what comes after it, sees it.
+#[derive(Serialize)]
+struct Done {
+    position: i64,
+}
+
+async fn announce(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Json(Seats { seats }): Json<Seats>,
+) -> Result<Json<Done>, Refused> {
+    let receipt = app.store.update_or_create::<Show, _, _>(&name, |show| show.announce(&name, seats)).await?;
+    done(&app, &receipt).await
+}
+
+/// Takes effect once per key, however often it is sent.
+async fn book(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    Json(Seats { seats }): Json<Seats>,
+) -> Result<Json<Done>, Refused> {
+    let key =
+        header(&headers, "idempotency-key").ok_or_else(|| Error::invalid("idempotency-key is missing"))?;
+    let command = CommandId::new(format!("book {name:?} {key}"))?;
+    let receipt = app.store.update_once::<Show, _, _>(command, &name, |show| show.book(seats)).await?;
+    done(&app, &receipt).await
+}
+
+async fn done(app: &App, receipt: &Receipt) -> Result<Json<Done>, Refused> {
+    // A command that changed nothing has no position: its sender is to see what it has seen.
+    let is_nothing_new = receipt.last == Position::ZERO;
+    let position = if is_nothing_new { app.store.head().await? } else { receipt.last };
+    Ok(Json(Done { position: position.get() }))
+}
+
+#[derive(Deserialize)]
+struct After {
+    #[serde(default)]
+    after: i64,
+}
+
+/// Answers from the read model, as soon as that has come as far as the reader has.
+async fn free_seats(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(After { after }): Query<After>,
+) -> Result<Json<FreeSeats>, Refused> {
+    app.store.wait_for_position(Position::new(after)?, free_seats::NAME, Duration::from_secs(2)).await?;
+    let found = tokio::task::spawn_blocking(move || free_seats::read(&app.file, &name)).await;
+    let found = found.map_err(broken)?.map_err(broken)?;
+    Ok(Json(found.ok_or_else(|| Error::new(ErrorKind::NotFound, "there is no such show"))?))
+}
+
+/// Live news: each event is a message with its position as id, so who was cut off goes on where it was.
+async fn news(
+    State(app): State<App>,
+    headers: HeaderMap,
+) -> Result<Sse<impl Stream<Item = Result<sse::Event, BoxError>>>, Refused> {
+    let start = match header(&headers, "last-event-id") {
+        Some(last) => {
+            Start::After(Position::new(last.parse().map_err(|_| Error::invalid("that is no id"))?)?)
+        }
+        None => Start::End,
+    };
+    let shows = Filter::of::<Show>()?;
+    let news = app.store.subscribe(shows, start).await?;
+    // An id alone, and no message: who is cut off before the first event knows where to go on, too.
+    let begin = sse::Event::default().id(news.position().to_string());
+    let messages = stream::unfold((news, app.stopping), next_messages).flat_map(stream::iter);
+    Ok(Sse::new(stream::once(Ok(begin)).chain(messages)).keep_alive(KeepAlive::default()))
+}
+
+type News = (EphemeralSubscription, watch::Receiver<bool>);
+
+async fn next_messages((mut news, mut stopping): News) -> Option<(Vec<Result<sse::Event, BoxError>>, News)> {
+    let events = tokio::select! {
+        events = news.next() => events,
+        _ = stopping.wait_for(|stop| *stop) => return None,
+    };
+    let messages = match events {
+        Ok(events) => events.iter().map(|event| message(&event)).collect(),
+        Err(error) => vec![Err(error.into())], // ends the answer; the browser comes again
+    };
+    Some((messages, (news, stopping)))
+}
+
+fn message(event: &Event) -> Result<sse::Event, BoxError> {
+    let message = sse::Event::default().id(event.position().to_string());
+    let show = event.aggregate().get();
+    Ok(message.json_data(serde_json::json!({ "show": show, "what": event.decode::<Show>()? }))?)
+}
+
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+fn broken(cause: impl Into<BoxError>) -> Error {
+    Error::new(ErrorKind::Backend, "the read model cannot be read").with_source(cause)
+}
