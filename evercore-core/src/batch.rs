@@ -458,16 +458,37 @@ impl std::str::FromStr for Receipt {
         });
         let head = parts.next().ok_or_else(damaged)??;
         let [first, last, recorded_at, mark] = head[..] else { return Err(damaged()) };
+        // Each number is checked by its type; here a bad one is damage, and no mistake of the caller's.
+        let number = |error: Error| damaged().with_source(error);
         let pair = |part: Result<Vec<i64>>| match part?[..] {
-            [id, sequence] => Ok((AggregateId::new(id)?, Sequence::new(sequence)?)),
+            [id, sequence] => {
+                let id = AggregateId::new(id).map_err(number)?;
+                Ok((id, Sequence::new(sequence).map_err(number)?))
+            }
             _ => Err(damaged()),
         };
         Ok(Self {
-            first: Position::new(first)?,
-            last: Position::new(last)?,
-            recorded_at: Timestamp::from_micros(recorded_at)?,
+            first: Position::new(first).map_err(number)?,
+            last: Position::new(last).map_err(number)?,
+            recorded_at: Timestamp::from_micros(recorded_at).map_err(number)?,
             mark: Mark::new(mark),
             aggregates: parts.map(pair).collect::<Result<_>>()?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn a_damaged_receipt_is_not_a_store() {
+        assert!("1 2 3 4;5 6".parse::<Receipt>().is_ok());
+        let damaged = ["", "1 2 3", "1 2 3 x", "-1 2 3 4", "1 -2 3 4", "1 2 3 4;0 1", "1 2 3 4;5 -6", "1 2 3 4;5"];
+        let beyond = format!("1 2 {} 4", i64::MAX);
+        for text in damaged.into_iter().chain([beyond.as_str()]) {
+            assert_eq!(*text.parse::<Receipt>().unwrap_err().kind(), ErrorKind::NotAStore, "{text}");
+        }
     }
 }
