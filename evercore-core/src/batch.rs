@@ -410,7 +410,20 @@ pub struct Receipt {
     /// The aggregates that were made or got events, each with the sequence it has now, in the batch's order: those
     /// made first.
     pub aggregates: Vec<(AggregateId, Sequence)>,
+    pub(crate) repeat: Repeat,
 }
+
+/// Whether a receipt answers a command that had taken effect before. Equal receipts may differ in it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Repeat(bool);
+
+impl PartialEq for Repeat {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Repeat {}
 
 impl Receipt {
     /// The receipt of a batch whose events follow `head`.
@@ -424,13 +437,25 @@ impl Receipt {
             0 => (Position::ZERO, Position::ZERO),
             events => (head.next(), head.plus(events)),
         };
-        Self { first, last, recorded_at, mark: Mark::ALWAYS, aggregates }
+        Self { first, last, recorded_at, mark: Mark::ALWAYS, aggregates, repeat: Repeat::default() }
     }
 
     /// The same, with the mark that the events got.
     #[must_use]
     pub fn with_mark(mut self, mark: Mark) -> Self {
         self.mark = mark;
+        self
+    }
+
+    /// Whether this is the first receipt of a command that had taken effect before, and not that of a commit that wrote
+    /// just now. Such receipts are equal all the same. The answer is lost where a receipt is written as text.
+    pub fn is_repeated(&self) -> bool {
+        self.repeat.0
+    }
+
+    /// The same receipt, as the answer to a command that comes again.
+    pub(crate) fn repeated(mut self) -> Self {
+        self.repeat = Repeat(true);
         self
     }
 
@@ -473,6 +498,7 @@ impl std::str::FromStr for Receipt {
             recorded_at: Timestamp::from_micros(recorded_at).map_err(number)?,
             mark: Mark::new(mark),
             aggregates: parts.map(pair).collect::<Result<_>>()?,
+            repeat: Repeat::default(),
         })
     }
 }
@@ -485,7 +511,8 @@ mod tests {
     #[test]
     fn a_damaged_receipt_is_not_a_store() {
         assert!("1 2 3 4;5 6".parse::<Receipt>().is_ok());
-        let damaged = ["", "1 2 3", "1 2 3 x", "-1 2 3 4", "1 -2 3 4", "1 2 3 4;0 1", "1 2 3 4;5 -6", "1 2 3 4;5"];
+        let damaged =
+            ["", "1 2 3", "1 2 3 x", "-1 2 3 4", "1 -2 3 4", "1 2 3 4;0 1", "1 2 3 4;5 -6", "1 2 3 4;5"];
         let beyond = format!("1 2 {} 4", i64::MAX);
         for text in damaged.into_iter().chain([beyond.as_str()]) {
             assert_eq!(*text.parse::<Receipt>().unwrap_err().kind(), ErrorKind::NotAStore, "{text}");

@@ -147,7 +147,7 @@ impl KnownCommand {
     pub(crate) fn answer_to(&self, asked: Option<i64>) -> Result<Receipt> {
         match self {
             Self::Committed { fingerprint, receipt } if asked.is_none() || asked == *fingerprint => {
-                Ok(receipt.clone())
+                Ok(receipt.clone().repeated())
             }
             Self::Committed { .. } => Err(Error::command_reused()),
             Self::Abandoned => Err(Error::command_abandoned()),
@@ -157,7 +157,7 @@ impl KnownCommand {
     /// The receipt, if it took effect.
     pub fn into_receipt(self) -> Option<Receipt> {
         match self {
-            Self::Committed { receipt, .. } => Some(receipt),
+            Self::Committed { receipt, .. } => Some(receipt.repeated()),
             Self::Abandoned => None,
         }
     }

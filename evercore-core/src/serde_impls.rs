@@ -90,7 +90,7 @@ impl<'de> Deserialize<'de> for Receipt {
         let Shown { first, last, recorded_at, mark, aggregates } = Shown::deserialize(deserializer)?;
         let aggregates = aggregates.into_iter().map(|left| (left.id, left.sequence)).collect();
         let mark = Mark::new(mark.parse().map_err(D::Error::custom)?);
-        Ok(Self { first, last, recorded_at, mark, aggregates })
+        Ok(Self { first, last, recorded_at, mark, aggregates, repeat: Default::default() })
     }
 }
 
@@ -106,6 +106,7 @@ mod tests {
             recorded_at: Timestamp::from_micros(1).unwrap(),
             mark: Mark::new(-5),
             aggregates: vec![(AggregateId::new(3).unwrap(), Sequence::new(2).unwrap())],
+            repeat: Default::default(),
         };
         let json = serde_json::to_string(&receipt).unwrap();
         let expected = r#"{"first":7,"last":8,"recorded_at":"1970-01-01T00:00:00.000001Z","mark":"-5","aggregates":[{"id":3,"sequence":2}]}"#;

@@ -432,7 +432,8 @@ impl UnitOfWork {
     }
 
     /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
-    /// effect before writes nothing and returns the first receipt.
+    /// effect before writes nothing and returns the first receipt, which [says so](Receipt::is_repeated). Handles with
+    /// events of such a unit are of no use to another: load the aggregates again.
     ///
     /// The aggregates that the unit makes, adds events to or gives a key to tell the command from
     /// [others](Command) with the same id, together with the command's word if it has one. A unit that is run again may
@@ -487,9 +488,10 @@ impl UnitOfWork {
         match observe::commit(batch.events(), commit(batch)).await {
             Ok(receipt) => {
                 // The first receipt of a repeated command is about what another unit wrote.
+                // Its aggregates may stand where this unit's do, by other events.
                 let is_ours =
                     |(id, head): (&AggregateId, &Head)| receipt.sequence_of(*id) == Some(head.staged);
-                if self.heads.iter().all(is_ours) {
+                if !receipt.is_repeated() && self.heads.iter().all(is_ours) {
                     self.committed.get_or_init(|| receipt.mark);
                 }
                 Ok(receipt)
@@ -601,7 +603,7 @@ fn stranger(id: AggregateId) -> Error {
 
 fn stale(id: AggregateId) -> Error {
     Error::invalid(format!(
-        "aggregate {id} carries events of a unit of work that did not commit; load it again"
+        "aggregate {id} carries events of a unit of work that did not commit, or whose command had taken effect before; load it again"
     ))
 }
 

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use evercore_memory::{Aggregate, ErrorKind, EventStore, Json, Loaded, MemoryEngine};
+use evercore_memory::{Aggregate, CommandId, ErrorKind, EventStore, Json, Loaded, MemoryEngine};
 use futures_lite::future::block_on;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,7 @@ struct Tally {
 #[derive(Serialize, Deserialize)]
 enum TallyEvent {
     Counted,
+    Added(u32),
 }
 
 impl Aggregate for Tally {
@@ -21,8 +22,11 @@ impl Aggregate for Tally {
     type Event = TallyEvent;
     type Codec = Json;
 
-    fn apply(&mut self, TallyEvent::Counted: TallyEvent) {
-        self.count += 1;
+    fn apply(&mut self, event: TallyEvent) {
+        self.count += match event {
+            TallyEvent::Counted => 1,
+            TallyEvent::Added(count) => count,
+        }
     }
 }
 
@@ -75,5 +79,53 @@ fn a_clone_of_an_engine_is_the_same_store() {
         work.record(&mut tally, TallyEvent::Counted).unwrap();
         work.commit().await.unwrap();
         assert_eq!(one.load::<Tally>("a").await.unwrap().count, 2);
+    });
+}
+
+#[test]
+fn a_handle_of_a_repeated_command_is_refused() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let known = counted(&store, "known").await;
+        let command = CommandId::new("add").unwrap();
+        // Two units carry one command, and have seen the same aggregate.
+        let (mut first, mut again) = (store.begin(), store.begin());
+        let (mut written, mut phantom) = (known.clone(), known.clone());
+        for (work, handle, count) in [(&mut first, &mut written, 5), (&mut again, &mut phantom, 9)] {
+            work.set_command(&command);
+            work.record(handle, TallyEvent::Added(count)).unwrap();
+        }
+        let receipt = first.commit().await.unwrap();
+        assert!(!receipt.is_repeated());
+        let repeated = again.commit().await.unwrap();
+        assert_eq!(repeated, receipt);
+        assert!(repeated.is_repeated() && store.receipt(&command).await.unwrap().unwrap().is_repeated());
+
+        let mut work = store.begin();
+        let refused = work.record(&mut phantom, TallyEvent::Counted).unwrap_err();
+        assert_eq!(*refused.kind(), ErrorKind::Invalid, "it has seen 9, and the store has 5");
+        work.record(&mut written, TallyEvent::Counted).unwrap();
+        work.commit().await.unwrap();
+        assert_eq!(store.load::<Tally>("known").await.unwrap().count, 1 + 5 + 1);
+    });
+}
+
+#[test]
+fn a_handle_made_by_a_repeated_command_is_refused() {
+    block_on(async {
+        let store = EventStore::new(MemoryEngine::new());
+        let mut handles = Vec::new();
+        for _ in 0..2 {
+            let mut work = store.begin();
+            work.set_command(CommandId::new("make").unwrap());
+            let mut made = work.create::<Tally>().await.unwrap();
+            work.record(&mut made, TallyEvent::Counted).unwrap();
+            work.commit().await.unwrap();
+            handles.push(made);
+        }
+        let mut work = store.begin();
+        work.record(&mut handles[0], TallyEvent::Counted).unwrap();
+        let refused = work.record(&mut handles[1], TallyEvent::Counted).unwrap_err();
+        assert_eq!(*refused.kind(), ErrorKind::Invalid);
     });
 }
