@@ -56,6 +56,9 @@ impl EventStore {
     /// for an update that does not end: the next one passes it. An update of the same aggregate from inside the
     /// decision waits that long.
     ///
+    /// Updates by natural key and updates by id queue apart, since a key is not looked up before. They meet at the first
+    /// conflict, and queue together from there. Name an aggregate that is often written in one way.
+    ///
     /// # Errors
     /// [`Rejected`](crate::ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
     /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), the
