@@ -20,7 +20,7 @@ lint:
 
 # The documentation, no warning and no broken link allowed; `just doc --open` shows it.
 doc *args:
-    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --all-features --no-deps {{ args }}
+    RUSTDOCFLAGS="-D warnings" cargo doc --locked -p 'evercore-*' --all-features --no-deps {{ args }}
 
 # Core has no dependency: its tree is one line.
 core-tree:

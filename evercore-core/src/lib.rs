@@ -1,5 +1,6 @@
-//! The words and promises of evercore.
-#![doc = include_str!("../README.md")]
+// The program on this page uses serde.
+#![cfg_attr(feature = "json", doc = include_str!("../README.md"))]
+#![cfg_attr(not(feature = "json"), doc = "The common part of evercore, an event store for Rust.")]
 
 mod aggregate;
 mod ahead;
@@ -10,6 +11,7 @@ mod decision;
 mod engine;
 mod error;
 mod event;
+pub mod guide;
 mod hash;
 mod ids;
 #[cfg(feature = "json")]

@@ -1,16 +1,10 @@
 #![doc = include_str!("../README.md")]
 //!
-//! ```
-//! use evercore_memory::{EventStore, MemoryEngine};
+//! # For authors of engines
 //!
-//! let store = EventStore::new(MemoryEngine::new());
-//! ```
-//!
-//! # How to read it
-//!
-//! An engine is a log, a way to check a batch against it, and a way to read it. Here the log is a `Vec` under a mutex
-//! ([`state`](self)); `commit` checks everything and then writes everything, so it can stop at any check with
-//! nothing written; `load` and `log` copy pages out of it. No lock is held while anybody waits.
+//! An engine keeps a log, checks a batch against it, and reads it. Here the log is a `Vec` under a mutex. `commit` first
+//! checks everything and then writes everything, so a failed check leaves nothing written. `load` and `log` copy
+//! pages out of the `Vec`. No lock is held while a task waits.
 
 mod commit;
 mod engine;

@@ -1,4 +1,3 @@
-//! The PostgreSQL engine of evercore: for production, with a log that never skips an event.
 #![doc = include_str!("../README.md")]
 
 mod builder;
@@ -8,6 +7,7 @@ mod connect;
 mod engine;
 mod error;
 mod flight;
+pub mod guide;
 mod heard;
 mod hosts;
 mod inline;

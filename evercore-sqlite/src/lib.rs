@@ -1,4 +1,3 @@
-//! The SQLite engine of evercore: one file, one writer, durable.
 #![doc = include_str!("../README.md")]
 
 mod backup;
@@ -9,6 +8,7 @@ mod engine;
 mod error;
 mod flight;
 mod guard;
+pub mod guide;
 mod inline;
 mod load;
 mod log;

@@ -1,4 +1,3 @@
-//! Says of an engine whether it keeps the promises of [`StorageEngine`](evercore_core::StorageEngine).
 #![doc = include_str!("../README.md")]
 
 pub mod broken;

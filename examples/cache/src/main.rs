@@ -137,5 +137,5 @@ pub(crate) async fn run() -> Result<()> {
 
 async fn set_price(store: &EventStore, name: &str, cents: i64) -> Result<Receipt> {
     let priced = |_: &Product| [ProductEvent::Priced { name: name.to_owned(), cents }];
-    store.update_or_create::<Product, _, _>(name, priced).await
+    store.update_or_create(name, priced).await
 }

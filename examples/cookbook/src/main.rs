@@ -1,4 +1,4 @@
-//! The recipes of the README, as a program; a test holds the two against each other.
+//! The recipes of docs/cookbook.md as one program. A test compares the page with this file.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -29,8 +29,8 @@ enum AccountEvent {
 
 impl Aggregate for Account {
     const TYPE: &'static str = "account";
-    const SNAPSHOT_EVERY: u32 = 100; // keep the state after every hundredth event
-    const SNAPSHOT_VERSION: u32 = 1; // raise it when the state changes its shape or its meaning
+    const SNAPSHOT_EVERY: u32 = 100; // keep a snapshot after every hundredth event
+    const SNAPSHOT_VERSION: u32 = 1; // raise it when the state changes its shape or meaning
     type Event = AccountEvent;
     type Codec = Json;
 
@@ -77,7 +77,7 @@ struct Customer {
 #[derive(Debug, Serialize, Deserialize)]
 enum CustomerEvent {
     Registered { name: String },
-    Changed { name: Option<String>, phone: Patch<String> }, // `None` leaves a field alone, a patch can clear one
+    Changed { name: Option<String>, phone: Patch<String> }, // `None` leaves a field as it is, `Patch` can clear it
 }
 
 impl StateAggregate for Customer {
@@ -129,9 +129,9 @@ async fn natural_keys(store: &EventStore) -> Result<()> {
 }
 
 async fn decisions(store: &EventStore) -> Result<()> {
-    store.update_or_create::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 50 }]).await?;
+    store.update_or_create("bob", |_: &Account| [AccountEvent::Deposited { amount: 50 }]).await?;
 
-    let refused = store.update::<Account, _, _>("bob", |bob| bob.withdraw(80)).await.err();
+    let refused = store.update("bob", |bob: &Account| bob.withdraw(80)).await.err();
     let reason = refused.as_ref().and_then(|error| error.cause::<NotEnough>());
     assert_eq!(reason, Some(&NotEnough { missing: 30 }));
     Ok(())
@@ -157,7 +157,7 @@ async fn guards(store: &EventStore) -> Result<()> {
     let rich = work.load::<Account>("alice@example.org").await?;
     let mut poor = work.load::<Account>("bob").await?;
     if rich.balance > 0 {
-        work.guard(&rich); // only read, but it must not have changed when this commits
+        work.guard(&rich); // not written, but it must not change before the commit
         work.record(&mut poor, AccountEvent::Deposited { amount: 5 })?;
     }
     match work.commit().await {
@@ -169,15 +169,15 @@ async fn guards(store: &EventStore) -> Result<()> {
 
 async fn command_ids(store: &EventStore) -> Result<()> {
     let request = CommandId::new("request 7f3a")?;
-    let first = store.update_once::<Account, _, _>(request.clone(), "bob", |bob| bob.withdraw(10)).await?;
-    let again = store.update_once::<Account, _, _>(request.clone(), "bob", |bob| bob.withdraw(10)).await?;
+    let first = store.update_once(request.clone(), "bob", |bob: &Account| bob.withdraw(10)).await?;
+    let again = store.update_once(request.clone(), "bob", |bob: &Account| bob.withdraw(10)).await?;
     assert_eq!(first, again); // one effect, one receipt
 
-    // After an answer that was lost (`OutcomeUnknown`): its receipt, or `None` for "never, and never will".
+    // After a lost answer (`OutcomeUnknown`): the receipt, or `None` if it has no effect and never will have one.
     let receipt = store.settle(&request).await?;
     assert_eq!(receipt, Some(first));
 
-    // Over several aggregates. Another word, or other aggregates, under a known id: `CommandReused`.
+    // Over several aggregates. The same id with another word or other aggregates: `CommandReused`.
     let command = Command::new(CommandId::new("request 7f3b")?, "1 from bob to alice");
     store
         .once(command, async |mut work| {
@@ -196,7 +196,7 @@ async fn own_sql(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
 
     let mut work = store.begin();
-    work.set_command(CommandId::new("request 7f3c")?); // for a repeated command the SQL is not run again
+    work.set_command(CommandId::new("request 7f3c")?); // a repeated command does not run the SQL again
     let mut bob = work.load::<Account>("bob").await?;
     work.record(&mut bob, AccountEvent::Deposited { amount: 3 })?;
     let message = format!("tell {} of 3", bob.id());
@@ -213,7 +213,7 @@ async fn subscriptions(store: &EventStore) -> Result<()> {
     store
         .subscription("mails")?
         .with_filter(Filter::of::<Account>()?)
-        .on_failure(FailurePolicy::then(Then::Park).with_attempts(3)) // then put aside; see `store.parked`
+        .on_failure(FailurePolicy::then(Then::Park).with_attempts(3)) // then set aside: see `store.parked`
         .run(shutdown, |event| async move {
             let AccountEvent::Withdrawn { amount } = event.decode::<Account>()? else { return Ok(()) };
             if !event.is_replay() {
@@ -229,7 +229,7 @@ async fn projections(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     let table = "CREATE TABLE bank_totals (account INTEGER PRIMARY KEY, deposited INTEGER NOT NULL) STRICT";
     engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
 
-    // The handler writes in the transaction that moves the cursor: each event counts once.
+    // The handler writes in the transaction that moves the cursor, so each event counts once.
     let totals = engine.projection(|sql, delivery| {
         let add = "INSERT INTO bank_totals VALUES (?1, ?2)
                    ON CONFLICT (account) DO UPDATE SET deposited = deposited + excluded.deposited";
@@ -245,16 +245,16 @@ async fn projections(engine: &SqliteEngine, store: &EventStore) -> Result<()> {
     let subscription = store.subscription("totals")?.with_filter(of_accounts);
     subscription.declare().await?;
 
-    // Whoever wrote can wait until the projection has it, and then read it there.
+    // A writer waits until the projection has its event, and then reads the table.
     let mut read = Ok(());
     let reading = async {
         let deposit = |_: &Account| [AccountEvent::Deposited { amount: 9 }];
-        read = match store.update::<Account, _, _>("bob", deposit).await {
+        read = match store.update("bob", deposit).await {
             Ok(receipt) => store.wait_for(&receipt, "totals", Duration::from_secs(5)).await,
             Err(error) => Err(error),
         };
     };
-    let ended = subscription.run_sink(reading, totals).await?; // until then; yours until Ctrl-C
+    let ended = subscription.run_sink(reading, totals).await?; // ends with `reading`; in a service, on Ctrl-C
     read?;
     assert_eq!(ended, RunEnd::ShutDown);
     Ok(())
@@ -283,9 +283,9 @@ async fn by_hand(store: &EventStore) -> Result<()> {
     audit.release().await?;
 
     for state in store.subscriptions().await? {
-        println!("{} is {} events behind", state.cursor.id.subscription, state.lag_events);
+        println!("{} has {} events to go", state.cursor.id.subscription, state.lag_events);
     }
-    store.reset_subscription("audit", Start::Beginning).await // from then on all of it is a replay
+    store.reset_subscription("audit", Start::Beginning).await // all events come again, as a replay
 }
 
 async fn metadata(store: &EventStore) -> Result<()> {
@@ -319,7 +319,7 @@ async fn reading(store: &EventStore) -> Result<()> {
                 println!("{} {what:?} {:?}", event.position(), event.reference());
             }
         }
-        let cursor = log.position(); // also past what did not pass the filter
+        let cursor = log.position(); // also past events that the filter leaves out
         if store.wait(cursor, Duration::from_millis(10)).await? == cursor {
             return Ok(()); // nothing new for a while
         }
@@ -347,7 +347,7 @@ async fn overwritten(store: &EventStore) -> Result<()> {
 async fn under_smol(store: &EventStore) -> Result<()> {
     let task = smol::spawn({
         let store = store.clone(); // cheap: all clones share one engine
-        async move { store.update::<Account, _, _>("bob", |bob| bob.withdraw(1)).await }
+        async move { store.update("bob", |bob: &Account| bob.withdraw(1)).await }
     });
     task.await?;
     Ok(())
@@ -377,9 +377,9 @@ async fn files() -> Result<()> {
         .open(folder.join("accounts.db"))
         .await?;
     let store = EventStore::new(engine.clone());
-    store.update_or_create::<Account, _, _>("bob", |_| [AccountEvent::Deposited { amount: 50 }]).await?;
+    store.update_or_create("bob", |_: &Account| [AccountEvent::Deposited { amount: 50 }]).await?;
 
-    engine.backup_to(folder.join("backup.db")).await?; // one moment of it, while others go on writing
+    engine.backup_to(folder.join("backup.db")).await?; // a consistent copy, while others go on writing
     engine.close().await?;
 
     let backup = SqliteEngine::builder().read_only(true).open(folder.join("backup.db")).await?;
@@ -388,7 +388,7 @@ async fn files() -> Result<()> {
     by_uri(folder).await
 }
 
-/// The scheme of the URI names the engine; the program lists those that it is built with.
+/// The scheme of the URI names the engine. The program lists the engines that it is built with.
 async fn connect(uri: &str) -> Result<EventStore> {
     let engine: Arc<dyn StorageEngine> = match uri.split_once(':') {
         Some(("memory", _)) => Arc::new(MemoryEngine::new()),

@@ -5,9 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-fn pages() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    vec![root.join("README.md")]
+/// The Markdown files in the folder `docs`.
+fn pages() -> impl Iterator<Item = PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
+    files.filter(|file| file.extension().is_some_and(|extension| extension == "md"))
 }
 
 /// The text between "```rust" and "```", for each program.
@@ -27,7 +29,7 @@ fn every_program_in_the_pages_is_in_the_cookbook() {
     let mut found = 0;
     for page in pages() {
         let text = std::fs::read_to_string(&page).unwrap();
-        for program in programs(&text).into_iter().filter(|program| !program.contains("fn main()")) {
+        for program in programs(&text) {
             assert!(
                 cookbook.contains(&lines(program)),
                 "{}: not in the cookbook:\n{program}",

@@ -174,7 +174,7 @@ pub(crate) async fn run() -> Result<Books> {
     }
     for order in orders {
         let ship = |order: &Order| [OrderEvent::Shipped { address: order.address.clone() }];
-        store.update::<Order, _, _>(order, ship).await?;
+        store.update(order, ship).await?;
     }
     let last = store.head().await?;
     store.wait_for_position(last, NAME, SOON).await?;

@@ -1,4 +1,4 @@
-//! The quick start: an aggregate, a unit of work, a decision, the log. Run it twice.
+//! The quick start: an aggregate, a unit of work, a decision and the log. Run it twice.
 
 use evercore_sqlite::{Aggregate, EventStore, Json, LogQuery, Position, Result, SqliteEngine};
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ impl Aggregate for User {
 }
 
 impl User {
-    /// A decision is pure: state in, events out, or a refusal.
+    /// A decision is a pure function: it reads the state, and returns events or an error.
     fn change_email(&self, email: &str) -> Result<Option<UserEvent>, &'static str> {
         if !self.is_active {
             return Err("the user is not active");
@@ -42,23 +42,23 @@ impl User {
 }
 
 fn main() -> Result<()> {
-    smol::block_on(run("users.db"))
+    smol::block_on(run())
 }
 
-async fn run(file: &str) -> Result<()> {
-    let store = EventStore::new(SqliteEngine::open(file).await?);
+async fn run() -> Result<()> {
+    let store = EventStore::new(SqliteEngine::open("users.db").await?);
 
     if store.find::<User>("johndoe").await?.is_none() {
-        let mut work = store.begin(); // a unit of work; dropping it writes nothing
+        let mut work = store.begin(); // a unit of work; nothing is written before the commit
         let mut user = work.create_with_key::<User>("johndoe").await?;
         let (username, email) = ("johndoe".to_owned(), "john@example.org".to_owned());
         work.record(&mut user, UserEvent::UserCreated { username, email })?;
-        let receipt = work.commit().await?; // all of it or nothing of it
+        let receipt = work.commit().await?; // writes all of it or nothing
         println!("created johndoe at position {} of the log", receipt.last);
     }
 
-    // Loaded, decided, committed, and run again on fresh state if somebody was faster.
-    store.update::<User, _, _>("johndoe", |user| user.change_email("j@example.org")).await?;
+    // Loads the user, decides, and commits. Does it again if another writer was faster.
+    store.update("johndoe", |user: &User| user.change_email("j@example.org")).await?;
 
     let user = store.load::<User>("johndoe").await?;
     println!("{} <{}>, after {} events", user.username, user.email, user.sequence());

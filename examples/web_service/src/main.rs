@@ -107,7 +107,7 @@ async fn announce(
     Path(name): Path<String>,
     Json(Seats { seats }): Json<Seats>,
 ) -> Result<Json<Done>, Refused> {
-    let receipt = app.store.update_or_create::<Show, _, _>(&name, |show| show.announce(&name, seats)).await?;
+    let receipt = app.store.update_or_create(&name, |show: &Show| show.announce(&name, seats)).await?;
     done(&app, &receipt).await
 }
 
@@ -121,7 +121,7 @@ async fn book(
     let key =
         header(&headers, "idempotency-key").ok_or_else(|| Error::invalid("idempotency-key is missing"))?;
     let command = CommandId::new(format!("book {name:?} {key}"))?;
-    let receipt = app.store.update_once::<Show, _, _>(command, &name, |show| show.book(seats)).await?;
+    let receipt = app.store.update_once(command, &name, |show: &Show| show.book(seats)).await?;
     done(&app, &receipt).await
 }
 
