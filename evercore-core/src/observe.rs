@@ -1,6 +1,6 @@
 //! What the library tells about itself, by the optional features `tracing` and `metrics`; without them, nothing.
 //!
-//! Every name is here, and in the README of the crate. No payload, no natural key and no text of a user's error is told.
+//! Every name is here, and in docs/observability.md. No payload, no natural key and no text of a user's error is told.
 
 #![cfg_attr(not(all(feature = "tracing", feature = "metrics")), allow(unused_variables))]
 
