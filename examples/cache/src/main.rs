@@ -1,7 +1,7 @@
 //! A cache that keeps itself fresh: prices in memory, fed by a subscription that lives as long as its process.
 //!
-//! It is warm when it begins, it never asks the store again, and who has changed a price reads the new one: by waiting until
-//! the cache has come as far as the commit. Nothing is written for it.
+//! It is filled at the start, and never loads from the store after that. A writer that changed a price waits until the cache
+//! has seen the commit, and then reads the new price. Nothing is written to the store for the cache.
 //!
 //!     cargo run -p cache
 
@@ -45,19 +45,19 @@ struct Prices {
 }
 
 impl Prices {
-    /// A cache that knows all that the store knows now, and is kept fresh.
+    /// A cache that has all events of the store, and follows new ones.
     async fn warm(store: &EventStore) -> Result<Self> {
         let (seen_to, seen) = watch::channel(Position::ZERO);
         let prices = Self { cents: Arc::default(), seen };
         let head = store.head().await?;
-        // All events, not only those of products: who waits may have committed something else.
+        // All events, not only those of products: a task may wait for another commit of its own.
         let news = store.subscribe(Filter::all(), Start::Beginning).await?;
         tokio::spawn(follow(news, Arc::clone(&prices.cents), seen_to));
         prices.has_seen(head).await?;
         Ok(prices)
     }
 
-    /// Waits until the cache has come that far.
+    /// Waits until the cache has seen this position.
     async fn has_seen(&self, position: Position) -> Result<()> {
         let mut seen = self.seen.clone();
         let wait = seen.wait_for(|seen| *seen >= position);
@@ -71,7 +71,7 @@ impl Prices {
     }
 }
 
-/// Runs until nobody has the cache any more. After an error it ends too, and whoever waits for the cache is told.
+/// Runs until the last clone of the cache is dropped, or until an error. Tasks that wait for the cache then get an error.
 async fn follow(
     mut news: EphemeralSubscription,
     prices: Arc<RwLock<HashMap<String, i64>>>,

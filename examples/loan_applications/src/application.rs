@@ -113,7 +113,7 @@ const WORK: [(&str, WorkItem); 7] = [
 ];
 
 impl ApplicationEvent {
-    /// The event that the source calls so; `None` if it is not known.
+    /// The event with this name in the source; `None` if it is not known.
     pub(crate) fn from_source(name: &str, transition: &str, amount_requested: u64) -> Option<Self> {
         if let Some((_, item)) = WORK.iter().find(|(known, _)| *known == name) {
             return match transition {
@@ -130,7 +130,7 @@ impl ApplicationEvent {
         }
     }
 
-    /// What the source calls it: name and transition.
+    /// Name and transition in the source.
     pub(crate) fn to_source(self) -> (&'static str, &'static str) {
         let work = |wanted| WORK.iter().find(|(_, item)| *item == wanted).map_or("?", |(name, _)| name);
         match self {

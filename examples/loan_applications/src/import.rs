@@ -14,7 +14,7 @@ use crate::source::{self, Line};
 /// How many lines go into one unit of work.
 const UNIT: usize = 500;
 
-/// Takes in what the store has not got yet.
+/// Imports the lines that the store lacks.
 pub(crate) async fn import(store: EventStore, log: Option<&Path>) -> Result<(), BoxError> {
     let mut import = Import { head: store.head().await?, store, applications: HashMap::new() };
     let (present, began) = (import.head, Instant::now());
@@ -36,12 +36,12 @@ pub(crate) async fn import(store: EventStore, log: Option<&Path>) -> Result<(), 
 pub(crate) struct Import {
     store: EventStore,
     head: Position,
-    /// What is loaded stays loaded: a handle is good for the next unit once its own has committed.
+    /// Loaded aggregates: after a commit a handle can be used in the next unit.
     applications: HashMap<String, Loaded<Application>>,
 }
 
 impl Import {
-    /// Into a store that is empty, or for one of those who fill it at the same time.
+    /// Into an empty store, or for one of several writers.
     pub(crate) fn into(store: EventStore) -> Self {
         Self { store, head: Position::ZERO, applications: HashMap::new() }
     }
@@ -103,7 +103,7 @@ impl Import {
     }
 }
 
-/// For those who stop this program at random and want to know what it had promised.
+/// For tests that kill this program at random and compare the store with its last acknowledged position.
 fn acknowledge(head: Position) {
     if std::env::var_os("EVERCORE_ACKNOWLEDGE").is_some() {
         println!("acknowledged {head}");

@@ -2,9 +2,9 @@
 //!
 //! * how many applications are in which state, and since which day. The state of an application is its last `A_` step;
 //! * the work in progress of each resource: the work items it has begun (`START`) less those it has ended (`COMPLETE`).
-//!   What one begins and another ends is one more of the one and one less of the other.
+//!   A work item that one resource begins and another one ends counts +1 and -1.
 //!
-//! In the end both must be what the lines of the log say.
+//! In the end both must agree with the lines of the log.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -27,7 +27,7 @@ const NAME: &str = "loan_applications_live";
 /// A state, and the day on which an application came into it, counted from 1970.
 pub(crate) type State = (i64, String);
 
-/// What the tables say.
+/// The content of the tables.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Tables {
     /// How many applications are in a state since a day; none is no row.
@@ -36,7 +36,7 @@ pub(crate) struct Tables {
     pub(crate) work: BTreeMap<String, i64>,
 }
 
-/// What a delivery changes, put together.
+/// The changes of a delivery, summed up.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
     /// The state in which each application is after it.
@@ -86,7 +86,7 @@ fn day(time: Timestamp) -> i64 {
     time.as_micros().div_euclid(86_400_000_000)
 }
 
-/// Fills an empty store and holds the tables against the log.
+/// Fills an empty store and compares the tables with the log.
 pub(crate) async fn live(engine: &Engine, log: Option<&Path>) -> Result<(), BoxError> {
     let store = EventStore::new(engine.clone());
     if store.head().await?.get() > 0 {
@@ -125,7 +125,7 @@ pub(crate) async fn live(engine: &Engine, log: Option<&Path>) -> Result<(), BoxE
     Ok(())
 }
 
-/// Each application has one writer, which keeps to the order of the log. How many lines there were.
+/// Each application has one writer, which keeps the order of the log. Returns the number of lines.
 async fn write(store: &EventStore, lines: Vec<Line>) -> Result<i64, BoxError> {
     let (mut shares, mut writers) = (vec![Vec::new(); WRITERS], HashMap::new());
     let count = i64::try_from(lines.len())?;
@@ -150,7 +150,7 @@ async fn write(store: &EventStore, lines: Vec<Line>) -> Result<i64, BoxError> {
     Ok(count)
 }
 
-/// What the tables must say, straight from the lines.
+/// The expected content of the tables, from the lines.
 fn expected(lines: &[Line]) -> Tables {
     let (mut last, mut tables) = (HashMap::new(), Tables::default());
     for line in lines {

@@ -24,7 +24,7 @@ pub(crate) async fn make_tables(engine: &Engine) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Counts whatever comes, since nothing comes twice.
+/// Counts every event, because no event comes twice.
 pub(crate) fn projection(engine: &Engine) -> Projection {
     engine.projection(|sql, delivery| {
         let changes = Changes::of(delivery.events())?;

@@ -1,4 +1,4 @@
-//! What is in the store, counted.
+//! Counts the content of the store.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

@@ -1,8 +1,8 @@
 //! Messages to the outside world: a letter for every order, sent at least once and delivered once.
 //!
 //! A mail service cannot take part in a transaction, so a letter may be sent again. Four things make that harmless: the
-//! service knows a letter by the position of its event, an owner that was asleep by the epoch of its lease; what cannot be
-//! sent is put aside, and nothing is sent when the log is read once more.
+//! service recognises a letter by the position of its event, and an old owner by the epoch of its lease. A letter that cannot be
+//! sent is set aside, and a replay of the log sends nothing.
 //!
 //!     cargo run -p outbox
 
@@ -42,14 +42,14 @@ impl Aggregate for Order {
     }
 }
 
-/// The world outside: a mail service that is often out of order.
+/// A mail service that fails often.
 #[derive(Debug, Default)]
 struct MailService(Mutex<Books>);
 
-/// What the service knows.
+/// The records of the service.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Books {
-    /// The letters it took, by the position of their event.
+    /// The accepted letters, by the position of their event.
     pub(crate) delivered: BTreeMap<Position, String>,
     pub(crate) calls: u32,
     pub(crate) busy: u32,
@@ -74,7 +74,7 @@ enum Refusal {
 }
 
 impl MailService {
-    /// Takes a letter, once, from whoever sends letters at present.
+    /// Accepts each letter once, and only from the present owner.
     fn take(&self, id: Position, lease: &Lease, address: &str, text: String) -> Result<(), Refusal> {
         let mut books = self.books();
         books.calls += 1;
@@ -97,7 +97,7 @@ impl MailService {
         books.delivered.insert(id, text);
         if books.calls.is_multiple_of(4) {
             books.lost_answers += 1;
-            return Err(Refusal::NoAnswer); // but it has the letter
+            return Err(Refusal::NoAnswer); // but the letter was accepted
         }
         Ok(())
     }
@@ -111,7 +111,7 @@ impl MailService {
     }
 }
 
-/// The letter about an event, to whom it belongs.
+/// The address that gets a letter about this event.
 fn send(service: &MailService, event: &Event, lease: &Lease) -> Result<(), BoxError> {
     let (address, text) = match event.decode::<Order>()? {
         OrderEvent::Placed { address } => (address, "thank you for your order"),
@@ -122,8 +122,8 @@ fn send(service: &MailService, event: &Event, lease: &Lease) -> Result<(), BoxEr
 }
 
 fn letters(store: &EventStore) -> Result<Subscription> {
-    // Four attempts, with growing pauses; then the event is parked, and later ones of its order wait behind it.
-    // The owner looks every third of its lease whether something was resumed: a short one, for those who watch.
+    // Four attempts, with growing pauses. Then the event is parked, and later events of its order wait for it.
+    // The owner looks for resumed events after each third of its lease. The lease is short, so you need not wait long.
     let policy = FailurePolicy::then(Then::Park)
         .with_attempts(4)
         .with_pauses(Duration::from_millis(5), Duration::from_millis(50));
@@ -161,12 +161,12 @@ pub(crate) async fn run() -> Result<Books> {
     ["ada", "bob", "cleo"].into_iter().for_each(|address| service.open_mailbox(address));
     let mut orders = vec![place(&store, "ada").await?];
 
-    // An owner that gets the first letter to send, and falls asleep over it for longer than its lease.
+    // An owner gets the first letter, and then sleeps for longer than its lease.
     let mut sleeper = letters(&store)?.with_lease(Duration::from_millis(50)).claim().await?;
     let forgotten = sleeper.next().await?;
     tokio::time::sleep(Duration::from_millis(60)).await;
 
-    // Another takes over and sends it, and all that follow.
+    // Another owner takes over and sends it, and the later ones.
     let (stop, stopped) = oneshot::channel();
     let runner = tokio::spawn(run_letters(store.clone(), Arc::clone(&service), stopped));
     for address in ["bob", "nobody", "cleo"] {
@@ -180,7 +180,7 @@ pub(crate) async fn run() -> Result<Books> {
     store.wait_for_position(last, NAME, SOON).await?;
     show("all events are handled", &service);
 
-    // The first owner wakes up. The service knows that its time is over, and so does the store.
+    // The first owner wakes up. The service and the store both refuse it.
     for event in forgotten.iter() {
         let late = send(&service, &event, event.lease()).expect_err("another has the lease");
         println!("too late for the letter about event {}: {late}", event.position());
@@ -188,7 +188,7 @@ pub(crate) async fn run() -> Result<Books> {
     let late = sleeper.ack(&forgotten).await.expect_err("another has the lease");
     println!("too late to acknowledge it: {late}");
 
-    // What could not be sent was put aside. The cause is removed, and it is tried again.
+    // The letter that could not be sent was set aside. The cause is removed, and it is sent again.
     for (_, parked) in store.parked(NAME).await? {
         println!("parked: event {} after {} attempts: {}", parked.position, parked.attempts, parked.error);
     }
@@ -201,8 +201,8 @@ pub(crate) async fn run() -> Result<Books> {
     }
     show("the address was put right", &service);
 
-    // All is read once more, for whatever reason. It is a replay: no letter is sent.
-    // What is parked by then is forgotten, and a replay too, so look after it first.
+    // All events are read again. It is a replay, so no letter is sent.
+    // A reset forgets parked events, so settle them before.
     store.reset_subscription(NAME, Start::Beginning).await?;
     store.wait_for_position(last, NAME, SOON).await?;
     show("the log was read once more", &service);

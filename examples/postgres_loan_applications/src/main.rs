@@ -4,12 +4,11 @@
 //! cargo run --release -p postgres_loan_applications -- postgres://localhost/loans [LOG.csv]
 //! ```
 //!
-//! Without a log it makes a small one of its own. The log goes in in its own order, one event a line, so the position
-//! of the last event is the number of lines that are in: a run that was stopped goes on where it ended, and a second
-//! run finds nothing to do.
+//! Without a log it makes a small one. The lines are imported in their order, one event each, so the position of the last
+//! event is the number of imported lines. A run that was stopped continues there, and a second run finds nothing to do.
 //!
-//! With `--live` eight writers replay it at the same time into an empty store, and a subscription keeps two tables
-//! meanwhile, which are held against the log in the end.
+//! With `--live` eight writers replay it at the same time into an empty store, while a subscription fills two tables. At the
+//! end the tables are compared with the log.
 
 #[path = "../../loan_applications/src/application.rs"]
 mod application;
@@ -63,7 +62,7 @@ async fn run(url: &str, log: Option<&Path>) -> Result<(), BoxError> {
     let engine = builder.clone().connect(url).await?;
     let imported = import::import(EventStore::new(engine.clone()), log).await;
     engine.close().await?;
-    // Connected anew; also after a line that did not read: what came before it is in.
+    // Connect again, also after a bad line: the lines before it are imported.
     let engine = builder.connect(url).await?;
     report::report(&EventStore::new(engine.clone())).await?;
     engine.close().await?;
@@ -77,7 +76,7 @@ async fn run_live(url: &str, log: Option<&Path>) -> Result<(), BoxError> {
     outcome
 }
 
-/// Runs beside the caller.
+/// Runs concurrently with the caller.
 fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> impl Future<Output = T> {
     let task = tokio::spawn(work);
     async {

@@ -7,7 +7,7 @@ use crate::live::{Changes, Tables};
 
 pub(crate) type Engine = PostgresEngine;
 
-/// Where the store of the live run lies, and its tables.
+/// The schema of the store of the live run, and of its tables.
 pub(crate) const SCHEMA: &str = "loan_applications_live";
 
 const TABLES: &str = "
@@ -47,7 +47,7 @@ pub(crate) async fn make_tables(engine: &Engine) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Counts whatever comes, since nothing comes twice.
+/// Counts every event, because no event comes twice.
 pub(crate) fn projection(engine: &Engine) -> Projection {
     engine.projection(|sql, delivery| {
         Box::pin(async move {

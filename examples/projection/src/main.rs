@@ -1,10 +1,10 @@
-//! A read model, exactly once: orders per customer and day, in a table beside the log that it is made from.
+//! A read model, exactly once: orders per customer and day, in a table next to the log.
 //!
-//! Run it, kill it with -9 at any moment, run it again: the table is what the log says, always. Version 2 of it also keeps
-//! the turnover; it is built from the first event while version 1 goes on, and takes over when it has caught up.
+//! Run it, kill it with -9 at any moment, run it again: the table always agrees with the log. Version 2 also has the turnover.
+//! It is built from the first event while version 1 goes on, and takes over when it has caught up.
 //!
 //!     projection                          both versions, one after the other, in orders.db
-//!     projection FILE ORDERS VERSION      so many orders more, by the program of that version
+//!     projection FILE ORDERS VERSION      ORDERS new orders, with the table of that version
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -68,18 +68,18 @@ async fn main() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// One run of the program as it was when the projection had that version: it writes orders, and projects what is in the log.
+/// One run of the program of that version: it writes orders, and projects the events of the log.
 pub(crate) async fn run(file: &str, orders: i64, version: u32) -> Result<()> {
     let engine = SqliteEngine::open(file).await?;
     let store = EventStore::new(engine.clone());
     engine.commit_with(store.begin(), |sql| Ok(sql.execute_batch(TABLES)?)).await?;
-    subscription(&store, version)?.declare().await?; // so that it can be waited for
+    subscription(&store, version)?.declare().await?; // so that `wait_for` works
     if store.live_version(NAME).await? > version {
         println!("version {version} is of the past, a newer one has taken over");
         return engine.close().await;
     }
 
-    // While a new version is being built, the one before goes on: readers look at that one.
+    // While a new version is being built, the old one goes on, and readers use its table.
     let (stop, stopped) = watch::channel(false);
     let spawn = |version| tokio::spawn(project(engine.clone(), store.clone(), version, stopped.clone()));
     let projectors: Vec<_> = (1..=version).map(spawn).collect();
@@ -101,7 +101,7 @@ pub(crate) async fn run(file: &str, orders: i64, version: u32) -> Result<()> {
 }
 
 fn subscription(store: &EventStore, version: u32) -> Result<Subscription> {
-    // After a kill -9 the next one waits for the end of the lease. A lease as short as this one is for the impatient.
+    // After a kill -9 the next process waits for the end of the lease. This one is short, so you need not wait long.
     Ok(store.subscription(NAME)?.with_version(version).with_lease(Duration::from_millis(300)))
 }
 
@@ -145,7 +145,7 @@ async fn write(store: &EventStore, orders: i64) -> Result<()> {
 /// By customer and day: how many orders, for how many cents.
 type Days = BTreeMap<(String, String), (i64, i64)>;
 
-/// Shows the table that is live, and that it is what the log says.
+/// Prints the live table, and checks that it agrees with the log.
 async fn report(file: &str, store: &EventStore) -> Result<()> {
     let version = store.live_version(NAME).await?;
     let table = read_table(file, version).map_err(Error::rejected)?;
@@ -158,7 +158,7 @@ async fn report(file: &str, store: &EventStore) -> Result<()> {
     Ok(())
 }
 
-/// Readers have a connection of their own: to SQLite, the tables are tables.
+/// Readers open the file with their own connection: these are ordinary SQLite tables.
 fn read_table(file: &str, version: u32) -> Result<Days, BoxError> {
     let sql = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let cents = if version == 1 { "0" } else { "cents" };

@@ -1,4 +1,4 @@
-//! The read model: how many seats of a show are free, exactly once, since rows and cursor change together.
+//! The read model: the free seats of each show. Rows and cursor change together, so each event counts once.
 
 use std::path::Path;
 
@@ -38,7 +38,7 @@ pub(crate) fn projection(engine: &SqliteEngine) -> Projection {
     })
 }
 
-/// With a connection of its own: to SQLite, the table is a table.
+/// Opens the file with a separate connection: it is an ordinary SQLite table.
 pub(crate) fn read(file: &Path, name: &str) -> Result<Option<FreeSeats>> {
     let sql = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let query = "SELECT seats, free FROM show_seats WHERE name = ?1";

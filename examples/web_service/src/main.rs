@@ -1,12 +1,14 @@
-//! A web service: seats for shows, with commands that take effect once, answers that know them, and live news.
+//! A web service: seats for shows, with commands that take effect once, answers that include them, and live news.
 //!
-//!     cargo run -p web_service        until Ctrl-C; shows.db keeps what happened
+//! ```text
+//! cargo run -p web_service        until Ctrl-C; shows.db keeps the events
 //!
-//!     curl -X PUT  localhost:3000/shows/hamlet -H 'content-type: application/json' -d '{"seats": 100}'
-//!     curl -X POST localhost:3000/shows/hamlet/bookings -H 'idempotency-key: 7f3a' \
-//!          -H 'content-type: application/json' -d '{"seats": 2}'          answers {"position":2}, however often
-//!     curl 'localhost:3000/shows/hamlet?after=2'                          has seen that position
-//!     curl localhost:3000/news                                            or the page at localhost:3000
+//! curl -X PUT  localhost:3000/shows/hamlet -H 'content-type: application/json' -d '{"seats": 100}'
+//! curl -X POST localhost:3000/shows/hamlet/bookings -H 'idempotency-key: 7f3a' \
+//!      -H 'content-type: application/json' -d '{"seats": 2}'          answers {"position":2} each time
+//! curl 'localhost:3000/shows/hamlet?after=2'                          an answer that includes position 2
+//! curl localhost:3000/news                                            or the page at localhost:3000
+//! ```
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -48,11 +50,11 @@ async fn main() -> Result<(), BoxError> {
 struct App {
     store: EventStore,
     file: PathBuf,
-    /// Live news have no end of their own.
+    /// Ends live news, which have no other end.
     stopping: watch::Receiver<bool>,
 }
 
-/// Serves until the shutdown, and answers then what was asked before.
+/// Serves until the shutdown, and then answers the open requests.
 pub(crate) async fn serve(
     engine: SqliteEngine,
     listener: TcpListener,
@@ -61,7 +63,7 @@ pub(crate) async fn serve(
     let store = EventStore::new(engine.clone());
     engine.commit_with(store.begin(), |sql| Ok(sql.execute_batch(free_seats::TABLE)?)).await?;
     let subscription = store.subscription(free_seats::NAME)?.with_lease(Duration::from_secs(5));
-    subscription.declare().await?; // from now on it can be waited for
+    subscription.declare().await?; // from now on `wait_for` works
 
     let (stop, stopping) = watch::channel(false);
     let (served, all_served) = oneshot::channel::<()>();
@@ -96,7 +98,7 @@ struct Seats {
     seats: u32,
 }
 
-/// Where a command has led: who asks for what comes after it, sees it.
+/// The position of a command. A request with `after` set to it sees the effect.
 #[derive(Serialize)]
 struct Done {
     position: i64,
@@ -111,7 +113,7 @@ async fn announce(
     done(&app, &receipt).await
 }
 
-/// Takes effect once per key, however often it is sent.
+/// Takes effect once per key, even if it is sent again.
 async fn book(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -126,7 +128,7 @@ async fn book(
 }
 
 async fn done(app: &App, receipt: &Receipt) -> Result<Json<Done>, Refused> {
-    // A command that changed nothing has no position: its sender is to see what it has seen.
+    // A command that changed nothing has no position of its own, so the present head is used.
     let is_nothing_new = receipt.last == Position::ZERO;
     let position = if is_nothing_new { app.store.head().await? } else { receipt.last };
     Ok(Json(Done { position: position.get() }))
@@ -138,7 +140,7 @@ struct After {
     after: i64,
 }
 
-/// Answers from the read model, as soon as that has come as far as the reader has.
+/// Answers from the read model, as soon as it has seen the position of the reader.
 async fn free_seats(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -150,7 +152,7 @@ async fn free_seats(
     Ok(Json(found.ok_or_else(|| Error::new(ErrorKind::NotFound, "there is no such show"))?))
 }
 
-/// Live news: each event is a message with its position as id, so who was cut off goes on where it was.
+/// Live news: each event is a message with its position as id, so a browser that was cut off continues there.
 async fn news(
     State(app): State<App>,
     headers: HeaderMap,
@@ -163,7 +165,7 @@ async fn news(
     };
     let shows = Filter::of::<Show>()?;
     let news = app.store.subscribe(shows, start).await?;
-    // An id alone, and no message: who is cut off before the first event knows where to go on, too.
+    // An id without a message: a browser that is cut off before the first event can continue, too.
     let begin = sse::Event::default().id(news.position().to_string());
     let messages = stream::unfold((news, app.stopping), next_messages).flat_map(stream::iter);
     Ok(Sse::new(stream::once(Ok(begin)).chain(messages)).keep_alive(KeepAlive::default()))
@@ -178,7 +180,7 @@ async fn next_messages((mut news, mut stopping): News) -> Option<(Vec<Result<sse
     };
     let messages = match events {
         Ok(events) => events.iter().map(|event| message(&event)).collect(),
-        Err(error) => vec![Err(error.into())], // ends the answer; the browser comes again
+        Err(error) => vec![Err(error.into())], // ends the answer; the browser connects again
     };
     Some((messages, (news, stopping)))
 }

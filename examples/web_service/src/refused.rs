@@ -17,7 +17,7 @@ impl From<Error> for Refused {
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
-        // Our own refusal may be shown. Other causes may tell what is nobody's business.
+        // Our own refusal may be shown. Other causes may contain internal details.
         let reason = self.0.cause::<No>().map_or_else(|| self.0.to_string(), No::to_string);
         (status(self.0.kind()), Json(serde_json::json!({ "error": reason }))).into_response()
     }
@@ -30,8 +30,8 @@ pub(crate) fn status(kind: &ErrorKind) -> StatusCode {
         ErrorKind::Rejected | ErrorKind::InvalidState => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorKind::Conflict { .. } | ErrorKind::KeyTaken { .. } => StatusCode::CONFLICT,
         ErrorKind::CommandReused | ErrorKind::CommandAbandoned => StatusCode::CONFLICT,
-        ErrorKind::CursorAhead { .. } => StatusCode::GONE, // another store: a browser does not come again
-        // To be sent again, with the same key.
+        ErrorKind::CursorAhead { .. } => StatusCode::GONE, // another store: a browser does not connect again
+        // Send it again, with the same key.
         ErrorKind::Unavailable | ErrorKind::OutcomeUnknown => StatusCode::SERVICE_UNAVAILABLE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
