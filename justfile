@@ -2,15 +2,15 @@
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
-# List what can be done.
+# Lists the recipes.
 [private]
 default:
     @just --list --unsorted
 
-# Everything that must hold before a change lands: format, lints, docs, core's dependencies, tests on all engines.
+# All checks before a change lands: format, lints, docs, core's dependencies, tests on all engines.
 check: fmt lint doc core-tree test integration-test
 
-# Whether the code is formatted (mend with `cargo fmt --all`).
+# Checks that the code is formatted; `cargo fmt --all` formats it.
 fmt:
     cargo fmt --all --check
 
@@ -18,7 +18,7 @@ fmt:
 lint:
     cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 
-# The documentation, no warning and no broken link allowed; `just doc --open` shows it.
+# Builds the documentation; a warning or a broken link is an error. `just doc --open` shows it.
 doc *args:
     RUSTDOCFLAGS="-D warnings" cargo doc --locked -p 'evercore-*' --all-features --no-deps {{ args }}
 
@@ -64,7 +64,7 @@ torture steps="20000" kills="20" seed=`echo $RANDOM`:
 torture-testkit:
     EVERCORE_TORTURE=full cargo test --locked --release -p evercore-testkit --test self_check
 
-# The long runs on SQLite that say what they have counted; EVERCORE_LOAN_LOG names the loan log, if there is one.
+# The long runs on SQLite; they print their counts. EVERCORE_LOAN_LOG names the loan log, if there is one.
 torture-sqlite:
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite,faketime \
         cargo test --locked --release -p evercore-sqlite --all-features --test torture -- --nocapture --test-threads=1
@@ -80,7 +80,7 @@ torture-postgres steps="20000" seed=`echo $RANDOM`:
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=postgres \
         cargo test --locked --release -p postgres_loan_applications -- --nocapture
 
-# The benchmarks, each beside its floor. Arguments choose among them: `just bench W3`.
+# The benchmarks, each compared with its floor. Arguments choose among them: `just bench W3`.
 bench *args: (bench-sqlite args) (bench-postgres args)
 
 # The benchmarks on SQLite and in memory.
