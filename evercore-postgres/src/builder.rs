@@ -13,22 +13,22 @@ use crate::engine::PostgresEngine;
 use crate::inline::Wanted;
 use crate::sql::Schema;
 
-/// What an acknowledged commit survives: PostgreSQL's setting `synchronous_commit`, by its own words.
+/// What an acknowledged commit survives: the values of PostgreSQL's setting `synchronous_commit`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SynchronousCommit {
     /// A crash of the server's machine: the commit is flushed to its disk, and to that of a synchronous standby if one
     /// is configured. If somebody cancels the wait for that standby, the commit is
-    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown): it is there, and a failover may lose it.
+    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown): it is on the primary, but a failover may lose it.
     #[default]
     On,
     /// A crash of the server's machine, without waiting for any standby.
     Local,
-    /// As [`On`](Self::On), and the standby's operating system has it.
+    /// As [`On`](Self::On), but the standby has only handed the commit to its operating system, not flushed it.
     RemoteWrite,
-    /// As [`On`](Self::On), and who reads from the synchronous standby sees it.
+    /// As [`On`](Self::On), and reads from the synchronous standby see the commit.
     RemoteApply,
-    /// A crash of this process only: a crash of the server may take the last commits, never half of one.
+    /// A crash of this process only. A crash of the server may lose the last commits, but never part of one.
     Off,
 }
 
@@ -76,7 +76,7 @@ pub(crate) struct Settings {
     pub(crate) migrate: bool,
     pub(crate) read_only: bool,
     pub(crate) pooler: bool,
-    /// Whether each of our connections was set up by us, so that its settings are known.
+    /// Whether the engine set up every connection itself, so that their settings are known.
     pub(crate) own_sessions: bool,
     pub(crate) plain_text: bool,
     pub(crate) root_certificate: Option<PathBuf>,
@@ -108,7 +108,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Whether the settings of a session stay what they were when it began.
+    /// Whether a session keeps the settings it started with.
     pub(crate) const fn has_sessions(&self) -> bool {
         self.own_sessions && !self.pooler
     }
@@ -119,28 +119,29 @@ impl Builder {
         Self { settings: Settings::default() }
     }
 
-    /// The PostgreSQL schema in which the store lies; `evercore` unless set. Several stores may share a database, each
-    /// in a schema of its own.
+    /// The PostgreSQL schema that holds the store; `evercore` unless set. Several stores may share a database if each
+    /// has its own schema.
     ///
     /// # Errors
     /// [`InvalidName`](crate::ErrorKind::InvalidName) unless it is a lower case letter or underscore followed by at
-    /// most 62 lower case letters, digits and underscores; nor may it begin with `pg_`.
+    /// most 62 lower case letters, digits and underscores. It must not begin with `pg_`.
     pub fn schema(mut self, name: &str) -> Result<Self> {
         self.settings.schema = Schema::new(name)?;
         Ok(self)
     }
 
-    /// What an acknowledged commit survives; [`SynchronousCommit::On`] unless set, whatever the server's own default.
+    /// What an acknowledged commit survives; [`SynchronousCommit::On`] unless set. The server's default does not
+    /// matter.
     pub fn synchronous_commit(mut self, level: SynchronousCommit) -> Self {
         self.settings.synchronous_commit = level;
         self
     }
 
-    /// How many connections there may be for reads, subscriptions and SQL of your own, at least 2; 8 unless set.
+    /// The largest number of connections for reads, subscriptions and your own SQL: at least 2, and 8 unless set.
     ///
-    /// Up to three more are made when they are first needed: one for commits, which are combined, one for what the
-    /// engine writes beside them, such as reserved ids, and one that listens for the commits of other processes as soon
-    /// as somebody waits. So no read keeps a commit from its connection. A read whose future is dropped is cancelled on
+    /// The engine opens up to three more when it first needs them: one for commits, which are combined; one for its
+    /// other writes, such as reserved ids; and one that listens for commits of other processes, once a caller waits for
+    /// events. So reads never take the connection that commits need. Dropping the future of a read cancels the read on
     /// the server.
     pub fn pool_size(mut self, connections: usize) -> Self {
         self.settings.pool_size = connections.max(2);
@@ -150,69 +151,71 @@ impl Builder {
     /// How long to wait for a free connection, and how long to try to make a new one, before the call ends as
     /// [`Unavailable`](crate::ErrorKind::Unavailable); 5 seconds unless set.
     ///
-    /// Several hosts share the time for a new one: each has its share of what is left, for TLS and the login too. A host
-    /// that did not answer in its time is tried after all others for 30 seconds. `connect_timeout` in the URL is the time
-    /// of each host, as psql has it, and counts instead of this.
+    /// Several hosts share the time for a new connection: each gets an equal share of the remaining time, which
+    /// includes TLS and the login. A host that does not answer in time is tried after all others for the next 30
+    /// seconds.
+    /// `connect_timeout` in the URL is the time for each host, as in psql, and replaces this setting.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout.max(Duration::from_millis(1));
         self
     }
 
-    /// How long one statement may take, the wait for other writers included; 30 seconds unless set. A migration is not
-    /// bound by it, only its wait for locks. A commit that is over it is rolled back; no answer from the server for this
-    /// time and the [`connect_timeout`](Self::connect_timeout) makes it [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
+    /// How long one statement may take, including the wait for other writers; 30 seconds unless set. For a migration it
+    /// limits only the wait for locks. A commit that takes longer is rolled back. If the server does not answer for
+    /// this time plus the [`connect_timeout`](Self::connect_timeout), the commit is
+    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown).
     ///
-    /// A commit waits as long at most for its turn: until those before it are written, and until the queue has room. (It
-    /// holds 256 MiB, as they are sent, and one statement carries 32 MiB or a single unit.) After that the commit is
-    /// [`Unavailable`](crate::ErrorKind::Unavailable), and nothing of it was written. A single unit of more than 384 MiB,
-    /// with its metadata and snapshots, is [`Invalid`](crate::ErrorKind::Invalid).
+    /// A commit also waits at most this long for its turn: until earlier commits are written and the queue has room.
+    /// (The queue holds 256 MiB, as sent to the server. One statement carries 32 MiB or a single unit.) After that the
+    /// commit is [`Unavailable`](crate::ErrorKind::Unavailable), and nothing of it was written. A single unit of more
+    /// than 384 MiB, with its metadata and snapshots, is [`Invalid`](crate::ErrorKind::Invalid).
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.settings.statement_timeout = at_least_a_millisecond(timeout);
         self
     }
 
-    /// How long the SQL of [`PostgresEngine::commit_with`] may take altogether, and how long a transaction may idle
-    /// while it holds what others wait for; 5 seconds unless set.
+    /// How long the SQL of [`PostgresEngine::commit_with`] may take in total, and how long a transaction may idle while
+    /// it holds locks; 5 seconds unless set.
     pub fn sql_timeout(mut self, timeout: Duration) -> Self {
         self.settings.sql_timeout = at_least_a_millisecond(timeout);
         self
     }
 
-    /// How old a connection may become, 30 minutes unless set. One that is older is closed when it is next asked for, and
-    /// another is made; whatever is at work on it comes to its end.
+    /// The maximum age of a connection; 30 minutes unless set. An older connection is closed and replaced the next time
+    /// it is taken from the pool. Work that is running on it is not interrupted.
     ///
-    /// A new connection looks again for the primary among the hosts of the URL. So this is the longest for which an engine
-    /// goes on with a primary that was replaced and lives on, if its connections to it never break.
+    /// A new connection looks for the primary among the hosts of the URL again. So this limits how long an engine keeps
+    /// using a primary that was replaced but still runs, if its connections to it never break.
     pub fn connection_age(mut self, at_most: Duration) -> Self {
         self.settings.connection_age = at_most;
         self
     }
 
-    /// How often to look for the commits of other processes where nothing tells of them: on a standby, behind a
-    /// pooler, and on a pool that was handed in; 50 milliseconds unless set. Only while somebody waits.
+    /// How often to poll for commits of other processes where notifications are not available: on a standby, through a
+    /// pooler, and on a pool of the application; 50 milliseconds unless set. The engine polls only while a caller
+    /// waits.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.settings.poll_interval = at_least_a_millisecond(interval);
         self
     }
 
-    /// Whether connecting makes the store or brings it to the newest schema, which is so unless set. Without it a
-    /// store that is not there is [`NotAStore`](crate::ErrorKind::NotAStore); see [`Builder::migrate`].
+    /// Whether connecting creates the store or migrates it to the newest schema; `true` unless set. With `false`, a
+    /// missing store is [`NotAStore`](crate::ErrorKind::NotAStore); see [`Builder::migrate`].
     pub fn migrate_on_connect(mut self, migrate: bool) -> Self {
         self.settings.migrate = migrate;
         self
     }
 
-    /// Whether there is a pooler in transaction mode (PgBouncer and its like) between here and the server. Nothing is
-    /// kept in the session then: no named prepared statements, no start-up settings, no LISTEN; what a commit needs is
-    /// set in its own transaction.
+    /// Whether connections go through a pooler in transaction mode, such as PgBouncer. If so, the engine keeps no state
+    /// in the session: no named prepared statements, no start-up settings, no LISTEN. Each commit makes the settings it
+    /// needs in its own transaction.
     pub fn pooler(mut self, pooler: bool) -> Self {
         self.settings.pooler = pooler;
         self
     }
 
-    /// Allows plain text to hosts that are not this computer, as `sslmode=disable` in the URL does. Without it the
-    /// connection to a remote host is encrypted and the host's certificate verified, whatever weaker `sslmode` the URL
-    /// asks for.
+    /// Allows unencrypted connections to remote hosts, as `sslmode=disable` in the URL does. Without it, connections to
+    /// remote hosts are encrypted and their certificates verified, even if the URL asks for another, weaker `sslmode`.
     pub fn plain_text(mut self) -> Self {
         self.settings.plain_text = true;
         self
@@ -221,34 +224,37 @@ impl Builder {
     /// A file with the root certificates (PEM) to trust instead of those of the operating system, as `sslrootcert` in
     /// the URL does.
     ///
-    /// The server's own certificate may be in it too, also one that has signed itself. It is pinned then: a server that
-    /// shows it and has its key is trusted, whatever name and dates are in it.
+    /// The file may also contain the server's own certificate, even a self-signed one. That certificate is then pinned:
+    /// a server that presents it and has its key is trusted, and the certificate's name and dates are not checked.
     pub fn root_certificate(mut self, file: impl Into<PathBuf>) -> Self {
         self.settings.root_certificate = Some(file.into());
         self
     }
 
-    /// The files (PEM) of a certificate and of its key, which is not encrypted, to log in with, as `sslcert` and `sslkey`
-    /// in the URL do. The connection is encrypted then, also to this computer, unless the URL says `sslmode=disable`.
+    /// The files (PEM) of the client certificate to log in with and of its key, as `sslcert` and `sslkey` in the URL.
+    /// The key must not be encrypted. The connection is then encrypted, even to this computer, unless the URL says
+    /// `sslmode=disable`.
     pub fn client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         self.settings.client_certificate = Some((certificate.into(), key.into()));
         self
     }
 
-    /// Keeps a read model in step with the log: the handler gets the events of each commit in its own transaction, so
-    /// that whoever sees the events sees what they lead to. If it fails, nothing of the unit is written, and the commit
-    /// is [`Rejected`](crate::ErrorKind::Rejected) with the handler's error as its source; a panic goes on in the caller.
+    /// Updates a read model in the same transaction as each commit: the handler gets the events of the commit and
+    /// writes its rows, and the events and the rows become visible together. If the handler fails, nothing of the unit
+    /// is written, and the commit is [`Rejected`](crate::ErrorKind::Rejected) with the handler's error as its source.
+    /// If it panics, the panic continues in the caller.
     ///
-    /// It misses nothing: how far it has come is a cursor in the store, of this name and version. Connecting hands it
-    /// all that it has not seen, 1,000 events at a time, and what other processes commit without it is handed to it by
-    /// the next commit with it: page by page before the log is locked, until one page is left. If that takes longer than
-    /// [`statement_timeout`](Self::statement_timeout), the commit is [`Unavailable`](crate::ErrorKind::Unavailable), and
-    /// the next one goes on from there. A new version begins again with the first event. Paused, it is passed over.
+    /// The handler misses no event: a cursor in the store, under this name and version, records its progress.
+    /// Connecting hands it all events that it has not seen, 1,000 at a time. Events that other processes commit without
+    /// the handler are handed to it by the next commit that has it: page by page before the log is locked, until one
+    /// page is left. If that takes longer than [`statement_timeout`](Self::statement_timeout), the commit is
+    /// [`Unavailable`](crate::ErrorKind::Unavailable), and the next commit continues from there. A new version starts
+    /// again at the first event. While the projection is paused, its handler is not called.
     ///
-    /// It runs while the log is locked, and holds up all other commits: a few statements, nothing that waits. It may
-    /// take [`sql_timeout`](Self::sql_timeout) for each 1,000 events. SQL of
-    /// [`commit_with`](PostgresEngine::commit_with) that writes the same rows may meet it in a deadlock, which the server
-    /// ends by rolling one of them back. What takes longer is work for [a projection](PostgresEngine::projection).
+    /// The handler runs while the log is locked, so it holds up all other commits: let it run a few statements and
+    /// never wait. It may take [`sql_timeout`](Self::sql_timeout) for each 1,000 events. It can deadlock with SQL of
+    /// [`commit_with`](PostgresEngine::commit_with) that writes the same rows; the server then rolls one of them back.
+    /// Use [a projection](PostgresEngine::projection) for work that takes longer.
     ///
     /// ```no_run
     /// # use evercore_postgres::{PostgresEngine, Result};
@@ -269,8 +275,8 @@ impl Builder {
     /// ```
     ///
     /// Connecting is [`InvalidName`](crate::ErrorKind::InvalidName) if the name is no
-    /// [`SubscriptionName`](crate::SubscriptionName), and [`Invalid`](crate::ErrorKind::Invalid) if the version is 0, if
-    /// the same version is there twice, or if it is for reading only.
+    /// [`SubscriptionName`](crate::SubscriptionName), and [`Invalid`](crate::ErrorKind::Invalid) if the version is 0,
+    /// if the same name and version is given twice, or if the engine is connected for reading only.
     pub fn inline_projection<F>(mut self, name: impl AsRef<str>, version: u32, handler: F) -> Self
     where
         F: for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>>
@@ -283,12 +289,13 @@ impl Builder {
         self
     }
 
-    /// Connects, and makes or migrates the store unless told otherwise.
+    /// Connects, and creates or migrates the store unless [`migrate_on_connect`](Self::migrate_on_connect) is off.
     ///
-    /// The URL is PostgreSQL's, `postgres://user:password@one:5432,two:5432/database?name=value`, or its list
-    /// `host=one,two user=app`. Special letters in a URL are written as `%2F`. Of several hosts the one that takes writes is
-    /// used. One whose log is older than what this engine has seen is used only if no other answers, and never one that was
-    /// the primary before another was promoted. These parameters are understood:
+    /// The URL is a PostgreSQL URL, `postgres://user:password@one:5432,two:5432/database?name=value`, or a list,
+    /// `host=one,two user=app`. Special characters in a URL are percent-encoded, such as `%2F` for `/`. If there are several
+    /// hosts, the engine uses the one that takes writes. It uses a host that lacks events this engine has already seen
+    /// only if no other host answers, and never a former primary after another host was promoted. These parameters are
+    /// supported:
     ///
     /// | parameter | |
     /// |---|---|
@@ -300,25 +307,26 @@ impl Builder {
     /// | `target_session_attrs` | `any`, `read-write` or `read-only` instead of the default above |
     /// | `load_balance_hosts` | `disable`, or `random` for another order of hosts each time |
     /// | `application_name`, `options`, `channel_binding`, `sslnegotiation` | as PostgreSQL has them |
-    /// | `keepalives`, `keepalives_idle`, `keepalives_interval`, `keepalives_retries`, `tcp_user_timeout` | read, but evercore sets its own |
+    /// | `keepalives`, `keepalives_idle`, `keepalives_interval`, `keepalives_retries`, `tcp_user_timeout` | accepted, but ignored: evercore sets its own |
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) if the URL does not read (it is not shown) or has a parameter that is not
-    /// understood (its name is), if it names no host, or if the server asks for a password and it has none;
-    /// [`Unavailable`](crate::ErrorKind::Unavailable) if no host can be reached;
-    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the schema holds something else, or nothing and may not be
-    /// made; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store of a newer library;
-    /// [`ReadOnly`](crate::ErrorKind::ReadOnly) if the role may not make what is missing;
-    /// [`Backend`](crate::ErrorKind::Backend) if the server refuses the login, if its certificate is not to be trusted,
-    /// if the database is not in UTF-8, or if there is a [pooler](Self::pooler) in between that was not named.
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the URL cannot be parsed (the error does not show it) or has an
+    /// unsupported parameter (the error shows its name), if it names no host, or if the server asks for a password and
+    /// it has none; [`Unavailable`](crate::ErrorKind::Unavailable) if no host can be reached;
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the schema holds something else, or is empty and the store may not
+    /// be created; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store of a newer library;
+    /// [`ReadOnly`](crate::ErrorKind::ReadOnly) if the role may not create the missing tables;
+    /// [`Backend`](crate::ErrorKind::Backend) if the server refuses the login, if its certificate is not trusted, if
+    /// the database is not in UTF-8, or if connections go through a [pooler](Self::pooler) and the builder was not
+    /// told.
     pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
         let address = Address::parse(url, &self.settings)?;
         let pool = address.pool(self.settings.pool_size)?;
         PostgresEngine::open(address.settings().clone(), pool, Some(address)).await
     }
 
-    /// Connects for reading only, to any server that answers: a standby as well as a primary. What writes is
-    /// [`ReadOnly`](crate::ErrorKind::ReadOnly), and nothing is migrated.
+    /// Connects for reading only, to any server that answers: a standby as well as a primary. Calls that write fail
+    /// with [`ReadOnly`](crate::ErrorKind::ReadOnly), and nothing is migrated.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
@@ -327,12 +335,14 @@ impl Builder {
         self.connect(url).await
     }
 
-    /// Uses a pool that the application has already. Nothing is expected of its connections: what a commit needs is
-    /// set in its own transaction, which costs a little. Commits of other processes are polled for.
+    /// Uses a pool that the application already has. The engine assumes nothing about the settings of its connections:
+    /// each commit makes the settings it needs in its own transaction, which costs a little. The engine polls for
+    /// commits of other processes.
     ///
-    /// Reads and commits share these connections, so reads that are held up can keep a commit waiting for one. What the
-    /// server says unasked is heard by the pool and not by the engine: a commit whose wait for a synchronous standby is
-    /// cancelled is acknowledged. A read that is given up is cancelled only where the server accepts that in plain text.
+    /// Reads and commits share these connections, so slow reads can keep a commit waiting for a connection. The
+    /// server's notices and warnings go to the pool, not to the engine: if the wait of a commit for a synchronous
+    /// standby is cancelled, the commit is still acknowledged. A dropped read is cancelled on the server only if the
+    /// server accepts unencrypted cancel requests.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
@@ -341,8 +351,8 @@ impl Builder {
         PostgresEngine::open(self.settings, pool, None).await
     }
 
-    /// Makes the store or brings it to the newest schema, and does nothing else: for a role that may create tables,
-    /// where the application's own may not. Again is harmless, also from several processes at once.
+    /// Creates the store or migrates it to the newest schema, and does nothing else. Use it with a role that may create
+    /// tables if the application's role may not. Calling it again is harmless, also from several processes at once.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
@@ -354,14 +364,14 @@ impl Builder {
     }
 }
 
-/// PostgreSQL counts in milliseconds with 32 bits, and takes 0 for "no limit".
+/// The longest time-out: PostgreSQL counts milliseconds in 32 bits, and 0 means "no limit".
 pub(crate) const LONGEST: Duration = Duration::from_millis(i32::MAX.unsigned_abs() as u64);
 
 fn at_least_a_millisecond(time: Duration) -> Duration {
     time.clamp(Duration::from_millis(1), LONGEST)
 }
 
-/// Whether this host is the computer we are on.
+/// Whether this host is the local computer.
 pub(crate) fn is_local(host: &Host) -> bool {
     match host {
         #[cfg(unix)]

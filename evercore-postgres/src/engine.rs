@@ -1,4 +1,4 @@
-//! The engine: each promise of the trait, handed to the room that keeps it.
+//! The engine: implements the storage trait by calling the other modules.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,14 +16,16 @@ use crate::store::Store;
 use crate::task::in_task;
 use crate::{commit, flight, load, log, names, wait};
 
-/// A store in a schema of a PostgreSQL database; cheap to clone, all clones are one engine.
+/// A store in a schema of a PostgreSQL database. Cheap to clone; all clones share one engine.
 ///
-/// Several engines, in several processes, may use the same store: each commit sees the last. All futures run on tokio.
+/// Several engines, in several processes, may use the same store: each commit sees the one before it. Its futures need
+/// a tokio runtime.
 #[derive(Clone)]
 pub struct PostgresEngine(Arc<Store>);
 
 impl PostgresEngine {
-    /// Connects to the store at this URL, or makes it. All settings are those of [`PostgresEngine::builder`].
+    /// Connects to the store at this URL, and creates it if it is missing. Uses the defaults of
+    /// [`PostgresEngine::builder`].
     ///
     /// # Errors
     /// As [`Builder::connect`].
@@ -39,7 +41,7 @@ impl PostgresEngine {
         Self::builder().read_from(url).await
     }
 
-    /// Says how to connect to a store.
+    /// Settings for connecting to a store.
     pub fn builder() -> Builder {
         Builder::new()
     }
@@ -48,28 +50,28 @@ impl PostgresEngine {
         Ok(Self(Arc::new(Store::open(settings, pool, address).await?)))
     }
 
-    /// The id that this store got when it was made; a copy has the same.
+    /// The id that the store got when it was created. A copy of the store has the same id.
     pub fn store_id(&self) -> &str {
         self.0.store_id()
     }
 
-    /// The schema in which the store lies.
+    /// The schema that holds the store.
     pub fn schema(&self) -> &str {
         self.0.settings.schema.as_str()
     }
 
-    /// The pool of the engine's connections, for SQL of your own. A connection must come back as it was: without an
-    /// open transaction, its settings unchanged.
+    /// The pool of the engine's connections, for your own SQL. Return a connection as you got it: without an open
+    /// transaction and with its settings unchanged.
     pub fn pool(&self) -> &Pool {
         &self.0.pool
     }
 
-    /// Closes the engine, for all clones, once the commits under way have ended. What is called later is
-    /// [`Closed`](crate::ErrorKind::Closed), and so is what still waits for its turn. A pool that was handed in stays
-    /// open. To drop all clones closes the engine as well.
+    /// Closes the engine, for all clones, after the running commits have ended. Later calls, and calls that still wait
+    /// for their turn, fail with [`Closed`](crate::ErrorKind::Closed). A pool of the application stays open. Dropping
+    /// all clones closes the engine as well.
     ///
     /// # Errors
-    /// None of its own; it is a `Result` as with the other engines.
+    /// Never fails at present. It returns a `Result` because the other engines do.
     pub async fn close(&self) -> Result<()> {
         self.0.close();
         self.0.queue.idle().await;
@@ -89,7 +91,7 @@ impl PostgresEngine {
         flight::commit(&self.0, batch).await
     }
 
-    /// In a task of its own: nothing is left half done by a caller who goes away.
+    /// Runs in its own task, so that a dropped call leaves nothing half done.
     async fn register(&self, types: Vec<KnownType>) -> Result<()> {
         self.0.check_writable()?;
         let store = Arc::clone(&self.0);
@@ -103,7 +105,7 @@ impl PostgresEngine {
     }
 }
 
-/// Shows the schema and the settings, nothing of the URL and nothing that is in the store.
+/// Shows the settings, but no part of the URL and no content of the store.
 impl fmt::Debug for PostgresEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresEngine").field("settings", &self.0.settings).finish_non_exhaustive()
@@ -154,7 +156,7 @@ impl StorageEngine for PostgresEngine {
 
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>> {
         let (store, query) = (Arc::clone(&self.0), query.clone());
-        // In a task: a page that is read ahead comes to its end and gives the connection back, whoever polls it or not.
+        // In a task: reading a page ahead finishes and returns its connection even if the stream is not polled.
         Box::pin(async move { Ok(in_task(async move { log::read(&store, &query).await }).await??) })
     }
 

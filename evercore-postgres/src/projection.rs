@@ -1,4 +1,4 @@
-//! Exactly once: the handler writes in the transaction that moves the cursor.
+//! Exactly-once projections: the handler writes in the transaction that moves the cursor.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use crate::store::Store;
 use crate::subscriptions;
 use crate::task::in_task;
 
-/// What the errors of this room are about.
+/// Names the projection in error texts.
 const WHAT: &str = "the projection";
 
-/// How often a handler runs at most that other transactions are in the way of.
+/// How often a handler runs at most, if the server keeps rolling it back because of other transactions.
 const ATTEMPTS: usize = 3;
 
 type Handle =
     dyn for<'t> Fn(&'t Transaction<'t>, &'t Delivery) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
 
-/// A read model in the store's database that a subscription keeps up to date, exactly once.
+/// A read model in the store's database that a subscription keeps up to date, exactly once per event.
 ///
 /// Made by [`PostgresEngine::projection`].
 #[derive(Clone)]
@@ -34,8 +34,8 @@ pub struct Projection {
 }
 
 impl PostgresEngine {
-    /// A projection into tables of this database, for a subscription's `run_sink`. The handler writes in the transaction
-    /// that moves the cursor: its rows and the move are there together, or neither.
+    /// A projection into tables of this database, for a subscription's `run_sink`. The handler writes in the
+    /// transaction that moves the cursor, so its rows and the move are committed together or not at all.
     ///
     /// ```no_run
     /// # use evercore_postgres::{PostgresEngine, Projection};
@@ -53,11 +53,11 @@ impl PostgresEngine {
     /// # }
     /// ```
     ///
-    /// The cursor is moved first, so a runner that has lost its lease writes nothing; and nobody else gets hold of the
-    /// cursor while the handler runs, however long ago the lease was renewed. After an error, a panic or a broken
-    /// connection nothing is written. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a delivery,
-    /// and all that is said of the SQL of [`commit_with`](Self::commit_with) holds for it too; a handler that commits by
-    /// itself has moved the cursor. It runs in a task: a caller who goes away does not stop it.
+    /// The transaction moves the cursor first, so a runner that has lost its lease writes nothing. No other runner can
+    /// claim the cursor while the handler runs, even if the lease expires meanwhile. After an error, a panic or a
+    /// broken connection nothing is written. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a
+    /// delivery. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. A handler that commits by
+    /// itself has also committed the move of the cursor. It runs in a task: dropping the call does not stop it.
     pub fn projection<F>(&self, handler: F) -> Projection
     where
         F: for<'t> Fn(&'t Transaction<'t>, &'t Delivery) -> BoxFuture<'t, Result<(), BoxError>>
@@ -89,7 +89,7 @@ impl fmt::Debug for Projection {
     }
 }
 
-/// Where another transaction was in the way, the handler runs again.
+/// Runs the handler again if the server rolled it back because of another transaction.
 async fn fly(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
     let step = Step::Advance(advance);
     for _ in 1..ATTEMPTS {
@@ -106,14 +106,14 @@ async fn fly_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &St
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
     let outcome = together(store, &mut lent, handle, delivery, step).await?;
-    // After anything else the connection may not be what it was.
+    // After any other outcome the state of the connection is unknown.
     if matches!(outcome, Outcome::Advanced(_)) {
         lent.put_back();
     }
     Ok(outcome)
 }
 
-/// The whole transaction: the cursor, what the handler writes, and the commit.
+/// Runs the whole transaction: move the cursor, call the handler, commit.
 async fn together(
     store: &Store,
     lent: &mut Lent,
@@ -149,7 +149,7 @@ async fn together(
     }
 }
 
-/// What the handler has done wrong is its failure. Nothing else is.
+/// An error counts as the handler's failure only if the handler caused it.
 fn failed_or_refused(error: PostgresError) -> Result<Outcome> {
     match error {
         PostgresError::Core(error) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
