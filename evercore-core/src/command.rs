@@ -20,6 +20,10 @@ use crate::name::{AggregateType, CommandId, Key};
 ///   [command](crate::UnitOfWork::set_command) makes, adds events to or gives a key to.
 ///   [`once`](crate::EventStore::once) knows no targets before it runs, so there the word says it all.
 ///
+/// Two commands with the same id differ only where both say something in the same part and it differs. So a command that
+/// wrote nothing the first time, and would write something now, is the same command; with a word, the words decide.
+/// The fingerprint holds 32 bits of each part, the word in the upper half, and 0 where nothing is said.
+///
 /// A command id alone is a command too, one without a word.
 ///
 /// ```
@@ -61,10 +65,23 @@ impl Command {
         // The order in which a decision comes to its aggregates may differ when it is made again.
         targets.sort_unstable();
         let mut hash = Fnv::new();
-        hash.part(&self.word.map(u64::to_le_bytes).unwrap_or_default());
         targets.iter().for_each(|target| hash.part(&target.to_le_bytes()));
-        Some(hash.finish().cast_signed())
+        let word = self.word.map_or(0, half);
+        let targets = if targets.is_empty() { 0 } else { half(hash.finish()) };
+        Some((u64::from(word) << 32 | u64::from(targets)).cast_signed())
     }
+}
+
+/// A hash in 32 bits; never 0, which means that nothing is said.
+fn half(hash: u64) -> u32 {
+    let folded = (hash >> 32) ^ (hash & u64::from(u32::MAX));
+    u32::try_from(folded).unwrap_or(u32::MAX).max(1)
+}
+
+/// Whether two fingerprints are of different commands: both say something in the same half, and it differs.
+fn differ(one: i64, other: i64) -> bool {
+    let halves = |it: i64| [it.cast_unsigned() >> 32, it.cast_unsigned() & u64::from(u32::MAX)];
+    halves(one).into_iter().zip(halves(other)).any(|(one, other)| one != 0 && other != 0 && one != other)
 }
 
 impl From<CommandId> for Command {
@@ -143,13 +160,15 @@ impl KnownCommand {
         self.answer_to(batch.fingerprint())
     }
 
-    /// A command about which nothing is said has nothing that could differ.
+    /// A fingerprint of `None` says nothing, as 0 does.
     pub(crate) fn answer_to(&self, asked: Option<i64>) -> Result<Receipt> {
         match self {
-            Self::Committed { fingerprint, receipt } if asked.is_none() || asked == *fingerprint => {
-                Ok(receipt.clone().repeated())
+            Self::Committed { fingerprint, .. }
+                if differ(fingerprint.unwrap_or_default(), asked.unwrap_or_default()) =>
+            {
+                Err(Error::command_reused())
             }
-            Self::Committed { .. } => Err(Error::command_reused()),
+            Self::Committed { receipt, .. } => Ok(receipt.clone().repeated()),
             Self::Abandoned => Err(Error::command_abandoned()),
         }
     }
@@ -167,6 +186,19 @@ impl KnownCommand {
 mod tests {
     use super::*;
     use crate::ids::AggregateId;
+
+    #[test]
+    fn commands_differ_only_where_both_say_something() {
+        let of = |word: i64, targets: i64| word << 32 | targets;
+        for (one, other) in [(of(1, 2), of(1, 2)), (of(1, 0), of(1, 2)), (of(1, 0), of(0, 2)), (0, of(-1, 2))]
+        {
+            assert!(!differ(one, other) && !differ(other, one), "{one:x} {other:x}");
+        }
+        for (one, other) in [(of(1, 2), of(3, 2)), (of(1, 2), of(1, 3)), (of(-1, 0), of(1, 2)), (7, -7)] {
+            assert!(differ(one, other) && differ(other, one), "{one:x} {other:x}");
+        }
+        assert_eq!((half(0), half(u64::MAX), half(5 << 32)), (1, 1, 5));
+    }
 
     #[test]
     fn a_fingerprint_is_of_the_word_and_of_the_targets_in_any_order() {

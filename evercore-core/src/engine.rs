@@ -72,8 +72,8 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// * an aggregate that does not exist is `NotFound`, whether appended to, guarded, renamed or given a snapshot; one
     ///   of another type is `WrongType`; an aggregate to be made whose id is in use is `Invalid`;
     /// * the command id is looked at before everything else, and one that is known is answered as
-    ///   [`KnownCommand::answer`] says: with the same fingerprint, or if the batch has none, the first receipt comes back
-    ///   and nothing is written; with another, `CommandReused`; settled as never committed, `CommandAbandoned`;
+    ///   [`KnownCommand::answer`] says: the first receipt comes back and nothing is written, unless both fingerprints say
+    ///   something in the same half and it differs: then it is `CommandReused`; settled as never committed, `CommandAbandoned`;
     /// * an aggregate has one snapshot: a later one, or one of another version, takes its place, an earlier one of the
     ///   same version does not; one that is ahead of the aggregate after the batch is not kept;
     /// * `recorded_at` is the engine's clock, never less than that of the event before, also when the clock goes back.

@@ -48,10 +48,16 @@ pub(crate) async fn a_known_id_with_another_fingerprint_is_command_reused(fixtur
     assert_kind!(pay("command", -7).commit(&engine).await, ErrorKind::CommandReused);
     // Nothing is said about it, so nothing differs.
     assert_eq!(unit().command("command").commit(&engine).await.unwrap(), first);
-    // The first one said nothing of itself, which differs from everything.
+    // The first one said nothing of itself, so nothing differs either.
     let silent = unit().command("silent").commit(&engine).await.unwrap();
-    assert_kind!(pay("silent", 7).commit(&engine).await, ErrorKind::CommandReused);
+    assert_eq!(pay("silent", 7).commit(&engine).await.unwrap(), silent);
     assert_eq!(unit().command("silent").commit(&engine).await.unwrap(), silent);
+    // The word is the upper half, the targets are the lower half: a half that is 0 says nothing.
+    let said = |word: i64, targets: i64| word << 32 | targets;
+    let word = unit().command_with("word", said(3, 0)).commit(&engine).await.unwrap();
+    assert_eq!(pay("word", said(3, 7)).commit(&engine).await.unwrap(), word);
+    assert_eq!(pay("word", said(0, 7)).commit(&engine).await.unwrap(), word);
+    assert_kind!(pay("word", said(4, 7)).commit(&engine).await, ErrorKind::CommandReused);
     let known = engine.command(&command("command")).await.unwrap();
     assert_eq!(known, Some(KnownCommand::Committed { fingerprint: Some(7), receipt: first }));
     assert_eq!(everything(&engine).await, before);
