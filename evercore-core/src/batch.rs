@@ -122,12 +122,14 @@ impl Batch {
     /// Makes an aggregate.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) if the batch already makes an aggregate with that id;
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the batch already makes an aggregate with that id, or
+    /// [`limits::UNIT_AGGREGATES`] others;
     /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if it already gives that key to another.
     pub fn create(&mut self, aggregate: NewAggregate) -> Result<()> {
         if self.created.contains_key(&aggregate.id) {
             return Err(Error::invalid(format!("aggregate {} is created twice", aggregate.id)));
         }
+        check_limit("new aggregates", self.creates.len() + 1, limits::UNIT_AGGREGATES)?;
         if let Some(key) = &aggregate.key {
             self.give_key(aggregate.id, &aggregate.aggregate_type, key)?;
         }
@@ -139,8 +141,12 @@ impl Batch {
     /// Gives an aggregate another natural key; the last of several changes counts.
     ///
     /// # Errors
-    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate.
+    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate;
+    /// [`Invalid`](crate::ErrorKind::Invalid) if it changes the keys of [`limits::UNIT_AGGREGATES`] others.
     pub fn change_key(&mut self, change: KeyChange) -> Result<()> {
+        if !self.key_change_of.contains_key(&change.aggregate) {
+            check_limit("key changes", self.key_changes.len() + 1, limits::UNIT_AGGREGATES)?;
+        }
         self.give_key(change.aggregate, &change.aggregate_type, &change.key)?;
         if let Some(index) = self.created.get(&change.aggregate) {
             self.creates[*index].key = Some(change.key);
@@ -181,8 +187,7 @@ impl Batch {
         let events = self.events + append.events.len();
         let bytes =
             self.bytes + append.events.iter().map(|event| event.payload.as_bytes().len()).sum::<usize>();
-        check_limit("events", events, limits::UNIT_EVENTS)?;
-        check_limit("bytes", bytes, limits::UNIT_BYTES)?;
+        check_events(events, bytes)?;
         if append.events.is_empty() {
             return Ok(());
         }
@@ -217,11 +222,17 @@ impl Batch {
         Ok(())
     }
 
-    /// Demands that an aggregate is still at this sequence when the batch is written.
-    pub fn guard(&mut self, guard: Guard) {
-        if self.known_guards.insert(guard) {
+    /// Requires that an aggregate is still at this sequence when the batch is written.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the batch has [`limits::UNIT_AGGREGATES`] other guards.
+    pub fn guard(&mut self, guard: Guard) -> Result<()> {
+        if !self.known_guards.contains(&guard) {
+            check_limit("guards", self.guards.len() + 1, limits::UNIT_AGGREGATES)?;
+            self.known_guards.insert(guard);
             self.guards.push(guard);
         }
+        Ok(())
     }
 
     /// Names the event that was the aggregate's last when it was read: by its sequence, and by its mark. If the log has lost
@@ -386,9 +397,21 @@ impl Batch {
 /// What a row costs beside its texts and payloads: numbers, times and lengths.
 const ROW_BYTES: usize = 64;
 
+/// Refuses more events, or payload bytes, than one unit of work may have.
+///
+/// # Errors
+/// [`Invalid`](crate::ErrorKind::Invalid)
+pub(crate) fn check_events(events: usize, bytes: usize) -> Result<()> {
+    check_limit("events", events, limits::UNIT_EVENTS)?;
+    check_limit("payload bytes", bytes, limits::UNIT_BYTES)
+}
+
 fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
     if count > limit {
-        return Err(Error::invalid(format!("a unit of work with {count} {what}, the limit is {limit}")));
+        let message = format!(
+            "a unit of work with {count} {what}, the limit is {limit}: spread them over several units"
+        );
+        return Err(Error::invalid(message));
     }
     Ok(())
 }

@@ -30,6 +30,9 @@ pub const UNIT_EVENTS: usize = 10_000;
 /// The most payload bytes that one unit of work may carry (64 MiB).
 pub const UNIT_BYTES: usize = 64 * 1024 * 1024;
 
+/// The most aggregates that one unit of work may create. The same number limits its key changes, and its guards.
+pub const UNIT_AGGREGATES: usize = 10_000;
+
 /// The most events that one page of a read may hold.
 pub const PAGE_EVENTS: usize = 10_000;
 

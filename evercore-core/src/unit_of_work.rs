@@ -7,7 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
-use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot, check_events};
 use crate::command::{Command, CommandTarget};
 use crate::context::EventContext;
 use crate::engine::{LoadRequest, PageLimit, StorageEngine, Target};
@@ -51,6 +51,8 @@ pub struct UnitOfWork {
     store: EventStore,
     batch: Batch,
     staged: Vec<Staged>,
+    /// The payloads of all of them.
+    staged_bytes: usize,
     /// Where each aggregate stands with the events staged here, and where it stood before.
     heads: HashMap<AggregateId, Head>,
     /// The key by which this unit found an aggregate.
@@ -97,6 +99,7 @@ impl UnitOfWork {
             store,
             batch: Batch::new(),
             staged: Vec::new(),
+            staged_bytes: 0,
             heads: HashMap::new(),
             found_by: HashMap::new(),
             command: None,
@@ -110,7 +113,9 @@ impl UnitOfWork {
     /// Makes a new aggregate without a natural key. Its id is good at once, so other events may name it.
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName) if `T::TYPE` is no name; what the engine says when it reserves ids.
+    /// [`InvalidName`](ErrorKind::InvalidName) if `T::TYPE` is not a name; [`Invalid`](ErrorKind::Invalid) if the unit
+    /// creates [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES) others; the engine's error if it cannot
+    /// reserve ids.
     pub async fn create<T: Aggregate>(&mut self) -> Result<Loaded<T>> {
         self.create_aggregate(None).await
     }
@@ -241,7 +246,8 @@ impl UnitOfWork {
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
     /// unit gives it to another aggregate; [`Invalid`](ErrorKind::Invalid) if the handle carries events of another unit that
-    /// did not commit, or comes from another store.
+    /// did not commit, comes from another store, or if the unit changes the keys of
+    /// [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES) other aggregates.
     pub fn change_key<T: Aggregate>(
         &mut self,
         aggregate: &mut Loaded<T>,
@@ -263,8 +269,9 @@ impl UnitOfWork {
     /// # Errors
     /// [`InvalidState`](ErrorKind::InvalidState) if the state refuses; [`Codec`](ErrorKind::Codec) if the event does
     /// not encode, does not come back as it was written, or does not fit the state; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
-    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit, or
-    /// comes from another store. The event is then not staged and the aggregate is as before.
+    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit,
+    /// comes from another store, or if the unit would pass [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or
+    /// [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES). The event is then not staged and the aggregate is as before.
     pub fn record<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, event: T::Event) -> Result<()> {
         self.stage(aggregate, [event], None)
     }
@@ -305,7 +312,7 @@ impl UnitOfWork {
         let aggregate_type = aggregate_type::<T>()?;
         let (time, metadata) = self.beside(metadata)?;
         // A copy takes the events, so that a refused event, or a panic, leaves aggregate and unit as they were.
-        let (mut next, mut staged) = (aggregate.clone(), Vec::new());
+        let (mut next, mut staged, mut bytes) = (aggregate.clone(), Vec::new(), self.staged_bytes);
         for event in events {
             let (event_type, payload, event) = write::<T>(&aggregate_type, event)?;
             let written = Staged {
@@ -317,6 +324,8 @@ impl UnitOfWork {
                 time,
                 metadata: Arc::clone(&metadata),
             };
+            bytes += written.payload.as_bytes().len();
+            check_events(self.staged.len() + staged.len() + 1, bytes)?;
             advance(&mut next, event, &written)?;
             let refused = |source| Error::invalid_state(next.id(), &written.event_type, source);
             next.state().validate().map_err(refused)?;
@@ -328,6 +337,7 @@ impl UnitOfWork {
         self.note_read(aggregate)?;
         self.snapshot(aggregate.sequence(), &next);
         self.staged.append(&mut staged);
+        self.staged_bytes = bytes;
         *aggregate = next.staged_in(&self.committed);
         self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
         Ok(())
@@ -410,7 +420,9 @@ impl UnitOfWork {
             Some(head) if (head.base..=head.staged).contains(&read) => head.base,
             _ => read,
         };
-        self.batch.guard(Guard { aggregate: aggregate.id(), expected });
+        if let Err(error) = self.batch.guard(Guard { aggregate: aggregate.id(), expected }) {
+            self.refused.get_or_insert(error);
+        }
     }
 
     /// Sets what all events of this unit carry, in place of what was set earlier. Set it before the first event is
@@ -457,8 +469,8 @@ impl UnitOfWork {
     /// [`Conflict`](ErrorKind::Conflict) if an aggregate written or guarded has changed;
     /// [`KeyTaken`](ErrorKind::KeyTaken); [`NotFound`](ErrorKind::NotFound) if an aggregate was created by a unit that
     /// did not commit; [`CommandReused`](ErrorKind::CommandReused),
-    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned); [`Invalid`](ErrorKind::Invalid) if the unit is over
-    /// [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES);
+    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned); [`Invalid`](ErrorKind::Invalid) if the unit has more guards
+    /// than [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES);
     /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which it may be written or not; what the engine says when
     /// it is out of reach, out of space or closed. After every other error nothing is written.
     pub async fn commit(self) -> Result<Receipt> {

@@ -208,7 +208,7 @@ fn guards_and_snapshots_are_held_against_the_sequences() {
         let (a, _) = create(&engine, None).await.unwrap();
         let (b, _) = create(&engine, None).await.unwrap();
         let mut batch = one_event(a, 1);
-        batch.guard(guard(b, 2));
+        batch.guard(guard(b, 2)).unwrap();
         assert!(matches!(kind(engine.commit(batch).await), ErrorKind::Conflict { .. }));
         assert_eq!(positions(&engine).await, [1, 2]);
 

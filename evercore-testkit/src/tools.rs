@@ -220,7 +220,7 @@ impl Unit {
     }
 
     pub(crate) fn guard(mut self, aggregate: AggregateId, expected: i64) -> Self {
-        self.0.guard(Guard { aggregate, expected: at(expected) });
+        self.0.guard(Guard { aggregate, expected: at(expected) }).unwrap();
         self
     }
 

@@ -232,7 +232,7 @@ impl<'a> Scenario<'a> {
         self.commit("of a type that is new", appended(a, "no such type", 2)).await;
         self.commit("nobody", appended(AggregateId::new(999_999).unwrap(), "user", 0)).await;
         let mut guarded = appended(a, "user", 2);
-        guarded.guard(Guard { aggregate: b, expected: at(1) });
+        guarded.guard(Guard { aggregate: b, expected: at(1) }).unwrap();
         self.commit("a stale guard", guarded).await;
         self.commit("an id in use", made(a, "user", None)).await;
         self.commit("a key of another", renamed(&[(a, "b")])).await;

@@ -148,7 +148,7 @@ impl Layer {
         }
         for (place, guard) in batch.guards().iter().enumerate() {
             if !self.strikes(Fault::ChecksFewGuards, place >= 3) {
-                read.guard(*guard);
+                read.guard(*guard)?;
             }
         }
         for (place, (id, snapshot)) in batch.snapshots().iter().enumerate() {

@@ -162,7 +162,7 @@ impl Broken {
             read.append(Append { events, ..append })?;
         }
         if !self.has(Fault::ForgetsGuards) {
-            batch.guards().iter().for_each(|guard| read.guard(*guard));
+            batch.guards().iter().try_for_each(|guard| read.guard(*guard))?;
         }
         if !self.has(Fault::LosesSnapshots) {
             batch.snapshots().iter().for_each(|(id, snapshot)| read.snapshot(*id, snapshot.clone()));
