@@ -1,4 +1,4 @@
-//! From a URL to connections that are set up: hosts, TLS, time-outs, settings of the session.
+//! Makes connections from a URL: hosts, TLS, time-outs and session settings.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::hosts::{Fit, Hosts, Standing, name_of, not_connected, places};
 use crate::sql::session_settings;
 use crate::url::Asked;
 
-/// Where the server is, and how to speak to it.
+/// The hosts of the server, and how to connect to them.
 #[derive(Clone)]
 pub(crate) struct Address {
     hosts: Arc<Hosts>,
@@ -66,33 +66,33 @@ impl Address {
         Ok(Self { hosts: Arc::new(hosts), tls, settings, heard: Heard::default() })
     }
 
-    /// The settings, with what the URL says of them.
+    /// The settings, including those from the URL.
     pub(crate) fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// What is known of the hosts.
+    /// What the engine has learned about the hosts.
     pub(crate) fn hosts(&self) -> &Arc<Hosts> {
         &self.hosts
     }
 
-    /// A pool of so many connections to it; none is made yet.
+    /// A pool of up to this many connections. Opens none yet.
     pub(crate) fn pool(&self, connections: usize) -> Result<Pool> {
-        // Clean sessions are not asked of the pool: nothing of ours changes one, and what did not end clean never
-        // comes back to it.
+        // The pool need not reset sessions: our statements do not change them, and a connection that did not end
+        // cleanly never goes back to the pool.
         let manager_config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let config = self.hosts.all.first().cloned().unwrap_or_default();
         let manager = Manager::from_connect(config, self.clone(), manager_config);
-        // A free connection is waited for as long as a new one, which keeps its time itself.
+        // The wait for a free connection has the same limit as a new connection, which limits its time itself.
         let patience = Some(self.settings.connect_timeout);
         let (hosts, at_most) = (Arc::clone(&self.hosts), self.settings.connection_age);
         let is_of_today = Hook::sync_fn(move |_, metrics: &Metrics| {
             if hosts.is_outdated(metrics.created) {
-                return Err(HookError::message("it leads to a primary that was replaced"));
+                return Err(HookError::message("the connection leads to a primary that was replaced"));
             }
-            // A primary that was replaced and lives on breaks no connection: a new one finds out.
+            // A replaced primary that still runs does not break connections. Only a new connection detects it.
             if metrics.age() > at_most {
-                return Err(HookError::message("it is old"));
+                return Err(HookError::message("the connection has reached its maximum age"));
             }
             Ok(())
         });
@@ -105,12 +105,12 @@ impl Address {
             .map_err(|error| Error::new(ErrorKind::Backend, "the pool cannot be built").with_source(error))
     }
 
-    /// What the server has said, over all connections that were made with this address.
+    /// Notices of the server, from all connections to this address.
     pub(crate) fn heard(&self) -> &Heard {
         &self.heard
     }
 
-    /// Asks the server to cancel what is at work on a connection.
+    /// Asks the server to cancel the running statement of a connection.
     pub(crate) async fn cancel(&self, token: &CancelToken) -> Result<(), tokio_postgres::Error> {
         match &self.tls {
             Tls::Plain => token.cancel_query(NoTls).await,
@@ -119,7 +119,7 @@ impl Address {
         }
     }
 
-    /// A connection outside of the pool, and the payloads of the notifications that it gets.
+    /// A connection outside of the pool, and the payloads of the notifications that it receives.
     pub(crate) async fn listen(
         &self,
         notified: impl Fn(&str) + Clone + Send + Sync + 'static,
@@ -127,7 +127,7 @@ impl Address {
         self.reach(notified).await
     }
 
-    /// Connects to the first host that answers and fits; each has its share of the time that is left.
+    /// Connects to the first host that answers and fits. Each host gets an equal share of the remaining time.
     async fn reach(
         &self,
         notified: impl Fn(&str) + Clone + Send + Sync + 'static,
@@ -171,7 +171,7 @@ impl Address {
                 },
                 Err(error) => error,
             };
-            // One that may pass says more than one that will not: another host may be well soon.
+            // Prefer a temporary error over a lasting one: that host may be available soon.
             if failure.as_ref().is_none_or(|failure| !passes_by_itself(failure)) {
                 failure = Some(failed);
             }
@@ -191,7 +191,7 @@ impl Address {
         }
     }
 
-    /// One host, by all the addresses that its name stands for. With TLS and the login, and with what it says of itself.
+    /// Connects to one host, trying all addresses of its name: TLS, login, and the questions about its standing.
     async fn reach_host(
         &self,
         index: usize,
@@ -237,12 +237,12 @@ impl Address {
         }
         match failure {
             Some(error) => Err(error),
-            None => Err(not_connected(io::Error::other("the name of the host stands for no address")).await),
+            None => Err(not_connected(io::Error::other("the host name has no address")).await),
         }
     }
 
-    /// The newest of several primaries: one that was cut off and lives on may come first in the URL. Asked for now and then
-    /// only, and not for long.
+    /// Finds the newest of several primaries: an isolated old primary may come first in the URL. Asks only now and
+    /// then, and waits briefly.
     async fn newest(
         &self,
         index: usize,
@@ -286,7 +286,7 @@ impl Address {
 /// A connection, and the task that drives it.
 pub(crate) type Connected = (Client, JoinHandle<()>);
 
-/// How long the other hosts have to say that one of them is the primary now.
+/// How long to wait for another host to answer that it is the primary now.
 const OTHERS_ANSWER: Duration = Duration::from_millis(500);
 
 impl Connect for Address {
@@ -311,7 +311,7 @@ where
     Ok((client, tokio::spawn(run(connection, heard, notified))))
 }
 
-/// Drives a connection until it ends. Why it ended is told to those whose statements it took along.
+/// Drives a connection until it ends. The callers whose statements it interrupts get the reason.
 async fn run<S, T>(mut connection: Connection<S, T>, heard: Heard, notified: impl Fn(&str))
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
@@ -326,13 +326,13 @@ where
     }
 }
 
-/// Time-outs, and the settings that every session of ours begins with.
+/// Sets the time-outs, and the settings with which each of our sessions starts.
 fn set_up(config: &mut Config, settings: &Settings) {
     config.connect_timeout(settings.connect_timeout);
     config.keepalives(true).keepalives_idle(Duration::from_secs(15));
     config.keepalives_interval(Duration::from_secs(5)).keepalives_retries(3);
     let patience = settings.statement_timeout.saturating_add(settings.connect_timeout);
-    // Linux counts in milliseconds too, with as many bits.
+    // Linux also counts milliseconds in 32 bits.
     config.tcp_user_timeout(patience.min(LONGEST));
     if config.get_application_name().is_none() {
         config.application_name("evercore");
@@ -343,12 +343,12 @@ fn set_up(config: &mut Config, settings: &Settings) {
             .map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")))
             .collect();
         let own = config.get_options().unwrap_or_default();
-        // Ours come last, and so they count.
+        // Our settings come last, so they override the URL's.
         config.options(format!("{own} {}", options.join(" ")).trim());
     }
 }
 
-/// Plain text to this computer, verified TLS to all others, unless asked otherwise.
+/// Unencrypted to the local computer, verified TLS to all others, unless configured otherwise.
 fn choose_tls(asked: &Asked, settings: &Settings) -> Result<Tls> {
     let client = client_certificate(asked, settings)?;
     let mode = asked.ssl_mode.as_deref().unwrap_or("prefer");
@@ -359,19 +359,23 @@ fn choose_tls(asked: &Asked, settings: &Settings) -> Result<Tls> {
                 config.get_hosts().iter().all(is_local)
                     && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback)
             };
-            // A certificate to log in with is of no use in plain text.
+            // A client certificate needs TLS.
             if settings.plain_text || (asked.hosts.iter().all(is_here) && client.is_none()) {
                 return Ok(Tls::Plain);
             }
         }
         "require" | "verify-ca" | "verify-full" => {}
-        _ => return Err(Error::invalid("the value of \"sslmode\" in the URL is none of PostgreSQL's")),
+        _ => {
+            return Err(Error::invalid(
+                "the value of \"sslmode\" in the URL is not one of PostgreSQL's modes",
+            ));
+        }
     }
     let asked = asked.root_certificate.as_ref().filter(|file| file.as_os_str() != "system");
     verified(settings.root_certificate.as_ref().or(asked), client)
 }
 
-/// The files of the certificate and of its key.
+/// The files of the client certificate and of its key.
 fn client_certificate<'a>(asked: &'a Asked, settings: &'a Settings) -> Result<Option<(&'a Path, &'a Path)>> {
     let certificate = asked.client_certificate.as_deref();
     match (&settings.client_certificate, certificate, asked.client_key.as_deref()) {
@@ -390,7 +394,8 @@ fn verified(file: Option<&PathBuf>, client: Option<(&Path, &Path)>) -> Result<Tl
 
 #[cfg(not(feature = "rustls"))]
 fn verified(_: Option<&PathBuf>, _: Option<(&Path, &Path)>) -> Result<Tls> {
-    let message = "a remote host needs the feature `rustls`, or plain text asked for by name";
+    let message =
+        "a remote host needs the feature `rustls`, or `Builder::plain_text` for an unencrypted connection";
     Err(Error::invalid(message))
 }
 
@@ -440,7 +445,7 @@ mod tests {
             assert!(!format!("{error} {error:?}").contains("hunter2"));
             assert_eq!(*error.kind(), ErrorKind::Invalid);
         }
-        // In a parameter it is a letter like others.
+        // In a parameter, "/" and "@" are ordinary characters.
         assert!(!tls_of("postgres://localhost/x?user=a@b&application_name=c/d@e").unwrap());
     }
 }

@@ -1,20 +1,20 @@
-//! What PostgreSQL and its helpers can say, and what it means to the caller.
+//! Maps errors of PostgreSQL, the driver, the pool and the migrations to evercore's error kinds.
 
 use deadpool_postgres::PoolError;
 use evercore_core::{BoxError, Error, ErrorKind};
 use tokio_postgres::error::{DbError, Severity, SqlState};
 use tokio_postgres::types::{WasNull, WrongType};
 
-/// An error from below, before it is named by what the caller can do.
+/// An internal error, before it is mapped to an [`ErrorKind`].
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PostgresError {
-    /// The server or the driver.
+    /// An error of the server or the driver.
     #[error("PostgreSQL: {0}")]
     Postgres(#[from] tokio_postgres::Error),
-    /// No connection in time.
+    /// The pool gave no connection.
     #[error("no connection: {0}")]
     Pool(#[from] PoolError),
-    /// The migrations.
+    /// An error of a migration.
     #[error("migration: {0}")]
     Migration(#[from] refinery::Error),
     /// A value in the store that evercore cannot have written.
@@ -26,10 +26,10 @@ pub(crate) enum PostgresError {
     /// Another process has registered this type since the names were read.
     #[error("a type has the unknown number {0}")]
     UnknownName(u32),
-    /// The names are not those that were read: some were registered since, or lost.
-    #[error("the names of types have changed")]
+    /// The type names have changed since they were read: some were registered, or lost in a failover.
+    #[error("the type names have changed")]
     OtherNames,
-    /// The server undid a transaction with the user's SQL in it, because another was in the way.
+    /// The server rolled back a transaction with the user's SQL because of another transaction.
     #[error("undone by the server: {0}")]
     Undone(#[source] BoxError),
     /// Already an error of evercore.
@@ -37,11 +37,11 @@ pub(crate) enum PostgresError {
     Core(#[from] Error),
 }
 
-/// A pooler in between, which would mix up sessions.
+/// The session lacks our settings, so a pooler probably mixes up sessions.
 pub(crate) const UNTOLD_POOLER: &str =
-    "the session is not what was asked for: if a pooler is in between, name it by `Builder::pooler`";
+    "the session does not have the settings evercore asked for: with a pooler, call `Builder::pooler(true)`";
 
-const NO_VALUE: &str = "the store has a value that is no value of a store";
+const NO_VALUE: &str = "the store is damaged: a stored value is not valid";
 
 pub(crate) type Result<T, E = PostgresError> = std::result::Result<T, E>;
 
@@ -53,12 +53,13 @@ impl From<PostgresError> for Error {
             PostgresError::Migration(source) => migration_meaning(source),
             PostgresError::Damaged(_) | PostgresError::UnknownName(_) => (ErrorKind::NotAStore, NO_VALUE),
             PostgresError::OtherNames => {
-                (ErrorKind::Unavailable, "the names of types change again and again")
+                (ErrorKind::Unavailable, "the type names kept changing while they were read, try again")
             }
             PostgresError::Silent(_) => (ErrorKind::Unavailable, "the server did not answer in time"),
-            PostgresError::Undone(_) => {
-                (ErrorKind::Unavailable, "another transaction was in the way, and nothing was written")
-            }
+            PostgresError::Undone(_) => (
+                ErrorKind::Unavailable,
+                "the server rolled back because of another transaction, nothing was written",
+            ),
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };
         if let Some(told) = ours_within(&error) {
@@ -75,7 +76,7 @@ impl From<PostgresError> for Error {
     }
 }
 
-/// Adds a cause to an error, and of its words those that everybody may read.
+/// Adds a source to an error, and the parts of the source's text that cannot contain a stored value.
 pub(crate) trait Because {
     fn because(self, source: impl Into<BoxError>) -> Self;
 }
@@ -89,13 +90,13 @@ impl Because for Error {
     }
 }
 
-/// The server's own word within an error that somebody else may have made of it.
+/// The server's error among the sources of another error.
 fn said<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a DbError> {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.find_map(|cause| cause.downcast_ref())
 }
 
-/// Of an error and what it comes from, the words that show no value.
+/// The text of an error or of its sources, without stored values.
 fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     let mut next = Some(error);
     while let Some(cause) = next {
@@ -113,7 +114,7 @@ fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     None
 }
 
-/// The code, the names of what it is about, and the message if that can show no value.
+/// The SQLSTATE, the names of schema, table, column and constraint, and the message if it cannot contain a value.
 fn told(spoken: &DbError) -> String {
     let mut text = format!("SQLSTATE {}", spoken.code().code());
     if shows_no_value(spoken) {
@@ -131,7 +132,8 @@ fn told(spoken: &DbError) -> String {
     text
 }
 
-/// Values are in the detail, which is not told; some messages have them too, and what users raise may say anything.
+/// Whether the message cannot contain a value. PostgreSQL puts values in the detail, which we never show, but some
+/// messages contain values too, and messages raised by user code may contain anything.
 fn shows_no_value(spoken: &DbError) -> bool {
     const CLASSES: [&str; 13] =
         ["08", "23", "25", "26", "28", "3D", "3F", "40", "53", "54", "55", "57", "58"];
@@ -142,7 +144,7 @@ fn shows_no_value(spoken: &DbError) -> bool {
     !is_raised && (CODES.contains(code) || CLASSES.iter().any(|class| code.code().starts_with(class)))
 }
 
-/// An error that was refused by what is the user's own, with the server's code if that is what it comes from.
+/// [`Rejected`](ErrorKind::Rejected) because the user's own code failed, with the SQLSTATE if the server caused it.
 pub(crate) fn said_no(what: &str, source: impl Into<BoxError>) -> Error {
     let source = source.into();
     let code = source.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
@@ -150,7 +152,7 @@ pub(crate) fn said_no(what: &str, source: impl Into<BoxError>) -> Error {
     Error::new(ErrorKind::Rejected, format!("{what} said no{code}")).because(source)
 }
 
-/// SQLSTATE and constraint are what one looks up; neither shows a value.
+/// Adds SQLSTATE and constraint to a message: users search for them, and neither contains a value.
 fn with_code(message: &str, error: &PostgresError) -> String {
     with_code_of(message, spoken(error))
 }
@@ -162,7 +164,7 @@ fn with_code_of(message: &str, spoken: Option<&DbError>) -> String {
 }
 
 impl PostgresError {
-    /// What a refused login is told as.
+    /// The error for a refused login.
     pub(crate) fn refused(error: &tokio_postgres::Error) -> Error {
         let (kind, message) = meaning(error);
         let code = error.code().map_or_else(String::new, |code| format!(" (SQLSTATE {})", code.code()));
@@ -170,22 +172,22 @@ impl PostgresError {
     }
 }
 
-/// Whether the server does not let this role in, whoever asks.
+/// Whether the server refuses the login itself, so that every other connection attempt would fail too.
 pub(crate) fn is_refused(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|code| code.code().starts_with("28")) || lacks_password(error)
 }
 
-/// The driver says so by its text alone.
+/// The driver reports a missing password only by this text.
 fn lacks_password(error: &tokio_postgres::Error) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.to_string() == "password missing")
 }
 
-/// Whether another attempt to connect may go better.
+/// Whether another attempt to connect may succeed.
 pub(crate) fn passes_by_itself(error: &tokio_postgres::Error) -> bool {
     meaning(error).0 == ErrorKind::Unavailable
 }
 
-/// An error of ours that has come through the driver: a login that is not tried again so soon.
+/// Our own error inside a driver error, such as a login that is not yet tried again.
 fn ours_within(error: &PostgresError) -> Option<&Error> {
     let (PostgresError::Postgres(error) | PostgresError::Pool(PoolError::Backend(error))) = error else {
         return None;
@@ -204,35 +206,35 @@ pub(crate) fn closed() -> Error {
     Error::new(ErrorKind::Closed, "the engine is closed, connect again")
 }
 
-/// A commit of which nobody can say whether it lasts.
+/// The commit may or may not have taken effect.
 pub(crate) fn outcome_unknown() -> Error {
     Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
 }
 
 /// The engine was connected for reading only.
 pub(crate) fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "the store was connected to for reading only")
+    Error::new(ErrorKind::ReadOnly, "the engine is connected for reading only")
 }
 
-/// The same error once more, for the next of several callers who share it; without its source.
+/// A copy of an error for another caller that shares it, without its source.
 pub(crate) fn again(error: &Error) -> Error {
     error.again()
 }
 
-/// By SQLSTATE alone: messages come in the server's language and change from release to release.
+/// Maps by SQLSTATE only: messages depend on the server's language and change between releases.
 fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
     let Some(code) = error.code() else { return without_code(error) };
     match *code {
         SqlState::READ_ONLY_SQL_TRANSACTION => {
             (ErrorKind::ReadOnly, "the server takes no writes: a standby, or a read-only database")
         }
-        SqlState::INSUFFICIENT_PRIVILEGE => (ErrorKind::ReadOnly, "the role may not do this"),
+        SqlState::INSUFFICIENT_PRIVILEGE => (ErrorKind::ReadOnly, "the role lacks a privilege for this"),
         SqlState::DISK_FULL => (ErrorKind::Full, "the server's disk is full, nothing was written"),
         SqlState::UNDEFINED_TABLE | SqlState::UNDEFINED_COLUMN | SqlState::INVALID_SCHEMA_NAME => {
             (ErrorKind::NotAStore, "the schema holds no store")
         }
         SqlState::DATA_CORRUPTED | SqlState::INDEX_CORRUPTED => {
-            (ErrorKind::NotAStore, "the server says that its files are damaged")
+            (ErrorKind::NotAStore, "the server reports that its files are damaged")
         }
         SqlState::T_R_SERIALIZATION_FAILURE
         | SqlState::T_R_DEADLOCK_DETECTED
@@ -243,19 +245,21 @@ fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
         | SqlState::CRASH_SHUTDOWN
         | SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is busy or restarting"),
         SqlState::INVALID_SQL_STATEMENT_NAME | SqlState::DUPLICATE_PSTATEMENT => {
-            (ErrorKind::Unavailable, "the session has lost what was prepared in it, and is given up")
+            (ErrorKind::Unavailable, "the session lost its prepared statements and was closed, try again")
         }
         SqlState::PROTOCOL_VIOLATION if error.as_db_error().is_some_and(is_of_pooler) => {
-            (ErrorKind::Unavailable, "the pooler in between does not reach the server, or refused")
+            (ErrorKind::Unavailable, "the pooler cannot reach the server, or refused the request")
         }
         SqlState::PROTOCOL_VIOLATION => (ErrorKind::Backend, "PostgreSQL refused"),
         _ => match code.code().get(..2) {
             Some("08" | "53" | "57") => {
-                (ErrorKind::Unavailable, "the server is out of reach or of resources")
+                (ErrorKind::Unavailable, "the server cannot be reached, or lacks resources")
             }
             Some("28") => (ErrorKind::Backend, "the server refused the login"),
             Some("3D") => (ErrorKind::Backend, "there is no such database"),
-            Some("23") => (ErrorKind::Backend, "a constraint was broken that is none of the store's"),
+            Some("23") => {
+                (ErrorKind::Backend, "the statement violates a constraint that does not belong to the store")
+            }
             _ => (ErrorKind::Backend, "PostgreSQL refused"),
         },
     }
@@ -264,12 +268,12 @@ fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
 fn without_code(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
     let source = std::error::Error::source(error);
     let io = source.and_then(|source| source.downcast_ref::<std::io::Error>());
-    // What rustls refuses comes so; it will not pass by itself.
+    // rustls reports refused certificates this way; trying again does not help.
     if io.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData) {
-        return (ErrorKind::Backend, "the server's certificate was refused, or its TLS was not understood");
+        return (ErrorKind::Backend, "the server's certificate is not trusted, or the TLS handshake failed");
     }
     if error.is_closed() || io.is_some() {
-        return (ErrorKind::Unavailable, "the connection to the server broke, or none could be made");
+        return (ErrorKind::Unavailable, "the connection to the server broke or could not be made");
     }
     if source.is_some_and(|source| source.is::<WrongType>() || source.is::<WasNull>()) {
         return (ErrorKind::NotAStore, NO_VALUE);
@@ -278,9 +282,9 @@ fn without_code(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
         return (ErrorKind::Invalid, "the server asks for a password, and the URL has none");
     }
     if source.is_some() {
-        return (ErrorKind::Backend, "the server was not understood, or it speaks no TLS");
+        return (ErrorKind::Backend, "the server does not support TLS, or sent an unexpected answer");
     }
-    // A time-out of connecting has neither a code nor a source.
+    // A connect time-out has neither a code nor a source.
     (ErrorKind::Unavailable, "the server could not be reached")
 }
 
@@ -290,24 +294,24 @@ fn pool_meaning(error: &PoolError) -> (ErrorKind, &'static str) {
         PoolError::Timeout(_) => (ErrorKind::Unavailable, "no connection became free in time"),
         PoolError::Closed => (ErrorKind::Closed, "the engine is closed, connect again"),
         PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
-            (ErrorKind::Backend, "the pool does not work")
+            (ErrorKind::Backend, "the connection pool failed")
         }
     }
 }
 
 fn migration_meaning(error: &refinery::Error) -> (ErrorKind, &'static str) {
     let Some(postgres) = beneath(error) else {
-        return (ErrorKind::NotAStore, "the schema has the migrations of something else");
+        return (ErrorKind::NotAStore, "the schema contains migrations that are not evercore's");
     };
     match postgres.code() {
         Some(&SqlState::DUPLICATE_TABLE) => {
-            (ErrorKind::NotAStore, "the schema has a table of something else")
+            (ErrorKind::NotAStore, "the schema contains a table that is not evercore's")
         }
         _ => meaning(postgres),
     }
 }
 
-/// The server's own word, if it was the server that spoke: to a statement, or to a login.
+/// The server's error, if the server sent one in answer to a statement or a login.
 fn spoken(error: &PostgresError) -> Option<&DbError> {
     match error {
         PostgresError::Postgres(error) => error.as_db_error(),
@@ -317,7 +321,7 @@ fn spoken(error: &PostgresError) -> Option<&DbError> {
     }
 }
 
-/// refinery hides PostgreSQL's error some steps down.
+/// Finds PostgreSQL's error among the sources of a refinery error.
 fn beneath(error: &refinery::Error) -> Option<&tokio_postgres::Error> {
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
@@ -329,13 +333,13 @@ fn beneath(error: &refinery::Error) -> Option<&tokio_postgres::Error> {
     None
 }
 
-/// PgBouncer has one code for all that it says itself: that the server is away, that a client has waited for too long, and
-/// that it takes no settings for a session. A server tells the severity in English too, PgBouncer does not.
+/// Whether PgBouncer sent this error. It uses one code for all its own errors: the server is away, a client has waited
+/// too long, a setting is not accepted. Unlike a server, PgBouncer does not send the untranslated severity.
 fn is_of_pooler(spoken: &DbError) -> bool {
     *spoken.code() == SqlState::PROTOCOL_VIOLATION && spoken.parsed_severity().is_none()
 }
 
-/// Why the first connection cannot be had: a pooler that nobody told of refuses the settings of our sessions.
+/// The error of the first connection. A pooler that the builder was not told of refuses our session settings.
 pub(crate) fn at_first(error: PostgresError, has_sessions: bool) -> Error {
     if has_sessions && spoken(&error).is_some_and(is_of_pooler) {
         return Error::new(ErrorKind::Backend, UNTOLD_POOLER).because(error);
@@ -343,29 +347,29 @@ pub(crate) fn at_first(error: PostgresError, has_sessions: bool) -> Error {
     error.into()
 }
 
-/// Whether a statement that failed so has left nothing behind, for sure: the server said ERROR and goes on. What ends
-/// the session, or the answer's way, may have come after the commit. So may an error that a proxy or a cluster makes of
-/// what befell the server behind it.
+/// Whether the failed statement certainly had no effect: the server reported ERROR and the session continues. An error
+/// that ends the session, or a broken connection, may come after the commit took effect. So may an error that a proxy
+/// or a cluster reports for a failure of its server.
 pub(crate) fn is_rolled_back(error: &PostgresError) -> bool {
     let ended_well =
         |spoken: &DbError| spoken.parsed_severity() == Some(Severity::Error) && !leaves_open(spoken.code());
     matches!(error, PostgresError::Postgres(_)) && spoken(error).is_some_and(ended_well)
 }
 
-/// A connection broke somewhere, something did not work inside, or the code says so itself.
+/// Whether the code means a broken connection, an internal error or an unknown outcome.
 fn leaves_open(code: &SqlState) -> bool {
     code.code().starts_with("08")
         || [SqlState::INTERNAL_ERROR, SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN].contains(code)
 }
 
-/// Whether the session takes no writes. Another may, once the host is what it should be, so this one is given up.
+/// Whether the session takes no writes. It is closed, since a new session may reach a host that takes writes.
 pub(crate) fn takes_no_writes(error: &PostgresError) -> bool {
     spoken(error).is_some_and(|spoken| *spoken.code() == SqlState::READ_ONLY_SQL_TRANSACTION)
 }
 
-/// Whether the session has lost what was prepared in it, or has it twice, or has it from before a table was changed:
-/// `DEALLOCATE ALL`, a pooler's `DISCARD ALL`, two processes in one session, `ALTER TABLE`. Nothing was executed, and a new
-/// session knows nothing of that.
+/// Whether the session's prepared statements are lost, exist twice, or are older than a change of a table. This follows
+/// from `DEALLOCATE ALL`, a pooler's `DISCARD ALL`, two processes in one session, or `ALTER TABLE`. Nothing was
+/// executed, and a new session works.
 pub(crate) fn is_stale(error: &PostgresError) -> bool {
     const CODES: [SqlState; 3] = [
         SqlState::INVALID_SQL_STATEMENT_NAME,
@@ -376,8 +380,8 @@ pub(crate) fn is_stale(error: &PostgresError) -> bool {
         && spoken(error).is_some_and(|spoken| CODES.contains(spoken.code()))
 }
 
-/// Whether the statement met one of the store's own constraints, which calls for a look. Matched by prefix: a
-/// distributed PostgreSQL adds the number of a shard to the name.
+/// Whether the statement violated one of the store's own constraints, so that the store must be read again. Compares
+/// prefixes, because a distributed PostgreSQL appends a shard number to the name.
 pub(crate) fn is_ours(error: &PostgresError) -> bool {
     const OURS: [&str; 4] =
         ["events_aggregate_sequence", "aggregates_id", "aggregates_natural_key", "commands_command_id"];
@@ -387,14 +391,14 @@ pub(crate) fn is_ours(error: &PostgresError) -> bool {
     })
 }
 
-/// Whether the server undid a transaction because another was in its way: a deadlock, or a serialisation failure. It is
-/// nobody's fault and passes by itself, so it is [`Unavailable`](ErrorKind::Unavailable) wherever it comes from, and is never
-/// counted against an event.
+/// Whether the server rolled back a transaction because of another one: a deadlock or a serialisation failure. Trying
+/// again helps, so it is always [`Unavailable`](ErrorKind::Unavailable) and never counts as a failed attempt at an
+/// event.
 pub(crate) fn passes(error: &PostgresError) -> bool {
     matches!(error, PostgresError::Undone(_)) || spoken(error).is_some_and(undoes)
 }
 
-/// The same for an error of the user's SQL, or one that was made of it.
+/// The same for an error of the user's SQL, or an error that has it as a source.
 pub(crate) fn was_undone(error: &(dyn std::error::Error + 'static)) -> bool {
     said(error).is_some_and(undoes)
 }

@@ -1,5 +1,5 @@
-//! Several hosts: each has its share of the time, one that is silent comes last, and one whose log is older than what
-//! was seen already is not taken.
+//! Several hosts: each gets a share of the time, hosts that did not answer are tried last, and a host that lacks events
+//! which the engine has seen is avoided.
 
 use std::io;
 use std::net::IpAddr;
@@ -19,20 +19,20 @@ use crate::sql::Schema;
 /// For how long a host that did not answer in time is tried after all others.
 const SILENT: Duration = Duration::from_secs(30);
 
-/// For how long a server that has refused a login is not asked again; twice as long each time, up to the second.
+/// How long to wait after a refused login before the next: the first value, doubled each time, up to the second.
 const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// How often, at most, all other hosts are asked whether one of them has become the primary.
+/// The shortest time between two rounds of asking all other hosts whether one has become the primary.
 const ASK_OTHERS: Duration = Duration::from_secs(10);
 
-/// What is known of the hosts, over all connections of an engine.
+/// What the engine has learned about the hosts, shared by all its connections.
 #[derive(Debug)]
 pub(crate) struct Hosts {
     pub(crate) all: Vec<Config>,
     in_any_order: bool,
     schema: Schema,
     known: Mutex<Known>,
-    /// The store's id and where its log ends, by what the engine has seen.
+    /// The store's id, and the end of the log that the engine has seen.
     seen: OnceLock<(String, watch::Receiver<i64>)>,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct Hosts {
 struct Known {
     silent_until: Vec<Option<Instant>>,
     timeline: Option<u32>,
-    /// Connections that are older were made to a primary that is none any more.
+    /// Connections made before this time lead to a replaced primary.
     outdated: Option<Instant>,
     asked_others: Option<Instant>,
     refusal: Option<Refusal>,
@@ -71,7 +71,7 @@ impl Hosts {
         self.all.len() > 1
     }
 
-    /// From here on the engine knows its store, and follows its log.
+    /// Records the store's id and the receiver for the end of its log.
     pub(crate) fn follow(&self, store_id: &str, log: watch::Receiver<i64>) {
         let _ = self.seen.set((store_id.to_owned(), log));
     }
@@ -91,7 +91,7 @@ impl Hosts {
         self.known().silent_until[index] = Some(Instant::now() + SILENT);
     }
 
-    /// What a server has said lately to the same login: it is not asked once more for each who wants a connection.
+    /// The server's recent refusal of this login, so that not every caller tries to log in again.
     pub(crate) fn refusal(&self) -> Option<Error> {
         let known = self.known();
         let refusal = known.refusal.as_ref().filter(|refusal| refusal.until > Instant::now())?;
@@ -100,7 +100,7 @@ impl Hosts {
 
     pub(crate) fn refused(&self, error: &Error) {
         let mut known = self.known();
-        // Of several who were refused at once, the first counts.
+        // If several logins are refused at once, only the first counts.
         if known.refusal.as_ref().is_some_and(|last| last.until > Instant::now()) {
             return;
         }
@@ -118,7 +118,7 @@ impl Hosts {
         self.known().outdated.is_some_and(|outdated| made < outdated)
     }
 
-    /// Whether it is time to ask the other hosts.
+    /// Whether it is time to ask the other hosts; if so, starts the next interval.
     pub(crate) fn may_ask_others(&self) -> bool {
         let mut known = self.known();
         let may_ask = known.asked_others.is_none_or(|last| last.elapsed() > ASK_OTHERS);
@@ -128,7 +128,7 @@ impl Hosts {
         may_ask
     }
 
-    /// Asked for before the server is.
+    /// What the engine knows now. Call it before asking the server.
     pub(crate) fn seen_by_now(&self) -> Seen {
         let seen = self.seen.get();
         Seen {
@@ -138,7 +138,7 @@ impl Hosts {
         }
     }
 
-    /// A server of this standing is connected to.
+    /// Records that the engine has connected to a server with this standing.
     pub(crate) fn take(&self, standing: &Standing) {
         let mut known = self.known();
         if standing.timeline > known.timeline {
@@ -165,13 +165,13 @@ impl Hosts {
     }
 }
 
-/// Each promotion begins a new timeline; a standby has none of its own.
+/// Each promotion starts a new timeline. A standby has no timeline of its own.
 const TIMELINE: &str = "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
     THEN pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) END";
 
 const LOG: &str = "SELECT (SELECT store_id FROM @store LIMIT 1), (SELECT max(position) FROM @log_end)";
 
-/// `None` where the server knows nothing of the question, or has no store yet.
+/// The first row; `None` if the statement fails, for example because there is no store yet.
 async fn first_row(client: &Client, sql: &str) -> Option<Vec<Option<String>>> {
     let messages = client.simple_query(sql).await.ok()?;
     messages.into_iter().find_map(|message| match message {
@@ -182,7 +182,7 @@ async fn first_row(client: &Client, sql: &str) -> Option<Vec<Option<String>>> {
     })
 }
 
-/// What a server says of itself when it is connected to.
+/// The timeline, log position and store id that a server reports on connecting.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Standing {
     pub(crate) timeline: Option<u32>,
@@ -190,7 +190,7 @@ pub(crate) struct Standing {
     store_id: Option<String>,
 }
 
-/// What the engine knew before.
+/// What the engine knew before it connected.
 pub(crate) struct Seen {
     store_id: Option<String>,
     timeline: Option<u32>,
@@ -201,7 +201,8 @@ pub(crate) struct Seen {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fit {
     Well,
-    /// Its log has not all that was seen: it lags, or the log has lost its tail. Only if no other answers.
+    /// It lacks events that the engine has seen: it lags, or lost the end of the log. Used only if no other host
+    /// answers.
     Behind,
     /// It was the primary before another was promoted.
     Replaced,
@@ -226,7 +227,7 @@ impl Standing {
     }
 }
 
-/// The places at which a host is found: its address, or all that its name stands for.
+/// One configuration per address of a host: the given address, or all addresses of its name.
 pub(crate) async fn places(config: &Config) -> io::Result<Vec<Config>> {
     let (Some(Host::Tcp(name)), []) = (config.get_hosts().first(), config.get_hostaddrs()) else {
         return Ok(vec![config.clone()]);
@@ -246,7 +247,7 @@ pub(crate) async fn places(config: &Config) -> io::Result<Vec<Config>> {
     Ok(addresses.into_iter().map(at).collect())
 }
 
-/// A host as it is named in errors.
+/// The name of a host for errors.
 pub(crate) fn name_of(config: &Config) -> String {
     let name = match config.get_hosts().first() {
         Some(Host::Tcp(name)) => name.clone(),
@@ -257,18 +258,18 @@ pub(crate) fn name_of(config: &Config) -> String {
     format!("\"{name}:{}\"", config.get_ports().first().copied().unwrap_or(5432))
 }
 
-/// The driver's error for a reason of ours, which is its source: the pool takes no other.
+/// Wraps our own reason in a driver error, because the pool accepts no other type.
 pub(crate) async fn not_connected(reason: io::Error) -> tokio_postgres::Error {
     let mut config = Config::new();
     config.user("nobody").ssl_mode(SslMode::Disable);
     match config.connect_raw(Broken(Some(reason)), NoTls).await {
         Err(error) => error,
-        // A stream that is broken lets nobody in.
+        // Unreachable: no login succeeds on a broken stream.
         Ok(_) => tokio_postgres::Error::__private_api_timeout(),
     }
 }
 
-/// A stream over which nothing goes, for a reason.
+/// A stream on which every operation fails, first with the given reason.
 struct Broken(Option<io::Error>);
 
 impl Broken {
@@ -297,7 +298,7 @@ impl AsyncWrite for Broken {
     }
 }
 
-/// Another order each time; nothing depends on how random it is.
+/// A new order each time. Its randomness need not be good.
 fn shuffle(order: &mut [usize]) {
     use std::hash::{BuildHasher, RandomState};
     let state = RandomState::new();

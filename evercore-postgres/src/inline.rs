@@ -59,7 +59,7 @@ pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
         let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
         if settings.read_only {
             return Err(Error::invalid(
-                "an inline projection writes, the store was connected to for reading only",
+                "an inline projection writes, but the engine is connected for reading only",
             ));
         }
         if version == 0 {

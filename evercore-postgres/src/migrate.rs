@@ -1,4 +1,4 @@
-//! Whether the schema holds a store of ours, and how it becomes one.
+//! Checks whether the schema holds a store, and creates or migrates it.
 
 use evercore_core::{Error, ErrorKind};
 use refinery::AsyncMigrate;
@@ -15,11 +15,11 @@ mod embedded {
     refinery::embed_migrations!("migrations");
 }
 
-/// The schema version that this library writes; the migrations end with it.
+/// The schema version that this library writes, which is that of the last migration.
 const SCHEMA_VERSION: u32 = 1;
 
-/// What lies in the schema: the server's encoding, whether the schema is there, whether it has a table `store`; and one
-/// setting of ours, by which to see whether they have arrived.
+/// Asks for the server's encoding, whether the schema exists, whether it has a table `store`, and for one of our
+/// session settings, which shows whether the settings reached the session.
 pub(crate) const LOOK: &str =
     "SELECT pg_catalog.current_setting('server_encoding'), n.oid IS NOT NULL, c.oid IS NOT NULL,
         pg_catalog.current_setting('plan_cache_mode')
@@ -27,14 +27,14 @@ pub(crate) const LOOK: &str =
     LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = $1
     LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'store'";
 
-/// Where it is noted down which migrations have run; not by the name that refinery gives, which an application may have
-/// taken for its own.
+/// The table of the migrations that have run. It does not have refinery's default name, because an application may use
+/// refinery too.
 const HISTORY: &str = "evercore_schema_history";
 
-/// The schemas in which the session looks for names.
+/// The search path of the session.
 const SEARCHED: &str = "SELECT pg_catalog.current_schemas(true)";
 
-/// What a schema is before it is used.
+/// The state of a schema before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
     Store(u32),
@@ -42,7 +42,7 @@ enum Found {
     NoSchema,
 }
 
-/// Sees to it that there is a store of the version that this library knows.
+/// Makes sure that the schema holds a store of this library's schema version.
 pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
     let has_sessions = store.settings.has_sessions();
     let lent = Lent::to_read(store).await.map_err(|error| at_first(error, has_sessions))?;
@@ -64,7 +64,7 @@ pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
     }
 }
 
-/// Plain, unnamed statements: this runs once, on any kind of connection.
+/// Uses unnamed statements, because it runs once and must work on any kind of connection.
 async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
     let schema = store.settings.schema.as_str();
     check_search_path(client).await?;
@@ -92,7 +92,8 @@ async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
     Ok(Found::Store(u32::try_from(version).unwrap_or(u32::MAX)))
 }
 
-/// PostgreSQL looks in pg_catalog first unless told otherwise. Told so, any operator of ours may be somebody else's.
+/// PostgreSQL searches pg_catalog first unless the search path names it later. Then our SQL could call operators that
+/// others have created.
 async fn check_search_path(client: &impl GenericClient) -> Result<()> {
     let rows = client.query_typed(SEARCHED, &[]).await?;
     let schemas: Vec<String> = rows.first().map(|row| row.try_get(0)).transpose()?.unwrap_or_default();
@@ -109,7 +110,7 @@ async fn check_search_path(client: &impl GenericClient) -> Result<()> {
     }
 }
 
-/// All of it in one transaction, which holds a lock: refinery itself takes none, and several hosts start at once.
+/// Runs all migrations in one transaction under a lock: refinery takes none, and several hosts may start at once.
 async fn migrate(store: &Store) -> Result<()> {
     let mut lent = Lent::to_write(store).await?;
     let outcome = run(store, lent.client_mut()?).await;
@@ -118,7 +119,7 @@ async fn migrate(store: &Store) -> Result<()> {
 
 async fn run(store: &Store, client: &mut Client) -> Result<()> {
     let schema = store.settings.schema.as_str();
-    // Guarded: dropped half-way it is rolled back.
+    // With a guard, so that the transaction is rolled back if this future is dropped.
     let begin = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start();
     let transaction = store.in_time(async { Ok(begin.await?) }).await?;
     let lock = format!(
@@ -134,7 +135,7 @@ async fn run(store: &Store, client: &mut Client) -> Result<()> {
             if found == Found::NoSchema {
                 transaction.batch_execute(&format!("CREATE SCHEMA \"{schema}\"")).await?;
             }
-            // To fill a large table takes as long as it takes. Who waits for a lock still waits in time.
+            // Filling a large table may take any time, so there is no statement time-out. The lock time-out stays.
             transaction.batch_execute("SET LOCAL statement_timeout = 0").await?;
             transaction.batch_execute(&format!("SET LOCAL search_path TO \"{schema}\", pg_temp")).await?;
             let runner = embedded::migrations::runner();
@@ -148,7 +149,7 @@ async fn run(store: &Store, client: &mut Client) -> Result<()> {
     Ok(transaction.commit().await?)
 }
 
-/// Runs what refinery asks for within a transaction that is open already.
+/// Lets refinery run its statements in a transaction that is already open.
 struct InOne<'a>(&'a Transaction<'a>);
 
 impl AsyncTransaction for InOne<'_> {
@@ -176,7 +177,7 @@ impl AsyncQuery<Vec<Migration>> for InOne<'_> {
 
 impl AsyncMigrate for InOne<'_> {}
 
-/// A line of refinery's own table. When it was applied is not asked; a checksum that does not read fits no migration.
+/// A row of refinery's table. The time of the migration is not read. An unreadable checksum matches no migration.
 fn applied(row: &Row) -> Result<Migration, tokio_postgres::Error> {
     let (version, name, checksum): (i32, String, String) =
         (row.try_get(0)?, row.try_get(1)?, row.try_get(3)?);

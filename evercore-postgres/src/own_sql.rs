@@ -1,4 +1,4 @@
-//! The user's own SQL in the transaction of a commit: held to a time-out, and done before the log is locked.
+//! Runs the user's own SQL in the transaction of a commit, under a time-out and before the log is locked.
 
 use std::any::Any;
 use std::fmt;
@@ -27,29 +27,29 @@ use crate::store::Store;
 use crate::task::in_task;
 use crate::wait;
 
-/// For the user's SQL in our sessions: planned as PostgreSQL does by itself. Said by value, since the default of such a
-/// session is what it began with, which is our own setting. `jit` stays off: the SQL is short.
+/// Planner settings for the user's SQL in our sessions: PostgreSQL's defaults. They are given as values, because
+/// DEFAULT in such a session means our own start-up settings. `jit` stays off, since the SQL is short.
 const AS_POSTGRES_PLANS: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
      SET LOCAL plan_cache_mode = auto";
 
-/// The same in other people's sessions, which began with settings of theirs.
+/// The same in sessions of the application, which started with the application's settings.
 const AS_THEY_BEGAN: &str = "SET LOCAL enable_seqscan TO DEFAULT; SET LOCAL enable_bitmapscan TO DEFAULT; \
      SET LOCAL plan_cache_mode TO DEFAULT; SET LOCAL jit TO DEFAULT";
 
-/// As the session began; RESET ALL leaves out who one is.
+/// Resets a session to its start. RESET ALL does not reset the role.
 const BACK: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL";
 
-/// A transaction that was ended and begun again has another time.
+/// Detects a transaction that was ended and started again: it has another start time.
 pub(crate) const WHICH: &str =
     "SELECT (extract(epoch FROM pg_catalog.transaction_timestamp())::numeric * 1000000::numeric)::bigint";
 
 impl PostgresEngine {
-    /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in
-    /// an outbox. All of it is written, or nothing of it.
+    /// Commits a unit of work together with your own SQL in one transaction, for example a row of a read model or a
+    /// message in an outbox. Either all of it is written, or nothing.
     ///
-    /// The SQL runs first, on a connection of the pool, while other commits go on; then the log is locked, the unit
-    /// checked and written, and the transaction committed. With a [command](UnitOfWork::set_command) it takes
-    /// effect once: for a command that took effect before, the SQL is not run. A unit that holds nothing is fine.
+    /// The SQL runs first, on a connection of the pool, while other commits continue. Then the log is locked, the unit
+    /// is checked and written, and the transaction is committed. With a [command](UnitOfWork::set_command) it takes
+    /// effect once: if the command took effect before, the SQL does not run. The unit may be empty.
     ///
     /// ```no_run
     /// # use evercore_postgres::{Aggregate, EventStore, Json, PostgresEngine, Result};
@@ -77,16 +77,18 @@ impl PostgresEngine {
     /// # Ok(()) }
     /// ```
     ///
-    /// It may take [`sql_timeout`](crate::Builder::sql_timeout) altogether, then it is rolled back. It holds up nobody
-    /// but those who want the rows that it has locked itself; that the tables of evercore are read at most is part of
-    /// the bargain. One connection of the pool is left to others: SQL that finds too much of its kind at work waits, and
-    /// after [`connect_timeout`](crate::Builder::connect_timeout) is [`Unavailable`](ErrorKind::Unavailable). It runs in
-    /// a task: a caller who goes away does not stop it. A panic writes nothing and goes on in the caller.
+    /// The SQL is rolled back if it takes longer than [`sql_timeout`](crate::Builder::sql_timeout) in total. It blocks
+    /// only transactions that need rows it has locked. It may read evercore's tables, but must not write or lock them.
+    /// It never takes the last connection of the pool: with too many of these calls at once, a call waits, and after
+    /// [`connect_timeout`](crate::Builder::connect_timeout) it is [`Unavailable`](ErrorKind::Unavailable). It runs in a
+    /// task: dropping the call does not stop it. If it panics, nothing is written, and the panic continues in the
+    /// caller.
     ///
-    /// Give it names with their schema, since the search path is the role's. It is planned as PostgreSQL plans by itself,
-    /// without `jit`: the planner's settings of the engine do not hold for it. What it sets is set back; behind a pooler
-    /// and on a pool of your own that takes `SET LOCAL`. Savepoints are fine. COMMIT and ROLLBACK are not: that is found
-    /// out and nothing of the unit is written, but what the SQL has committed by itself is committed, and stays.
+    /// Qualify names with their schema, since the search path is that of the role. PostgreSQL plans the SQL with its
+    /// default settings, without `jit`; the engine's planner settings do not apply. Settings that the SQL changes are
+    /// reset. Through a pooler and on a pool of your own, use `SET LOCAL`, since only that is reset. Savepoints are
+    /// allowed. COMMIT and ROLLBACK are not: the engine detects them and writes nothing of the unit, but rows that the
+    /// SQL itself has committed stay.
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the SQL's own error as its source, or if it took too long;
@@ -112,7 +114,7 @@ impl PostgresEngine {
 
 type Run = Box<dyn for<'t> FnOnce(&'t Transaction<'t>) -> BoxFuture<'t, Result<(), BoxError>> + Send>;
 
-/// What the user wants to run in the transaction of a commit.
+/// The user's code that runs in the transaction of a commit.
 struct OwnSql(Run);
 
 impl fmt::Debug for OwnSql {
@@ -121,8 +123,8 @@ impl fmt::Debug for OwnSql {
     }
 }
 
-/// How much SQL of users may run at once: one connection less than there are, so that it never has them all and other
-/// commits go on.
+/// How many pieces of the user's SQL may run at once: one less than there are connections, so that they never take all
+/// and other commits continue.
 #[derive(Debug)]
 pub(crate) struct Turns(Semaphore);
 
@@ -134,7 +136,7 @@ impl Turns {
     pub(crate) async fn take(&self, at_most: Duration) -> Result<SemaphorePermit<'_>, Error> {
         let turn = tokio::time::timeout(at_most, self.0.acquire()).await;
         turn.ok().and_then(Result::ok).ok_or_else(|| {
-            let message = "no connection became free in time: too much SQL runs beside commits";
+            let message = "no connection became free in time: too many `commit_with` calls run at once";
             Error::new(ErrorKind::Unavailable, message)
         })
     }
@@ -145,15 +147,15 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
     inline::draw_near(store).await?;
     let _turn = store.turns.take(store.settings.connect_timeout).await?;
     let mut lent = Lent::to_write(store).await?;
-    // The user's time, and then our own: a server that says nothing must not hold anybody for ever.
+    // The time for the user's SQL plus our own: a server that does not answer must not block the caller for ever.
     let handlers = u32::try_from(store.inline.len()).unwrap_or(u32::MAX);
     let patience = store.settings.sql_timeout.saturating_mul(handlers.saturating_add(1));
     let patience = patience.saturating_add(store.patience());
     let (flown, is_clean) =
         match tokio::time::timeout(patience, together(store, &mut lent, &batch, sql)).await {
-            // The SQL runs once, so it is for the caller to send it again.
+            // The SQL runs only once, so the caller must try again.
             Ok(ended) => ended.map_err(|error| store.if_stale(error))?,
-            // Perhaps to the COMMIT.
+            // The unanswered statement may be the COMMIT.
             Err(_) => (Flown::Unknown, false),
         };
     if is_clean {
@@ -162,7 +164,10 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
     let outcome = match flown {
         Flown::Done(outcomes) => outcomes.into_iter().next().unwrap_or_else(|| Err(outcome_unknown())),
         Flown::RolledBack(error) => Err(error.into()),
-        Flown::Look => Err(Error::new(ErrorKind::Unavailable, "the commit met another, nothing was written")),
+        Flown::Look => Err(Error::new(
+            ErrorKind::Unavailable,
+            "a concurrent commit conflicted with this one, nothing was written, try again",
+        )),
         Flown::Unknown => Err(outcome_unknown()),
     }?;
     if outcome.last > Position::ZERO {
@@ -172,7 +177,7 @@ async fn fly(store: &Arc<Store>, batch: Batch, sql: OwnSql) -> Result<Receipt, E
     Ok(outcome)
 }
 
-/// The whole transaction; whether the connection is as it was goes along.
+/// Runs the whole transaction. Also returns whether the connection can be reused.
 async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) -> Result<(Flown, bool)> {
     let named = lent.is_named();
     let client = lent.client_mut()?;
@@ -205,15 +210,15 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
     }
 }
 
-/// What became of the unit in the transaction.
+/// The outcome of the unit in the transaction.
 enum Wrote {
-    /// It is there, with the names that were registered for it.
+    /// It was written, with the names that were registered for it.
     Unit(Receipt, Option<NameTable>),
-    /// It was refused, or the same command has taken effect while the SQL ran: what the SQL did must not last.
+    /// It was refused, or the same command took effect while the SQL ran: the SQL must be rolled back.
     Nothing(Result<Receipt, Error>),
 }
 
-/// The lock, the checks, the writes. After an error nothing is written, since nothing was committed.
+/// Locks the log, checks and writes. After an error nothing is written, since nothing was committed.
 async fn write(
     store: &Store,
     sender: Sender<'_>,
@@ -238,29 +243,29 @@ async fn write(
         }
         Ok(None) => Err(damaged("the end of the log is missing")),
         Err(error) if is_ours(&error) => {
-            let message = "the commit met another, and nothing was written";
+            let message = "a concurrent commit conflicted with this one, nothing was written, try again";
             Ok(Wrote::Nothing(Err(Error::new(ErrorKind::Unavailable, message).because(error))))
         }
         Err(error) => Err(error),
     }
 }
 
-/// What the errors of this room are about.
+/// Names the user's SQL in error texts.
 const WHAT: &str = "the SQL beside the commit";
 
 /// Why a transaction with the user's SQL in it is not committed.
 #[derive(Debug)]
 pub(crate) enum Fault {
-    /// It said no, in time.
+    /// It failed within its time.
     SaidNo(BoxError),
-    /// It took too long; the server may have ended the session for that.
+    /// It took too long. The server may have ended the session because of that.
     TooLong(Error),
-    /// Anything else; also that the server undid it because another transaction was in the way.
+    /// Any other failure, also a rollback by the server because of another transaction.
     Other(PostgresError),
 }
 
 impl Fault {
-    /// Of an error of the user's SQL that came in time.
+    /// From an error of the user's SQL that came within its time.
     fn of(source: BoxError) -> Self {
         if was_undone(&*source) { Self::Other(PostgresError::Undone(source)) } else { Self::SaidNo(source) }
     }
@@ -273,7 +278,7 @@ impl Fault {
         }
     }
 
-    /// How the end of the transaction went, where that matters: with a connection that is gone the handler is not to blame,
+    /// Takes the end of the transaction into account: if the connection is gone, the handler did not cause the failure,
     /// unless it took too long.
     pub(crate) fn unless_late<T>(&self, ended: Result<T>) -> Result<()> {
         if matches!(self, Self::TooLong(_)) { Ok(()) } else { ended.map(drop) }
@@ -286,7 +291,7 @@ impl From<PostgresError> for Fault {
     }
 }
 
-/// Runs the user's SQL in a transaction of ours, under settings of its own, which are set back.
+/// Runs the user's SQL in our transaction, under its own settings, and resets them afterwards.
 pub(crate) async fn run_within<'t>(
     store: &Store,
     sender: Sender<'_>,
@@ -299,7 +304,7 @@ pub(crate) async fn run_within<'t>(
     Ok(store.in_time(set(settings_for_the_commit(&store.settings))).await?)
 }
 
-/// Runs the user's SQL, and sees to it that the transaction is still the one it was, and well.
+/// Runs the user's SQL, and checks that the transaction is still the same and has not failed.
 async fn run<'t>(
     store: &Store,
     sender: Sender<'_>,
@@ -313,7 +318,7 @@ async fn run<'t>(
     let before = store.in_time(which()).await?;
     let (began, at_most) = (Instant::now(), store.settings.sql_timeout);
     let outcome = tokio::time::timeout(at_most, sql()).await;
-    // The server's clock may have ended a statement just before ours did; code that blocks stops neither.
+    // The server's time-out may have ended a statement just before ours. Neither stops code that blocks.
     let is_late = outcome.is_err() || began.elapsed() >= at_most;
     let too_long = || rejected(what, &format!("took longer than {at_most:?}"));
     match outcome {
@@ -328,7 +333,9 @@ async fn run<'t>(
             let message = format!("{what} ended the transaction, which is not its own");
             Err(Fault::Other(Error::invalid(message).into()))
         }
-        Err(error) => Err(Fault::Other(rejected(what, "had an error and went on").because(error).into())),
+        Err(error) => {
+            Err(Fault::Other(rejected(what, "ignored an error of a statement").because(error).into()))
+        }
     }
 }
 
@@ -336,13 +343,13 @@ pub(crate) fn rejected(what: &str, why: &str) -> Error {
     Error::new(ErrorKind::Rejected, format!("{what} {why}"))
 }
 
-/// What a COMMIT that the server has rolled back is told as: a constraint of the user's is checked at the end, unless
-/// another transaction was in the way.
+/// The error for a COMMIT that the server has rolled back. The cause is a deferred constraint of the user's, unless the
+/// server rolled back because of another transaction.
 pub(crate) fn at_the_end(what: &str, error: PostgresError) -> PostgresError {
     if passes(&error) { error } else { rejected(what, "failed when it was committed").because(error).into() }
 }
 
-/// A transaction in which the user's SQL is to run, on any kind of connection.
+/// Starts a transaction for the user's SQL, on any kind of connection.
 pub(crate) async fn open<'c>(
     settings: &Settings,
     client: &'c mut ClientWrapper,
@@ -355,8 +362,8 @@ pub(crate) async fn open<'c>(
     Ok(transaction)
 }
 
-/// What the user's SQL has set goes back to what it was, also for those who get the connection next: what was set without
-/// LOCAL would stay. On other people's connections, settings are other people's.
+/// Resets settings that the user's SQL has changed, also for the next user of the connection: those set without LOCAL
+/// would stay. Does not reset the application's own connections.
 fn settings_for_the_commit(settings: &Settings) -> String {
     if settings.has_sessions() { BACK.to_owned() } else { set_local(settings) }
 }

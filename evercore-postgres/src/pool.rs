@@ -1,8 +1,8 @@
-//! Connections: taken from a pool, and given back only if they are as they were.
+//! Connections: taken from a pool, and returned only if their state is unchanged.
 //!
-//! There are two pools. One is for reads and for the SQL of users; its connections may be at work for long. The other
-//! is small and for commits, so that no read keeps a commit from its connection. On a pool that was handed in, both
-//! are that pool.
+//! There are two pools. One is for reads and for the user's SQL, which may use a connection for long. The other is
+//! small and for commits, so that reads never take the connection that commits need. With a pool of the application,
+//! both are that pool.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -20,33 +20,33 @@ use crate::error::{Because, PostgresError, Result, closed, is_rolled_back, is_st
 use crate::sql::Sender;
 use crate::store::Store;
 
-/// How many connections there are for commits: one for the flight, and one for what is written beside it.
+/// The number of connections for commits: one for the flight, and one for the engine's other writes.
 pub(crate) const FOR_COMMITS: usize = 2;
 
-/// How long a statement that nobody waits for any more may go on before it is cancelled.
+/// How long an abandoned statement may run before it is cancelled.
 const GRACE: Duration = Duration::from_millis(50);
 
-/// How often it is cancelled at most: each statement that was sent, one after the other.
+/// The maximum number of cancel requests: one for each statement that was sent, one after the other.
 const CANCELS: usize = 8;
 
-/// How often work is begun at most whose session had lost what was prepared in it.
+/// How often work is tried at most if sessions have lost their prepared statements.
 const ATTEMPTS: usize = 3;
 
-/// What is known of a connection that is lent, and so what becomes of it when it is dropped.
+/// The state of a borrowed connection, which decides what happens when it is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum State {
-    /// It is as it was: the next may have it.
+    /// Unchanged: it goes back to the pool.
     Clean,
-    /// A statement that only reads may be at work: it is cancelled.
+    /// A read may be running: it is cancelled.
     Reads,
-    /// A transaction may be open: the connection is closed, and the server rolls back.
+    /// A transaction may be open: the connection is closed, and the server rolls it back.
     Writes,
-    /// It is of no use any more: it is closed.
+    /// Unusable: it is closed.
     Spoiled,
 }
 
-/// A connection for as long as this is held.
+/// A borrowed connection.
 #[derive(Debug)]
 pub(crate) struct Lent {
     object: Option<Object>,
@@ -56,28 +56,28 @@ pub(crate) struct Lent {
 }
 
 impl Lent {
-    /// For statements that only read. Dropped before [`after`](Self::after), what is still at work is cancelled.
+    /// For reads. If dropped before [`after`](Self::after), a running statement is cancelled.
     pub(crate) async fn to_read(store: &Store) -> Result<Self> {
         Self::take(store, &store.pool, State::Reads).await
     }
 
-    /// The same for reads that a commit needs, whatever other reads are at work.
+    /// The same for reads that a commit needs, on a connection that other reads do not use.
     pub(crate) async fn to_look(store: &Store) -> Result<Self> {
         Self::take(store, &store.commits, State::Reads).await
     }
 
-    /// For transactions with SQL of users in them, and for steps: dropped, it is closed, unless it was
-    /// [put back](Self::put_back) before.
+    /// For transactions with the user's SQL, and for steps. If dropped before [`put_back`](Self::put_back), it is
+    /// closed.
     pub(crate) async fn to_write(store: &Store) -> Result<Self> {
         Self::take(store, &store.pool, State::Writes).await
     }
 
-    /// The same for what the engine writes by itself, whatever reads are at work.
+    /// The same for the engine's own writes, on a connection that reads do not use.
     pub(crate) async fn to_commit(store: &Store) -> Result<Self> {
         Self::take(store, &store.commits, State::Writes).await
     }
 
-    /// The same for the flight under way, of which something may reach the server from here on.
+    /// The same for the current flight. From here on its statements may reach the server.
     pub(crate) async fn to_fly(store: &Store) -> Result<Self> {
         let lent = Self::to_commit(store).await?;
         store.queue.is_sent();
@@ -86,8 +86,7 @@ impl Lent {
 
     async fn take(store: &Store, pool: &Pool, state: State) -> Result<Self> {
         store.check_open()?;
-        // Ours keeps its times itself: one for a free connection, one for making it. A pool that was handed in may have
-        // none.
+        // Our pool has its own time-outs for waiting and for connecting. A pool of the application may have none.
         let patience = match store.address {
             Some(_) => store.settings.connect_timeout.saturating_mul(3),
             None => store.settings.connect_timeout,
@@ -116,12 +115,12 @@ impl Lent {
         Ok(self.object.as_mut().ok_or_else(gone)?)
     }
 
-    /// To the pool, for the next: every transaction has been seen to end.
+    /// Returns it to the pool, since every transaction has ended.
     pub(crate) fn put_back(self) {
         self.is(State::Clean);
     }
 
-    /// Lets nobody have it after this.
+    /// Closes it instead of returning it to the pool.
     pub(crate) fn spoil(&self) {
         self.is(State::Spoiled);
     }
@@ -130,26 +129,26 @@ impl Lent {
         self.state.store(state as u8, Ordering::Relaxed);
     }
 
-    /// To be given back when it is dropped, unless the outcome of a statement tells that it is of no use any more.
+    /// Marks it to be returned when dropped, unless the outcome of a statement shows that it is unusable.
     pub(crate) fn after<T>(&self, outcome: Result<T>) -> Result<T> {
         match &outcome {
             _ if self.state.load(Ordering::Relaxed) == State::Spoiled as u8 => {}
             Ok(_) => self.is(State::Clean),
             Err(error) if is_stale(error) || takes_no_writes(error) => self.spoil(),
-            // What failed within a transaction has left it open.
+            // A failure within a transaction leaves the transaction open.
             Err(_) if self.state.load(Ordering::Relaxed) == State::Writes as u8 => {}
             Err(error) if is_rolled_back(error) => self.is(State::Clean),
             Err(PostgresError::Postgres(_)) => self.spoil(),
-            // The error is our own: of what was sent, something may still be at work.
+            // The error is our own, so a statement may still be running on the server.
             _ => {}
         }
         outcome
     }
 }
 
-/// It is there for as long as this is; the type cannot say so.
+/// Never happens: the connection exists as long as this value, but the type cannot express that.
 fn gone() -> Error {
-    Error::new(ErrorKind::Backend, "the connection was given back")
+    Error::new(ErrorKind::Backend, "the connection was already returned to the pool")
 }
 
 impl Drop for Lent {
@@ -163,16 +162,16 @@ impl Drop for Lent {
             Ok(runtime) if state == State::Reads as u8 => {
                 runtime.spawn(come_to_rest(object, self.address.take()));
             }
-            // Out of the pool; dropped, it is closed.
+            // Taken out of the pool, so dropping it closes it.
             _ => drop(Object::take(object)),
         }
     }
 }
 
-/// Sees to it that nothing is at work any more that was sent over this connection, of which nobody awaits the answer. It
-/// counts as taken until then, so that a server has no more to do than there are connections.
+/// Cancels the abandoned statements of a connection. Until they have ended, the connection counts as borrowed, so that
+/// the server never has more running statements than there are connections.
 async fn come_to_rest(object: Object, address: Option<Arc<Address>>) {
-    // Most reads that are given up are about to end: an empty statement is answered after all that was sent before.
+    // Most abandoned reads end soon. The server answers an empty statement after all earlier statements.
     if is_at_rest(&object).await {
         return;
     }
@@ -189,7 +188,7 @@ async fn come_to_rest(object: Object, address: Option<Arc<Address>>) {
             break;
         }
     }
-    // Closed all the same: a request to cancel that comes late must not meet the next statement.
+    // Close it in any case: a late cancel request must not cancel the next statement.
     drop(Object::take(object));
 }
 
@@ -198,7 +197,7 @@ async fn is_at_rest(object: &Object) -> bool {
 }
 
 impl Store {
-    /// Reads in time, on a connection that is given back afterwards.
+    /// Reads under a time-out, and returns the connection afterwards.
     pub(crate) async fn read<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
     where
         W: Future<Output = Result<T>>,
@@ -206,7 +205,7 @@ impl Store {
         self.again_if_stale(|| self.on(Lent::to_read(self), &work)).await
     }
 
-    /// The same for what a commit needs to know. It writes nothing, so its outcome is never in doubt.
+    /// The same for reads of a commit. They write nothing, so their outcome is never unknown.
     pub(crate) async fn look<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
     where
         W: Future<Output = Result<T>>,
@@ -214,7 +213,7 @@ impl Store {
         self.again_if_stale(|| self.on(Lent::to_look(self), &work)).await
     }
 
-    /// The same for what the engine writes beside its flights, each in a transaction of its own.
+    /// The same for the engine's writes outside of flights, each in its own transaction.
     pub(crate) async fn write<T, W>(&self, work: impl Fn(Arc<Lent>) -> W) -> Result<T>
     where
         W: Future<Output = Result<T>>,
@@ -235,8 +234,9 @@ impl Store {
         lent.after(outcome)
     }
 
-    /// Does work that takes a connection by itself. A session may have lost what was prepared in it, as by `DISCARD ALL`.
-    /// It is given up then, and so are the others that rest; nothing was executed, and the work is begun again on a new one.
+    /// Runs work that borrows a connection itself. If the session has lost its prepared statements, as after `DISCARD
+    /// ALL`, this closes it and all idle connections. Nothing was executed, so the work is tried again on a new
+    /// connection.
     pub(crate) async fn again_if_stale<T, W>(&self, work: impl Fn() -> W) -> Result<T>
     where
         W: Future<Output = Result<T>>,
@@ -250,24 +250,24 @@ impl Store {
         work().await.map_err(|error| self.if_stale(error))
     }
 
-    /// What work that is not begun again is told of a stale session: another time it meets a new one.
+    /// The error for a stale session if the work is not tried again. The caller's next attempt gets a new session.
     pub(crate) fn if_stale(&self, error: PostgresError) -> PostgresError {
         if !is_stale(&error) {
             return error;
         }
         self.forget_sessions();
-        let message = "the session has lost what was prepared in it, and is given up";
+        let message = "the session lost its prepared statements and was closed, try again";
         Error::new(ErrorKind::Unavailable, message).because(error).into()
     }
 
-    /// Closes the connections that nobody has at the moment: what befell one session may have befallen all.
+    /// Closes all idle connections: what happened to one session may have happened to all.
     pub(crate) fn forget_sessions(&self) {
         for pool in [&self.pool, &self.commits] {
             drop(pool.retain(|_, _| false));
         }
     }
 
-    /// Waits for the server no longer than a little more than the server itself would.
+    /// Waits for the server slightly longer than the server's own time-out.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         timeout(self.patience(), work).await?
     }

@@ -1,4 +1,4 @@
-//! An open store: its connections, its names, what it has seen of the log, and the end of it.
+//! An open store: its connections, its type names, the log position it has seen, and how it is closed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -27,13 +27,13 @@ use crate::written::Written;
 
 pub(crate) struct Store {
     pub(crate) settings: Settings,
-    /// For reads, and for SQL of users.
+    /// For reads and for the user's SQL.
     pub(crate) pool: Pool,
-    /// For what the engine writes by itself; the same where the pool was handed in.
+    /// For the engine's own writes. With a pool of the application, both are that pool.
     pub(crate) commits: Pool,
-    /// Where the server is, if we connect ourselves.
+    /// The server's address; `None` with a pool of the application.
     pub(crate) address: Option<Arc<Address>>,
-    /// What the server has said; nothing where the pool was handed in.
+    /// The server's notices; empty with a pool of the application.
     pub(crate) heard: Heard,
     pub(crate) sql: Statements,
     pub(crate) names: Names,
@@ -47,7 +47,7 @@ pub(crate) struct Store {
     closed: AtomicBool,
 }
 
-/// The text of every statement, with the schema's name in it.
+/// The texts of all statements, with the schema's name filled in.
 #[derive(Debug)]
 pub(crate) struct Statements {
     pub(crate) commit: CommitSql,
@@ -118,7 +118,7 @@ impl Store {
         self.store_id.get().map_or("", |(store_id, _)| store_id)
     }
 
-    /// Of a store that is open the id is always known.
+    /// The id, which an open store always knows.
     pub(crate) fn identity(&self) -> StoreId {
         self.store_id.get().map_or_else(|| StoreId::of(""), |(_, identity)| *identity)
     }
@@ -132,13 +132,13 @@ impl Store {
         if self.settings.read_only { Err(error::read_only()) } else { Ok(()) }
     }
 
-    /// What is called later is `Closed`.
+    /// Closes the store: later calls are `Closed`.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.watch.close();
     }
 
-    /// A pool that was handed in stays as it is.
+    /// Closes the pools, except a pool of the application.
     pub(crate) fn close_pool(&self) {
         if self.address.is_some() {
             self.pool.close();
@@ -147,7 +147,7 @@ impl Store {
     }
 }
 
-/// A store that lacks what it must have.
+/// The error for a store that lacks required rows.
 pub(crate) fn not_a_store(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::NotAStore, message)
 }

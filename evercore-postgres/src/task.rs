@@ -1,4 +1,4 @@
-//! Work in a task of its own: a caller who goes away leaves nothing half done.
+//! Runs work in its own task, so that a dropped call leaves nothing half done.
 
 use std::future::Future;
 use std::panic::resume_unwind;
@@ -8,7 +8,7 @@ use tokio::runtime::{Handle, TryCurrentError};
 
 use crate::error::outcome_unknown;
 
-/// Carries the work through, whatever becomes of the caller; a panic goes on in the caller.
+/// Runs the work to its end even if the caller is dropped. A panic of the work continues in the caller.
 pub(crate) async fn in_task<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, Error> {
@@ -22,8 +22,8 @@ pub(crate) async fn in_task<T: Send + 'static>(
     }
 }
 
-/// Who is called outside of tokio.
+/// For calls from outside of tokio.
 pub(crate) fn no_runtime(error: TryCurrentError) -> Error {
-    Error::new(ErrorKind::Backend, "the PostgreSQL engine runs on tokio, and there is none")
+    Error::new(ErrorKind::Backend, "the PostgreSQL engine must be called within a tokio runtime")
         .with_source(error)
 }

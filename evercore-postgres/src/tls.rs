@@ -1,4 +1,4 @@
-//! TLS by rustls: always verified.
+//! TLS with rustls. Certificates are always verified.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// Trusts the certificates in this file, or those of the operating system; shows the client's own if there is one, with
-/// the file of its key.
+/// Trusts the certificates in this file, or those of the operating system. Logs in with the client certificate and key,
+/// if given.
 pub(crate) fn connector(file: Option<&Path>, client: Option<(&Path, &Path)>) -> Result<MakeRustlsConnect> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
@@ -39,7 +39,7 @@ pub(crate) fn connector(file: Option<&Path>, client: Option<(&Path, &Path)>) -> 
 }
 
 fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>> {
-    let unreadable = |error| failed(&format!("the file of {what} does not read"), error);
+    let unreadable = |error| failed(&format!("the file of {what} cannot be read"), error);
     let all: Vec<_> = CertificateDer::pem_file_iter(file)
         .map_err(unreadable)?
         .collect::<Result<_, _>>()
@@ -51,7 +51,7 @@ fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>>
 }
 
 fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
-    let message = "the file of the client's key does not read, or the key is encrypted";
+    let message = "the file of the client's key cannot be read, or the key is encrypted";
     PrivateKeyDer::from_pem_file(file).map_err(|error| failed(message, error))
 }
 
@@ -65,15 +65,16 @@ fn from_file(file: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>
     Ok((roots, all))
 }
 
-/// What the operating system has and rustls cannot read is left out, as every browser does.
+/// The operating system's certificates. Skips those that rustls cannot parse, as browsers do.
 fn from_system() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     roots
 }
 
-/// Verifies as usual, but for a server that shows a certificate which was handed to us: whoever has its key is the one
-/// that is meant, whatever name and dates the certificate bears. So a certificate that has signed itself can be pinned.
+/// Verifies as usual, except for pinned certificates, which were configured themselves. A server that presents a pinned
+/// certificate and has its key is trusted, and the certificate's name and dates are not checked. So a self-signed
+/// certificate can be pinned.
 #[derive(Debug)]
 struct Verifier {
     usual: Arc<WebPkiServerVerifier>,

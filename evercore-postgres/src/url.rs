@@ -1,5 +1,4 @@
-//! What a URL, or a `name=value` list, asks for. It is read as psql reads it; nothing of it is shown but the names of its
-//! parameters.
+//! Parses a URL or a `name=value` list as psql does. Errors show only the names of parameters, never their values.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,7 +9,7 @@ use evercore_core::{Error, Result};
 use percent_encoding::percent_decode_str;
 use tokio_postgres::Config;
 
-/// The parameters that the driver reads.
+/// The parameters that are passed to the driver.
 const OF_THE_DRIVER: [&str; 13] = [
     "user",
     "password",
@@ -27,7 +26,7 @@ const OF_THE_DRIVER: [&str; 13] = [
     "channel_binding",
 ];
 
-/// What is asked for: one configuration for each host, and what the driver does not know.
+/// The parsed URL: one driver configuration per host, and the parameters that the driver does not support.
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
     pub(crate) hosts: Vec<Config>,
@@ -36,7 +35,7 @@ pub(crate) struct Asked {
     pub(crate) client_certificate: Option<PathBuf>,
     pub(crate) client_key: Option<PathBuf>,
     pub(crate) has_target: bool,
-    /// For each host, as psql has it.
+    /// For each host, as in psql.
     pub(crate) connect_timeout: Option<Duration>,
     pub(crate) in_any_order: bool,
 }
@@ -77,11 +76,11 @@ impl Asked {
                     driver.push_str(&pair);
                 }
                 _ if is_shown => {
-                    return Err(Error::invalid(format!("the URL's parameter \"{name}\" is not understood")));
+                    return Err(Error::invalid(format!("the URL's parameter \"{name}\" is not supported")));
                 }
                 _ => {
-                    let message = "a parameter after the password is not understood, and may be part of it: a \
-                                   password with spaces takes quotes";
+                    let message = "a parameter after the password is not supported, and may be part of the \
+                                   password: put a password with spaces in quotes";
                     return Err(Error::invalid(message));
                 }
             }
@@ -105,11 +104,11 @@ impl Pair {
 }
 
 fn bad_value(name: &str) -> Error {
-    Error::invalid(format!("the value of \"{name}\" in the URL does not read (it is not shown here)"))
+    Error::invalid(format!("the value of \"{name}\" in the URL is not valid (it is not shown here)"))
 }
 
 fn unreadable(what: &str) -> Error {
-    Error::invalid(format!("the URL of the server does not read (it is not shown here): {what}"))
+    Error::invalid(format!("the URL of the server cannot be parsed (it is not shown here): {what}"))
 }
 
 fn list(value: &str) -> Vec<String> {
@@ -136,7 +135,7 @@ impl Hosts {
         }
         let fits = |list: &[String]| list.is_empty() || list.len() == count;
         if !fits(&self.names) || !fits(&self.addresses) || !(fits(&self.ports) || self.ports.len() == 1) {
-            let message = "the URL has not as many of \"host\", \"hostaddr\" and \"port\"";
+            let message = "the URL must list as many of \"host\" as of \"hostaddr\" and \"port\"";
             return Err(Error::invalid(message));
         }
         (0..count).map(|index| self.config(driver, index)).collect()
@@ -175,10 +174,9 @@ fn of_url(rest: &str) -> Result<Vec<Pair>> {
         }
         _ => rest,
     };
-    // A password in which a "/" or "@" stands as it is would be taken for a host or a database, and shown.
+    // A password with an unescaped "/" or "@" would be parsed as a host or a database, and shown in errors.
     if rest.split('?').next().is_some_and(|before| before.contains('@')) {
-        let message =
-            "an \"@\" where none belongs: in a name or a password, \"/\" is written as %2F and \"@\" as %40";
+        let message = "unexpected \"@\": in a name or a password, write \"/\" as %2F and \"@\" as %40";
         return Err(unreadable(message));
     }
     let (hosts, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
@@ -203,14 +201,14 @@ fn of_url(rest: &str) -> Result<Vec<Pair>> {
 fn host_and_port(text: &str) -> Result<(String, String)> {
     let (name, port) = match text.strip_prefix('[') {
         Some(rest) => {
-            rest.split_once(']').ok_or_else(|| unreadable("a host with \"[\" and without \"]\""))?
+            rest.split_once(']').ok_or_else(|| unreadable("a host with \"[\" but without \"]\""))?
         }
         None => text.find(':').map_or((text, ""), |colon| text.split_at(colon)),
     };
     let port = match port.strip_prefix(':') {
         Some(port) => port,
         None if port.is_empty() => "",
-        None => return Err(unreadable("something after \"]\" that is no port")),
+        None => return Err(unreadable("the text after \"]\" is not a port")),
     };
     Ok((decoded("host", name)?, decoded("port", port)?))
 }
@@ -220,7 +218,7 @@ fn decoded(what: &str, text: &str) -> Result<String> {
     Ok(decoded.map_err(|_| unreadable(&format!("\"{what}\" is not in UTF-8")))?.into_owned())
 }
 
-/// The pairs of a `name = value` list; in a value, quoted or not, `\` takes the next letter as it is.
+/// The pairs of a `name = value` list. In a value, quoted or not, `\` escapes the next character.
 fn of_list(text: &str) -> Result<Vec<Pair>> {
     let mut letters = text.chars().peekable();
     let (mut pairs, mut is_shown) = (Vec::new(), true);
@@ -246,7 +244,7 @@ fn of_list(text: &str) -> Result<Vec<Pair>> {
                 Some(letter) if letter.is_whitespace() && !is_quoted => break,
                 Some('\\') => value.extend(letters.next()),
                 Some(letter) => value.push(letter),
-                None if is_quoted => return Err(unreadable("a quote that does not end")),
+                None if is_quoted => return Err(unreadable("a quote that is not closed")),
                 None => break,
             }
         }

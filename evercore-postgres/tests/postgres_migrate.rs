@@ -187,7 +187,7 @@ fn tables_of_others_by_our_names_are_no_store_and_left_alone() {
             for builder in [at.builder(), at.builder().migrate_on_connect(false)] {
                 let error = builder.connect(&at.url).await.unwrap_err();
                 assert_eq!(error.kind(), &ErrorKind::NotAStore, "{theirs}: {}", all_of(&error));
-                let is_migrated = error.to_string().contains("a table of something else");
+                let is_migrated = error.to_string().contains("a table that is not evercore's");
                 assert_eq!(is_migrated, error.to_string().contains("42P07"), "{error}");
             }
             assert_eq!(relations(&at), before, "{theirs}");
