@@ -1,6 +1,6 @@
 //! Inline projections: read models that are written in the transaction of the commit itself, under its lock.
 //!
-//! Each has a cursor in the store, so that it sees every event once, whoever has committed it.
+//! Each has a cursor in the store, so that it sees every event once, also those that other processes commit.
 
 use std::any::Any;
 use std::fmt;
@@ -28,7 +28,7 @@ use crate::subscriptions::{self, Writes};
 type Handle =
     dyn for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
 
-/// An inline projection as the builder was told of it.
+/// An inline projection as it was given to the builder.
 #[derive(Clone)]
 pub(crate) struct Wanted {
     pub(crate) name: String,
@@ -51,7 +51,7 @@ pub(crate) struct Inline {
     handle: Arc<Handle>,
 }
 
-/// The inline projections of a store that is to be opened.
+/// Checks the inline projections before the store is opened.
 pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
     let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
     for wanted in &settings.inline {
@@ -77,7 +77,7 @@ pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
     Ok(checked)
 }
 
-/// Hands the inline projections all that they have not seen yet.
+/// Hands the inline projections all events that they have not seen yet.
 pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
     for inline in &store.inline {
         let begin = Step::declare(1, Position::ZERO, Some(Position::ZERO));
@@ -88,8 +88,8 @@ pub(crate) async fn catch_up(store: &Store) -> CoreResult<()> {
     Ok(())
 }
 
-/// Hands the inline projections what others have committed without them, page by page and without the lock of the log,
-/// until a page at most is left for the commit that is to come.
+/// Hands the inline projections the events that others have committed without them, page by page and without the lock
+/// of the log, until at most one page is left for the next commit.
 pub(crate) async fn draw_near(store: &Store) -> Result<()> {
     let until = Instant::now() + store.settings.statement_timeout;
     for inline in &store.inline {
@@ -113,7 +113,7 @@ pub(crate) async fn draw_near(store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// Some batches and what the inline projections make of them, in one transaction; the careful way of a commit.
+/// Writes some batches and runs the inline projections on them, in one transaction.
 pub(crate) async fn fly(store: &Store, batches: &[&Batch], table: &Arc<NameTable>) -> Flown {
     if let Err(error) = draw_near(store).await {
         return Flown::RolledBack(error);
@@ -129,13 +129,13 @@ pub(crate) async fn fly(store: &Store, batches: &[&Batch], table: &Arc<NameTable
             }
             flown
         }
-        // Nothing was committed, since that was not asked for yet.
+        // Nothing was committed, since no COMMIT was sent yet.
         Err(error) if is_rolled_back(&error) && is_ours(&error) => Flown::Look,
         Err(error) => Flown::RolledBack(error),
     }
 }
 
-/// The whole transaction; whether the connection is as it was goes along.
+/// Runs the whole transaction. Also returns whether the connection can be reused.
 async fn together(
     store: &Store,
     lent: &mut Lent,
@@ -169,13 +169,13 @@ async fn together(
     }
 }
 
-/// The names with those that are registered in the same transaction.
+/// The names, including those registered in the same transaction.
 pub(crate) fn newest(table: &Arc<NameTable>, fresh: Option<&NameTable>) -> Arc<NameTable> {
     fresh.map_or_else(|| Arc::clone(table), |fresh| Arc::new(fresh.clone()))
 }
 
-/// Hands the inline projections what they have not seen up to `head`, within the transaction that holds the lock of the
-/// log and has written it.
+/// Hands the inline projections the events up to `head` that they have not seen, in the transaction that has locked and
+/// written the log.
 pub(crate) async fn apply(
     store: &Store,
     sender: Sender<'_>,
@@ -190,25 +190,26 @@ pub(crate) async fn apply(
 }
 
 impl Inline {
-    /// One page in a transaction of its own, without the lock of the log; whether there is more.
+    /// Handles one page in its own transaction, without the lock of the log. Returns whether there is more.
     async fn catch_up_once(&self, store: &Store) -> Result<bool> {
         let mut lent = Lent::to_commit(store).await?;
         let named = lent.is_named();
         let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
         let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
-        // The cursor before the head: a commit of another process may move it while this waits for it.
+        // Read the cursor before the head: a commit of another process may move the cursor while this waits for it.
         store.in_time(subscriptions::hold(store, sender, &self.id, (false, Position::ZERO), None)).await?;
-        // The head before the names: those of all events up to there have committed by then.
+        // Read the head before the names: the names of all events up to the head have then been committed.
         let read = async { Ok((store.sql.log.head(sender).await?, store.names.reload(sender).await?)) };
         let (head, table) = store.in_time(read).await?;
         let has_more = self.take_page(store, sender, &transaction, &table, head).await?;
-        // It is nobody's commit: should a failover lose it, the cursor goes back together with what was written.
+        // No caller relies on this commit: if a failover loses it, the cursor goes back together with the handler's
+        // rows.
         store.in_time(async { Ok(transaction.commit().await?) }).await?;
         lent.put_back();
         Ok(has_more)
     }
 
-    /// Handles a page of what comes behind the cursor, and moves it; whether there is more.
+    /// Handles a page of events after the cursor, and moves the cursor. Returns whether there is more.
     async fn take_page(
         &self,
         store: &Store,
@@ -220,7 +221,7 @@ impl Inline {
         let held = store
             .in_time(subscriptions::hold(store, sender, &self.id, (false, Position::ZERO), None))
             .await?;
-        // One that was removed by hand is left alone.
+        // Skip a cursor that was removed by hand.
         let Some(mut cursor) = held.cursor else { return Ok(false) };
         if cursor.status != CursorStatus::Active || cursor.position == head {
             return Ok(false);
@@ -243,7 +244,8 @@ impl Inline {
         Ok(cursor.position < head)
     }
 
-    /// A panic becomes an error, which knows how to go on: the flight is not the caller's.
+    /// Calls the handler. A panic becomes an error that carries it to the caller, since the flight runs in another
+    /// task.
     fn handle<'t>(
         &'t self,
         transaction: &'t Transaction<'t>,
@@ -283,7 +285,7 @@ impl fmt::Display for Panicked {
 
 impl std::error::Error for Panicked {}
 
-/// In the caller: a panic goes on, any other error stays what it is.
+/// In the caller: continues a panic, and returns any other error unchanged.
 pub(crate) fn go_on(error: Error) -> Error {
     let panicked = error.cause::<Panicked>();
     let panic =

@@ -1,6 +1,6 @@
-//! Every statement of the engine: where the schema's name goes into the text, and how a statement is sent.
+//! The engine's statements: how the schema's name gets into the text, and how a statement is sent.
 //!
-//! `@events` stands for the table `events` in the store's schema. Values are parameters, always.
+//! `@events` stands for the table `events` in the store's schema. Values are always parameters.
 
 use std::fmt;
 use std::pin::Pin;
@@ -15,7 +15,7 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 use crate::builder::Settings;
 use crate::error::Result;
 
-/// Takes the lock under which the log grows: on the one row of `log_end`, found from the top of its index.
+/// Locks the log against other writers: locks the single row of `log_end`, found from the top of its index.
 pub(crate) const LOCK_LOG_END: &str = "SELECT one FROM @log_end
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
 
@@ -54,15 +54,15 @@ impl Default for Schema {
     }
 }
 
-/// What every session of ours is set to, and every transaction where sessions are not ours.
+/// The settings of each of our sessions, and of each transaction in sessions of others.
 ///
-/// Each statement of the engine has one good plan: along an index. Prepared once, while its tables may still be empty,
-/// a plan is kept: so it must not be made from how few rows there are.
+/// Each statement of the engine has one good plan, which uses an index. A plan is kept once it is made, perhaps while
+/// the tables are still empty, so the number of rows must not decide it.
 pub(crate) fn session_settings(settings: &Settings) -> Vec<(&'static str, String)> {
     let milliseconds = |time: std::time::Duration| time.as_millis().to_string();
     vec![
         ("default_transaction_isolation", "read committed".to_owned()),
-        // A cancelled wait for a standby is a warning, and nothing else.
+        // A cancelled wait for a standby is reported only as a warning.
         ("client_min_messages", "warning".to_owned()),
         ("synchronous_commit", settings.synchronous_commit.as_str().to_owned()),
         ("statement_timeout", milliseconds(settings.statement_timeout)),
@@ -75,7 +75,7 @@ pub(crate) fn session_settings(settings: &Settings) -> Vec<(&'static str, String
     ]
 }
 
-/// The beginning of a writing transaction, whatever the session is set to.
+/// Starts a writing transaction, independent of the session's settings.
 pub(crate) fn begin(settings: &Settings) -> String {
     let mut text = "BEGIN ISOLATION LEVEL READ COMMITTED".to_owned();
     if !settings.has_sessions() {
@@ -98,7 +98,7 @@ pub(crate) struct Sql {
     types: Vec<Type>,
 }
 
-/// By its text, which has no value in it.
+/// Shows its text, which contains no value.
 impl fmt::Debug for Sql {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.text.fmt(f)
@@ -127,7 +127,7 @@ impl Sql {
     }
 }
 
-// Every statement that was made on this thread, to look at their plans.
+// All statements made on this thread, for the tests of their plans.
 #[cfg(test)]
 thread_local! {
     pub(crate) static MADE: std::cell::RefCell<Vec<Sql>> = const { std::cell::RefCell::new(Vec::new()) };
@@ -142,7 +142,7 @@ pub(crate) struct Sender<'a> {
     pub(crate) named: bool,
 }
 
-/// A statement that the server has prepared, or will on its way.
+/// A statement that is prepared already, or is prepared when it is sent.
 pub(crate) struct Ready<'a> {
     sender: Sender<'a>,
     sql: &'a Sql,
@@ -171,7 +171,7 @@ impl<'a> Sender<'a> {
 }
 
 impl Ready<'_> {
-    /// The rows as they come.
+    /// The rows as they arrive.
     pub(crate) async fn stream(&self, values: &Values<'_>) -> Result<Pin<Box<RowStream>>> {
         let client = self.sender.client;
         let rows = match &self.statement {
@@ -184,7 +184,7 @@ impl Ready<'_> {
         Ok(Box::pin(rows))
     }
 
-    /// All rows, after the server has said that the statement is done.
+    /// All rows, after the server has reported the end of the statement.
     pub(crate) async fn rows(&self, values: &Values<'_>) -> Result<Vec<Row>> {
         let mut stream = self.stream(values).await?;
         let mut rows = Vec::new();
@@ -196,8 +196,8 @@ impl Ready<'_> {
 }
 
 impl Ready<'_> {
-    /// Runs a statement that writes, in a transaction of its own: by itself, or where the session may be set to anything
-    /// between a BEGIN that says what it needs and a COMMIT, sent as one.
+    /// Runs a writing statement in its own transaction. In sessions of unknown settings it is sent together with a
+    /// BEGIN that makes the settings it needs, and a COMMIT.
     pub(crate) async fn write(&self, settings: &Settings, values: &Values<'_>) -> Result<Vec<Row>> {
         if settings.has_sessions() {
             return self.rows(values).await;
@@ -207,7 +207,7 @@ impl Ready<'_> {
         let (begun, (rows, committed)) = zip(client.batch_execute(&begin), rest).await;
         let rows = rows?;
         begun?;
-        // After an error COMMIT is a rollback and answers as if all were well; here there was none.
+        // After an error, COMMIT rolls back without an error of its own. Here there was no error.
         committed?;
         Ok(rows)
     }

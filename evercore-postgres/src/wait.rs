@@ -1,7 +1,7 @@
 //! Waiting for events, and telling other processes of them.
 //!
-//! A notification is a hint: what counts is the look at the end of the log that it causes. So a lost one costs a second,
-//! and a false one costs a look.
+//! A notification is only a hint: it makes the receiver query the end of the log. So a lost notification costs a
+//! second, and a false one costs a query.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -21,19 +21,19 @@ use crate::sql::{Schema, Sql};
 use crate::store::Store;
 use crate::task::in_task;
 
-/// How often to look although notifications come: one may have been lost with the process that owed it.
+/// How often to query although notifications arrive: one is lost if its process dies before it sends it.
 const FALLBACK: Duration = Duration::from_secs(1);
 
 /// The least time between two notifications of one process.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 
-/// How long to go on watching after the last who waited.
+/// How long to keep watching after the last waiter has left.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// Longer than anyone waits.
+/// Longer than any wait.
 const FOREVER: Duration = Duration::from_secs(365 * 86_400);
 
-/// What this engine has seen of the log's end, and who waits for more.
+/// The end of the log that this engine has seen, and the waiters for more.
 #[derive(Debug)]
 pub(crate) struct Watch {
     seen: watch::Sender<i64>,
@@ -43,9 +43,9 @@ pub(crate) struct Watch {
     is_watched: AtomicBool,
     is_announced: AtomicBool,
     hint: Arc<Notify>,
-    /// Who looks at the log's end, one at a time.
+    /// Held while querying the log's end, so that only one query runs at a time.
     turn: Mutex<()>,
-    /// How many looks in turn have ended well.
+    /// How many queries have succeeded.
     looks: AtomicU64,
 }
 
@@ -64,7 +64,7 @@ impl Watch {
         }
     }
 
-    /// Notes where the log ends, and wakes those who wait for it.
+    /// Records the end of the log, and wakes the waiters.
     pub(crate) fn saw(&self, head: Position) {
         self.seen.send_if_modified(|seen| {
             let is_further = *seen < head.get();
@@ -73,8 +73,8 @@ impl Watch {
         });
     }
 
-    /// Notes where a look found the end, which began when `known` had been seen. An end before that is no old news: the
-    /// log has lost its tail, as a failover may do, and who goes on from here must not be told of what is gone.
+    /// Records the end that a query has found; `known` is the end that was known when the query began. If the new end
+    /// is smaller, the log has lost its tail, as a failover may cause, and callers must no longer see the lost end.
     pub(crate) fn found(&self, known: Position, head: Position) {
         self.seen.send_if_modified(|seen| {
             let is_other = *seen < head.get() || (head < known && *seen == known.get());
@@ -85,7 +85,7 @@ impl Watch {
         });
     }
 
-    /// Where the engine has seen the log end, as it moves.
+    /// A receiver for the end of the log that the engine has seen.
     pub(crate) fn subscribe(&self) -> watch::Receiver<i64> {
         self.seen.subscribe()
     }
@@ -94,14 +94,14 @@ impl Watch {
         Position::new(*self.seen.borrow()).unwrap_or_default()
     }
 
-    /// Wakes all who wait, so that they see the end.
+    /// Wakes all waiters, so that they see that the engine is closed.
     pub(crate) fn close(&self) {
         self.seen.send_modify(|_| {});
         self.hint.notify_waiters();
     }
 }
 
-/// Whoever waits is subscribed before the look at the log: a commit between the two is not missed.
+/// Waits for the log to grow. Subscribes before it queries the log, so that no commit between the two is missed.
 pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration) -> CoreResult<Position> {
     store.check_open()?;
     let mut seen = store.watch.seen.subscribe();
@@ -110,10 +110,10 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
     }
     let until = Instant::now() + at_most.min(FOREVER);
     let _waiting = Waiting::new(store);
-    // In a task: who waits may not be polled for long, and must not keep the connection.
+    // In a task: a waiter that is not polled must not hold a connection.
     let looking = Arc::clone(store);
     let looked = async { in_task(async move { look(&looking).await }).await };
-    // A commit that is heard of meanwhile will do as well.
+    // A commit that is reported meanwhile is enough.
     let woken = async {
         let _ = seen.clone().wait_for(|seen| *seen > after.get() || store.check_open().is_err()).await;
         Ok(Ok(()))
@@ -128,15 +128,15 @@ pub(crate) async fn wait(store: &Arc<Store>, after: Position, at_most: Duration)
     }
 }
 
-/// Looks where the log ends, or lets another look do that began after this was asked for. However many wait, they need
-/// one connection: a second might have to be made, and a server that lets nobody new in would hold them up. Behind a look
-/// that gets no answer nobody stands for long.
+/// Queries the end of the log, or uses the result of another query that began after this call. Any number of waiters
+/// needs only one connection: a second might have to be opened, and would hold them up on a server that accepts no new
+/// connections. A query without an answer blocks the others only briefly.
 async fn look(store: &Store) -> Result<()> {
     let asked = store.watch.looks.load(Ordering::SeqCst);
     let Ok(_turn) = timeout(FALLBACK, store.watch.turn.lock()).await else {
         return log::head(store).await.map(drop);
     };
-    // In turn, the first to end since may have begun before; the second has not.
+    // Queries run one at a time: the first to end after this call may have begun before it, but the second has not.
     if store.watch.looks.load(Ordering::SeqCst) < asked + 2 {
         log::head(store).await?;
         store.watch.looks.fetch_add(1, Ordering::SeqCst);
@@ -144,7 +144,7 @@ async fn look(store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// Somebody waits, so somebody must watch.
+/// Starts the watching task if it is not running, because a caller waits.
 struct Waiting<'a>(&'a Watch);
 
 impl<'a> Waiting<'a> {
@@ -163,7 +163,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// The one task that watches for an engine; however it ends, the next who waits starts another.
+/// The engine's only watching task. However it ends, the next waiter starts another.
 struct Watching(Weak<Store>);
 
 impl Drop for Watching {
@@ -188,7 +188,7 @@ async fn keep_watch(mut watching: Watching) {
             last_wanted = Instant::now();
         } else if last_wanted.elapsed() > LINGER {
             store.watch.is_watched.store(false, Ordering::SeqCst);
-            // Who came between the look and the store counts on this watch.
+            // A waiter that came between the check and the store relies on this task.
             if store.watch.waiting.load(Ordering::SeqCst) == 0
                 || store.watch.is_watched.swap(true, Ordering::SeqCst)
             {
@@ -200,7 +200,7 @@ async fn keep_watch(mut watching: Watching) {
             listen_again = Instant::now() + FALLBACK;
             listener = Listener::start(&store);
         }
-        // Who begins to wait looks himself. If it fails, the next will tell.
+        // Each new waiter queries once itself. If this query fails, the next one reports it.
         if is_wanted {
             let _ = look(&store).await;
         }
@@ -212,15 +212,15 @@ async fn keep_watch(mut watching: Watching) {
     }
 }
 
-/// A connection of its own that hears of the commits of other processes. Nobody waits until it does: a server may let
-/// nobody in and not say so.
+/// A dedicated connection that listens for the commits of other processes. No waiter waits for it to connect: a server
+/// may leave a login unanswered.
 struct Listener {
     task: JoinHandle<()>,
     hears: Arc<AtomicBool>,
 }
 
 impl Listener {
-    /// `None` where nothing tells: on a standby, behind a pooler, on a pool that was handed in.
+    /// `None` where there are no notifications: on a standby, through a pooler, on a pool of the application.
     fn start(store: &Store) -> Option<Self> {
         if store.settings.pooler || store.settings.read_only {
             return None;
@@ -239,7 +239,7 @@ impl Listener {
             };
             let Ok(Ok((_client, connection))) = timeout(at_most, begin).await else { return };
             it_hears.store(true, Ordering::Release);
-            // What committed before LISTEN was told to nobody here, and what comes after the end will not be: look.
+            // Commits before LISTEN and after the end of the connection are not reported here, so query.
             hint.notify_one();
             let _ = connection.await;
             it_hears.store(false, Ordering::Release);
@@ -263,15 +263,16 @@ impl Drop for Listener {
     }
 }
 
-/// Tells other processes that the log has grown: at once, and then no more often than they can use. Nobody waits for
-/// it, and no commit carries it: a notification inside each would have them all queue for one lock of the cluster.
+/// Notifies other processes that the log has grown: at once, and then at a limited rate. No caller waits for it, and it
+/// is not part of a commit: with a notification in each transaction, all commits would queue for one lock of the
+/// cluster.
 pub(crate) fn announce(store: &Arc<Store>) {
     if !store.watch.is_announced.swap(true, Ordering::AcqRel) {
         tokio::spawn(keep_announcing(Announcing(Arc::downgrade(store))));
     }
 }
 
-/// The one task that announces for an engine; should it end with its runtime, the next commit starts another.
+/// The engine's only notifying task. If it ends with its runtime, the next commit starts another.
 struct Announcing(Weak<Store>);
 
 impl Drop for Announcing {
@@ -286,7 +287,7 @@ async fn keep_announcing(mut announcing: Announcing) {
     loop {
         let Some(store) = announcing.0.upgrade() else { return };
         let head = store.watch.seen();
-        // Who does not hear of it looks by himself within a second.
+        // A process that misses the notification queries by itself within a second.
         let _ = tell(&store, head).await;
         drop(store);
         sleep(DEBOUNCE).await;
@@ -295,7 +296,7 @@ async fn keep_announcing(mut announcing: Announcing) {
             continue;
         }
         store.watch.is_announced.store(false, Ordering::Release);
-        // A commit between the look and the store has found it announced.
+        // A commit between the check and the store found the flag set and started no task, so check again.
         if store.watch.seen() == head || store.watch.is_announced.swap(true, Ordering::AcqRel) {
             announcing.0 = Weak::new();
             return;
