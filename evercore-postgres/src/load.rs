@@ -19,9 +19,9 @@ use crate::rows::{Order, Page, Range, event_columns};
 use crate::sql::{Schema, Sql};
 use crate::store::Store;
 
-/// What there is to know of an aggregate, its newest usable snapshot and the events behind it, in one statement: so
-/// all is of one moment. The first row is the aggregate, with the snapshot in the places of times and payload; the
-/// others are its events. The last column of the first is the mark of the names.
+/// Reads an aggregate, its newest usable snapshot and the events after it in one statement, so that they are
+/// consistent. The first row is the aggregate, with the snapshot in the columns of times and payload. The other rows
+/// are its events. The last column of the first row is the mark of the names.
 macro_rules! select_history {
     ($which:literal) => {
         concat!(
@@ -51,8 +51,8 @@ macro_rules! select_history {
     };
 }
 
-/// The same for whoever wants all events from the first on: without snapshots, and without the look for the last
-/// sequence, which is that of the last row unless there are more rows than were asked for.
+/// The same for callers that want all events: without snapshots, and without the query for the last sequence, which is
+/// that of the last row unless there are more rows than were asked for.
 macro_rules! select_all {
     ($which:literal) => {
         concat!(
@@ -71,7 +71,7 @@ macro_rules! select_all {
     };
 }
 
-/// Which aggregate: by its id, which is the last parameter, or by the last two.
+/// Selects the aggregate: by its id, which is the last parameter, or by its type and key, the last two.
 macro_rules! by_id_and_key {
     ($select:ident, $id:literal, $key:literal) => {
         ($select!($id), $select!($key))
@@ -105,7 +105,7 @@ const BACKWARD: &str = concat!(
     " FROM @events WHERE aggregate_id = $4 AND sequence < $1 AND sequence >= $2 ORDER BY sequence DESC LIMIT $3"
 );
 
-/// The statements of this room.
+/// The statements of this module.
 #[derive(Debug)]
 pub(crate) struct LoadSql {
     from_snapshot: (Sql, Sql),
@@ -140,7 +140,7 @@ impl LoadSql {
     }
 }
 
-/// An aggregate as of one moment.
+/// An aggregate, read consistently.
 pub(crate) async fn load(store: &Store, request: &LoadRequest) -> Result<Option<History>> {
     store.read(|lent| async move { store.names.retry(&lent, |table| load_on(store, &lent, request, table)).await }).await
 }
@@ -189,7 +189,7 @@ async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> 
     let sql = &store.sql.load;
     let ((by_id, by_key), mut values) = match is_all {
         true => (&sql.from_first, vec![&asked as &(dyn ToSql + Sync)]),
-        // No version: a number that no snapshot has.
+        // No snapshot wanted: a version number that no snapshot has.
         false => (&sql.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
     };
     let sender = lent.sender()?;
@@ -236,7 +236,7 @@ struct Found {
     id: AggregateId,
     type_number: i32,
     key: Option<Key>,
-    /// The sequence of its last event and its mark; `None` if they were not asked for.
+    /// The sequence and the mark of its last event; `None` if the query did not ask for them.
     last: Option<(Sequence, Option<Mark>)>,
     snapshot: Option<Snapshot>,
     /// The mark of the names.

@@ -1,8 +1,9 @@
-//! Type names and the numbers they have in the store: an interner that remembers only what has committed.
+//! Type names and their numbers in the store. The cache contains only names that are committed.
 //!
-//! Names are registered under the lock of the one row in `log_end`, and each time that row gets another mark of the names.
-//! A table of names is used only together with a look that finds the mark under which it was read: names may be registered
-//! by others meanwhile, or lost with the tail of the log, and their numbers given to other names.
+//! Names are registered under the lock of the single row in `log_end`, and each registration changes the names' mark in
+//! that row. A table of names is used only together with a query that finds the mark with which the table was read:
+//! others may have registered names meanwhile, or a failover may have lost names and their numbers now belong to other
+//! names.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -15,7 +16,7 @@ use crate::pool::Lent;
 use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
 
-/// One statement, so that what it gives is of one moment.
+/// Reads everything in one statement, so that it is consistent.
 const ALL: &str = "SELECT a.id, a.name, e.id, e.name, n.names
     FROM (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) n
     LEFT JOIN @aggregate_types a ON true
@@ -26,7 +27,7 @@ const MARK: &str = "SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER B
 const SET_MARK: &str = "UPDATE @log_end SET names = $1
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
-/// How often to read the names anew while others register some: it takes a round trip, in which there may be new ones.
+/// How often to read the names again while others register names: new ones may be added during each round trip.
 const ATTEMPTS: usize = 64;
 
 const INSERT_AGGREGATE_TYPES: &str =
@@ -35,10 +36,10 @@ const INSERT_AGGREGATE_TYPES: &str =
 const INSERT_EVENT_TYPES: &str = "INSERT INTO @event_types (id, aggregate_type_id, name)
     SELECT * FROM unnest($1::int[], $2::int[], $3::text[])";
 
-/// No store has this many names; one that says otherwise is damaged, and must not fill the memory.
+/// The largest number a name can have. A larger one means a damaged store, and must not fill the memory.
 const MOST_NAMES: u32 = 1 << 24;
 
-/// The names known by now. A reader takes the table as it is and keeps it while it reads.
+/// The names known now. A reader takes a copy of the table's pointer and keeps it while it reads.
 #[derive(Debug)]
 pub(crate) struct Names {
     table: RwLock<Arc<NameTable>>,
@@ -75,14 +76,14 @@ impl Names {
         Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads all names there are; not inside a transaction that registers some.
+    /// Reads all names. Do not call it inside a transaction that registers names.
     pub(crate) async fn reload(&self, sender: Sender<'_>) -> Result<Arc<NameTable>> {
         let fresh = read(&sender.rows(&self.all, &[]).await?)?;
         Ok(self.learn(fresh))
     }
 
-    /// Runs a read, again with all names there are by then if it finds that they are others than those known here. Only a
-    /// name that is in no table is damage.
+    /// Runs a read, and runs it again with newly read names if it finds that the names have changed. A number without a
+    /// name is damage only if it is also missing from the newly read table.
     pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
         &self,
         lent: &Lent,
@@ -99,7 +100,7 @@ impl Names {
         read(table).await
     }
 
-    /// Takes in what has committed, in the place of what was known: those that were lost are known no more.
+    /// Replaces the known names with the committed ones, which drops names that were lost.
     pub(crate) fn learn(&self, mut fresh: NameTable) -> Arc<NameTable> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         fresh.share_with(&table);
@@ -113,7 +114,7 @@ impl Names {
     }
 }
 
-/// What [`Names::mark`] has found; an error if the names are others than those of the table.
+/// Checks the mark that [`Names::mark`] has found: an error if the names differ from those of the table.
 pub(crate) fn check_mark(rows: &[Row], table: &NameTable) -> Result<()> {
     let row = rows.first().ok_or_else(|| damaged("the table of names is empty"))?;
     if table.mark() == Mark::new(row.try_get(0)?) { Ok(()) } else { Err(PostgresError::OtherNames) }
@@ -151,7 +152,7 @@ pub(crate) fn stored(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// The names of these batches that are not known yet.
+/// The names in these batches that are not known yet.
 pub(crate) fn unknown<'a>(table: &NameTable, batches: impl Iterator<Item = &'a Batch>) -> Vec<KnownType> {
     let mut unknown = NameList::default();
     for batch in batches {
@@ -190,7 +191,7 @@ impl NameList {
     }
 }
 
-/// Registers the names that are not there yet, in a transaction of its own, and learns all that are.
+/// Registers missing names in its own transaction, and reads all names.
 pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
     let table = store.write(|lent| async move { register_on(store, lent.sender()?, types).await }).await?;
     store.names.learn(table);
@@ -202,7 +203,7 @@ async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> 
     let mut table = store.names.lock(sender).await?;
     let before = table.mark();
     store.names.insert(sender, &mut table, types).await?;
-    // All were there: nothing to commit, and no standby to wait for.
+    // All names exist already: nothing to commit, and no standby to wait for.
     if table.mark() == before {
         sender.client.batch_execute("ROLLBACK").await?;
         return Ok(table);
@@ -213,13 +214,13 @@ async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> 
 }
 
 impl Names {
-    /// Keeps all others from registering names until the transaction ends; all names there are.
+    /// Blocks all other registrations until the transaction ends, and returns all names.
     pub(crate) async fn lock(&self, sender: Sender<'_>) -> Result<NameTable> {
         sender.rows(&self.lock, &[]).await?;
         read(&sender.rows(&self.all, &[]).await?)
     }
 
-    /// Registers what `table` lacks, under the lock; to be learned once the transaction has committed.
+    /// Registers the names that `table` lacks, under the lock. Learn them only after the transaction has committed.
     pub(crate) async fn insert(
         &self,
         sender: Sender<'_>,
@@ -243,14 +244,14 @@ impl Names {
     }
 }
 
-/// Numbers names as if they were registered, to see what would become of the batches that have them.
+/// Numbers names as if they were registered, to check batches that contain them.
 pub(crate) fn suppose(table: &NameTable, types: &[KnownType]) -> NameTable {
     let mut table = table.clone();
     Numbered::of(&mut table, types);
     table
 }
 
-/// Names with the numbers they get.
+/// Names with their new numbers.
 #[derive(Default)]
 struct Numbered<'a> {
     aggregate_types: (Vec<i32>, Vec<&'a str>),
@@ -258,7 +259,7 @@ struct Numbered<'a> {
 }
 
 impl<'a> Numbered<'a> {
-    /// Numbers what `table` lacks, behind what it has.
+    /// Numbers the names that `table` lacks, after its last numbers.
     fn of(table: &mut NameTable, types: &'a [KnownType]) -> Self {
         let mut new = Self::default();
         for known in types {

@@ -1,4 +1,4 @@
-//! From rows of the log to a page of events, in bounded memory and without a copy in between.
+//! Turns rows of the log into a page of events, in bounded memory and without an intermediate copy.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::pool::Lent;
 use crate::sql::{Sender, Sql};
 use crate::store::Store;
 
-/// The columns of an event, in the order in which a page takes them.
+/// The columns of an event, in the order that a page expects.
 macro_rules! event_columns {
     () => {
         "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
@@ -27,8 +27,8 @@ macro_rules! event_columns {
 }
 pub(crate) use event_columns;
 
-/// How large events were in the last page, in bytes: how many rows to ask for so that a page limited in bytes fills
-/// and little more is sent.
+/// The average size of the last page's events in bytes. From it follows how many rows to ask for, so that a page with a
+/// limit in bytes fills and the server sends little more.
 #[derive(Debug, Default)]
 pub(crate) struct UsualSize(AtomicUsize);
 
@@ -47,15 +47,15 @@ impl UsualSize {
     }
 }
 
-/// Where a page's rows come from.
+/// The source of a page's rows.
 #[derive(Clone, Copy)]
 enum Source<'a> {
     Lent(&'a Lent),
-    /// Within a transaction that is open, whose connection is somebody else's concern.
+    /// An open transaction. The caller takes care of its connection.
     Transaction(Sender<'a>),
 }
 
-/// A page as it fills.
+/// A page that is being filled.
 pub(crate) struct Page<'a> {
     store: &'a Store,
     from: Source<'a>,
@@ -63,22 +63,22 @@ pub(crate) struct Page<'a> {
     limit: PageLimit,
     events: EventsBuilder,
     last: (i64, i64),
-    /// Where the log ended when the page was begun: what lies past it is for another page.
+    /// The end of the log when the page was begun. Later events belong to another page.
     head: Position,
-    /// Of the last row that came, and of the last event that was taken.
+    /// Of the last row received, and of the last event taken.
     marks: (Option<Mark>, Option<Mark>),
     is_full: bool,
 }
 
-/// What a range of events is ordered by.
+/// The column by which a range of events is ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     Position,
     Sequence,
 }
 
-/// Which events to read: the first three parameters of the statement are where to begin (itself not read), where to end
-/// (read) and how many rows.
+/// Which events to read. The first three parameters of the statement are the start (exclusive), the end (inclusive) and
+/// the number of rows.
 pub(crate) struct Range {
     pub(crate) sql: Arc<Sql>,
     pub(crate) order: Order,
@@ -87,7 +87,7 @@ pub(crate) struct Range {
     pub(crate) rest: Rest,
 }
 
-/// The parameters behind the third.
+/// The parameters after the third.
 pub(crate) type Rest = Vec<Box<dyn ToSql + Sync + Send>>;
 
 impl Range {
@@ -103,7 +103,7 @@ impl<'a> Page<'a> {
         Self::of(store, Source::Lent(lent), table, limit)
     }
 
-    /// Within a transaction that is open; `table` has the names that are registered in it too.
+    /// In an open transaction. `table` also contains the names that were registered in it.
     pub(crate) fn within(
         store: &'a Store,
         sender: Sender<'a>,
@@ -146,11 +146,11 @@ impl<'a> Page<'a> {
         self.go_on(range, asked, count).await
     }
 
-    /// Reads on after some rows of the range: where fewer came than were asked for, there are no more.
+    /// Continues after the first rows of the range. If fewer rows came than were asked for, there are no more.
     pub(crate) async fn go_on(&mut self, mut range: Range, mut asked: i64, mut count: i64) -> Result<()> {
         while !self.is_full && count == asked {
             range.from = match range.order {
-                // Going backward, what came past the head is stepped over at once.
+                // When reading backward, skip all rows past the head at once.
                 Order::Position => self.last.0.min(self.head.get().saturating_add(1)),
                 Order::Sequence => self.last.1,
             };
@@ -170,12 +170,12 @@ impl<'a> Page<'a> {
         self.take_all(rows, asked).await
     }
 
-    /// Leaves out what lies past the end of the log, as it was when the page was begun.
+    /// Skips rows past the end of the log as of the start of the page.
     pub(crate) fn end_at(&mut self, head: Position) {
         self.head = head;
     }
 
-    /// Takes rows until the page is full; tells how many came.
+    /// Takes rows until the page is full. Returns how many rows came.
     pub(crate) async fn take_all(&mut self, mut rows: Pin<Box<RowStream>>, asked: i64) -> Result<i64> {
         let mut count = 0;
         while !self.is_full {
@@ -192,8 +192,8 @@ impl<'a> Page<'a> {
         Ok(count)
     }
 
-    /// What is left of an answer is thrown away before the next statement; where that would take longer than to
-    /// connect anew, the connection goes.
+    /// The rest of an answer must be read and discarded before the next statement. If that would take longer than a new
+    /// connection, the connection is closed instead.
     fn spoil_if_much_is_left(&self, rows: i64) {
         let Source::Lent(lent) = self.from else { return };
         if !self.is_full {
@@ -243,7 +243,7 @@ impl<'a> Page<'a> {
         self.is_full
     }
 
-    /// The sequence of the last row that came and its mark; zero if none did.
+    /// The sequence and the mark of the last row received; zero if there was none.
     pub(crate) fn last_row(&self) -> Result<(Sequence, Option<Mark>)> {
         Ok((Sequence::new(self.last.1).map_err(damaged)?, self.marks.0))
     }
