@@ -1,4 +1,4 @@
-//! One commit: every check first, then every write, so that a check that fails has written nothing.
+//! One commit. All checks run before the first write, so a failed check leaves nothing written.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ impl State {
         Ok(receipt)
     }
 
-    /// The command id goes before everything else: what it did, it did, whatever has happened since.
+    /// The command id is checked first: a repeated command gets its original outcome, whatever has happened since.
     fn command_outcome(&self, batch: &Batch) -> Result<Option<Receipt>> {
         let known = batch.command_id().and_then(|id| self.commands.get(id));
         known.map(|known| known.what.answer(batch)).transpose()
@@ -61,7 +61,7 @@ impl State {
         Ok(())
     }
 
-    /// A key is free if nobody holds it, or if its holder gets another in the same batch.
+    /// A key is free if no aggregate holds it, or if its holder changes to another key in the same batch.
     fn check_keys(&self, batch: &Batch) -> Result<()> {
         let moving: HashSet<AggregateId> =
             batch.key_changes().iter().map(|change| change.aggregate).collect();
@@ -82,7 +82,7 @@ impl State {
         Ok(())
     }
 
-    /// The type and sequence of an aggregate that exists, or that the batch makes.
+    /// The type and sequence of an aggregate that exists or that the batch creates.
     fn find<'a>(&'a self, batch: &'a Batch, id: AggregateId) -> Result<(&'a AggregateType, Sequence)> {
         if let Some(known) = self.aggregates.get(&id) {
             return Ok((&known.aggregate_type, known.sequence()));
@@ -120,7 +120,7 @@ impl State {
         }
     }
 
-    /// Old keys go first, so that two aggregates can change keys with one another.
+    /// Removes the old keys before it adds the new ones, so that two aggregates can swap keys.
     fn write_keys(&mut self, batch: &Batch) {
         for change in batch.key_changes() {
             let old = self.aggregates.get_mut(&change.aggregate).and_then(|known| known.key.take());
@@ -167,7 +167,7 @@ impl State {
         }
     }
 
-    /// A snapshot ahead of its aggregate, or behind the one that is kept, is dropped.
+    /// Drops a snapshot that is ahead of its aggregate or older than the stored one.
     fn write_snapshot(&mut self, id: AggregateId, new: &Snapshot) {
         let Some(known) = self.aggregates.get_mut(&id) else { return };
         let is_ahead = new.sequence > known.sequence();
@@ -180,7 +180,7 @@ impl State {
         }
     }
 
-    /// The receipt of a command that took effect; one that did not never will.
+    /// The receipt of a command that took effect. Any other command is marked so that it can never take effect.
     pub(crate) fn settle(&mut self, id: &CommandId, now: Timestamp) -> Option<Receipt> {
         let abandoned = StoredCommand { what: KnownCommand::Abandoned, recorded_at: now };
         self.commands.entry(id.clone()).or_insert(abandoned).what.clone().into_receipt()

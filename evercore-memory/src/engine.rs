@@ -1,4 +1,4 @@
-//! The engine: the contract on one side, the state under its mutex on the other.
+//! The engine: implements the contract on a state under a mutex.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,8 +39,8 @@ impl MemoryEngine {
         Self::default()
     }
 
-    /// An empty store with a clock of its own, for tests of what depends on the time: it gives the time of recording, and
-    /// says when leases end. Waits and pauses take real time.
+    /// An empty store that reads the time from `clock`, for tests that depend on time. The clock sets `recorded_at` and
+    /// decides when leases end. Waits and pauses still take real time.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -62,17 +62,17 @@ impl MemoryEngine {
         engine
     }
 
-    /// Closes the engine, for all clones. What is called later is [`Closed`](ErrorKind::Closed), and what was stored is
-    /// gone. Closing again is harmless.
+    /// Closes the engine and all its clones. Later calls fail with [`Closed`](ErrorKind::Closed), and the stored events
+    /// are gone. Closing again is harmless.
     ///
     /// # Errors
-    /// None of its own; it is a `Result` as with the other engines.
+    /// Never fails. It returns a `Result` because the other engines do.
     pub async fn close(&self) -> Result<()> {
         StorageEngine::close(self).await
     }
 
-    /// The state, unless the engine is closed; held for a moment, never across an await. A panic cannot leave it half
-    /// changed: a commit checks before it writes.
+    /// Locks the state, unless the engine is closed. The lock is held briefly, never across an await. A panic cannot
+    /// leave the state half changed, because a commit checks before it writes.
     pub(crate) fn state(&self) -> Result<MutexGuard<'_, State>> {
         let state = self.lock();
         if state.is_closed {
@@ -86,7 +86,7 @@ impl MemoryEngine {
     }
 
     async fn commit_now(&self, batch: &Batch) -> Result<Receipt> {
-        /// So that others who wait for the state get it, which a mutex alone does not see to.
+        /// Lets other tasks lock the state in between. A mutex alone does not guarantee that.
         const PAUSE: Duration = Duration::from_millis(1);
         let writes_events = batch.events() > 0;
         while writes_events && self.state()?.draw_near() {
@@ -102,7 +102,7 @@ impl MemoryEngine {
     async fn wait_past(&self, after: Position, at_most: Duration) -> Result<Position> {
         let began = Instant::now();
         loop {
-            // Listen first, look second: a commit in between rings a bell that is already heard.
+            // Listen before looking, so that a commit in between is not missed.
             let rung = self.shared.bell.listen();
             let head = self.state()?.head();
             let left = at_most.saturating_sub(began.elapsed());

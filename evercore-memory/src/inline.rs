@@ -1,4 +1,4 @@
-//! Inline projections: values that change in the commit itself, so that they never lag.
+//! Inline projections: values that are updated inside the commit, so that they never lag.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,27 +11,28 @@ use evercore_core::{
 use crate::engine::MemoryEngine;
 use crate::state::State;
 
-/// Writes what a handler has made of events.
+/// Stores the result of a handler.
 type Write = Box<dyn FnOnce() + Send>;
 
 type Handle = dyn Fn(&[Event]) -> Result<Write, BoxError> + Send + Sync;
 
-/// A projection that goes along with every commit.
+/// A projection that every commit updates.
 pub(crate) struct Inline {
     id: CursorId,
     handle: Box<Handle>,
 }
 
 impl MemoryEngine {
-    /// Keeps a value up to date in every commit: whoever sees the event sees the value changed. The handler works on a
-    /// copy, which takes the value's place when the commit is sure; if it fails, the commit is
-    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. What is in the log already is handled at once.
+    /// Updates a value in every commit: a reader that sees the event also sees the updated value. The handler works on
+    /// a copy, which replaces the value once the commit can no longer fail. If the handler fails, the commit is
+    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. Events already in the log are handled at once.
     ///
-    /// The handler runs while the store is locked: it must not call it. The value belongs to this one projection, others
-    /// only read it: what they write is lost where a commit is at work. Its cursor is listed among the subscriptions.
+    /// The handler runs while the store is locked, so it must not call the store. Only this projection may write the
+    /// value; a write from elsewhere is lost if a commit is running. The cursor is listed among the subscriptions.
     ///
-    /// After it was paused or reset, the next commit with events waits until it has caught up. It gets pages of 1,000
-    /// events then, and the store is free between two of them; the last 1,000 at most come with the commit's own events.
+    /// After a pause or reset, the next commit with events waits until the projection has caught up. The projection
+    /// gets pages of 1,000 events, and the store is unlocked between pages. The last page, of at most 1,000 events,
+    /// comes together with the commit's own events.
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};
@@ -47,8 +48,9 @@ impl MemoryEngine {
     /// ```
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if it is there already;
-    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on the log; [`Closed`](ErrorKind::Closed).
+    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if the projection
+    /// already exists; [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on events already in the
+    /// log; [`Closed`](ErrorKind::Closed).
     pub fn inline_projection<S, F>(
         &self,
         name: impl AsRef<str>,
@@ -89,7 +91,7 @@ impl State {
         Ok(())
     }
 
-    /// What the inline projections make of a batch that is about to be written; nothing is changed yet.
+    /// Runs the inline projections on a batch before it is written. Changes nothing yet; returns the writes.
     pub(crate) fn project(&self, batch: &Batch, receipt: &Receipt) -> Result<Vec<Write>> {
         if self.inline.is_empty() || batch.events() == 0 {
             return Ok(Vec::new());
@@ -101,8 +103,8 @@ impl State {
         behind.collect()
     }
 
-    /// Hands a page to a projection that is more than a page behind; `false` if there is none. It is also `false` if that
-    /// failed: then the commit fails as well, and tells it.
+    /// Hands a page to a projection that lags by more than a page. Returns `false` if there is none, or if the handler
+    /// failed: then the commit fails as well and reports the error.
     pub(crate) fn draw_near(&mut self) -> bool {
         let head = self.head().get();
         let page = i64::try_from(limits::DEFAULT_PAGE_EVENTS).unwrap_or(i64::MAX);
@@ -123,7 +125,8 @@ impl State {
         true
     }
 
-    /// What is before a projection, so many at most, and these; `None` if its cursor was paused, retired or removed by hand.
+    /// At most `most` events that the projection has not handled yet, followed by `more`. `None` if the cursor was
+    /// paused, retired or removed by hand.
     fn behind(&self, inline: &Inline, most: usize, more: &Events) -> Option<Vec<Event>> {
         let cursor = self.cursors.get(&inline.id).filter(|cursor| cursor.status == CursorStatus::Active)?;
         let mut before = EventsBuilder::new();
@@ -134,7 +137,8 @@ impl State {
         Some(before.finish().iter().chain(more.iter()).collect())
     }
 
-    /// To the end of the log, all that may move; they have handled what was before it.
+    /// Moves the cursors of all active inline projections to the end of the log, after they handled
+    /// every event up to it.
     pub(crate) fn move_inline(&mut self) {
         for id in self.inline.iter().map(|inline| inline.id.clone()).collect::<Vec<_>>() {
             self.move_to_head(&id);
@@ -154,13 +158,13 @@ impl State {
 impl Inline {
     fn handle(&self, events: &[Event]) -> Result<Write> {
         (self.handle)(events).map_err(|source| {
-            let message = format!("the inline projection \"{}\" said no", self.id.subscription);
+            let message = format!("the inline projection \"{}\" failed", self.id.subscription);
             Error::new(ErrorKind::Rejected, message).with_source(source)
         })
     }
 }
 
-/// The events of a batch as they will be read.
+/// The events of a batch, in the form in which they will be read.
 fn events_of(batch: &Batch, receipt: &Receipt) -> Events {
     let (mut page, mut position) = (EventsBuilder::new(), receipt.first);
     for append in batch.appends() {

@@ -1,9 +1,9 @@
 #![doc = include_str!("../README.md")]
 //!
-//! # For authors of engines
+//! # For engine authors
 //!
-//! An engine keeps a log, checks a batch against it, and reads it. Here the log is a `Vec` under a mutex. `commit` first
-//! checks everything and then writes everything, so a failed check leaves nothing written. `load` and `log` copy
+//! An engine keeps a log, checks a batch against it, and reads it. Here the log is a `Vec` under a mutex. `commit`
+//! runs all checks and then writes everything, so a failed check leaves nothing written. `load` and `log` copy
 //! pages out of the `Vec`. No lock is held while a task waits.
 
 mod commit;

@@ -41,7 +41,7 @@ impl State {
         events
     }
 
-    /// Where the aggregate's events with `after` < sequence <= `last` stand in the log.
+    /// The log positions of the aggregate's events with `after` < sequence <= `last`.
     fn positions(
         &self,
         id: AggregateId,

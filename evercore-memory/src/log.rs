@@ -1,4 +1,4 @@
-//! Reading the log of the whole store.
+//! Reads the log of the whole store.
 
 use evercore_core::{Direction, Error, LogPage, LogQuery, Position, Result, Timestamp};
 
@@ -34,7 +34,7 @@ impl State {
         })
     }
 
-    /// `recorded_at` never goes back along the log, so the last event of a time is found by halving.
+    /// Finds the last event up to a time by binary search: `recorded_at` never decreases along the log.
     pub(crate) fn position_at(&self, time: Timestamp) -> Position {
         Position::ZERO.plus(self.log.partition_point(|event| event.recorded_at <= time))
     }

@@ -1,4 +1,4 @@
-//! Projections into a value in memory: the value and the cursor change together or not at all.
+//! Projections into a value in memory. The value and the cursor change together or not at all.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,8 +9,8 @@ use crate::engine::MemoryEngine;
 
 type Handle<S> = Box<dyn Fn(&mut S, &Delivery) -> Result<(), BoxError> + Send + Sync>;
 
-/// A value that a subscription keeps up to date, exactly once: the counterpart of the tables that the other engines
-/// write in the transaction of the cursor.
+/// A value that a subscription updates exactly once per event. The other engines have tables for this, which they
+/// write in the same transaction as the cursor.
 ///
 /// Made by [`MemoryEngine::projection`].
 pub struct Projection<S> {
@@ -21,11 +21,11 @@ pub struct Projection<S> {
 
 impl MemoryEngine {
     /// A projection into this value, for [`Subscription::run_sink`](evercore_core::Subscription::run_sink). The handler
-    /// works on a copy, which takes the value's place when the cursor moves: after an error, a panic or a lost lease the
-    /// value is as it was.
+    /// works on a copy, which replaces the value when the cursor moves. After an error, a panic or a lost lease the
+    /// value is unchanged.
     ///
-    /// The handler runs while the store is locked: it must not call it. The value belongs to this one projection, others
-    /// only read it: what they write is lost where a handler is at work.
+    /// The handler runs while the store is locked, so it must not call the store. Only this projection may write the
+    /// value; a write from elsewhere is lost if a handler is running.
     pub fn projection<S, F>(&self, value: Arc<Mutex<S>>, handle: F) -> Projection<S>
     where
         S: Clone + Send + 'static,
@@ -45,7 +45,7 @@ impl<S: Clone> Projection<S> {
             Ok(taken) => taken,
             Err(error) => return Outcome::Refused(error),
         };
-        // Not locked while the handler runs, whose panic would leave it poisoned.
+        // The value is not locked while the handler runs: a panic in the handler would poison the mutex.
         let mut next = self.value().clone();
         if let Err(error) = (self.handle)(&mut next, delivery) {
             return Outcome::Failed { handled: 0, error };

@@ -1,4 +1,4 @@
-//! What the engine remembers: the log, and three ways into it.
+//! The state of the engine: the log, the lookups into it, and the cursors.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -10,12 +10,12 @@ use evercore_core::{
 
 use crate::inline::Inline;
 
-/// Everything there is. Only [`commit`](crate::commit) changes the log, only [`subscriptions`](crate::subscriptions) the
-/// cursors.
+/// The whole store. Only [`commit`](crate::commit) changes the log. The cursors are changed in
+/// [`subscriptions`](crate::subscriptions).
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) clock: Clock,
-    /// The log: the event at position p is number p - 1.
+    /// The log. The event at position p has index p - 1.
     pub(crate) log: Vec<Stored>,
     pub(crate) aggregates: HashMap<AggregateId, AggregateState>,
     pub(crate) keys: HashMap<(AggregateType, Key), AggregateId>,
@@ -28,7 +28,7 @@ pub(crate) struct State {
     pub(crate) is_closed: bool,
 }
 
-/// Where the time comes from.
+/// The source of the current time.
 pub(crate) struct Clock(pub(crate) Box<dyn Fn() -> Timestamp + Send + Sync>);
 
 impl Default for Clock {
@@ -40,7 +40,7 @@ impl Default for Clock {
 pub(crate) struct AggregateState {
     pub(crate) aggregate_type: AggregateType,
     pub(crate) key: Option<Key>,
-    /// The event of sequence s stands at position number s - 1 of this list.
+    /// The log position of each event; sequence s has index s - 1.
     pub(crate) positions: Vec<Position>,
     pub(crate) snapshot: Option<Snapshot>,
 }
@@ -56,7 +56,7 @@ pub(crate) struct Stored {
     pub(crate) metadata: Arc<Metadata>,
 }
 
-/// What is remembered of a command id, and since when.
+/// The outcome of a command id, and when it was recorded.
 pub(crate) struct StoredCommand {
     pub(crate) what: KnownCommand,
     pub(crate) recorded_at: Timestamp,
@@ -81,7 +81,7 @@ impl State {
         self.log.get(usize::try_from(position.get()).ok()?.checked_sub(1)?)
     }
 
-    /// A type name that is the same memory wherever it is used, so that pages find it at a glance.
+    /// Returns the shared copy of a type name, so that pages can compare names quickly.
     pub(crate) fn intern(
         &mut self,
         aggregate_type: &AggregateType,
@@ -107,7 +107,7 @@ impl State {
         self.types.iter().map(known).collect()
     }
 
-    /// Fills a page from these positions, and tells whether the limit ended it.
+    /// Fills a page from these positions, and returns whether the limit cut it short.
     pub(crate) fn page(&self, positions: impl Iterator<Item = Position>, limit: PageLimit) -> (Events, bool) {
         let mut page = EventsBuilder::new();
         for position in positions {

@@ -1,4 +1,4 @@
-//! The cursors of subscriptions, and the events that were parked.
+//! The cursors of subscriptions, and their parked events.
 
 use evercore_core::{
     BoxFuture, Cursor, CursorId, Cursors, Mark, Parked, ParkedChange, Position, Result, Step,
@@ -14,7 +14,7 @@ impl State {
         Ok(self.put(id, taken))
     }
 
-    /// What a step comes to; nothing is changed yet.
+    /// Works out the result of a step. Changes nothing yet.
     pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
         let found = self.at(step.looks_at()).map(|_| Mark::ALWAYS);
         step.take(id, self.cursors.get(id).cloned(), self.now(), found)
