@@ -60,7 +60,7 @@ torture steps="20000" kills="20" seed=`echo $RANDOM`:
     just torture-sqlite
     just torture-postgres {{ steps }} {{ seed }}
 
-# All cases on every engine that is broken on purpose: exactly those of the table must fail. Some minutes.
+# All cases on every engine that is broken on purpose: exactly those of the table must fail. About a minute after the build.
 torture-testkit:
     EVERCORE_TORTURE=full cargo test --locked --release -p evercore-testkit --test self_check
 
