@@ -144,7 +144,10 @@ impl Batch {
     /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate;
     /// [`Invalid`](crate::ErrorKind::Invalid) if it changes the keys of [`limits::UNIT_AGGREGATES`] others.
     pub fn change_key(&mut self, change: KeyChange) -> Result<()> {
-        if !self.key_change_of.contains_key(&change.aggregate) {
+        // An aggregate that the batch makes is made with the key.
+        if !self.created.contains_key(&change.aggregate)
+            && !self.key_change_of.contains_key(&change.aggregate)
+        {
             check_limit("key changes", self.key_changes.len() + 1, limits::UNIT_AGGREGATES)?;
         }
         self.give_key(change.aggregate, &change.aggregate_type, &change.key)?;

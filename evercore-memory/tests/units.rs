@@ -85,8 +85,10 @@ fn an_aggregate_too_many_is_refused_by_create_and_change_key() {
             work.change_key(page, format!("leaf {nth}")).unwrap();
         }
         assert_eq!(*work.change_key(&mut one, "leaf").unwrap_err().kind(), ErrorKind::Invalid);
-        // A key that this unit changes already may change again.
+        // A key that this unit changes already may change again, and that of an aggregate that it makes.
         work.change_key(&mut pages[0], "title").unwrap();
+        let mut made = work.create::<Page>().await.unwrap();
+        work.change_key(&mut made, "made").unwrap();
         work.commit().await.unwrap();
     });
 }

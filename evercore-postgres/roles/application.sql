@@ -27,7 +27,7 @@ GRANT INSERT ON :"schema".events, :"schema".aggregates, :"schema".commands, :"sc
 -- do it: GRANT DELETE ON :"schema".commands TO :"role";
 
 -- Rows that change: the end of the log, the mark of the names, the key of an aggregate, its one snapshot.
-GRANT UPDATE (position, recorded_at, mark, names) ON :"schema".log_end TO :"role";
+GRANT UPDATE (position, recorded_at, names) ON :"schema".log_end TO :"role";
 GRANT UPDATE (natural_key) ON :"schema".aggregates TO :"role";
 GRANT INSERT, UPDATE (sequence, version, state) ON :"schema".snapshots TO :"role";
 

@@ -192,10 +192,23 @@ impl NameList {
 }
 
 /// Registers missing names in its own transaction, and reads all names.
+///
+/// Looks first whether there is anything to do: the lock makes all commits wait, and a program that starts again has
+/// nothing new.
 pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
+    let known = store.read(|lent| async move { store.names.reload(lent.sender()?).await }).await?;
+    if types.iter().all(|it| is_known(&known, it)) {
+        return Ok(());
+    }
     let table = store.write(|lent| async move { register_on(store, lent.sender()?, types).await }).await?;
     store.names.learn(table);
     Ok(())
+}
+
+fn is_known(table: &NameTable, types: &KnownType) -> bool {
+    let of = &types.aggregate_type;
+    table.aggregate_type_number(of).is_some()
+        && types.event_types.iter().all(|it| table.event_type_number(of, it).is_some())
 }
 
 async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> Result<NameTable> {

@@ -9,14 +9,42 @@ use tokio_postgres::types::Type;
 
 use crate::sql::{Schema, Sql};
 
+/// The time that the next event gets.
+macro_rules! recorded_at {
+    () => {
+        "greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+            * 1000000::double precision)::bigint)"
+    };
+}
+
+macro_rules! newest {
+    () => {
+        "
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)"
+    };
+}
+
 /// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
 /// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
 /// is; `>=` holds for it too if another commit has moved it while this one waited.
-const LOG_END: &str = "WITH log_end AS (
-    UPDATE @log_end SET position = position + ?::bigint, mark = ?::bigint,
-        recorded_at = greatest(recorded_at, (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
-            * 1000000::double precision)::bigint)
-    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
+const LOG_END: &str = concat!(
+    "WITH log_end AS (
+    UPDATE @log_end SET position = position + ?::bigint, recorded_at = ",
+    recorded_at!(),
+    newest!()
+);
+
+/// Without events the log ends where it did, and the row is only locked. A new version with the same position would have to
+/// be stepped over in the index as long as somebody holds an older snapshot.
+const SAME_END: &str = concat!(
+    "WITH log_end AS (
+    SELECT position, position AS before, ?::bigint AS mark, ",
+    recorded_at!(),
+    " AS recorded_at FROM @log_end",
+    newest!()
+);
+
+const LOCKED: &str = " FOR UPDATE)";
 
 /// The names are those whose numbers are written. The row itself tells, so this holds when the lock is given.
 const IF_NAMES: &str = "
@@ -51,7 +79,8 @@ const IF_GROWN: &str = "
 const IF_MADE: &str = "
     AND (SELECT a.aggregate_type_id FROM @aggregates a WHERE a.id = ?::bigint) = ?::int";
 
-const RETURNING: &str = " RETURNING position, recorded_at, mark, position - ?::bigint AS before)";
+const RETURNING: &str =
+    " RETURNING position, recorded_at, position - ?::bigint AS before, ?::bigint AS mark)";
 
 const MADE: &str = ", made AS (
     INSERT INTO @aggregates (id, aggregate_type_id, natural_key)
@@ -201,14 +230,16 @@ impl Form {
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
         let has_look = !look(Look::Nothing);
-        let parts: [(bool, &str, &[Type]); 15] = [
-            (true, LOG_END, &[Type::INT8, Type::INT8]),
+        let parts: [(bool, &str, &[Type]); 17] = [
+            (!rows(Rows::None), LOG_END, &[Type::INT8]),
+            (rows(Rows::None), SAME_END, &[Type::INT8]),
             (has_look, IF_NAMES, &[Type::INT8]),
             (look(Look::Witnessed), IF_WITNESSED, &[Type::INT8, Type::INT8]),
             (look(Look::Many) || look(Look::Witnessed), IF_NONE_IS_STALE, &[N, I, N, N]),
             (look(Look::OneGrown), IF_GROWN, &[Type::INT8, Type::INT8, Type::INT8, I]),
             (look(Look::OneMade), IF_MADE, &[Type::INT8, Type::INT4]),
-            (true, RETURNING, &[Type::INT8]),
+            (!rows(Rows::None), RETURNING, &[Type::INT8, Type::INT8]),
+            (rows(Rows::None), LOCKED, &[]),
             (self.made, MADE, &[N, I, T]),
             (self.renamed, RENAMED, &[N, T]),
             (rows(Rows::Plain), WRITTEN, &[N, N, I, N, B]),

@@ -363,7 +363,11 @@ impl Columns<'_> {
         let Writing { growths, event_types, made, events, commands, .. } = self.writing;
         let form = self.writing.form();
         let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
-        values.extend([&self.events as &(dyn ToSql + Sync), &self.writing.mark]);
+        // Without events the log ends where it did: the statement asks for the mark alone.
+        match form.rows {
+            Rows::None => values.push(&self.writing.mark),
+            _ => values.push(&self.events),
+        }
         values.extend(self.writing.names.iter().map(|mark| mark as &(dyn ToSql + Sync)));
         if let Some((position, mark)) = &self.writing.witness {
             values.extend([position as &(dyn ToSql + Sync), mark]);
@@ -379,7 +383,9 @@ impl Columns<'_> {
             Look::OneMade => values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.1[0]]),
             Look::Nothing | Look::Names => {}
         }
-        values.push(&self.events);
+        if form.rows != Rows::None {
+            values.extend([&self.events as &(dyn ToSql + Sync), &self.writing.mark]);
+        }
         if form.made {
             values.extend([&made.0 as &(dyn ToSql + Sync), &made.1, &made.2]);
         }

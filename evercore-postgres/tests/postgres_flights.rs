@@ -13,8 +13,9 @@ use common::{Place, block_on};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, Client, NoTls};
 use evercore_postgres::{
-    AggregateType, Append, Batch, ErrorKind, EventStore, EventType, Metadata, NewAggregate, NewEvent,
-    Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine, Timestamp,
+    AggregateType, Append, Batch, CommandId, ErrorKind, EventStore, EventType, Metadata, NewAggregate,
+    NewEvent, Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine,
+    Timestamp,
 };
 use evercore_testkit::postgres::Server;
 use orders::{Order, OrderEvent, all_of, kind, named, own, place, place_with, soon};
@@ -252,6 +253,54 @@ fn nobody_waits_for_the_flights_of_many_others() {
         lock.rollback().await.unwrap();
         assert_eq!(store.head().await.unwrap().get(), 6);
         place(&store, "0").await.unwrap();
+    });
+}
+
+/// A version of the row of `log_end` that ends at the same position would have to be stepped over in its index as long as
+/// somebody holds an older snapshot.
+#[test]
+fn a_commit_without_events_does_not_write_log_end() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let store = EventStore::new(at.engine().await);
+        place(&store, "a").await.unwrap();
+        let version = || at.psql("SELECT ctid, position, recorded_at, names FROM @log_end");
+        let before = version();
+        let mut order = store.load::<Order>("a").await.unwrap();
+        for (nth, key) in ["b", "c"].into_iter().enumerate() {
+            let mut work = store.begin();
+            work.change_key(&mut order, key).unwrap();
+            work.set_command(CommandId::new(format!("rename {nth}")).unwrap());
+            assert_eq!(work.commit().await.unwrap().first, Position::ZERO);
+        }
+        let mut work = store.begin();
+        work.create_with_key::<Order>("empty").await.unwrap();
+        work.commit().await.unwrap();
+        assert_eq!(version(), before);
+        place(&store, "c").await.unwrap();
+        assert_ne!(version(), before);
+        assert_eq!(store.load::<Order>("c").await.unwrap().events, 2);
+    });
+}
+
+#[test]
+fn type_names_that_are_registered_already_need_no_lock() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let settings = at.builder().statement_timeout(Duration::from_millis(500));
+        let engine = settings.connect(&at.url).await.unwrap();
+        place(&EventStore::new(engine.clone()), "a").await.unwrap();
+        let known = engine.types().await.unwrap();
+        let mut side = side(&at.url).await;
+        let lock = side.transaction().await.unwrap();
+        lock.batch_execute(&format!("SELECT FROM {}.log_end FOR UPDATE", at.schema)).await.unwrap();
+        engine.warmup(&known).await.unwrap();
+        let mut more = known.clone();
+        more[0].event_types.push(EventType::new("Unheard").unwrap());
+        assert_eq!(kind(engine.warmup(&more).await), ErrorKind::Unavailable);
+        lock.rollback().await.unwrap();
+        engine.warmup(&more).await.unwrap();
+        assert!(engine.types().await.unwrap()[0].event_types.len() > known[0].event_types.len());
     });
 }
 

@@ -203,7 +203,7 @@ fn the_application_needs_every_right_that_it_has() {
             UNION ALL SELECT 'USAGE ON SCHEMA evercore') AS r";
         let rights = shop.psql(rights);
         let rights: Vec<&str> = rights.split(';').collect();
-        assert_eq!(rights.len(), 8 + 6 + 8 + 2 * 4 + 1, "{rights:?}");
+        assert_eq!(rights.len(), 8 + 6 + 7 + 2 * 4 + 1, "{rights:?}");
         for right in rights {
             shop.psql(&format!("REVOKE {right} FROM shop_app"));
             let outcome = async { walk(&PostgresEngine::connect(&shop.application).await?).await }.await;

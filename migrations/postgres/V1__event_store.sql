@@ -20,7 +20,6 @@ CREATE TABLE log_end (
     one         SMALLINT NOT NULL CHECK (one = 1),
     position    BIGINT   NOT NULL,
     recorded_at BIGINT   NOT NULL,
-    mark        BIGINT   NOT NULL, -- of the last event
     -- A random number that changes with every name that is registered. While it stays as it was when the names were read,
     -- they are as they were, and there are no others. It stands here and not in a table of its own because the statement
     -- that commits locks this row anyway.
@@ -33,7 +32,7 @@ CREATE TABLE log_end (
 );
 -- The live version of the row is the first from the top. A key on `one` would make each commit look through the dead ones.
 CREATE INDEX log_end_position ON log_end (position);
-INSERT INTO log_end VALUES (1, 0, 0, 0, 0);
+INSERT INTO log_end VALUES (1, 0, 0, 0);
 
 -- Names are numbered under the lock of the row in log_end: 1, 2, 3, … in the order in which they commit.
 CREATE TABLE aggregate_types (
