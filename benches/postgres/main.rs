@@ -28,17 +28,15 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use benches::{Counter, counted};
+use benches::{Counter, append, compare, counted, median, rate, read_all};
 /// For the files of the example.
 use evercore_postgres as evercore;
 use evercore_postgres::{
-    AggregateId, AsOf, EventStore, Loaded, LogQuery, PageLimit, Position, PostgresEngine, Sequence,
+    AggregateId, AsOf, EventStore, Loaded, LogQuery, Position, PostgresEngine, Sequence,
 };
 use evercore_testkit::postgres::{Proxy, Server};
 use floor::{Combined, Floor, TABLES};
 use tokio::runtime::Runtime;
-
-const ROUNDS: usize = 5;
 
 /// How many events our engine reads at once; the floor reads 1,000 at a time and is no faster with more.
 const PAGE: usize = 4_000;
@@ -361,7 +359,7 @@ impl Bench {
                 &format!("W6 PostgreSQL, {events} events"),
                 "1.00",
                 *events,
-                |_| assert_eq!(self.run(read_all(&store)), *events),
+                |_| assert_eq!(self.run(read_all(&store, PAGE)), *events),
                 |_| {
                     self.run(async {
                         let mut read = 0;
@@ -499,52 +497,4 @@ async fn counters(store: &EventStore, count: usize) -> Vec<Loaded<Counter>> {
     }
     work.commit().await.unwrap();
     all
-}
-
-async fn append(store: &EventStore, counter: &mut Loaded<Counter>, events: i64) {
-    let mut work = store.begin();
-    let next = counter.sequence().get() + 1;
-    work.record_all(counter, (next..next + events).map(counted)).unwrap();
-    work.commit().await.unwrap();
-}
-
-async fn read_all(store: &EventStore) -> i64 {
-    let query = LogQuery::after(Position::ZERO).with_limit(PageLimit::events(PAGE).unwrap());
-    let mut log = store.log_reader(query);
-    let mut counter = Counter::default();
-    while let Some(page) = log.next().await.unwrap() {
-        for event in &page.events {
-            evercore_postgres::Aggregate::apply(&mut counter, event.decode::<Counter>().unwrap());
-        }
-    }
-    counter.events
-}
-
-/// Runs both in turn and prints the medians: events per second of each, and the ratio.
-fn compare(name: &str, target: &str, events: i64, mut ours: impl FnMut(usize), mut floor: impl FnMut(usize)) {
-    let rate = |round, work: &mut dyn FnMut(usize)| {
-        let began = Instant::now();
-        work(round);
-        events as f64 / began.elapsed().as_secs_f64()
-    };
-    let (mut our_rates, mut floor_rates, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
-        let theirs = rate(round, &mut floor);
-        let our = rate(round, &mut ours);
-        our_rates.push(our);
-        floor_rates.push(theirs);
-        ratios.push(our / theirs);
-    }
-    let [our, theirs, ratio] = [our_rates, floor_rates, ratios].map(median);
-    println!("{name:42} {our:>12.0} {theirs:>12.0} {ratio:>7.2}  {target}");
-}
-
-/// What the import prints.
-fn rate(events: i64, began: Instant) -> String {
-    format!("{:.0} events/s", events as f64 / began.elapsed().as_secs_f64())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -14,7 +14,8 @@ use tokio::task::JoinHandle;
 use crate::application::{Application, ApplicationEvent};
 use crate::floor::{Floor, client};
 use crate::processes::Follower;
-use crate::{Bench, ROUNDS, append, compare, import, median};
+use crate::{Bench, import};
+use benches::{ROUNDS, append, compare, median};
 
 /// Commits per round, and the pause between two: a live subscription with little to do.
 const COMMITS: usize = 200;

@@ -27,17 +27,13 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use benches::{Content, Counter, counted};
+use benches::{Content, Counter, append, compare, counted, rate, read_all};
 use evercore_memory::MemoryEngine;
 /// For the files of the example.
 use evercore_sqlite as evercore;
-use evercore_sqlite::{
-    AggregateId, Durability, EventStore, Loaded, LogQuery, PageLimit, Position, SqliteEngine,
-};
+use evercore_sqlite::{AggregateId, Durability, EventStore, Loaded, LogQuery, Position, SqliteEngine};
 use floor::{Combined, Floor};
 use memory_floor::MemoryFloor;
-
-const ROUNDS: usize = 5;
 
 struct Bench {
     folder: tempfile::TempDir,
@@ -354,7 +350,7 @@ impl Bench {
                 "0.80",
                 *events,
                 |_| {
-                    assert_eq!(smol::block_on(read_all(&store)), *events);
+                    assert_eq!(smol::block_on(read_all(&store, 1_000)), *events);
                 },
                 |_| {
                     let mut read = 0;
@@ -549,7 +545,7 @@ impl Bench {
             target,
             events,
             |_| {
-                smol::block_on(read_all(&store));
+                smol::block_on(read_all(&store, 1_000));
             },
             |_| assert_eq!(floor.read().events, events),
         );
@@ -564,7 +560,7 @@ impl Bench {
         let store = self.store(DEFAULT);
         self.fill(&store, 100, events / 100);
         let before = resident_kib();
-        assert_eq!(smol::block_on(read_all(&store)), events);
+        assert_eq!(smol::block_on(read_all(&store, 1_000)), events);
         let after = resident_kib();
         println!(
             "cost: {} KiB more resident after reading {events} events (target: < 65536)",
@@ -590,25 +586,6 @@ fn counters(store: &EventStore, count: usize) -> Vec<Loaded<Counter>> {
     })
 }
 
-async fn append(store: &EventStore, counter: &mut Loaded<Counter>, events: i64) {
-    let mut work = store.begin();
-    let next = counter.sequence().get() + 1;
-    work.record_all(counter, (next..next + events).map(counted)).unwrap();
-    work.commit().await.unwrap();
-}
-
-async fn read_all(store: &EventStore) -> i64 {
-    let query = LogQuery::after(Position::ZERO).with_limit(PageLimit::events(1_000).unwrap());
-    let mut log = store.log_reader(query);
-    let mut counter = Counter::default();
-    while let Some(page) = log.next().await.unwrap() {
-        for event in &page.events {
-            evercore_sqlite::Aggregate::apply(&mut counter, event.decode::<Counter>().unwrap());
-        }
-    }
-    counter.events
-}
-
 /// Runs one task for each input on two threads, and gives back what they return.
 fn concurrently<I: Send + 'static, F>(inputs: Vec<I>, task: impl Fn(I) -> F) -> (Vec<I>, Vec<u64>)
 where
@@ -619,35 +596,6 @@ where
     let results = tasks.into_iter().map(|task| runtime.block_on(task).unwrap());
     let (inputs, times): (Vec<_>, Vec<_>) = results.unzip();
     (inputs, times.concat())
-}
-
-/// Runs both in turn and prints the medians: events per second of each, and the ratio.
-fn compare(name: &str, target: &str, events: i64, mut ours: impl FnMut(usize), mut floor: impl FnMut(usize)) {
-    let rate = |round, work: &mut dyn FnMut(usize)| {
-        let began = Instant::now();
-        work(round);
-        events as f64 / began.elapsed().as_secs_f64()
-    };
-    let (mut our_rates, mut floor_rates, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
-        let theirs = rate(round, &mut floor);
-        let our = rate(round, &mut ours);
-        our_rates.push(our);
-        floor_rates.push(theirs);
-        ratios.push(our / theirs);
-    }
-    let [our, theirs, ratio] = [our_rates, floor_rates, ratios].map(median);
-    println!("{name:42} {our:>12.0} {theirs:>12.0} {ratio:>7.2}  {target}");
-}
-
-/// What the import prints.
-fn rate(events: i64, began: Instant) -> String {
-    format!("{:.0} events/s", events as f64 / began.elapsed().as_secs_f64())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn resident_kib() -> i64 {

@@ -12,7 +12,8 @@ use rusqlite::Connection;
 
 use crate::application::{Application, ApplicationEvent};
 use crate::floor::Floor;
-use crate::{Bench, DEFAULT, ROUNDS, append, compare, counters, import, median, open};
+use crate::{Bench, DEFAULT, counters, import, open};
+use benches::{ROUNDS, append, compare, median};
 
 /// Commits per round, and the pause between two: a live subscription with little to do.
 const COMMITS: usize = 200;
