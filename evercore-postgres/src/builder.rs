@@ -8,10 +8,10 @@ use evercore_core::{BoxError, BoxFuture, Event, Result};
 use tokio_postgres::Transaction;
 use tokio_postgres::config::Host;
 
-use crate::connect::Address;
+use crate::connection::connect::Address;
 use crate::engine::PostgresEngine;
-use crate::inline::Wanted;
 use crate::sql::Schema;
+use crate::subscription::inline::Wanted;
 
 /// What an acknowledged commit survives: the values of PostgreSQL's setting `synchronous_commit`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

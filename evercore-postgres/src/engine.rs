@@ -11,10 +11,12 @@ use evercore_core::{
 };
 
 use crate::builder::{Builder, Settings};
-use crate::connect::Address;
+use crate::commit::{batch, flight};
+use crate::connection::connect::Address;
+use crate::connection::task::in_task;
+use crate::names;
+use crate::read::{load, log, wait};
 use crate::store::Store;
-use crate::task::in_task;
-use crate::{commit, flight, load, log, names, wait};
 
 /// A store in a schema of a PostgreSQL database. Cheap to clone; all clones share one engine.
 ///
@@ -120,7 +122,7 @@ impl StorageEngine for PostgresEngine {
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
         Box::pin(async move {
             self.0.check_writable()?;
-            Ok(commit::reserve(&self.0, count).await?)
+            Ok(batch::reserve(&self.0, count).await?)
         })
     }
 
@@ -129,20 +131,20 @@ impl StorageEngine for PostgresEngine {
     }
 
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
-        Box::pin(async move { Ok(commit::command(&self.0, id).await?) })
+        Box::pin(async move { Ok(batch::command(&self.0, id).await?) })
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         Box::pin(async move {
             self.0.check_writable()?;
-            Ok(commit::settle(&self.0, command).await?)
+            Ok(batch::settle(&self.0, command).await?)
         })
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
         Box::pin(async move {
             self.0.check_writable()?;
-            Ok(commit::forget_commands(&self.0, before).await?)
+            Ok(batch::forget_commands(&self.0, before).await?)
         })
     }
 

@@ -7,8 +7,8 @@ use refinery_core::traits::r#async::{AsyncQuery, AsyncTransaction};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, GenericClient, IsolationLevel, Row, Transaction};
 
+use crate::connection::pool::Lent;
 use crate::error::{Result, UNTOLD_POOLER, at_first};
-use crate::pool::Lent;
 use crate::store::{Store, not_a_store};
 
 mod embedded {

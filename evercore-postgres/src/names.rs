@@ -11,8 +11,8 @@ use evercore_core::{AggregateType, Batch, EventType, KnownType, Mark, NameTable}
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
+use crate::connection::pool::Lent;
 use crate::error::{PostgresError, Result, damaged};
-use crate::pool::Lent;
 use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
 

@@ -14,13 +14,13 @@ use evercore_testkit::postgres;
 use serde_json::Value;
 use tokio_postgres::Client;
 
+use crate::commit::own_sql;
 use crate::engine::PostgresEngine;
 use crate::migrate;
 use crate::names::Names;
-use crate::own_sql;
+use crate::read::wait::Watch;
 use crate::sql::{MADE, Schema, Sql};
 use crate::store::Statements;
-use crate::wait::Watch;
 
 /// The tables that grow, by their indexes, each with what must be asked of it so that it is not read from end to end.
 const INDEXES: [(&str, &str, &[&str]); 12] = [

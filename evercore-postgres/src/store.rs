@@ -7,23 +7,23 @@ use deadpool_postgres::Pool;
 use evercore_core::{Error, ErrorKind, Result, StoreId};
 
 use crate::builder::Settings;
-use crate::commit::CommitSql;
-use crate::connect::Address;
+use crate::commit::batch::CommitSql;
+use crate::commit::flight::Queue;
+use crate::commit::own_sql::Turns;
+use crate::commit::recent::Written;
+use crate::connection::connect::Address;
+use crate::connection::notices::Heard;
+use crate::connection::pool::{FOR_COMMITS, Lent};
 use crate::error::{self, closed, damaged};
-use crate::flight::Queue;
-use crate::heard::Heard;
-use crate::inline::{self, Inline};
-use crate::load::LoadSql;
-use crate::log::LogSql;
 use crate::migrate;
 use crate::names::Names;
-use crate::own_sql::Turns;
-use crate::pool::{FOR_COMMITS, Lent};
-use crate::rows::UsualSize;
+use crate::read::load::LoadSql;
+use crate::read::log::LogSql;
+use crate::read::rows::UsualSize;
+use crate::read::wait::Watch;
 use crate::sql::{Schema, Sql};
-use crate::subscriptions::SubscriptionSql;
-use crate::wait::Watch;
-use crate::written::Written;
+use crate::subscription::inline::{self, Inline};
+use crate::subscription::subscriptions::SubscriptionSql;
 
 pub(crate) struct Store {
     pub(crate) settings: Settings,

@@ -12,9 +12,9 @@ use futures_lite::StreamExt;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, RowStream};
 
+use crate::connection::pool::Lent;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::checked;
-use crate::pool::Lent;
 use crate::sql::{Sender, Sql};
 use crate::store::Store;
 

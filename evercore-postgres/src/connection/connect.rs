@@ -16,11 +16,11 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, NoTls, Socket};
 
 use crate::builder::{LONGEST, Settings, is_local};
+use crate::connection::hosts::{Fit, Hosts, Standing, name_of, not_connected, places};
+use crate::connection::notices::Heard;
+use crate::connection::url::Asked;
 use crate::error::{PostgresError, is_refused, passes_by_itself};
-use crate::heard::Heard;
-use crate::hosts::{Fit, Hosts, Standing, name_of, not_connected, places};
 use crate::sql::session_settings;
-use crate::url::Asked;
 
 /// The hosts of the server, and how to connect to them.
 #[derive(Clone)]
@@ -389,7 +389,7 @@ fn client_certificate<'a>(asked: &'a Asked, settings: &'a Settings) -> Result<Op
 
 #[cfg(feature = "rustls")]
 fn verified(file: Option<&PathBuf>, client: Option<(&Path, &Path)>) -> Result<Tls> {
-    Ok(Tls::Rustls(crate::tls::connector(file.map(PathBuf::as_path), client)?))
+    Ok(Tls::Rustls(crate::connection::tls::connector(file.map(PathBuf::as_path), client)?))
 }
 
 #[cfg(not(feature = "rustls"))]

@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
 
-use crate::connect::Address;
+use crate::connection::connect::Address;
 use crate::error::{Because, PostgresError, Result, closed, is_rolled_back, is_stale, takes_no_writes};
 use crate::sql::Sender;
 use crate::store::Store;

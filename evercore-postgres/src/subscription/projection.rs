@@ -6,14 +6,14 @@ use std::sync::Arc;
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, Sink, Step};
 use tokio_postgres::Transaction;
 
+use crate::commit::own_sql::{Fault, at_the_end, open, run_within};
+use crate::connection::pool::Lent;
+use crate::connection::task::in_task;
 use crate::engine::PostgresEngine;
 use crate::error::{Because, PostgresError, Result, is_rolled_back, outcome_unknown, passes};
-use crate::own_sql::{Fault, at_the_end, open, run_within};
-use crate::pool::Lent;
 use crate::sql::Sender;
 use crate::store::Store;
-use crate::subscriptions;
-use crate::task::in_task;
+use crate::subscription::subscriptions;
 
 /// Names the projection in error texts.
 const WHAT: &str = "the projection";

@@ -14,14 +14,14 @@ use evercore_core::{
 use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 
-use crate::check::{Checked, Known, Questions};
+use crate::commit::check::{Checked, Known, Questions};
+use crate::commit::columns::Writing;
+use crate::commit::statement::WriteSql;
+use crate::connection::pool::Lent;
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
 use crate::names;
-use crate::pool::Lent;
 use crate::sql::{LOCK_LOG_END, Schema, Sender, Sql, begin};
 use crate::store::Store;
-use crate::write::WriteSql;
-use crate::writing::Writing;
 
 const AGGREGATES: &str = "
     SELECT a.id, a.aggregate_type_id, a.natural_key,

@@ -14,12 +14,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::types::Type;
 
+use crate::connection::pool::Lent;
+use crate::connection::task::in_task;
 use crate::error::Result;
-use crate::log;
-use crate::pool::Lent;
+use crate::read::log;
 use crate::sql::{Schema, Sql};
 use crate::store::Store;
-use crate::task::in_task;
 
 /// How often to query although notifications arrive: one is lost if its process dies before it sends it.
 const FALLBACK: Duration = Duration::from_secs(1);

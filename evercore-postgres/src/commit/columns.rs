@@ -11,10 +11,10 @@ use evercore_core::{
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
+use crate::commit::recent::Book;
+use crate::commit::statement::{Form, Look, Rows};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::stored;
-use crate::write::{Form, Look, Rows};
-use crate::written::Book;
 
 /// What one statement is to write, column by column, and which batches are in it.
 #[derive(Debug, Default)]

@@ -15,12 +15,12 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::commit::{self, Flown};
+use crate::commit::batch::{self, Flown};
+use crate::connection::task::no_runtime;
 use crate::error::{PostgresError, again, is_stale, outcome_unknown};
-use crate::inline;
+use crate::read::wait;
 use crate::store::Store;
-use crate::task::no_runtime;
-use crate::wait;
+use crate::subscription::inline;
 
 /// How many events one flight carries, unless a single batch has more.
 const MOST_EVENTS: usize = 10_000;
@@ -359,7 +359,7 @@ async fn fly(store: &Arc<Store>, jobs: Vec<Job>) {
 async fn outcomes(store: &Store, batches: &[&Batch]) -> Vec<Result<Receipt>> {
     let is_plain = store.inline.is_empty();
     let mut flown = match is_plain {
-        true => commit::quickly(store, batches, &store.names.table()).await,
+        true => batch::quickly(store, batches, &store.names.table()).await,
         false => Flown::Look,
     };
     for _ in 0..ATTEMPTS {
@@ -372,7 +372,7 @@ async fn outcomes(store: &Store, batches: &[&Batch]) -> Vec<Result<Receipt>> {
         // The names anew: the last look may have found more.
         let table = store.names.table();
         flown = match is_plain {
-            true => commit::carefully(store, batches, &table).await,
+            true => batch::carefully(store, batches, &table).await,
             false => inline::fly(store, batches, &table).await,
         };
     }

@@ -13,19 +13,19 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_postgres::{IsolationLevel, Transaction};
 
 use crate::builder::Settings;
-use crate::commit::{self, Flown};
+use crate::commit::batch::{self, Flown};
+use crate::commit::flight;
+use crate::connection::pool::Lent;
+use crate::connection::task::in_task;
 use crate::engine::PostgresEngine;
 use crate::error::{
     Because, PostgresError, Result, damaged, is_ours, is_rolled_back, outcome_unknown, passes, said_no,
     was_undone,
 };
-use crate::flight;
-use crate::inline::{self, newest};
-use crate::pool::Lent;
+use crate::read::wait;
 use crate::sql::{Sender, set_local};
 use crate::store::Store;
-use crate::task::in_task;
-use crate::wait;
+use crate::subscription::inline::{self, newest};
 
 /// Planner settings for the user's SQL in our sessions: PostgreSQL's defaults. They are given as values, because
 /// DEFAULT in such a session means our own start-up settings. `jit` stays off, since the SQL is short.
@@ -186,7 +186,7 @@ async fn together(store: &Store, lent: &mut Lent, batch: &Batch, sql: OwnSql) ->
     let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
     sender.client.batch_execute(&settings_for_own_sql(&store.settings)).await?;
     if let Some(id) = batch.command_id()
-        && let Some(known) = commit::command_on(store, sender, id).await?
+        && let Some(known) = batch::command_on(store, sender, id).await?
     {
         let outcome = known.answer(batch);
         return Ok((Flown::Done(vec![outcome]), transaction.rollback().await.is_ok()));
@@ -229,12 +229,12 @@ async fn write(
         return Ok(Wrote::Unit(Receipt::of(batch, Position::ZERO, Timestamp::now()), None));
     }
     let batches = [batch];
-    let (known, table) = commit::look(store, sender, &batches, &store.names.table(), None).await?;
-    let sorted = commit::sort_out(store, sender, &batches, known, &table).await?;
+    let (known, table) = batch::look(store, sender, &batches, &store.names.table(), None).await?;
+    let sorted = batch::sort_out(store, sender, &batches, known, &table).await?;
     if let Some(outcome) = sorted.outcomes.into_iter().flatten().next() {
         return Ok(Wrote::Nothing(outcome));
     }
-    let written = commit::write_within(store, sender, &sorted.writing).await;
+    let written = batch::write_within(store, sender, &sorted.writing).await;
     match written.map(|receipts| receipts.into_iter().next()) {
         Ok(Some((_, receipt))) => {
             let table = newest(&table, sorted.fresh.as_ref());

@@ -14,13 +14,13 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
+use crate::connection::pool::Lent;
+use crate::connection::task::in_task;
 use crate::engine::PostgresEngine;
 use crate::error::{Because, Result, damaged, is_rolled_back};
-use crate::pool::Lent;
-use crate::rows::Rest;
+use crate::read::rows::Rest;
 use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
 use crate::store::Store;
-use crate::task::in_task;
 
 /// How often to look again when another has made the same cursor first, or has removed it again.
 const ATTEMPTS: usize = 3;

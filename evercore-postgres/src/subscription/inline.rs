@@ -16,14 +16,14 @@ use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
 use crate::builder::Settings;
-use crate::commit::{self, Flown, Sorted};
+use crate::commit::batch::{self, Flown, Sorted};
+use crate::commit::own_sql::{at_the_end, open, run_within};
+use crate::connection::pool::Lent;
 use crate::error::{Result, damaged, is_ours, is_rolled_back};
-use crate::own_sql::{at_the_end, open, run_within};
-use crate::pool::Lent;
-use crate::rows::Page;
+use crate::read::rows::Page;
 use crate::sql::Sender;
 use crate::store::Store;
-use crate::subscriptions::{self, Writes};
+use crate::subscription::subscriptions::{self, Writes};
 
 type Handle =
     dyn for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>> + Send + Sync;
@@ -146,15 +146,15 @@ async fn together(
     let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
     let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
     let looked = async {
-        let (known, table) = commit::look(store, sender, batches, table, None).await?;
-        Ok((commit::sort_out(store, sender, batches, known, &table).await?, table))
+        let (known, table) = batch::look(store, sender, batches, table, None).await?;
+        Ok((batch::sort_out(store, sender, batches, known, &table).await?, table))
     };
     let (Sorted { mut outcomes, writing, fresh }, table) = store.in_time(looked).await?;
     if writing.is_empty() {
         let outcomes = outcomes.into_iter().flatten().collect();
         return Ok((Flown::Done(outcomes), transaction.rollback().await.is_ok()));
     }
-    let receipts = store.in_time(commit::write_within(store, sender, &writing)).await?;
+    let receipts = store.in_time(batch::write_within(store, sender, &writing)).await?;
     let head = receipts.iter().map(|(_, receipt)| receipt.last).max().unwrap_or_default();
     apply(store, sender, &transaction, &newest(&table, fresh.as_ref()), head).await?;
     let doubt = store.heard.before_commit();

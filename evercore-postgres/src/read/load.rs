@@ -12,10 +12,10 @@ use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, RowStream};
 
+use crate::connection::pool::Lent;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{self, checked};
-use crate::pool::Lent;
-use crate::rows::{Order, Page, Range, event_columns};
+use crate::read::rows::{Order, Page, Range, event_columns};
 use crate::sql::{Schema, Sql};
 use crate::store::Store;
 

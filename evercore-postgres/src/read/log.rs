@@ -8,10 +8,10 @@ use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
+use crate::connection::pool::Lent;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::stored;
-use crate::pool::Lent;
-use crate::rows::{Order, Page, Range, Rest, event_columns};
+use crate::read::rows::{Order, Page, Range, Rest, event_columns};
 use crate::sql::{Schema, Sender, Sql};
 use crate::store::Store;
 
