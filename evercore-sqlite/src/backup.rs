@@ -11,11 +11,11 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 use crate::builder::Settings;
-use crate::commit::Head;
-use crate::connection::{self, Role};
+use crate::commit::batch::Head;
+use crate::connection::open::{self, Role};
+use crate::connection::wal;
 use crate::error::{self, Result, SqliteError, damaged};
 use crate::migrate::{self, Identity, not_a_store};
-use crate::wal;
 
 /// Copies the store into a new file, which is there complete or not at all, and is as private as the store.
 pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> Result<()> {
@@ -59,7 +59,7 @@ fn replace(backup: &Path, path: &Path) -> Result<Option<PathBuf>> {
         return Err(not_a_store("the database is empty").at(backup));
     }
     let role = if settings.immutable { Role::Archive } else { Role::Reader };
-    let source = connection::ready(backup, role, false, &settings).map_err(|error| error.at(backup))?;
+    let source = open::ready(backup, role, false, &settings).map_err(|error| error.at(backup))?;
     let _folder = migrate::lock_folder(path, Instant::now() + settings.open_timeout);
     let like = if path.exists() { path } else { backup };
     let copy = Copy::write(&source, path, Some(like))?;
@@ -112,7 +112,7 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
 
 /// Out of WAL mode, which SQLite does only for a connection that is alone.
 fn make_one_file(path: &Path) -> Result<()> {
-    let connection = connection::open(path, Role::Writer, false, PATIENCE)?;
+    let connection = open::open(path, Role::Writer, false, PATIENCE)?;
     let mode = connection.pragma_update_and_check(None, "journal_mode", "delete", |row| row.get(0));
     match mode {
         Ok::<String, _>(mode) if mode == "delete" => Ok(()),
@@ -130,7 +130,7 @@ fn check_unused(path: &Path) -> Result<()> {
     }
     // Beside a log, and in this mode, SQLite takes the exclusive lock before it reads. So the file may be broken.
     fs::write(wal::path_of(&second.0), [0])?;
-    let connection = connection::open(&second.0, Role::Writer, false, PATIENCE)?;
+    let connection = open::open(&second.0, Role::Writer, false, PATIENCE)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     connection.pragma_update_and_check(None, "locking_mode", "exclusive", |_| Ok(()))?;
     match connection.execute_batch("BEGIN EXCLUSIVE") {

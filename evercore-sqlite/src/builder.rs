@@ -6,7 +6,7 @@ use std::time::Duration;
 use evercore_core::{Error, ErrorKind, Result};
 
 use crate::engine::SqliteEngine;
-use crate::inline::InlineProjection;
+use crate::subscription::inline::InlineProjection;
 
 /// What an acknowledged commit survives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -11,13 +11,16 @@ use evercore_core::{
 };
 
 use crate::builder::{Builder, Settings};
+use crate::commit::own_sql::OwnSql;
+use crate::commit::queue::Watch;
+use crate::commit::{batch, flight, queue};
+use crate::connection::{guard, reads};
 use crate::error::{SqliteError, outcome_unknown, read_only};
-use crate::inline::InlineProjection;
 use crate::names::Registrar;
-use crate::own_sql::OwnSql;
-use crate::queue::Watch;
+use crate::read::{load, log, wait};
 use crate::store::Store;
-use crate::{backup, builder, commit, flight, guard, load, log, queue, reads, wait};
+use crate::subscription::inline::InlineProjection;
+use crate::{backup, builder};
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -261,12 +264,12 @@ impl StorageEngine for SqliteEngine {
 
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
         let id = id.clone();
-        self.read(move |store| store.read(|connection| commit::command(connection, &id)))
+        self.read(move |store| store.read(|connection| batch::command(connection, &id)))
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         let command = command.clone();
-        self.write(move |store| store.write(|connection| commit::settle(connection, &command)))
+        self.write(move |store| store.write(|connection| batch::settle(connection, &command)))
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
@@ -276,7 +279,7 @@ impl StorageEngine for SqliteEngine {
                 // Each piece takes its turn among the commits.
                 let from = std::mem::take(&mut after);
                 let piece = self.write(move |store| {
-                    store.write(|connection| commit::forget_commands(connection, &from, before))
+                    store.write(|connection| batch::forget_commands(connection, &from, before))
                 });
                 let (count, end) = piece.await?;
                 forgotten += count;

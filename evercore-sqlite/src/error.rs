@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
 
-use crate::guard::Fault;
+use crate::connection::guard::Fault;
 
 /// An error from below, before it is named by what the caller can do.
 #[derive(Debug, thiserror::Error)]

@@ -9,9 +9,9 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, TransactionBehavior};
 
 use crate::builder::Settings;
-use crate::connection::{self, Role};
+use crate::connection::open::{self, Role};
+use crate::connection::wal::{self, Alone};
 use crate::error::{Result, SqliteError, is_busy, primary_code};
-use crate::wal::{self, Alone};
 
 mod embedded {
     refinery::embed_migrations!("migrations");
@@ -84,7 +84,7 @@ pub(crate) fn foreign_wal(path: &Path) -> SqliteError {
 /// What the file is, and whether its write-ahead log is its own. All looks at one moment: another process may be making
 /// the store.
 fn look(path: &Path, role: Role, settings: &Settings, alone: Option<&Alone>) -> Result<(Identity, bool)> {
-    let connection = connection::open(path, role, false, settings.open_timeout)?;
+    let connection = open::open(path, role, false, settings.open_timeout)?;
     // Whatever is found, closing this connection leaves the write-ahead log where it is.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     let looked = (|| {
@@ -96,7 +96,7 @@ fn look(path: &Path, role: Role, settings: &Settings, alone: Option<&Alone>) -> 
         };
         Ok((identity, is_own))
     })();
-    looked.map_err(|error| connection::explain(error, path))
+    looked.map_err(|error| open::explain(error, path))
 }
 
 fn identity(connection: &Connection, path: &Path) -> Result<Identity> {

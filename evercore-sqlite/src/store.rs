@@ -10,17 +10,17 @@ use evercore_core::{Error, ErrorKind, Position, Result, StoreId};
 use rusqlite::Connection;
 
 use crate::builder::Settings;
-use crate::commit::Head;
-use crate::connection::{self, Role};
+use crate::commit::batch::Head;
+use crate::commit::queue::Queue;
+use crate::connection::open::{self, Role};
+use crate::connection::pool::Readers;
+use crate::connection::reads::Reads;
+use crate::connection::transaction::{self, Failure};
+use crate::connection::wal;
 use crate::error::{self, SqliteError, closed};
-use crate::inline::{self, Inline, InlineProjection};
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
-use crate::pool::Readers;
-use crate::queue::Queue;
-use crate::reads::Reads;
-use crate::transaction::{self, Failure};
-use crate::wal;
+use crate::subscription::inline::{self, Inline, InlineProjection};
 
 /// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
 const LARGE_WAL: u64 = 16 * 1024 * 1024;
@@ -67,7 +67,7 @@ impl Store {
         inline: Vec<InlineProjection>,
         path: Option<PathBuf>,
     ) -> Result<Self> {
-        connection::check_library()?;
+        open::check_library()?;
         let inline = Inline::checked(inline)?;
         if settings.read_only && !inline.is_empty() {
             return Err(Error::invalid("an inline projection writes, so the store cannot be read-only"));
@@ -271,9 +271,9 @@ impl Store {
         if self.wal_bytes() < LARGE_WAL {
             return Ok(());
         }
-        connection::wait_for_locks(&state.connection, Duration::ZERO).map_err(SqliteError::from)?;
+        open::wait_for_locks(&state.connection, Duration::ZERO).map_err(SqliteError::from)?;
         let written_back = self.truncate_wal(writer);
-        let timeout = connection::wait_for_locks(&writer.get()?.connection, self.settings.busy_timeout);
+        let timeout = open::wait_for_locks(&writer.get()?.connection, self.settings.busy_timeout);
         timeout.map_err(SqliteError::from)?;
         written_back.map(drop)
     }
@@ -346,19 +346,19 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
     if settings.read_only {
         return Ok(None);
     }
-    let mut connection = connection::ready(path, Role::Writer, create, &opening)?;
+    let mut connection = open::ready(path, Role::Writer, create, &opening)?;
     if connection.is_readonly("main")? {
         return Err(Error::new(ErrorKind::ReadOnly, "the file cannot be written").into());
     }
     let migrated = migrate::migrate(&mut connection, Some(path), settings.open_timeout);
-    migrated.map_err(|error| connection::explain(error, path))?;
-    connection::wait_for_locks(&connection, settings.busy_timeout)?;
+    migrated.map_err(|error| open::explain(error, path))?;
+    open::wait_for_locks(&connection, settings.busy_timeout)?;
     Ok(Some(connection))
 }
 
 fn open_memory(settings: &Settings) -> error::Result<Connection> {
     let mut connection = Connection::open_in_memory()?;
-    connection::settle(&connection, Role::Writer, settings.durability)?;
+    open::settle(&connection, Role::Writer, settings.durability)?;
     migrate::migrate(&mut connection, None, settings.open_timeout)?;
     Ok(connection)
 }

@@ -8,7 +8,7 @@ use rusqlite::{Connection, Row};
 
 use crate::error::{Result, damaged};
 use crate::names::Names;
-use crate::rows::{Page, select_events};
+use crate::read::rows::{Page, select_events};
 
 /// What there is to know of an aggregate, as of one moment: one statement sees one state of the store.
 macro_rules! select_aggregate {

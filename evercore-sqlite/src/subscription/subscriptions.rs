@@ -7,7 +7,7 @@ use evercore_core::{
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
 
-use crate::commit::Head;
+use crate::commit::batch::Head;
 use crate::engine::SqliteEngine;
 use crate::error::{self, damaged};
 
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn no_query_sorts_or_looks_at_cursors_it_is_not_about() {
         let connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(include_str!("../migrations/V1__event_store.sql")).unwrap();
+        connection.execute_batch(include_str!("../../migrations/V1__event_store.sql")).unwrap();
         let plan = |sql: &str| {
             let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
             let count = statement.parameter_count();

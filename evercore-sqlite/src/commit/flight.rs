@@ -6,14 +6,14 @@
 use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use rusqlite::Connection;
 
-use crate::commit::Writer;
+use crate::commit::batch::Writer;
+use crate::commit::own_sql::OwnSql;
+use crate::commit::queue::Job;
+use crate::connection::transaction::{self, Failure};
 use crate::error::{self, SqliteError, again, closed, outcome_unknown};
-use crate::inline;
 use crate::names::Registrar;
-use crate::own_sql::OwnSql;
-use crate::queue::Job;
 use crate::store::{Locked, Store};
-use crate::transaction::{self, Failure};
+use crate::subscription::inline;
 
 /// Flies with all jobs of the queue. `between` runs between two pages of what inline projections have to catch up with.
 pub(crate) fn lead(store: &Store, jobs: Vec<Job>, between: impl Fn()) {

@@ -9,11 +9,13 @@ use evercore_core::{BoxError, CursorId, Error, Event, PageLimit, Position, Resul
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::builder::Builder;
-use crate::commit::Head;
+use crate::commit::batch::Head;
+use crate::connection::guard;
 use crate::error::{self, damaged};
 use crate::names::Names;
+use crate::read::log;
 use crate::store::Store;
-use crate::{guard, log, subscriptions};
+use crate::subscription::subscriptions;
 
 /// How many events a handler is given at once.
 const PAGE: usize = 1_000;

@@ -12,7 +12,7 @@ use futures_channel::oneshot;
 use futures_lite::future;
 use futures_timer::Delay;
 
-use crate::pool::none_free;
+use crate::connection::pool::none_free;
 use crate::store::Store;
 
 type Read = Box<dyn FnOnce(&Store) + Send>;

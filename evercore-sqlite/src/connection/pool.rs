@@ -8,7 +8,7 @@ use evercore_core::{Error, ErrorKind};
 use rusqlite::Connection;
 
 use crate::builder::Settings;
-use crate::connection::{self, Role};
+use crate::connection::open::{self, Role};
 use crate::error::{Result, closed};
 
 /// The read connections of one store, shared by all calls.
@@ -104,7 +104,7 @@ impl Readers {
 
     fn open(&self) -> Result<Connection> {
         let role = if self.settings.immutable { Role::Archive } else { Role::Reader };
-        connection::ready(&self.path, role, false, &self.settings)
+        open::ready(&self.path, role, false, &self.settings)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use evercore_core::{BoxError, Error, Receipt, UnitOfWork};
 use rusqlite::Connection;
 
+use crate::connection::guard;
 use crate::engine::SqliteEngine;
-use crate::guard;
 
 impl SqliteEngine {
     /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 
+use crate::commit::flight;
+use crate::commit::own_sql::OwnSql;
 use crate::error::outcome_unknown;
-use crate::flight;
-use crate::own_sql::OwnSql;
 use crate::store::Store;
 
 /// How often to look for the commits of other processes, which ring no bell here.
@@ -271,7 +271,7 @@ mod tests {
             return;
         }
         let mut child = Command::new(std::env::current_exe().unwrap());
-        let name = "queue::tests::a_watch_that_gets_no_thread_leaves_the_commits_of_others_alone";
+        let name = "commit::queue::tests::a_watch_that_gets_no_thread_leaves_the_commits_of_others_alone";
         child.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(CHILD, "1");
         // No thread gets a stack of this size.
         let output = child.env("RUST_MIN_STACK", (1_u64 << 50).to_string()).output().unwrap();

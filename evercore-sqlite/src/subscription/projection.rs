@@ -6,12 +6,12 @@ use std::sync::Arc;
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Result, Sink, Step};
 use rusqlite::Connection;
 
+use crate::connection::guard::{self, Panic};
+use crate::connection::transaction::{self, Failure};
 use crate::engine::SqliteEngine;
 use crate::error::{self, SqliteError};
-use crate::guard::{self, Panic};
 use crate::store::Store;
-use crate::subscriptions;
-use crate::transaction::{self, Failure};
+use crate::subscription::subscriptions;
 
 type Handle = dyn Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync;
 

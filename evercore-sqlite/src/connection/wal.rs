@@ -13,8 +13,8 @@ use std::time::Duration;
 use evercore_core::Position;
 use rusqlite::Connection;
 
-use crate::commit::Head;
-use crate::connection::{self, Role};
+use crate::commit::batch::Head;
+use crate::connection::open::{self, Role};
 use crate::error::Result;
 
 const STORE: &str = "SELECT store_id, is_backup FROM store";
@@ -61,7 +61,7 @@ impl Alone {
     pub(crate) fn read(path: &Path) -> Self {
         // What cannot be read now is SQLite's to judge.
         let has_all_pages = has_all_pages(path).unwrap_or(true);
-        let Ok(file) = connection::open(path, Role::Archive, false, Duration::ZERO) else {
+        let Ok(file) = open::open(path, Role::Archive, false, Duration::ZERO) else {
             return Self { has_all_pages, ..Self::default() };
         };
         let store = file.query_row(STORE, [], |row| Ok((row.get(0)?, row.get(1)?)));

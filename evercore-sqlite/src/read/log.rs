@@ -5,10 +5,10 @@ use evercore_core::{
 };
 use rusqlite::{Connection, params_from_iter};
 
-use crate::commit::Head;
+use crate::commit::batch::Head;
 use crate::error::{Result, damaged};
 use crate::names::Names;
-use crate::rows::{Page, select_events};
+use crate::read::rows::{Page, select_events};
 
 const ALL_FORWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position");
 const ALL_BACKWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position DESC");
@@ -206,7 +206,7 @@ mod tests {
     /// What SQLite plans to do, step by step.
     fn plan(sql: &str) -> Vec<String> {
         let connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(include_str!("../migrations/V1__event_store.sql")).unwrap();
+        connection.execute_batch(include_str!("../../migrations/V1__event_store.sql")).unwrap();
         let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
         let count = statement.parameter_count();
         let rows = statement.query_map(params_from_iter(vec![1; count]), |row| row.get(3)).unwrap();
