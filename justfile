@@ -95,6 +95,10 @@ bench-postgres *args:
 bench-record:
     cargo bench --locked -p benches --bench recording
 
+# Copies the licences, docs/ and migrations/ into the crates whose packages need them; a test compares them.
+copies:
+    scripts/renew-copies
+
 # Run scratch/src/main.rs, a private playground that git ignores; made on first use.
 scratch *args:
     #!/usr/bin/env bash

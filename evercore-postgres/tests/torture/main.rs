@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
-/// The files that are the same on every engine say so.
+/// The shared files reach the engine by this name.
 use evercore_postgres as evercore;
 
 mod book;
@@ -15,16 +15,23 @@ mod drops;
 mod foreign;
 mod ground;
 mod hot;
-mod kit;
 mod live;
 mod load;
 mod log;
 mod processes;
-mod restart;
-mod runners;
 mod skew;
 mod stall;
-mod tally;
 mod tools;
-mod unfenced;
 mod writers;
+
+// Shared by the engines.
+#[path = "../../../evercore-testkit/torture/kit.rs"]
+mod kit;
+#[path = "../../../evercore-testkit/torture/restart.rs"]
+mod restart;
+#[path = "../../../evercore-testkit/torture/runners.rs"]
+mod runners;
+#[path = "../../../evercore-testkit/torture/tally.rs"]
+mod tally;
+#[path = "../../../evercore-testkit/torture/unfenced.rs"]
+mod unfenced;

@@ -5,13 +5,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
-/// The other files are the same on every engine.
+/// The shared files reach the engine by this name.
 use evercore_sqlite as evercore;
 
 mod ground;
 mod hot_products;
+
+// Shared by the engines.
+#[path = "../../../evercore-testkit/torture/kit.rs"]
 mod kit;
+#[path = "../../../evercore-testkit/torture/restart.rs"]
 mod restart;
+#[path = "../../../evercore-testkit/torture/runners.rs"]
 mod runners;
+#[path = "../../../evercore-testkit/torture/tally.rs"]
 mod tally;
+#[path = "../../../evercore-testkit/torture/unfenced.rs"]
 mod unfenced;

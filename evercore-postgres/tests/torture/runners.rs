@@ -1,1 +1,0 @@
-../../../evercore-sqlite/tests/torture/runners.rs
