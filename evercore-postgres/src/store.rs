@@ -110,7 +110,9 @@ impl Store {
         let identity = StoreId::of(&store_id);
         let _ = self.store_id.set((store_id, identity));
         self.names.reload(sender).await?;
-        self.watch.saw(self.sql.log.head(sender).await?);
+        let head = self.sql.log.head(sender).await?;
+        self.watch.saw(head);
+        self.written.ends_at(head);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use evercore_core::{
     NewAggregate, Receipt, Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
+use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use crate::commit::check::{Checked, Known, Questions};
@@ -136,6 +137,7 @@ pub(crate) async fn quickly(store: &Store, batches: &[&Batch], table: &NameTable
         Ok(rows) => match rows.first().map(|row| writing.receipts(row)) {
             Some(Ok(receipts)) => {
                 note(store, &writing, &receipts, table);
+                note_end(store, &writing, &rows[0]);
                 Flown::Done(in_place(batches.len(), receipts))
             }
             Some(Err(_)) => Flown::Unknown,
@@ -158,10 +160,17 @@ fn note(store: &Store, writing: &Writing<'_>, receipts: &[(usize, Receipt)], tab
     store.written.note(&receipts.collect::<Vec<_>>(), writing.witness(), table);
 }
 
+/// The next statement finds the row of `log_end` from here.
+fn note_end(store: &Store, writing: &Writing<'_>, row: &Row) {
+    if let Ok(log_end) = writing.log_end(row) {
+        store.written.ends_at(log_end);
+    }
+}
+
 /// What can be written without a look, if nobody was faster; `None` if something calls for one.
 fn optimistic<'a>(store: &Store, batches: &[&'a Batch], table: &NameTable) -> Result<Option<Writing<'a>>> {
     let mut flight = Flight::default();
-    let mut writing = Writing::with_names(table);
+    let mut writing = Writing::relying_on(table, store.written.log_end());
     for (index, batch) in batches.iter().enumerate() {
         if !flight.takes(batch, table, &mut writing) {
             return Ok(None);
@@ -281,6 +290,7 @@ async fn look_and_write(
         (Ok(rows), Ok(())) => match rows.first().map(|row| writing.receipts(row)) {
             Some(Ok(receipts)) => {
                 receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
+                note_end(store, &writing, &rows[0]);
                 fresh.into_iter().for_each(|fresh| drop(store.names.learn(fresh)));
                 Flown::Done(outcomes.into_iter().flatten().collect())
             }

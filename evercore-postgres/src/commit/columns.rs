@@ -21,8 +21,8 @@ use crate::names::stored;
 pub(crate) struct Writing<'a> {
     /// What the events are known by.
     mark: i64,
-    /// The names for whose mark the statement looks; `None`: whoever made this has looked under the lock.
-    names: Option<i64>,
+    /// For a statement that checks its conditions itself; `None` if they were checked under the lock.
+    known: Option<Known>,
     /// With the marks of the events that were read, where they are known.
     growths: (Vec<i64>, Vec<i32>, Vec<i64>, Vec<Option<i64>>),
     /// The event that stands for all aggregates that are not among these.
@@ -36,6 +36,15 @@ pub(crate) struct Writing<'a> {
     snapshots: HashMap<AggregateId, &'a Snapshot>,
     commands: CommandColumns<'a>,
     batches: Vec<(usize, &'a Batch, usize)>,
+}
+
+/// The state of the store that a statement relies on.
+#[derive(Debug)]
+struct Known {
+    /// The log ends here or later.
+    log_end: i64,
+    /// The mark of the type names.
+    names: i64,
 }
 
 #[derive(Debug, Default)]
@@ -131,9 +140,10 @@ impl<'a> Writing<'a> {
         Self { mark: Mark::random().get(), ..Self::default() }
     }
 
-    /// Of a flight whose statement looks for itself whether these are the names.
-    pub(crate) fn with_names(table: &NameTable) -> Self {
-        Self { names: Some(table.mark().get()), ..Self::new() }
+    /// Of a flight whose statement checks for itself that these are the names, and that the log ends here or later.
+    pub(crate) fn relying_on(table: &NameTable, log_end: Position) -> Self {
+        let known = Known { log_end: log_end.get(), names: table.mark().get() };
+        Self { known: Some(known), ..Self::new() }
     }
 
     /// Has the statement look for itself whether the aggregate is there, of this type and at this sequence.
@@ -286,7 +296,7 @@ impl<'a> Writing<'a> {
     pub(crate) fn form(&self) -> Form {
         let look = match self.growths.2[..] {
             _ if self.witness.is_some() => Look::Witnessed,
-            _ if self.names.is_none() => Look::Nothing,
+            _ if self.known.is_none() => Look::Nothing,
             [] => Look::Names,
             [0] => Look::OneMade,
             [_] => Look::OneGrown,
@@ -324,12 +334,21 @@ impl<'a> Writing<'a> {
 
     /// What each batch gets, by its index, from where the statement says that the log ended before it.
     pub(crate) fn receipts(&self, row: &Row) -> Result<Vec<(usize, Receipt)>> {
-        let before = Position::new(row.try_get(0)?).map_err(damaged)?;
+        let before = Self::log_end_before(row)?;
         let recorded_at = Timestamp::from_micros(row.try_get(1)?).map_err(damaged)?;
         let receipt = |(index, batch, place): &(usize, &Batch, usize)| {
             (*index, Receipt::of(batch, before.plus(*place), recorded_at).with_mark(Mark::new(self.mark)))
         };
         Ok(self.batches.iter().map(receipt).collect())
+    }
+
+    /// The end of the log after this was written, from the statement's row.
+    pub(crate) fn log_end(&self, row: &Row) -> Result<Position> {
+        Ok(Self::log_end_before(row)?.plus(self.events()))
+    }
+
+    fn log_end_before(row: &Row) -> Result<Position> {
+        Position::new(row.try_get(0)?).map_err(damaged)
     }
 }
 
@@ -368,7 +387,9 @@ impl Columns<'_> {
             Rows::None => values.push(&self.writing.mark),
             _ => values.push(&self.events),
         }
-        values.extend(self.writing.names.iter().map(|mark| mark as &(dyn ToSql + Sync)));
+        if let Some(known) = &self.writing.known {
+            values.extend([&known.log_end as &(dyn ToSql + Sync), &known.names]);
+        }
         if let Some((position, mark)) = &self.writing.witness {
             values.extend([position as &(dyn ToSql + Sync), mark]);
         }

@@ -5,6 +5,7 @@
 //! that finds it need not look at each aggregate.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use evercore_core::{AggregateId, Batch, Mark, NameTable, Position, Receipt, Sequence, Witness};
@@ -14,7 +15,11 @@ const MOST: usize = 1 << 16;
 
 /// Shared by all flights of an engine.
 #[derive(Debug, Default)]
-pub(crate) struct Written(Mutex<Book>);
+pub(crate) struct Written {
+    book: Mutex<Book>,
+    /// Where the log ended when this engine last wrote to it.
+    log_end: AtomicI64,
+}
 
 /// Up to where aggregates have been written, and the event that stands for it.
 #[derive(Debug, Default)]
@@ -35,7 +40,17 @@ pub(crate) struct Reached {
 
 impl Written {
     pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the log ended when this engine last wrote to it. It ends there or later, unless it has lost its tail.
+    pub(crate) fn log_end(&self) -> Position {
+        Position::new(self.log_end.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
+    /// Records the end of the log. A smaller one is taken too: then the log has lost its tail.
+    pub(crate) fn ends_at(&self, log_end: Position) {
+        self.log_end.store(log_end.get(), Ordering::Relaxed);
     }
 
     /// The witness may be gone, and with it what it stood for.

@@ -17,21 +17,10 @@ macro_rules! recorded_at {
     };
 }
 
-macro_rules! newest {
-    () => {
-        "
-    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)"
-    };
-}
-
-/// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
-/// (a dump, a report, a standby). So the row is found from the top of the index on its position, where the live version
-/// is; `>=` holds for it too if another commit has moved it while this one waited.
 const LOG_END: &str = concat!(
     "WITH log_end AS (
     UPDATE @log_end SET position = position + ?::bigint, recorded_at = ",
-    recorded_at!(),
-    newest!()
+    recorded_at!()
 );
 
 /// Without events the log ends where it did, and the row is only locked. A new version with the same position would have to
@@ -40,9 +29,19 @@ const SAME_END: &str = concat!(
     "WITH log_end AS (
     SELECT position, position AS before, ?::bigint AS mark, ",
     recorded_at!(),
-    " AS recorded_at FROM @log_end",
-    newest!()
+    " AS recorded_at FROM @log_end"
 );
+
+/// The table has one row. Each move leaves a dead version of it, which stays as long as somebody holds an older snapshot
+/// (a dump, a report, a standby). So the row is found by the index on its position, from the top, where the live version
+/// is. `>=` also holds if another commit has moved the row while this one waited for it.
+const AT_THE_TOP: &str = "
+    WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
+
+/// The same row, found from the end of the log that this engine has last seen: the versions below it are not visited, and
+/// there is no second search. If the log has lost its tail, no row is found, and nothing is written.
+const FROM_KNOWN_END: &str = "
+    WHERE position >= ?::bigint";
 
 const LOCKED: &str = " FOR UPDATE)";
 
@@ -230,9 +229,11 @@ impl Form {
         let one = [Type::INT8, Type::INT8, Type::INT4, Type::INT8, Type::BYTEA];
         let one = [&one[..], &[Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT]].concat();
         let has_look = !look(Look::Nothing);
-        let parts: [(bool, &str, &[Type]); 17] = [
+        let parts: [(bool, &str, &[Type]); 19] = [
             (!rows(Rows::None), LOG_END, &[Type::INT8]),
             (rows(Rows::None), SAME_END, &[Type::INT8]),
+            (!has_look, AT_THE_TOP, &[]),
+            (has_look, FROM_KNOWN_END, &[Type::INT8]),
             (has_look, IF_NAMES, &[Type::INT8]),
             (look(Look::Witnessed), IF_WITNESSED, &[Type::INT8, Type::INT8]),
             (look(Look::Many) || look(Look::Witnessed), IF_NONE_IS_STALE, &[N, I, N, N]),
