@@ -310,6 +310,18 @@ impl Batch {
         &self.key_changes
     }
 
+    /// The keys that the batch gives, each with the aggregate type within which it must be free; those of new aggregates
+    /// come first.
+    pub fn keys(&self) -> impl Iterator<Item = (&AggregateType, &Key)> {
+        let created = self.creates.iter().filter_map(|new| Some((&new.aggregate_type, new.key.as_ref()?)));
+        created.chain(self.key_changes.iter().map(|change| (&change.aggregate_type, &change.key)))
+    }
+
+    /// Whether the batch gives another key to this stored aggregate, so that its old key becomes free.
+    pub fn changes_key(&self, aggregate: AggregateId) -> bool {
+        self.key_change_of.contains_key(&aggregate)
+    }
+
     /// The events to add, in the order in which they go into the log; an aggregate may come several times, none is
     /// empty.
     pub fn appends(&self) -> &[Append] {
@@ -324,6 +336,12 @@ impl Batch {
     /// What is demanded of this aggregate, if the batch appends to it.
     pub fn growth_of(&self, aggregate: AggregateId) -> Option<&Growth> {
         self.growth_of.get(&aggregate).map(|index| &self.growths[*index])
+    }
+
+    /// The sequence of this aggregate after the batch, if the batch creates it or appends to it.
+    pub fn sequence_after(&self, aggregate: AggregateId) -> Option<Sequence> {
+        let appended = self.growth_of(aggregate).map(|growth| growth.last);
+        appended.or_else(|| self.created(aggregate).map(|_| Sequence::ZERO))
     }
 
     /// The aggregates that must not have changed.
@@ -454,9 +472,8 @@ impl Eq for Repeat {}
 impl Receipt {
     /// The receipt of a batch whose events follow `head`.
     pub fn of(batch: &Batch, head: Position, recorded_at: Timestamp) -> Self {
-        let made = batch.creates().iter().map(|created| {
-            (created.id, batch.growth_of(created.id).map_or(Sequence::ZERO, |growth| growth.last))
-        });
+        let made =
+            batch.creates().iter().map(|new| (new.id, batch.sequence_after(new.id).unwrap_or_default()));
         let grown = batch.growths().iter().filter(|growth| batch.created(growth.aggregate).is_none());
         let aggregates = made.chain(grown.map(|growth| (growth.aggregate, growth.last))).collect();
         let (first, last) = match batch.events() {

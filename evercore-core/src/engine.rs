@@ -58,6 +58,9 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
 
     /// Writes a batch.
     ///
+    /// [`Batch::check`] is the rule by which a batch is refused or written. An engine looks up what the rule asks for, and
+    /// keeps other commits out until the batch is written.
+    ///
     /// * all of it is written, or nothing of it, and a large unit is seen whole or not at all;
     /// * what a failed unit wanted is free: its keys, its ids and its command id;
     /// * without a command id, a unit that is sent twice may land twice: this is the limit of the promise;
@@ -71,6 +74,8 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     ///   holder is free;
     /// * an aggregate that does not exist is `NotFound`, whether appended to, guarded, renamed or given a snapshot; one
     ///   of another type is `WrongType`; an aggregate to be made whose id is in use is `Invalid`;
+    /// * of several faults the first is told, in the order of [`Batch::check`]: command id, appends, guards, snapshots, changed
+    ///   keys, taken keys, ids in use;
     /// * the command id is looked at before everything else, and one that is known is answered as
     ///   [`KnownCommand::answer`] says: the first receipt comes back and nothing is written, unless both fingerprints say
     ///   something in the same half and it differs: then it is `CommandReused`; settled as never committed, `CommandAbandoned`;

@@ -194,6 +194,11 @@ impl Error {
         Self::new(ErrorKind::KeyTaken { aggregate_type }, message)
     }
 
+    /// A batch creates an aggregate with an id that another aggregate has.
+    pub fn id_in_use(aggregate: AggregateId) -> Self {
+        Self::invalid(format!("aggregate {aggregate} exists already"))
+    }
+
     /// There is no aggregate with that id.
     pub fn not_found(aggregate: AggregateId) -> Self {
         Self::new(ErrorKind::NotFound, format!("there is no aggregate {aggregate}"))

@@ -5,6 +5,7 @@
 mod aggregate;
 mod ahead;
 mod batch;
+mod check;
 mod command;
 mod context;
 mod decision;
@@ -43,6 +44,7 @@ mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
 pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use check::{Checked, Lookup, StoredAggregate};
 pub use command::{Command, KnownCommand};
 pub use context::EventContext;
 pub use decision::Decision;

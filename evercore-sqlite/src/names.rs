@@ -148,13 +148,15 @@ impl<'a> Registrar<'a> {
         Ok(found)
     }
 
-    pub(crate) fn name_of(&self, id: u32) -> Result<AggregateType> {
+    pub(crate) fn name_of(&mut self, id: u32) -> Result<AggregateType> {
         if let Some(name) = self.known.aggregate_type(id).or_else(|| self.fresh.aggregate_type(id)) {
             return Ok(name.clone());
         }
         let mut statement = self.connection.prepare_cached(AGGREGATE_TYPE_BY_ID)?;
         let name: String = statement.query_row([id], |row| row.get(0))?;
-        AggregateType::new(name).map_err(damaged)
+        let name = AggregateType::new(name).map_err(damaged)?;
+        self.fresh.set_aggregate_type(checked(i64::from(id))?, &name);
+        Ok(name)
     }
 
     pub(crate) fn aggregate_type(&mut self, name: &AggregateType) -> Result<u32> {

@@ -8,14 +8,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable,
+    AggregateId, Batch, Checked, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable,
     NewAggregate, Receipt, Result as CoreResult, Sequence, Timestamp,
 };
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-use crate::commit::check::{Checked, Known, Questions};
+use crate::commit::check::{Answers, Known, Questions};
 use crate::commit::columns::Writing;
 use crate::commit::statement::WriteSql;
 use crate::connection::pool::Lent;
@@ -175,8 +175,9 @@ fn optimistic<'a>(store: &Store, batches: &[&'a Batch], table: &NameTable) -> Re
         if !flight.takes(batch, table, &mut writing) {
             return Ok(None);
         }
-        let limit = |id| batch.growth_of(id).map_or(Sequence::ZERO, |growth| growth.last);
-        match writing.add(index, batch, table, limit) {
+        // The flight takes only snapshots of aggregates that the batch creates or appends to.
+        let snapshots = batch.snapshots_to_keep(|_| Ok::<_, Error>(Sequence::ZERO))?;
+        match writing.add(index, batch, table, snapshots) {
             // A new name is registered under the lock, together with what bears it.
             Err(PostgresError::UnknownName(_)) => return Ok(None),
             added => added?,
@@ -373,46 +374,48 @@ pub(crate) async fn sort_out<'a>(
 ) -> Result<Sorted<'a>> {
     let unknown = names::unknown(table, batches.iter().copied());
     if unknown.is_empty() {
-        let outcomes = check_all(batches, known.clone(), table);
-        let writing = write_rest(batches, &outcomes, known, table)?;
-        return Ok(Sorted { outcomes, writing, fresh: None });
+        return write_rest(batches, check_all(batches, known, table), table);
     }
     let mut fresh = store.names.lock(sender).await?;
-    let outcomes = check_all(batches, known.clone(), &names::suppose(&fresh, &unknown));
-    let rest = batches.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_none());
+    let checked = check_all(batches, known, &names::suppose(&fresh, &unknown));
+    let rest =
+        batches.iter().zip(&checked).filter(|(_, checked)| matches!(checked, Ok(Checked::Write { .. })));
     let needed = names::unknown(&fresh, rest.map(|(batch, _)| *batch));
     store.names.insert(sender, &mut fresh, &needed).await?;
-    let writing = write_rest(batches, &outcomes, known, &fresh)?;
-    Ok(Sorted { outcomes, writing, fresh: Some(fresh) })
+    let sorted = write_rest(batches, checked, &fresh)?;
+    Ok(Sorted { fresh: Some(fresh), ..sorted })
 }
 
-fn check_all(batches: &[&Batch], mut known: Known, table: &NameTable) -> Vec<Option<CoreResult<Receipt>>> {
-    let mut outcomes = Vec::with_capacity(batches.len());
+/// Checks each batch as the batches before it leave the store.
+fn check_all<'a>(batches: &[&'a Batch], mut known: Known, table: &NameTable) -> Vec<CoreResult<Checked<'a>>> {
+    let mut all = Vec::with_capacity(batches.len());
     for batch in batches {
-        outcomes.push(match known.check(batch, table) {
-            Ok(Checked::Done(receipt)) => Some(Ok(receipt)),
-            Err(refused) => Some(Err(refused)),
-            Ok(Checked::Write) => {
-                known.apply(batch, table);
-                None
-            }
-        });
+        let checked = batch.check(&mut Answers { known: &known, table });
+        if matches!(checked, Ok(Checked::Write { .. })) {
+            known.apply(batch, table);
+        }
+        all.push(checked);
     }
-    outcomes
+    all
 }
 
 fn write_rest<'a>(
     batches: &[&'a Batch],
-    outcomes: &[Option<CoreResult<Receipt>>],
-    mut known: Known,
+    checked: Vec<CoreResult<Checked<'a>>>,
     table: &NameTable,
-) -> Result<Writing<'a>> {
-    let mut writing = Writing::new();
-    for (index, batch) in batches.iter().enumerate().filter(|(index, _)| outcomes[*index].is_none()) {
-        writing.add(index, batch, table, |id| known.sequence_after(batch, id))?;
-        known.apply(batch, table);
+) -> Result<Sorted<'a>> {
+    let (mut outcomes, mut writing) = (Vec::with_capacity(batches.len()), Writing::new());
+    for ((index, batch), checked) in batches.iter().enumerate().zip(checked) {
+        outcomes.push(match checked {
+            Ok(Checked::Done(receipt)) => Some(Ok(receipt)),
+            Err(refused) => Some(Err(refused)),
+            Ok(Checked::Write { snapshots }) => {
+                writing.add(index, batch, table, snapshots)?;
+                None
+            }
+        });
     }
-    Ok(writing)
+    Ok(Sorted { outcomes, writing, fresh: None })
 }
 
 /// Writes what [`sort_out`] has left, within a transaction that is open and holds the lock.

@@ -1,11 +1,10 @@
-//! What the store knows of the aggregates, keys and commands that a flight touches, read under the lock; and every
-//! reason to refuse a batch.
+//! What the store knows of the aggregates, keys and commands that a flight touches, read under the lock.
 
 use std::collections::{HashMap, HashSet};
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, Mark, NameTable, Receipt,
-    Result as CoreResult, Sequence,
+    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, Lookup, Mark, NameTable,
+    Result as CoreResult, Sequence, StoredAggregate,
 };
 use tokio_postgres::Row;
 
@@ -48,7 +47,7 @@ impl Questions {
             aggregates.extend(batch.guards().iter().map(|guard| guard.aggregate.get()));
             aggregates.extend(batch.snapshots().iter().map(|(id, _)| id.get()));
             aggregates.extend(batch.key_changes().iter().map(|change| change.aggregate.get()));
-            for (aggregate_type, key) in keys_of(batch) {
+            for (aggregate_type, key) in batch.keys() {
                 let Some(number) = table.aggregate_type_number(aggregate_type) else { continue };
                 questions.key_types.push(stored(number));
                 questions.keys.push(key.as_str().to_owned());
@@ -58,21 +57,6 @@ impl Questions {
         questions.aggregates = aggregates.into_iter().collect();
         questions
     }
-}
-
-/// The keys that a batch gives.
-fn keys_of(batch: &Batch) -> impl Iterator<Item = (&AggregateType, &Key)> {
-    let made = batch.creates().iter().filter_map(|made| Some((&made.aggregate_type, made.key.as_ref()?)));
-    made.chain(batch.key_changes().iter().map(|change| (&change.aggregate_type, &change.key)))
-}
-
-/// What the checks say of a batch that they do not refuse.
-#[derive(Debug)]
-pub(crate) enum Checked {
-    /// It was written before.
-    Done(Receipt),
-    /// It may be written.
-    Write,
 }
 
 impl Known {
@@ -109,73 +93,6 @@ impl Known {
         self.aggregates.values().any(|aggregate| table.aggregate_type(aggregate.type_number).is_none())
     }
 
-    pub(crate) fn command(&self, id: &CommandId) -> Option<&KnownCommand> {
-        self.commands.get(id.as_str())
-    }
-
-    /// Every reason to refuse the batch. The command id goes before everything else: what it did, it did, whatever has
-    /// happened since.
-    pub(crate) fn check(&self, batch: &Batch, table: &NameTable) -> CoreResult<Checked> {
-        if let Some(command) = batch.command_id().and_then(|id| self.command(id)) {
-            return command.answer(batch).map(Checked::Done);
-        }
-        for growth in batch.growths() {
-            let found = self.find(batch, growth.aggregate, table)?;
-            check_type(growth.aggregate, &growth.aggregate_type, &found, table)?;
-            check_sequence(growth.aggregate, growth.expected, found.sequence)?;
-            batch.check_read(growth.aggregate, found.sequence, found.mark)?;
-            // Beyond the largest number there is no sequence: nobody can be there, so it is a conflict too.
-            if growth.last == Sequence::MAX {
-                return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence));
-            }
-        }
-        for guard in batch.guards() {
-            let found = self.find(batch, guard.aggregate, table)?;
-            check_sequence(guard.aggregate, guard.expected, found.sequence)?;
-            batch.check_read(guard.aggregate, found.sequence, found.mark)?;
-        }
-        for (id, _) in batch.snapshots() {
-            self.find(batch, *id, table)?;
-        }
-        self.check_keys(batch, table)?;
-        match batch.creates().iter().find(|made| self.aggregates.contains_key(&made.id.get())) {
-            Some(made) => Err(Error::invalid(format!("aggregate {} exists already", made.id))),
-            None => Ok(Checked::Write),
-        }
-    }
-
-    /// A key is free if nobody holds it, or if its holder gets another in the same batch.
-    fn check_keys(&self, batch: &Batch, table: &NameTable) -> CoreResult<()> {
-        let moving: HashSet<i64> = batch.key_changes().iter().map(|change| change.aggregate.get()).collect();
-        for (aggregate_type, key) in keys_of(batch) {
-            let Some(number) = table.aggregate_type_number(aggregate_type) else { continue };
-            let holder = self.holders.get(&(number, key.as_str().to_owned()));
-            if holder.is_some_and(|holder| !moving.contains(holder)) {
-                return Err(Error::key_taken(aggregate_type.clone()));
-            }
-        }
-        for change in batch.key_changes() {
-            let found = self.find(batch, change.aggregate, table)?;
-            check_type(change.aggregate, &change.aggregate_type, &found, table)?;
-        }
-        Ok(())
-    }
-
-    /// An aggregate that exists, or that the batch makes.
-    fn find(&self, batch: &Batch, id: AggregateId, table: &NameTable) -> CoreResult<Aggregate> {
-        if let Some(made) = batch.created(id) {
-            let type_number = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
-            return Ok(Aggregate { type_number, sequence: Sequence::ZERO, mark: None, key: None });
-        }
-        self.aggregates.get(&id.get()).cloned().ok_or_else(|| Error::not_found(id))
-    }
-
-    /// Where an aggregate will be after the batch: what a snapshot must not be ahead of.
-    pub(crate) fn sequence_after(&self, batch: &Batch, id: AggregateId) -> Sequence {
-        let stored = || self.aggregates.get(&id.get()).map_or(Sequence::ZERO, |found| found.sequence);
-        batch.growth_of(id).map_or_else(stored, |growth| growth.last)
-    }
-
     /// Does to what is known what the batch will do to the store; a command id comes once in a flight.
     pub(crate) fn apply(&mut self, batch: &Batch, table: &NameTable) {
         for change in batch.key_changes() {
@@ -204,20 +121,29 @@ impl Known {
     }
 }
 
-fn check_type(
-    id: AggregateId,
-    expected: &AggregateType,
-    found: &Aggregate,
-    table: &NameTable,
-) -> CoreResult<()> {
-    if table.aggregate_type_number(expected) == Some(found.type_number) {
-        return Ok(());
-    }
-    let actual = table.aggregate_type(found.type_number).cloned();
-    let actual = actual.ok_or_else(|| Error::from(damaged("an aggregate has an unknown type")))?;
-    Err(Error::wrong_type(id, expected.clone(), actual))
+/// What is known, with the names under which it was read.
+pub(crate) struct Answers<'a> {
+    pub(crate) known: &'a Known,
+    pub(crate) table: &'a NameTable,
 }
 
-fn check_sequence(id: AggregateId, expected: Sequence, actual: Sequence) -> CoreResult<()> {
-    if actual == expected { Ok(()) } else { Err(Error::conflict(id, expected, actual)) }
+impl Lookup for Answers<'_> {
+    type Error = Error;
+
+    fn command(&mut self, id: &CommandId) -> CoreResult<Option<KnownCommand>> {
+        Ok(self.known.commands.get(id.as_str()).cloned())
+    }
+
+    fn aggregate(&mut self, id: AggregateId) -> CoreResult<Option<StoredAggregate>> {
+        let Some(found) = self.known.aggregates.get(&id.get()) else { return Ok(None) };
+        let aggregate_type = self.table.aggregate_type(found.type_number).cloned();
+        let aggregate_type = aggregate_type.ok_or_else(|| damaged("an aggregate has an unknown type"))?;
+        Ok(Some(StoredAggregate { aggregate_type, sequence: found.sequence, mark: found.mark }))
+    }
+
+    fn holder(&mut self, aggregate_type: &AggregateType, key: &Key) -> CoreResult<Option<AggregateId>> {
+        let Some(number) = self.table.aggregate_type_number(aggregate_type) else { return Ok(None) };
+        let holder = self.known.holders.get(&(number, key.as_str().to_owned()));
+        Ok(holder.copied().map(AggregateId::new).transpose().map_err(damaged)?)
+    }
 }

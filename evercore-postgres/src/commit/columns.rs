@@ -5,8 +5,8 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, Growth, Key, Mark, Metadata, NameTable, Position, Receipt, Sequence, Snapshot,
-    Timestamp, Witness,
+    AggregateId, Batch, Growth, Key, Mark, Metadata, NameTable, Position, Receipt, Snapshot, Timestamp,
+    Witness,
 };
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -201,14 +201,14 @@ impl<'a> Writing<'a> {
         self.batches.iter().map(|(_, batch, _)| *batch)
     }
 
-    /// Adds a batch, behind those that are in it. `limit` gives the sequence that a snapshot must not be ahead of.
+    /// Adds a batch, behind those that are in it, with those of its snapshots that may be stored.
     /// `UnknownName` if a name is not in `table`; what was added by then is of no use.
     pub(crate) fn add(
         &mut self,
         index: usize,
         batch: &'a Batch,
         table: &NameTable,
-        limit: impl Fn(AggregateId) -> Sequence,
+        snapshots: Vec<(AggregateId, &'a Snapshot)>,
     ) -> Result<()> {
         let place = self.events.aggregates.len();
         for made in batch.creates() {
@@ -226,11 +226,7 @@ impl<'a> Writing<'a> {
             }
         }
         self.add_events(batch, table)?;
-        for (id, snapshot) in batch.snapshots() {
-            if snapshot.sequence <= limit(*id) {
-                self.keep(*id, snapshot);
-            }
-        }
+        snapshots.into_iter().for_each(|(id, snapshot)| self.keep(id, snapshot));
         self.note(batch, place);
         self.batches.push((index, batch, place));
         Ok(())
@@ -263,8 +259,7 @@ impl<'a> Writing<'a> {
         match self.snapshots.entry(id) {
             Entry::Vacant(place) => drop(place.insert(snapshot)),
             Entry::Occupied(mut place) => {
-                let known = place.get();
-                if snapshot.sequence >= known.sequence || snapshot.version != known.version {
+                if snapshot.replaces(place.get()) {
                     place.insert(snapshot);
                 }
             }

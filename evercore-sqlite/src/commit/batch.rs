@@ -3,12 +3,11 @@
 //! A batch that fails a check has written nothing, so the batches that share its transaction go on without a
 //! savepoint. A write that fails after the checks is not foreseen: it ends the whole transaction.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KeyChange, KnownCommand, Mark, Metadata,
-    NewEvent, Position, Receipt, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, Batch, Checked, CommandId, Error, Key, KeyChange, KnownCommand, Lookup, Mark,
+    Metadata, NewEvent, Position, Receipt, Sequence, Snapshot, StoredAggregate, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 
@@ -136,8 +135,8 @@ impl<'a> Writer<'a> {
     /// The inner result is the batch's own, and an error there has written nothing; the outer one is the
     /// transaction's, which must then be rolled back.
     pub(crate) fn batch(&mut self, batch: &Batch) -> Result<Result<Receipt, Error>> {
-        match self.check(batch) {
-            Ok(Checked::Write(limits)) => self.write(batch, &limits).map(Ok),
+        match batch.check(self) {
+            Ok(Checked::Write { snapshots }) => self.write(batch, &snapshots).map(Ok),
             Ok(Checked::Done(receipt)) => Ok(Ok(receipt)),
             Err(SqliteError::Core(refused)) => Ok(Err(refused)),
             Err(failed) => Err(failed),
@@ -151,103 +150,17 @@ impl<'a> Writer<'a> {
         sql: impl FnOnce(&Connection) -> Result<()>,
         batch: &Batch,
     ) -> Result<Receipt> {
-        if let Some(first) = self.known_command(batch)? {
-            return Ok(first);
+        if let Some(id) = batch.command_id()
+            && let Some(known) = command(self.connection, id)?
+        {
+            return Ok(known.answer(batch)?);
         }
         sql(self.connection)?;
         self.head = Head::now(self.connection)?; // the SQL took its time
         Ok(self.batch(batch)??)
     }
 
-    /// The command id goes before everything else: what it did, it did, whatever has happened since.
-    fn known_command(&self, batch: &Batch) -> Result<Option<Receipt>> {
-        let Some(id) = batch.command_id() else { return Ok(None) };
-        let known = command(self.connection, id)?;
-        Ok(known.map(|known| known.answer(batch)).transpose()?)
-    }
-
-    /// Every reason to refuse the batch. What comes back is where each aggregate with a snapshot will be.
-    fn check(&mut self, batch: &Batch) -> Result<Checked> {
-        if let Some(receipt) = self.known_command(batch)? {
-            return Ok(Checked::Done(receipt));
-        }
-        for growth in batch.growths() {
-            let found = self.find(batch, growth.aggregate)?;
-            self.check_type(growth.aggregate, &growth.aggregate_type, &found)?;
-            check_sequence(growth.aggregate, growth.expected, found.sequence)?;
-            batch.check_read(growth.aggregate, found.sequence, Some(Mark::ALWAYS))?;
-            // Beyond the largest number there is no sequence: nobody can be there, so it is a conflict too.
-            if growth.last == Sequence::MAX {
-                return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence).into());
-            }
-        }
-        for guard in batch.guards() {
-            let found = self.find(batch, guard.aggregate)?.sequence;
-            check_sequence(guard.aggregate, guard.expected, found)?;
-            batch.check_read(guard.aggregate, found, Some(Mark::ALWAYS))?;
-        }
-        let limits =
-            batch.snapshots().iter().map(|(id, _)| self.sequence_after(batch, *id)).collect::<Result<_>>()?;
-        self.check_keys(batch)?;
-        Ok(Checked::Write(limits))
-    }
-
-    fn sequence_after(&self, batch: &Batch, id: AggregateId) -> Result<Sequence> {
-        match batch.growth_of(id) {
-            Some(growth) => Ok(growth.last),
-            None => Ok(self.find(batch, id)?.sequence),
-        }
-    }
-
-    /// A key is free if nobody holds it, or if its holder gets another in the same batch.
-    fn check_keys(&mut self, batch: &Batch) -> Result<()> {
-        let moving: HashSet<i64> = batch.key_changes().iter().map(|change| change.aggregate.get()).collect();
-        let made = batch.creates().iter().filter_map(|made| Some((&made.aggregate_type, made.key.as_ref()?)));
-        let changed = batch.key_changes().iter().map(|change| (&change.aggregate_type, &change.key));
-        for (aggregate_type, key) in made.chain(changed) {
-            let Some(type_id) = self.names.find(aggregate_type)? else { continue };
-            if self.holder(type_id, key)?.is_some_and(|holder| !moving.contains(&holder)) {
-                return Err(Error::key_taken(aggregate_type.clone()).into());
-            }
-        }
-        for change in batch.key_changes() {
-            let found = self.find(batch, change.aggregate)?;
-            self.check_type(change.aggregate, &change.aggregate_type, &found)?;
-        }
-        Ok(())
-    }
-
-    fn holder(&self, type_id: u32, key: &Key) -> Result<Option<i64>> {
-        let mut statement = self.connection.prepare_cached(HOLDER)?;
-        Ok(statement.query_row((type_id, key.as_str()), |row| row.get(0)).optional()?)
-    }
-
-    /// An aggregate that exists, or that the batch makes.
-    fn find<'b>(&self, batch: &'b Batch, id: AggregateId) -> Result<Found<'b>> {
-        if let Some(made) = batch.created(id) {
-            return Ok(Found {
-                aggregate_type: TypeOf::Made(&made.aggregate_type),
-                sequence: Sequence::ZERO,
-            });
-        }
-        let mut statement = self.connection.prepare_cached(AGGREGATE)?;
-        let row = statement.query_row([id.get()], |row| Ok((row.get(0)?, row.get::<_, Option<i64>>(1)?)));
-        let (type_id, sequence) = row.optional()?.ok_or_else(|| Error::not_found(id))?;
-        let sequence = Sequence::new(sequence.unwrap_or(0)).map_err(damaged)?;
-        Ok(Found { aggregate_type: TypeOf::Stored(type_id), sequence })
-    }
-
-    fn check_type(&mut self, id: AggregateId, expected: &AggregateType, found: &Found<'_>) -> Result<()> {
-        let actual = match found.aggregate_type {
-            TypeOf::Made(actual) if actual == expected => return Ok(()),
-            TypeOf::Made(actual) => actual.clone(),
-            TypeOf::Stored(type_id) if self.names.find(expected)? == Some(type_id) => return Ok(()),
-            TypeOf::Stored(type_id) => self.names.name_of(type_id)?,
-        };
-        Err(Error::wrong_type(id, expected.clone(), actual).into())
-    }
-
-    fn write(&mut self, batch: &Batch, snapshot_limits: &[Sequence]) -> Result<Receipt> {
+    fn write(&mut self, batch: &Batch, snapshots: &[(AggregateId, &Snapshot)]) -> Result<Receipt> {
         // Keys that change are freed first, all of them: two aggregates may swap theirs.
         self.set_keys(batch.key_changes(), |_| None)?;
         for made in batch.creates() {
@@ -260,9 +173,7 @@ impl<'a> Writer<'a> {
         self.set_keys(batch.key_changes(), |change| Some(&change.key))?;
         let receipt = Receipt::of(batch, self.head.position, self.head.recorded_at);
         self.write_events(batch)?;
-        for ((id, snapshot), limit) in batch.snapshots().iter().zip(snapshot_limits) {
-            self.keep_snapshot(*id, snapshot, *limit)?;
-        }
+        self.keep_snapshots(snapshots)?;
         if let Some(id) = batch.command_id() {
             let recorded_at = receipt.recorded_at.as_micros();
             let row = (id.as_str(), batch.fingerprint(), receipt.to_string(), recorded_at);
@@ -298,14 +209,45 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// A snapshot from the future of its aggregate is not kept: it would change the answer.
-    fn keep_snapshot(&self, id: AggregateId, snapshot: &Snapshot, limit: Sequence) -> Result<()> {
-        if snapshot.sequence <= limit {
+    fn keep_snapshots(&self, snapshots: &[(AggregateId, &Snapshot)]) -> Result<()> {
+        for (id, snapshot) in snapshots {
             let state = snapshot.state.as_bytes();
             let row = (id.get(), snapshot.sequence.get(), snapshot.version, state);
             self.connection.prepare_cached(KEEP_SNAPSHOT)?.execute(row)?;
         }
         Ok(())
+    }
+}
+
+/// Each look is a query in the open transaction.
+impl Lookup for Writer<'_> {
+    type Error = SqliteError;
+
+    fn command(&mut self, id: &CommandId) -> Result<Option<KnownCommand>> {
+        command(self.connection, id)
+    }
+
+    fn aggregate(&mut self, id: AggregateId) -> Result<Option<StoredAggregate>> {
+        let mut statement = self.connection.prepare_cached(AGGREGATE)?;
+        let row = statement.query_row([id.get()], |row| Ok((row.get(0)?, row.get::<_, Option<i64>>(1)?)));
+        let Some((type_id, sequence)) = row.optional()? else { return Ok(None) };
+        Ok(Some(StoredAggregate {
+            aggregate_type: self.names.name_of(type_id)?,
+            sequence: Sequence::new(sequence.unwrap_or(0)).map_err(damaged)?,
+            mark: Some(Mark::ALWAYS),
+        }))
+    }
+
+    fn holder(&mut self, aggregate_type: &AggregateType, key: &Key) -> Result<Option<AggregateId>> {
+        let Some(type_id) = self.names.find(aggregate_type)? else { return Ok(None) };
+        let mut statement = self.connection.prepare_cached(HOLDER)?;
+        let id = statement.query_row((type_id, key.as_str()), |row| row.get(0)).optional()?;
+        id.map(AggregateId::new).transpose().map_err(damaged)
+    }
+
+    /// The primary key finds an id that is in use, without a look before.
+    fn exists(&mut self, _: AggregateId) -> Result<bool> {
+        Ok(false)
     }
 }
 
@@ -332,39 +274,12 @@ fn insert_event(
     Ok(())
 }
 
-fn check_sequence(id: AggregateId, expected: Sequence, actual: Sequence) -> Result<()> {
-    if actual == expected { Ok(()) } else { Err(Error::conflict(id, expected, actual).into()) }
-}
-
 /// Ids are reserved, so one that exists is a mistake of the caller's; the primary key finds it without a look before.
 fn created_twice(id: AggregateId, error: rusqlite::Error) -> SqliteError {
     match error.sqlite_extended_error_code() {
-        Some(ffi::SQLITE_CONSTRAINT_PRIMARYKEY | ffi::SQLITE_CONSTRAINT_ROWID) => {
-            Error::invalid(format!("aggregate {id} exists already")).into()
-        }
+        Some(ffi::SQLITE_CONSTRAINT_PRIMARYKEY | ffi::SQLITE_CONSTRAINT_ROWID) => Error::id_in_use(id).into(),
         _ => error.into(),
     }
-}
-
-/// What the checks say of a batch that they do not refuse.
-enum Checked {
-    /// It was written before.
-    Done(Receipt),
-    /// It may be written; the sequences are those that its snapshots must not be ahead of.
-    Write(Vec<Sequence>),
-}
-
-/// An aggregate that a batch refers to.
-struct Found<'a> {
-    aggregate_type: TypeOf<'a>,
-    sequence: Sequence,
-}
-
-enum TypeOf<'a> {
-    /// Made by the batch itself.
-    Made(&'a AggregateType),
-    /// In the store before it.
-    Stored(u32),
 }
 
 /// Headers as JSON; events of one unit share their metadata, so the text is made once for all in a row.

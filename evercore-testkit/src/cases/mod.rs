@@ -8,6 +8,7 @@ mod appends;
 mod closing;
 mod commands;
 mod cursors;
+mod faults;
 mod keys;
 mod log;
 mod log_reader;
@@ -154,6 +155,17 @@ cases! {
         what_is_acknowledged_is_there_after_reopening [Reopen],
         what_a_failed_unit_wanted_is_free,
         no_poll_of_a_large_commit_takes_half_its_time [OffThread],
+    }
+    faults {
+        a_settled_command_goes_before_a_stale_append,
+        a_wrong_type_goes_before_a_wrong_sequence,
+        the_first_append_goes_before_the_next,
+        a_stale_append_goes_before_a_guard_on_nothing,
+        a_stale_guard_goes_before_a_snapshot_of_nothing,
+        a_snapshot_of_nothing_goes_before_a_key_of_another_type,
+        a_key_of_another_type_goes_before_a_taken_key,
+        a_taken_key_goes_before_an_id_in_use,
+        a_stale_append_or_guard_goes_before_an_id_in_use,
     }
     unit_of_work {
         nothing_is_visible_before_the_commit,

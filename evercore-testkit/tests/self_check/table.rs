@@ -44,6 +44,10 @@ pub(crate) const TABLE: &[Row] = &[
             "unit_of_work::write_skew_is_prevented_by_guards",
             "values::nothing_shows_a_key_or_a_payload",
             "appends::an_append_or_a_guard_that_read_another_event_is_a_conflict",
+            "faults::a_stale_append_goes_before_a_guard_on_nothing",
+            "faults::a_stale_append_or_guard_goes_before_an_id_in_use",
+            "faults::a_stale_guard_goes_before_a_snapshot_of_nothing",
+            "faults::the_first_append_goes_before_the_next",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -123,6 +127,8 @@ pub(crate) const TABLE: &[Row] = &[
             "unit_of_work::every_guard_is_checked",
             "subscriptions::partitions_share_the_work_and_keep_each_aggregates_order",
             "appends::an_append_or_a_guard_that_read_another_event_is_a_conflict",
+            "faults::a_stale_append_or_guard_goes_before_an_id_in_use",
+            "faults::a_stale_guard_goes_before_a_snapshot_of_nothing",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -162,6 +168,7 @@ pub(crate) const TABLE: &[Row] = &[
             "commands::an_update_that_creates_takes_effect_once",
             "commands::old_commands_are_forgotten_and_young_ones_kept",
             "commands::thousands_of_commands_are_forgotten",
+            "faults::a_settled_command_goes_before_a_stale_append",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -203,6 +210,7 @@ pub(crate) const TABLE: &[Row] = &[
             "random::a_random_walk_agrees_with_a_model",
             "commands::a_receipt_keeps_the_order_of_its_unit",
             "values::each_event_of_a_unit_keeps_its_own_metadata",
+            "faults::the_first_append_goes_before_the_next",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -220,6 +228,7 @@ pub(crate) const TABLE: &[Row] = &[
             "storage::all_of_a_store_is_there_after_reopening",
             "storage::what_is_acknowledged_is_there_after_a_crash",
             "commands::old_commands_are_forgotten_and_young_ones_kept",
+            "faults::a_settled_command_goes_before_a_stale_append",
         ],
         &[
             "random::a_random_walk_agrees_with_a_model",
@@ -238,6 +247,7 @@ pub(crate) const TABLE: &[Row] = &[
             "storage::all_of_a_store_is_there_after_reopening",
             "values::nothing_shows_a_key_or_a_payload",
             "unit_of_work::a_lost_race_to_create_is_a_conflict_whatever_else_the_unit_renames",
+            "faults::a_taken_key_goes_before_an_id_in_use",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -252,6 +262,7 @@ pub(crate) const TABLE: &[Row] = &[
             "commands::the_command_id_is_looked_at_before_everything_else",
             "keys::a_changed_key_finds_and_the_old_one_is_free",
             "keys::a_key_that_the_same_batch_takes_from_its_holder_is_free",
+            "faults::a_key_of_another_type_goes_before_a_taken_key",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -282,6 +293,7 @@ pub(crate) const TABLE: &[Row] = &[
             "storage::all_of_a_store_is_there_after_reopening",
             "unit_of_work::every_guard_is_checked",
             "unit_of_work::a_lost_race_to_create_is_a_conflict_whatever_else_the_unit_renames",
+            "faults::a_key_of_another_type_goes_before_a_taken_key",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -307,6 +319,7 @@ pub(crate) const TABLE: &[Row] = &[
             "snapshots::one_that_does_not_decode_is_ignored_and_counted",
             "snapshots::snapshots_survive_reopening",
             "snapshots::the_largest_version_is_kept",
+            "faults::a_snapshot_of_nothing_goes_before_a_key_of_another_type",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -641,6 +654,11 @@ pub(crate) const TABLE: &[Row] = &[
             "unit_of_work::a_stale_guard_is_a_conflict_and_writes_nothing",
             "unit_of_work::every_guard_is_checked",
             "values::hard_texts_come_back_in_every_field",
+            "faults::a_key_of_another_type_goes_before_a_taken_key",
+            "faults::a_snapshot_of_nothing_goes_before_a_key_of_another_type",
+            "faults::a_stale_append_or_guard_goes_before_an_id_in_use",
+            "faults::a_taken_key_goes_before_an_id_in_use",
+            "faults::the_first_append_goes_before_the_next",
         ],
         &[
             "random::a_fourth_walk_agrees_too",
@@ -671,6 +689,11 @@ pub(crate) const TABLE: &[Row] = &[
             "commands::a_late_original_cannot_land_after_it_was_settled",
             "keys::a_taken_key_is_key_taken_and_writes_nothing",
             "unit_of_work::a_stale_guard_is_a_conflict_and_writes_nothing",
+            "faults::a_settled_command_goes_before_a_stale_append",
+            "faults::a_stale_append_goes_before_a_guard_on_nothing",
+            "faults::a_stale_append_or_guard_goes_before_an_id_in_use",
+            "faults::a_wrong_type_goes_before_a_wrong_sequence",
+            "faults::the_first_append_goes_before_the_next",
         ],
         &[]),
     row(Fault::ShowsKeys,
