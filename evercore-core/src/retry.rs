@@ -89,7 +89,7 @@ impl EventStore {
     ///         let mut alice = work.load::<Doctor>("alice").await?;
     ///         let bob = work.load::<Doctor>("bob").await?;
     ///         if bob.on_call {
-    ///             work.guard(&bob);
+    ///             work.guard(&bob)?;
     ///             work.record(&mut alice, DoctorEvent::WentHome)?;
     ///         }
     ///         work.commit().await?;

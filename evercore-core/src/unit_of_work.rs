@@ -65,8 +65,6 @@ pub struct UnitOfWork {
     committed: Arc<Fate>,
     /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
     raced: Vec<(AggregateId, Target)>,
-    /// Why this unit cannot commit, for a fault that could not be told at once.
-    refused: Option<Error>,
 }
 
 struct Staged {
@@ -106,7 +104,6 @@ impl UnitOfWork {
             time: None,
             committed: Arc::default(),
             raced: Vec::new(),
-            refused: None,
         }
     }
 
@@ -408,39 +405,41 @@ impl UnitOfWork {
 
     /// Demands that the aggregate, which was only read, has not changed when this unit commits.
     ///
-    /// Without it two units that each read what the other writes can both commit (write skew). A handle that carries
-    /// events of another unit that did not commit has read what never was, and one that comes from another store has read
-    /// something else: the commit is then [`Invalid`](ErrorKind::Invalid).
-    pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) {
-        if let Err(error) = self.check(aggregate).and_then(|()| self.note_read(aggregate)) {
-            self.refused.get_or_insert(error);
-        }
+    /// Without it two units that each read what the other writes can both commit (write skew). After an error the unit
+    /// has no such guard.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the handle comes from another store, if it carries events of another unit that
+    /// did not commit, or if the unit already touches [as many aggregates](crate::limits::UNIT_AGGREGATES) as it may.
+    pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) -> Result<()> {
+        self.check(aggregate)?;
+        self.note_read(aggregate)?;
         let read = aggregate.sequence();
         let expected = match self.heads.get(&aggregate.id()) {
             Some(head) if (head.base..=head.staged).contains(&read) => head.base,
             _ => read,
         };
-        if let Err(error) = self.batch.guard(Guard { aggregate: aggregate.id(), expected }) {
-            self.refused.get_or_insert(error);
-        }
+        self.batch.guard(Guard { aggregate: aggregate.id(), expected })
     }
 
     /// Sets what all events of this unit carry, in place of what was set earlier. Set it before the first event is
-    /// recorded, since an aggregate [may look at it](Aggregate::apply_with): if it changes later, the commit is
-    /// [`Invalid`](ErrorKind::Invalid). Give one event metadata of its own with [`record_with`](Self::record_with).
+    /// recorded, since an aggregate [may look at it](Aggregate::apply_with). Give one event metadata of its own with
+    /// [`record_with`](Self::record_with).
     ///
     /// Without a time in it, the events of the unit happened when the first of them was recorded.
-    pub fn set_metadata(&mut self, metadata: Metadata) {
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the unit has recorded events under other metadata. They keep it.
+    pub fn set_metadata(&mut self, metadata: Metadata) -> Result<()> {
         if self.staged.is_empty() {
             self.metadata = Arc::new(metadata);
             self.time = None;
         } else if *self.metadata != metadata {
-            self.refused.get_or_insert_with(|| {
-                Error::invalid(
-                    "the metadata of a unit of work was set after events were recorded; set it before them",
-                )
-            });
+            return Err(Error::invalid(
+                "the metadata of a unit of work was set after events were recorded; set it before them",
+            ));
         }
+        Ok(())
     }
 
     /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
@@ -491,9 +490,6 @@ impl UnitOfWork {
         F: FnOnce(Batch) -> C + Send,
         C: Future<Output = Result<Receipt>> + Send,
     {
-        if let Some(error) = self.refused.take() {
-            return Err(error);
-        }
         self.fill_batch()?;
         let raced = std::mem::take(&mut self.raced);
         let batch = std::mem::take(&mut self.batch);

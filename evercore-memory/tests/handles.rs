@@ -58,8 +58,7 @@ fn a_handle_of_another_store_is_refused() {
             assert_eq!(*work.change_key(&mut handle, "new").unwrap_err().kind(), ErrorKind::Invalid);
             assert!(work.commit().await.unwrap().sequence_of(stranger.id()).is_none());
             let mut work = ours.begin();
-            work.guard(&handle);
-            let refused = work.commit().await.unwrap_err();
+            let refused = work.guard(&handle).unwrap_err();
             assert_eq!(*refused.kind(), ErrorKind::Invalid);
             assert!(refused.to_string().contains("another store"), "{refused}");
         }

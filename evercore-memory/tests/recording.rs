@@ -393,7 +393,8 @@ fn an_event_has_the_same_context_whenever_it_is_applied() {
 
         let mut work = store.begin();
         let of_unit = Metadata::new().with_reference("unit").unwrap().with_header("a", "unit").unwrap();
-        work.set_metadata(of_unit.with_correlation_id("talk").unwrap().with_causation_id("ask").unwrap());
+        work.set_metadata(of_unit.with_correlation_id("talk").unwrap().with_causation_id("ask").unwrap())
+            .unwrap();
         let mut witness = work.load::<Witness>(witness.id()).await.unwrap();
         work.record(&mut witness, WitnessEvent::Seen).unwrap();
         let own = Metadata::new().with_reference("own").unwrap().with_header("b", "own").unwrap();
@@ -413,14 +414,16 @@ fn an_event_has_the_same_context_whenever_it_is_applied() {
 #[test]
 fn metadata_that_comes_after_the_events_is_refused() {
     block_on(async {
-        let (_, mut work, mut witness) = begun::<Witness>().await;
-        work.set_metadata(Metadata::new().with_reference("first").unwrap());
-        work.set_metadata(Metadata::new().with_reference("second").unwrap());
+        let (store, mut work, mut witness) = begun::<Witness>().await;
+        work.set_metadata(Metadata::new().with_reference("first").unwrap()).unwrap();
+        work.set_metadata(Metadata::new().with_reference("second").unwrap()).unwrap();
         work.record(&mut witness, WitnessEvent::Seen).unwrap();
-        work.set_metadata(Metadata::new().with_reference("second").unwrap());
-        work.set_metadata(Metadata::new().with_reference("third").unwrap());
-        let error = work.commit().await.unwrap_err();
+        work.set_metadata(Metadata::new().with_reference("second").unwrap()).unwrap();
+        let error = work.set_metadata(Metadata::new().with_reference("third").unwrap()).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Invalid), "{error}");
+        work.commit().await.unwrap();
+        let loaded = store.load::<Witness>(witness.id()).await.unwrap();
+        assert!(loaded.0[0].contains(r#"Some("second")"#), "{}", loaded.0[0]);
     });
 }
 

@@ -230,7 +230,7 @@ async fn handles(shop: &Shop, mut known: Loaded<Order>, mut alice: Loaded<Order>
     for guarded in [false, true] {
         let mut work = shop.store.begin();
         if guarded {
-            work.guard(&known);
+            work.guard(&known).unwrap();
             let mut other = work.create::<Order>().await.unwrap();
             work.record(&mut other, OrderEvent::Placed).unwrap();
         } else {

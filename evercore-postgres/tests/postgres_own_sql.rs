@@ -177,7 +177,7 @@ fn a_unit_that_is_refused_takes_the_rows_with_it() {
             let mut order = stale.load::<Order>("first").await.unwrap();
             stale.record(&mut order, OrderEvent::Placed).unwrap();
             let mut guarded = shop.store.begin();
-            guarded.guard(&shop.store.load::<Order>("first").await.unwrap());
+            guarded.guard(&shop.store.load::<Order>("first").await.unwrap()).unwrap();
             place(&shop.store, "first").await.unwrap();
             for work in [stale, guarded] {
                 let error = shop.engine.commit_with(work, shop.send()).await.unwrap_err();
@@ -495,7 +495,7 @@ fn names_first_used_in_a_commit_that_is_rolled_back_are_not_registered() {
             let no = shop.sql("SELECT 1/0");
             shop.engine.commit_with(invoice(InvoiceEvent::Written).await, no).await.unwrap_err();
             let mut stale = invoice(InvoiceEvent::Written).await;
-            stale.guard(&shop.store.load::<Order>("first").await.unwrap());
+            stale.guard(&shop.store.load::<Order>("first").await.unwrap()).unwrap();
             place(&shop.store, "first").await.unwrap();
             shop.engine.commit_with(stale, shop.send()).await.unwrap_err();
             let orphan = shop.sql("INSERT INTO @lines VALUES (1, 4711)");

@@ -88,7 +88,7 @@ async fn walk(engine: &PostgresEngine) -> Result<usize> {
     assert_eq!(store.settle(&CommandId::new(format!("command {n}"))?).await?, Some(receipt));
     assert_eq!(store.settle(&CommandId::new(format!("never {n}"))?).await?, None);
     let mut guarded = store.begin();
-    guarded.guard(&order);
+    guarded.guard(&order).unwrap();
     guarded.commit().await?;
     new_names(engine, n).await?;
     let page = store.read_log(&LogQuery::after(Position::ZERO)).await?;

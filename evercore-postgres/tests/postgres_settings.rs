@@ -86,7 +86,7 @@ fn every_commit_is_as_durable_as_was_asked_for_whatever_the_server_does_by_defau
                 let mut keyed = store.begin();
                 let mut order = keyed.load::<Order>("plain").await.unwrap();
                 keyed.record(&mut order, orders::noted("under the lock")).unwrap();
-                keyed.guard(&store.load::<Order>("beside").await.unwrap());
+                keyed.guard(&store.load::<Order>("beside").await.unwrap()).unwrap();
                 keyed.commit().await.unwrap();
             }
             let seen = at.psql("SELECT setting, count(*) FROM @seen GROUP BY 1; TRUNCATE @seen");

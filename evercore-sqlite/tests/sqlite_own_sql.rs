@@ -216,7 +216,7 @@ fn a_unit_that_is_refused_takes_the_rows_with_it() {
             let mut order = stale.load::<Order>("first").await.unwrap();
             stale.record(&mut order, OrderEvent::Placed).unwrap();
             let mut guarded = shop.store.begin();
-            guarded.guard(&guarded_order(&shop).await);
+            guarded.guard(&guarded_order(&shop).await).unwrap();
             shop.store.update::<Order, _, _>("first", |_| [OrderEvent::Placed]).await.unwrap();
             for work in [stale, guarded] {
                 let error = shop.engine.commit_with(work, send).await.unwrap_err();

@@ -169,7 +169,7 @@ impl Trial {
         let mut work = unit(&self.store, written, number, 4).await?;
         if path_of(number) == Path::Careful {
             let guarded = work.load::<Account>(*guarded).await?;
-            work.guard(&guarded);
+            work.guard(&guarded).unwrap();
         }
         Ok(work)
     }

@@ -75,7 +75,7 @@ async fn a_caller_who_stops_polling_holds_up_nobody() {
             let mut work = unit(&store, &mine[..2], number(0, nth + 1), 4).await.unwrap();
             if call == Call::Guarded {
                 let read = work.load::<Account>(mine[2]).await.unwrap();
-                work.guard(&read);
+                work.guard(&read).unwrap();
             }
             let commit: BoxFuture<'_, Result<Receipt>> = match call {
                 Call::Beside => Box::pin(beside(&engine, work, number(0, nth + 1), 1, false)),
@@ -201,7 +201,7 @@ impl Caller {
                 let mut work = unit(&self.store, &self.ids[..2], number, 4).await.unwrap();
                 if call == Call::Guarded {
                     let read = work.load::<Account>(self.ids[2]).await.unwrap();
-                    work.guard(&read);
+                    work.guard(&read).unwrap();
                 }
                 match call {
                     Call::Beside => poll_at_most(polls, beside(&self.engine, work, number, 1, false)).await,

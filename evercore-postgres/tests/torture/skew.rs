@@ -61,7 +61,7 @@ async fn take(
     let (mine, others) = (work.load::<Account>(ids[0]).await?, work.load::<Account>(ids[1]).await?);
     assert_eq!((mine.events, others.events), (1, 1));
     if guards {
-        work.guard(&others);
+        work.guard(&others).unwrap();
     }
     record(&mut work, &mut [mine], number, 1);
     barrier.wait().await;

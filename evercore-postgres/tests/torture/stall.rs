@@ -39,7 +39,7 @@ async fn a_lock_held_for_too_long_is_unavailable_and_leaves_the_connections_whol
                     let number = number(1, round * 10 + nth);
                     let mut work = unit(&store, &ids[..2], number, 4).await.unwrap();
                     if nth == 1 {
-                        work.guard(&store.load::<Account>(ids[2]).await.unwrap());
+                        work.guard(&store.load::<Account>(ids[2]).await.unwrap()).unwrap();
                     }
                     let outcome = match nth {
                         2 => beside(&engine, work, number, 0, false).await,
@@ -96,7 +96,7 @@ async fn a_server_that_falls_silent_holds_nobody_for_ever() {
         let work = until_reached(async || {
             let mut work = unit(&store, &ids[..2], number, 3).await?;
             if nth % 2 == 0 {
-                work.guard(&store.load::<Account>(ids[2]).await?);
+                work.guard(&store.load::<Account>(ids[2]).await?).unwrap();
             }
             Ok(work)
         });

@@ -406,7 +406,7 @@ pub(crate) async fn an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_tim
     // Event times need not grow: the third event happened before the second.
     for (nth, micros) in [(1, 100), (2, 300), (4, 200), (8, 400)] {
         let mut work = store.begin();
-        work.set_metadata(Metadata::new().with_time(time(micros)));
+        work.set_metadata(Metadata::new().with_time(time(micros))).unwrap();
         let mut account = work.load_or_create::<Account>("ann").await.unwrap();
         work.record(&mut account, deposited(nth)).unwrap();
         work.commit().await.unwrap();

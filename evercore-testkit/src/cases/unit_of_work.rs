@@ -181,7 +181,7 @@ async fn leave(store: &EventStore, me: &str, other: &str, is_guarded: bool) -> e
     let mut mine = work.load::<Account>(me).await?;
     let theirs = work.load::<Account>(other).await?;
     if is_guarded {
-        work.guard(&theirs);
+        work.guard(&theirs).unwrap();
     }
     if theirs.balance == 1 {
         work.record(&mut mine, AccountEvent::Withdrawn { amount: 1 })?;
@@ -201,7 +201,7 @@ pub(crate) async fn write_skew_is_prevented_by_guards(fixture: &mut Fixture) {
     for (work, me, other) in [(&mut one, 0, 1), (&mut two, 1, 0)] {
         let mut mine = work.load::<Account>(&names[me]).await.unwrap();
         let theirs = work.load::<Account>(&names[other]).await.unwrap();
-        work.guard(&theirs);
+        work.guard(&theirs).unwrap();
         work.record(&mut mine, AccountEvent::Withdrawn { amount: 1 }).unwrap();
     }
     one.commit().await.unwrap();
@@ -355,7 +355,7 @@ pub(crate) async fn one_event_may_override_the_metadata_of_its_unit(fixture: &mu
     let of_event = Metadata::new().with_time(time(2)).with_reference("event").unwrap();
     let of_event = of_event.with_header("b", "event").unwrap();
     let mut work = store.begin();
-    work.set_metadata(of_unit);
+    work.set_metadata(of_unit).unwrap();
     let mut account = work.create::<Account>().await.unwrap();
     work.record(&mut account, deposited(1)).unwrap();
     work.record_with(&mut account, deposited(2), &of_event).unwrap();
@@ -401,8 +401,7 @@ pub(crate) async fn a_guard_on_what_never_was_does_not_hold(fixture: &mut Fixtur
     assert!(failed.commit().await.unwrap_err().is_conflict());
 
     let mut work = store.begin();
-    work.guard(&phantom);
-    assert_kind!(work.commit().await, ErrorKind::Invalid);
+    assert_kind!(work.guard(&phantom), ErrorKind::Invalid);
 }
 
 pub(crate) async fn a_handle_is_good_for_every_engine_on_the_same_storage(fixture: &mut Fixture) {
@@ -425,7 +424,7 @@ pub(crate) async fn a_guard_on_an_older_read_is_a_conflict(fixture: &mut Fixture
     let mut work = store.begin();
     let mut fresh = work.load::<Account>("ann").await.unwrap();
     work.record(&mut fresh, deposited(4)).unwrap();
-    work.guard(&old);
+    work.guard(&old).unwrap();
     assert!(work.commit().await.unwrap_err().is_conflict());
     assert_eq!(store.load::<Account>("ann").await.unwrap().balance, 3);
 }
@@ -434,7 +433,7 @@ pub(crate) async fn joined_headers_keep_their_limit(fixture: &mut Fixture) {
     let store = fixture.store();
     let half = "x".repeat(evercore_core::limits::HEADERS_BYTES / 2);
     let mut work = store.begin();
-    work.set_metadata(Metadata::new().with_header("unit", half.as_str()).unwrap());
+    work.set_metadata(Metadata::new().with_header("unit", half.as_str()).unwrap()).unwrap();
     let mut account = work.create::<Account>().await.unwrap();
     let own = Metadata::new().with_header("event", half).unwrap();
     assert_kind!(work.record_with(&mut account, deposited(1), &own), ErrorKind::Invalid);

@@ -157,7 +157,7 @@ async fn guards(store: &EventStore) -> Result<()> {
     let rich = work.load::<Account>("alice@example.org").await?;
     let mut poor = work.load::<Account>("bob").await?;
     if rich.balance > 0 {
-        work.guard(&rich); // not written, but it must not change before the commit
+        work.guard(&rich)?; // not written, but it must not change before the commit
         work.record(&mut poor, AccountEvent::Deposited { amount: 5 })?;
     }
     match work.commit().await {
@@ -290,7 +290,7 @@ async fn by_hand(store: &EventStore) -> Result<()> {
 
 async fn metadata(store: &EventStore) -> Result<()> {
     let mut work = store.begin();
-    work.set_metadata(Metadata::new().with_reference("clerk 112")?.with_correlation_id("request 7f3b")?);
+    work.set_metadata(Metadata::new().with_reference("clerk 112")?.with_correlation_id("request 7f3b")?)?;
     let mut bob = work.load::<Account>("bob").await?;
     work.record(&mut bob, AccountEvent::Deposited { amount: 1 })?;
     let late = Metadata::new()
