@@ -10,12 +10,12 @@ use rusqlite::backup::{Backup, StepResult};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
-use crate::builder::Settings;
-use crate::commit::batch::Head;
 use crate::connection::open::{self, Role};
 use crate::connection::wal;
 use crate::error::{self, Result, SqliteError, damaged};
+use crate::log_end::LogEnd;
 use crate::migrate::{self, Identity, not_a_store};
+use crate::settings::Settings;
 
 /// Copies the store into a new file, which is there complete or not at all, and is as private as the store.
 pub(crate) fn back_up(source: &Connection, of: Option<&Path>, target: &Path) -> Result<()> {
@@ -253,7 +253,7 @@ fn write(source: &Connection, path: &Path) -> Result<()> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut copy = Connection::open_with_flags(path, flags)?;
     let moment = Transaction::new_unchecked(source, TransactionBehavior::Deferred)?;
-    let head = Head::read(&moment)?;
+    let head = LogEnd::read(&moment)?;
     let outcome = Backup::new(&moment, &mut copy)?.step(-1)?;
     drop(moment);
     if outcome != StepResult::Done {
@@ -265,12 +265,12 @@ fn write(source: &Connection, path: &Path) -> Result<()> {
     copy.close().map_err(|(_, error)| error.into())
 }
 
-fn verify(copy: &Connection, head: Head) -> Result<()> {
+fn verify(copy: &Connection, head: LogEnd) -> Result<()> {
     let verdict: String = copy.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if verdict != "ok" {
         return Err(damaged("the copy does not pass SQLite's integrity check"));
     }
-    if Head::read(copy)?.position != head.position {
+    if LogEnd::read(copy)?.position != head.position {
         return Err(damaged("the copy ends elsewhere than the store"));
     }
     Ok(())

@@ -1,33 +1,14 @@
 //! How a store is opened.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use evercore_core::{Error, ErrorKind, Result};
+use evercore_core::{Error, Result};
 
+use crate::connection::path;
 use crate::engine::SqliteEngine;
+use crate::settings::{Durability, Settings};
 use crate::subscription::inline::InlineProjection;
-
-/// What an acknowledged commit survives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Durability {
-    /// A power cut and a crash of the operating system: each commit is flushed to the disk (`synchronous=FULL`).
-    #[default]
-    PowerLoss,
-    /// A crash of the process only; a power cut may take the last commits, never half of one
-    /// (`synchronous=NORMAL`).
-    ProcessCrash,
-}
-
-impl Durability {
-    /// SQLite's number for it.
-    pub(crate) const fn synchronous(self) -> i64 {
-        match self {
-            Self::PowerLoss => 2,
-            Self::ProcessCrash => 1,
-        }
-    }
-}
 
 /// How a store is opened; everything has a default.
 ///
@@ -45,36 +26,6 @@ impl Durability {
 pub struct Builder {
     pub(crate) settings: Settings,
     pub(crate) inline: Vec<InlineProjection>,
-}
-
-/// The settings of an engine.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Settings {
-    pub(crate) durability: Durability,
-    pub(crate) read_connections: u32,
-    pub(crate) busy_timeout: Duration,
-    pub(crate) open_timeout: Duration,
-    pub(crate) sql_timeout: Duration,
-    pub(crate) create: bool,
-    pub(crate) read_only: bool,
-    pub(crate) immutable: bool,
-    pub(crate) commit_on_caller_thread: bool,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            durability: Durability::default(),
-            read_connections: 4,
-            busy_timeout: Duration::from_secs(5),
-            open_timeout: Duration::from_secs(10),
-            sql_timeout: Duration::from_secs(5),
-            create: true,
-            read_only: false,
-            immutable: false,
-            commit_on_caller_thread: false,
-        }
-    }
 }
 
 impl Builder {
@@ -96,7 +47,7 @@ impl Builder {
     }
 
     /// How long to wait for a lock that another process holds, and for a free read connection, before the call ends
-    /// as [`Unavailable`](ErrorKind::Unavailable); 5 seconds unless set, at least 1 millisecond, at most 24 days (what
+    /// as [`Unavailable`](crate::ErrorKind::Unavailable); 5 seconds unless set, at least 1 millisecond, at most 24 days (what
     /// SQLite can count).
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.settings.busy_timeout = countable(timeout);
@@ -118,13 +69,13 @@ impl Builder {
     }
 
     /// Whether a store is made where there is none, which is so unless set; otherwise a missing or empty file is
-    /// [`NotAStore`](ErrorKind::NotAStore).
+    /// [`NotAStore`](crate::ErrorKind::NotAStore).
     pub fn create(mut self, create: bool) -> Self {
         self.settings.create = create;
         self
     }
 
-    /// Opens an existing store for reading only: what writes is [`ReadOnly`](ErrorKind::ReadOnly). SQLite
+    /// Opens an existing store for reading only: what writes is [`ReadOnly`](crate::ErrorKind::ReadOnly). SQLite
     /// still needs its files `-wal` and `-shm` beside a store, or leave to make them; see [`immutable`](Self::immutable).
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.settings.read_only = read_only;
@@ -136,7 +87,7 @@ impl Builder {
     /// what is read may be nonsense.
     ///
     /// Commits that lie in a write-ahead log beside the file would not be seen, so opening is
-    /// [`NotAStore`](ErrorKind::NotAStore) if there are any: [close](SqliteEngine::close) the store first, or use a
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) if there are any: [close](SqliteEngine::close) the store first, or use a
     /// [backup](SqliteEngine::backup_to).
     pub fn immutable(mut self, immutable: bool) -> Self {
         self.settings.immutable = immutable;
@@ -156,16 +107,16 @@ impl Builder {
     /// Opens the store in this file.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs, and for an
+    /// [`Invalid`](crate::ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs, and for an
     /// [inline projection](Self::inline_projection) that is there twice, has version 0, or would have to write where
-    /// nothing is written; [`InvalidName`](ErrorKind::InvalidName) for one whose name cannot be;
-    /// [`Rejected`](ErrorKind::Rejected) if one fails;
-    /// [`NotAStore`](ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
-    /// missing one that is not to be created; [`SchemaTooNew`](ErrorKind::SchemaTooNew) for a store made by a newer
-    /// library; [`ReadOnly`](ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](ErrorKind::Unavailable) if
+    /// nothing is written; [`InvalidName`](crate::ErrorKind::InvalidName) for one whose name cannot be;
+    /// [`Rejected`](crate::ErrorKind::Rejected) if one fails;
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
+    /// missing one that is not to be created; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store made by a newer
+    /// library; [`ReadOnly`](crate::ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](crate::ErrorKind::Unavailable) if
     /// it stays locked, or if the process has too many files open. A file that is refused was not written to.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
-        let path = checked(path.as_ref())?;
+        let path = path::checked(path.as_ref())?;
         SqliteEngine::open_with(self.settings, self.inline, Some(path)).await
     }
 
@@ -173,7 +124,7 @@ impl Builder {
     /// read there too: in [`commit_with`](SqliteEngine::commit_with) a unit that holds nothing.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline projections.
+    /// [`Invalid`](crate::ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline projections.
     pub async fn open_in_memory(self) -> Result<SqliteEngine> {
         if self.settings.read_only {
             return Err(Error::invalid("a store in memory is new, so it cannot be read-only"));
@@ -186,48 +137,6 @@ impl Builder {
 fn countable(timeout: Duration) -> Duration {
     const DAY: Duration = Duration::from_secs(86_400);
     timeout.clamp(Duration::from_millis(1), 24 * DAY)
-}
-
-/// The file that is meant: absolute, since the engine outlives a change of the working directory, and behind all links,
-/// since SQLite puts its files beside that one.
-pub(crate) fn checked(path: &Path) -> Result<PathBuf> {
-    let text = path.as_os_str().as_encoded_bytes();
-    // SQLite gives some names a meaning of their own, in which several connections would not be one store.
-    if text.is_empty() || text == b":memory:" || text.starts_with(b"file:") {
-        return Err(Error::invalid(format!("\"{}\" is no path of a file", path.display())));
-    }
-    let resolved = std::path::absolute(path).and_then(|path| resolved(path, 0));
-    resolved.map_err(|error| {
-        let message = format!("\"{}\" cannot be resolved", path.display());
-        Error::new(ErrorKind::Backend, message).with_source(error)
-    })
-}
-
-/// A file that is to be made. What is there by this name is not looked behind, so that a link is found to be there.
-pub(crate) fn checked_new(path: &Path) -> Result<PathBuf> {
-    checked(path)?;
-    std::path::absolute(path).map_err(|error| {
-        let message = format!("\"{}\" cannot be resolved", path.display());
-        Error::new(ErrorKind::Backend, message).with_source(error)
-    })
-}
-
-/// Also of a file that is not there yet, and of a link to one.
-fn resolved(path: PathBuf, links: u32) -> std::io::Result<PathBuf> {
-    const MOST_LINKS: u32 = 40;
-    match std::fs::canonicalize(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        found => return found,
-    }
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    match std::fs::read_link(&path) {
-        Ok(target) if links < MOST_LINKS => resolved(folder.join(target), links + 1),
-        // No link: there is nothing by this name.
-        _ => match (std::fs::canonicalize(folder), path.file_name()) {
-            (Ok(folder), Some(name)) => Ok(folder.join(name)),
-            _ => Ok(path),
-        },
-    }
 }
 
 #[cfg(test)]

@@ -10,17 +10,18 @@ use evercore_core::{
     KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
 };
 
-use crate::builder::{Builder, Settings};
+use crate::backup;
+use crate::builder::Builder;
 use crate::commit::own_sql::OwnSql;
 use crate::commit::queue::Watch;
 use crate::commit::{batch, flight, queue};
-use crate::connection::{guard, reads};
-use crate::error::{SqliteError, outcome_unknown, read_only};
+use crate::connection::{path, reads};
+use crate::error::{self, SqliteError, outcome_unknown, read_only};
 use crate::names::Registrar;
 use crate::read::{load, log, wait};
+use crate::settings::Settings;
 use crate::store::Store;
 use crate::subscription::inline::InlineProjection;
-use crate::{backup, builder};
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -59,7 +60,7 @@ impl SqliteEngine {
         path: Option<PathBuf>,
     ) -> Result<Self> {
         let open = move || Store::open(settings, inline, path).map(|store| Self(Arc::new(store)));
-        guard::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
+        error::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
     }
 
     /// Puts a backup in the place of the store at `path`, and gives the place where the old store is now, if there was
@@ -91,7 +92,7 @@ impl SqliteEngine {
     /// no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder does not
     /// exist. Then the old store is as it was.
     pub async fn restore_from(backup: impl AsRef<Path>, path: impl AsRef<Path>) -> Result<Option<PathBuf>> {
-        let (backup, path) = (builder::checked(backup.as_ref())?, builder::checked(path.as_ref())?);
+        let (backup, path) = (path::checked(backup.as_ref())?, path::checked(path.as_ref())?);
         Ok(blocking::unblock(move || backup::restore(&backup, &path)).await?)
     }
 
@@ -133,7 +134,7 @@ impl SqliteEngine {
     /// takes for no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder
     /// does not exist. Then nothing is left at `target`.
     pub async fn backup_to(&self, target: impl AsRef<Path>) -> Result<()> {
-        let target = builder::checked_new(target.as_ref())?;
+        let target = path::checked_new(target.as_ref())?;
         self.unblock(move |store| {
             store.read_apart(|connection| backup::back_up(connection, store.path.as_deref(), &target))
         })
@@ -226,11 +227,11 @@ impl SqliteEngine {
             return Err(read_only());
         }
         if self.0.settings.commit_on_caller_thread {
-            return guard::go_on(flight::commit_here(&self.0, batch, sql));
+            return error::go_on(flight::commit_here(&self.0, batch, sql));
         }
         // Carried through also if the caller goes away: then only the answer is lost.
         let answer = queue::commit(&self.0, batch, sql)?;
-        guard::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
+        error::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
     }
 }
 

@@ -1,11 +1,13 @@
 //! What SQLite and its helpers can say, and what it means to the caller.
 
+use std::any::Any;
+use std::fmt;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
-
-use crate::connection::guard::Fault;
 
 /// An error from below, before it is named by what the caller can do.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +76,77 @@ impl From<SqliteError> for Error {
         }
     }
 }
+
+/// What was wrong with the user's SQL.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// It returned an error of its own, or panicked.
+    #[error("{message}")]
+    Said { message: String, source: BoxError },
+    /// It took too long, or ended the transaction.
+    #[error(transparent)]
+    Overstepped(Error),
+}
+
+impl Fault {
+    /// The user's own error, where it is one.
+    pub(crate) fn into_source(self) -> BoxError {
+        match self {
+            Self::Said { source, .. } => source,
+            Self::Overstepped(error) => error.into(),
+        }
+    }
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Said { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
+            Fault::Overstepped(error) => error,
+        }
+    }
+}
+
+/// Lets a panic of the user's SQL, which came this far as an error, go on.
+pub(crate) fn go_on<T>(outcome: Result<T, Error>) -> Result<T, Error> {
+    if let Err(error) = &outcome
+        && let Some(panic) = error.cause::<Panicked>()
+    {
+        panic.go_on();
+    }
+    outcome
+}
+
+/// A panic of the user's SQL, on its way back to the user.
+pub(crate) struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl Panicked {
+    pub(crate) fn new(payload: Box<dyn Any + Send>) -> Self {
+        Self(Mutex::new(Some(payload)))
+    }
+
+    /// Where the user is: it does so once.
+    pub(crate) fn go_on(&self) {
+        let payload = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl fmt::Debug for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Panicked")
+    }
+}
+
+impl fmt::Display for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a panic")
+    }
+}
+
+impl std::error::Error for Panicked {}
 
 /// Adds a cause to an error, and of its words those that everybody may read.
 pub(crate) trait Because {

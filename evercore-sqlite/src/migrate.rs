@@ -8,10 +8,10 @@ use evercore_core::{Error, ErrorKind};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, TransactionBehavior};
 
-use crate::builder::Settings;
 use crate::connection::open::{self, Role};
 use crate::connection::wal::{self, Alone};
 use crate::error::{Result, SqliteError, is_busy, primary_code};
+use crate::settings::Settings;
 
 mod embedded {
     refinery::embed_migrations!("migrations");

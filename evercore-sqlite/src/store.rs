@@ -9,8 +9,6 @@ use event_listener::Event;
 use evercore_core::{Error, ErrorKind, Position, Result, StoreId};
 use rusqlite::Connection;
 
-use crate::builder::Settings;
-use crate::commit::batch::Head;
 use crate::commit::queue::Queue;
 use crate::connection::open::{self, Role};
 use crate::connection::pool::Readers;
@@ -18,8 +16,10 @@ use crate::connection::reads::Reads;
 use crate::connection::transaction::{self, Failure};
 use crate::connection::wal;
 use crate::error::{self, SqliteError, closed};
+use crate::log_end::LogEnd;
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
+use crate::settings::Settings;
 use crate::subscription::inline::{self, Inline, InlineProjection};
 
 /// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
@@ -99,7 +99,7 @@ impl Store {
         store.identity = StoreId::of(&store.store_id);
         let head = store.ask(|connection| {
             store.names.reload(connection)?;
-            Ok(Head::read(connection)?.position)
+            Ok(LogEnd::read(connection)?.position)
         })?;
         store.saw(head);
         inline::catch_up(&store)?;
@@ -149,7 +149,7 @@ impl Store {
             return;
         }
         // What is wrong is told to those who look for themselves when their time is over.
-        let Ok(head) = self.ask(Head::read) else { return };
+        let Ok(head) = self.ask(LogEnd::read) else { return };
         self.saw(head.position);
     }
 
@@ -237,7 +237,7 @@ impl Store {
 
     /// Where the log ends.
     pub(crate) fn head(&self) -> Result<Position> {
-        let head = self.read(Head::read)?.position;
+        let head = self.read(LogEnd::read)?.position;
         Ok(self.saw(head))
     }
 

@@ -7,14 +7,13 @@ use std::sync::Arc;
 
 use evercore_core::{
     AggregateId, AggregateType, Batch, Checked, CommandId, Error, Key, KeyChange, KnownCommand, Lookup, Mark,
-    Metadata, NewEvent, Position, Receipt, Sequence, Snapshot, StoredAggregate, Timestamp,
+    Metadata, NewEvent, Receipt, Sequence, Snapshot, StoredAggregate, Timestamp,
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension, ffi, params};
 
 use crate::error::{Result, SqliteError, damaged};
+use crate::log_end::LogEnd as Head;
 use crate::names::Registrar;
-
-const HEAD: &str = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1";
 
 const COMMAND: &str = "SELECT fingerprint, receipt FROM commands WHERE command_id = ?1";
 
@@ -51,31 +50,6 @@ const END_OF_PIECE: &str = "
         (SELECT command_id FROM commands WHERE command_id > ?1 ORDER BY command_id LIMIT 1000)";
 
 const FORGET: &str = "DELETE FROM commands WHERE command_id > ?1 AND command_id <= ?2 AND recorded_at < ?3";
-
-/// Where the log ends.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Head {
-    pub(crate) position: Position,
-    pub(crate) recorded_at: Timestamp,
-}
-
-impl Head {
-    pub(crate) fn read(connection: &Connection) -> Result<Self> {
-        let mut statement = connection.prepare_cached(HEAD)?;
-        let last = statement.query_row([], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
-        let Some((position, recorded_at)) = last else {
-            return Ok(Self { position: Position::ZERO, recorded_at: Timestamp::MIN });
-        };
-        let position = Position::new(position).map_err(damaged)?;
-        Ok(Self { position, recorded_at: Timestamp::from_micros(recorded_at).map_err(damaged)? })
-    }
-
-    /// The end of the log, with the time that the next event gets.
-    fn now(connection: &Connection) -> Result<Self> {
-        let head = Self::read(connection)?;
-        Ok(Self { recorded_at: head.recorded_at.max(Timestamp::now()), ..head })
-    }
-}
 
 /// What is known of a command id.
 pub(crate) fn command(connection: &Connection, id: &CommandId) -> Result<Option<KnownCommand>> {
@@ -307,7 +281,7 @@ mod tests {
     use evercore_core::Result;
 
     use super::*;
-    use crate::builder::Settings;
+    use crate::settings::Settings;
     use crate::store::Store;
 
     /// A writer is held for one piece at a time.

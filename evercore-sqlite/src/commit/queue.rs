@@ -253,7 +253,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::builder::Settings;
+    use crate::settings::Settings;
 
     /// Commits on the callers' threads wait in the same queue, and need no thread of the engine's.
     #[test]

@@ -1,16 +1,14 @@
 //! The user's SQL in a transaction of ours: held to a time-out, and kept from ending the transaction.
 
-use std::any::Any;
-use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::Connection;
 
-use crate::error::Because;
+use crate::error::{Because, Fault, Panicked};
 
 /// How many steps of SQLite's machine lie between two looks at the clock: some microseconds.
 const STEPS_PER_LOOK: i32 = 1_000;
@@ -25,38 +23,8 @@ pub(crate) fn run(
     let watch = Watch::begin(connection, timeout)?;
     // What the panic may have left half done is in the transaction, which does not survive it.
     let outcome = catch_unwind(AssertUnwindSafe(|| sql(connection)));
-    watch.verdict(what, outcome.unwrap_or_else(|payload| Err(Panic::new(payload).into())))?;
+    watch.verdict(what, outcome.unwrap_or_else(|payload| Err(Panicked::new(payload).into())))?;
     Ok(())
-}
-
-/// What was wrong with the user's SQL.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Fault {
-    /// It returned an error of its own, or panicked.
-    #[error("{message}")]
-    Said { message: String, source: BoxError },
-    /// It took too long, or ended the transaction.
-    #[error(transparent)]
-    Overstepped(Error),
-}
-
-impl Fault {
-    /// The user's own error, where it is one.
-    pub(crate) fn into_source(self) -> BoxError {
-        match self {
-            Self::Said { source, .. } => source,
-            Self::Overstepped(error) => error.into(),
-        }
-    }
-}
-
-impl From<Fault> for Error {
-    fn from(fault: Fault) -> Self {
-        match fault {
-            Fault::Said { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
-            Fault::Overstepped(error) => error,
-        }
-    }
 }
 
 /// Watches over a connection while it runs the user's SQL, and takes its hooks off again.
@@ -96,7 +64,7 @@ impl<'a> Watch<'a> {
             (Some(refusal), Ok(())) => Err(Fault::Overstepped(refusal)),
             (Some(refusal), Err(source)) => Err(Fault::Overstepped(refusal.because(source))),
             (None, Err(source)) => {
-                let did = if source.is::<Panic>() { "panicked" } else { "said no" };
+                let did = if source.is::<Panicked>() { "panicked" } else { "said no" };
                 Err(Fault::Said { message: format!("{what} {did}"), source })
             }
         }
@@ -104,7 +72,7 @@ impl<'a> Watch<'a> {
 
     /// An interrupted statement rolls back by itself, and so do some errors: what caused it goes first.
     fn overstepped(&self, what: &str, error: Option<&BoxError>) -> Option<Error> {
-        if error.is_some_and(|error| error.is::<Panic>()) {
+        if error.is_some_and(|error| error.is::<Panicked>()) {
             return None;
         }
         if is_past(self.until) {
@@ -135,44 +103,3 @@ impl Drop for Watch<'_> {
 fn is_past(until: Option<Instant>) -> bool {
     until.is_some_and(|until| Instant::now() >= until)
 }
-
-/// Lets a panic of the user's SQL, which came this far as an error, go on.
-pub(crate) fn go_on<T>(outcome: Result<T, Error>) -> Result<T, Error> {
-    if let Err(error) = &outcome
-        && let Some(panic) = error.cause::<Panic>()
-    {
-        panic.go_on();
-    }
-    outcome
-}
-
-/// A panic of the user's SQL, on its way back to the user.
-pub(crate) struct Panic(Mutex<Option<Box<dyn Any + Send>>>);
-
-impl Panic {
-    fn new(payload: Box<dyn Any + Send>) -> Self {
-        Self(Mutex::new(Some(payload)))
-    }
-
-    /// Where the user is: it does so once.
-    pub(crate) fn go_on(&self) {
-        let payload = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(payload) = payload {
-            resume_unwind(payload);
-        }
-    }
-}
-
-impl fmt::Debug for Panic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Panic")
-    }
-}
-
-impl fmt::Display for Panic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a panic")
-    }
-}
-
-impl std::error::Error for Panic {}

@@ -2,6 +2,7 @@
 
 pub(crate) mod guard;
 pub(crate) mod open;
+pub(crate) mod path;
 pub(crate) mod pool;
 pub(crate) mod reads;
 pub(crate) mod transaction;

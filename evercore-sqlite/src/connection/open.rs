@@ -6,8 +6,8 @@ use std::time::Duration;
 use evercore_core::{Error, ErrorKind};
 use rusqlite::{Connection, OpenFlags};
 
-use crate::builder::{Durability, Settings};
 use crate::error::{self, Result, SqliteError};
+use crate::settings::{Durability, Settings};
 
 /// Enough for every statement of this crate at once.
 const STATEMENTS: usize = 128;

@@ -7,9 +7,9 @@ use std::time::Instant;
 use evercore_core::{Error, ErrorKind};
 use rusqlite::Connection;
 
-use crate::builder::Settings;
 use crate::connection::open::{self, Role};
 use crate::error::{Result, closed};
+use crate::settings::Settings;
 
 /// The read connections of one store, shared by all calls.
 #[derive(Debug)]

@@ -98,7 +98,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::builder::Settings;
+    use crate::settings::Settings;
 
     #[test]
     fn the_time_out_is_for_the_turn_and_not_for_the_read() {

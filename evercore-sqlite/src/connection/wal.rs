@@ -13,9 +13,9 @@ use std::time::Duration;
 use evercore_core::Position;
 use rusqlite::Connection;
 
-use crate::commit::batch::Head;
 use crate::connection::open::{self, Role};
 use crate::error::Result;
+use crate::log_end::LogEnd;
 
 const STORE: &str = "SELECT store_id, is_backup FROM store";
 
@@ -66,7 +66,7 @@ impl Alone {
         };
         let store = file.query_row(STORE, [], |row| Ok((row.get(0)?, row.get(1)?)));
         let (store_id, is_backup) = store.map_or((None, false), |(id, is_backup)| (Some(id), is_backup));
-        Self { store_id, is_backup, head: Head::read(&file).ok().map(|head| head.position), has_all_pages }
+        Self { store_id, is_backup, head: LogEnd::read(&file).ok().map(|head| head.position), has_all_pages }
     }
 
     /// Whether this connection, which sees the file with its log, sees a later moment of the same store.
@@ -83,7 +83,7 @@ impl Alone {
                 return Ok(false);
             }
         }
-        let (from, head) = (self.head.unwrap_or_default().get(), Head::read(connection)?.position.get());
+        let (from, head) = (self.head.unwrap_or_default().get(), LogEnd::read(connection)?.position.get());
         let whole: i64 = connection.query_row(WHOLE, [from], |row| row.get(0))?;
         Ok(from <= head && whole == head - from)
     }

@@ -5,8 +5,8 @@ use evercore_core::{
 };
 use rusqlite::{Connection, params_from_iter};
 
-use crate::commit::batch::Head;
 use crate::error::{Result, damaged};
+use crate::log_end::LogEnd;
 use crate::names::Names;
 use crate::read::rows::{Page, select_events};
 
@@ -66,7 +66,7 @@ const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
 
 /// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
 pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> Result<LogPage> {
-    let head = Head::read(connection)?.position;
+    let head = LogEnd::read(connection)?.position;
     if query.direction == Direction::Forward && query.from > head {
         return Err(Error::cursor_ahead(query.from, head).into());
     }
@@ -181,7 +181,7 @@ fn sequences(
 
 /// The last position recorded at this time or before. `recorded_at` never goes back along the log.
 pub(crate) fn position_at(connection: &Connection, time: Timestamp) -> Result<Position> {
-    let head = Head::read(connection)?.position;
+    let head = LogEnd::read(connection)?.position;
     let mut recorded_at = connection.prepare_cached(RECORDED_AT)?;
     let last = partition_point(head.get(), |position| {
         Ok(recorded_at.query_row([position], |row| row.get::<_, i64>(0))? <= time.as_micros())

@@ -9,9 +9,9 @@ use evercore_core::{BoxError, CursorId, Error, Event, PageLimit, Position, Resul
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::builder::Builder;
-use crate::commit::batch::Head;
 use crate::connection::guard;
 use crate::error::{self, damaged};
+use crate::log_end::LogEnd;
 use crate::names::Names;
 use crate::read::log;
 use crate::store::Store;
@@ -156,7 +156,7 @@ impl Inline {
 
     /// A page in a transaction that does nothing else.
     fn next_page(&self, connection: &Connection, store: &Store) -> error::Result<bool> {
-        self.page(connection, store, &store.names.copy(), Head::read(connection)?.position)
+        self.page(connection, store, &store.names.copy(), LogEnd::read(connection)?.position)
     }
 
     /// How far it has come; `None` if it is not to move.
@@ -183,7 +183,7 @@ pub(crate) fn draw_near(store: &Store, between: impl Fn()) -> Result<()> {
         return Ok(());
     }
     // As of now: who commits meanwhile cannot keep this going.
-    let head = store.ask(Head::read)?.position;
+    let head = store.ask(LogEnd::read)?.position;
     let mut shift = Shift::begin(store);
     for projection in &store.inline {
         while store.ask(|connection| projection.is_far(connection, head))? {

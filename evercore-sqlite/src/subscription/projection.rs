@@ -6,10 +6,10 @@ use std::sync::Arc;
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Result, Sink, Step};
 use rusqlite::Connection;
 
-use crate::connection::guard::{self, Panic};
+use crate::connection::guard;
 use crate::connection::transaction::{self, Failure};
 use crate::engine::SqliteEngine;
-use crate::error::{self, SqliteError};
+use crate::error::{self, Panicked, SqliteError};
 use crate::store::Store;
 use crate::subscription::subscriptions;
 
@@ -70,7 +70,7 @@ impl Sink for Projection {
         Box::pin(async move {
             let outcome = outcome.await.unwrap_or_else(Outcome::Refused);
             if let Outcome::Failed { error, .. } = &outcome
-                && let Some(panic) = error.downcast_ref::<Panic>()
+                && let Some(panic) = error.downcast_ref::<Panicked>()
             {
                 panic.go_on();
             }

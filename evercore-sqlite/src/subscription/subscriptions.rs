@@ -7,9 +7,9 @@ use evercore_core::{
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
 
-use crate::commit::batch::Head;
 use crate::engine::SqliteEngine;
 use crate::error::{self, damaged};
+use crate::log_end::LogEnd;
 
 macro_rules! select_cursors {
     ($rest:literal) => {
@@ -115,7 +115,7 @@ fn outcome(
     before: Option<Cursor>,
 ) -> error::Result<Taken> {
     let looked_at = step.looks_at();
-    let is_there = looked_at > Position::ZERO && looked_at <= Head::read(connection)?.position;
+    let is_there = looked_at > Position::ZERO && looked_at <= LogEnd::read(connection)?.position;
     Ok(step.take(id, before, Timestamp::now(), is_there.then_some(Mark::ALWAYS))?)
 }
 
