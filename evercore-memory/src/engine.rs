@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
-    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
+    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, ErrorKind,
+    Event, Events, History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked,
+    Position, Receipt, Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage,
+    Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
 
-use crate::state::{Clock, State};
+use crate::state::{Clock, InlineProjection, State};
 
 /// An engine that keeps everything in memory. Clones share one store.
 #[derive(Clone, Default)]
@@ -62,6 +64,48 @@ impl MemoryEngine {
         engine
     }
 
+    /// Updates a value in every commit: a reader that sees the event also sees the updated value. The handler works on
+    /// a copy, which replaces the value once the commit can no longer fail. If the handler fails, the commit is
+    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. Events already in the log are handled at once.
+    ///
+    /// The handler runs while the store is locked, so it must not call the store. Only this projection may write the
+    /// value; a write from elsewhere is lost if a commit is running. The cursor is listed among the subscriptions.
+    ///
+    /// After a pause or reset, the next commit with events waits until the projection has caught up. The projection
+    /// gets pages of 1,000 events, and the store is unlocked between pages. The last page, of at most 1,000 events,
+    /// comes together with the commit's own events.
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    ///
+    /// # fn main() -> evercore_memory::Result<()> {
+    /// let engine = evercore_memory::MemoryEngine::new();
+    /// let count = Arc::new(Mutex::new(0));
+    /// engine.inline_projection("count", 1, Arc::clone(&count), |count, events| {
+    ///     *count += events.len();
+    ///     Ok(())
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if the projection
+    /// already exists; [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on events already in the
+    /// log; [`Closed`](ErrorKind::Closed).
+    pub fn inline_projection<S, F>(
+        &self,
+        name: impl AsRef<str>,
+        version: u32,
+        value: Arc<Mutex<S>>,
+        handle: F,
+    ) -> Result<()>
+    where
+        S: Clone + Send + 'static,
+        F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        self.state()?.add_inline(InlineProjection::new(name, version, value, handle)?)
+    }
+
     /// Closes the engine and all its clones. Later calls fail with [`Closed`](ErrorKind::Closed), and the stored events
     /// are gone. Closing again is harmless.
     ///
@@ -89,7 +133,7 @@ impl MemoryEngine {
         /// Lets other tasks lock the state in between. A mutex alone does not guarantee that.
         const PAUSE: Duration = Duration::from_millis(1);
         let writes_events = batch.events() > 0;
-        while writes_events && self.state()?.draw_near() {
+        while writes_events && self.state()?.catch_up_by_a_page() {
             Delay::new(PAUSE).await;
         }
         let receipt = self.state()?.commit(batch)?;
@@ -198,6 +242,33 @@ impl StorageEngine for MemoryEngine {
             self.shared.bell.notify(usize::MAX);
             drop(before);
             Ok(())
+        })
+    }
+}
+
+impl SubscriptionStorage for MemoryEngine {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        Box::pin(async move { self.state()?.step(id, step) })
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        Box::pin(async move {
+            let state = self.state()?;
+            let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
+            Ok(Cursors { cursors: wanted.cloned().collect(), now: state.now() })
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        Box::pin(async move {
+            let state = self.state()?;
+            let parked = state.parked.get(id).into_iter().flat_map(|parked| parked.range(after.next()..));
+            Ok(parked.take(limit).map(|(_, event)| event.clone()).collect())
         })
     }
 }

@@ -8,82 +8,16 @@ use evercore_core::{
     Position, Receipt, Result, Step, SubscriptionName, limits,
 };
 
-use crate::engine::MemoryEngine;
-use crate::state::State;
-
-/// Stores the result of a handler.
-type Write = Box<dyn FnOnce() + Send>;
-
-type Handle = dyn Fn(&[Event]) -> Result<Write, BoxError> + Send + Sync;
-
-/// A projection that every commit updates.
-pub(crate) struct Inline {
-    id: CursorId,
-    handle: Box<Handle>,
-}
-
-impl MemoryEngine {
-    /// Updates a value in every commit: a reader that sees the event also sees the updated value. The handler works on
-    /// a copy, which replaces the value once the commit can no longer fail. If the handler fails, the commit is
-    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. Events already in the log are handled at once.
-    ///
-    /// The handler runs while the store is locked, so it must not call the store. Only this projection may write the
-    /// value; a write from elsewhere is lost if a commit is running. The cursor is listed among the subscriptions.
-    ///
-    /// After a pause or reset, the next commit with events waits until the projection has caught up. The projection
-    /// gets pages of 1,000 events, and the store is unlocked between pages. The last page, of at most 1,000 events,
-    /// comes together with the commit's own events.
-    ///
-    /// ```
-    /// use std::sync::{Arc, Mutex};
-    ///
-    /// # fn main() -> evercore_memory::Result<()> {
-    /// let engine = evercore_memory::MemoryEngine::new();
-    /// let count = Arc::new(Mutex::new(0));
-    /// engine.inline_projection("count", 1, Arc::clone(&count), |count, events| {
-    ///     *count += events.len();
-    ///     Ok(())
-    /// })?;
-    /// # Ok(()) }
-    /// ```
-    ///
-    /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if the projection
-    /// already exists; [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on events already in the
-    /// log; [`Closed`](ErrorKind::Closed).
-    pub fn inline_projection<S, F>(
-        &self,
-        name: impl AsRef<str>,
-        version: u32,
-        value: Arc<Mutex<S>>,
-        handle: F,
-    ) -> Result<()>
-    where
-        S: Clone + Send + 'static,
-        F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
-    {
-        if version == 0 {
-            return Err(Error::invalid("the version of a projection is 1 at least"));
-        }
-        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
-        let handle = move |events: &[Event]| -> Result<Write, BoxError> {
-            let mut next = value.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            handle(&mut next, events)?;
-            let value = Arc::clone(&value);
-            Ok(Box::new(move || *value.lock().unwrap_or_else(PoisonError::into_inner) = next))
-        };
-        self.state()?.add_inline(Inline { id, handle: Box::new(handle) })
-    }
-}
+use crate::state::{InlineProjection, State, Write};
 
 impl State {
-    fn add_inline(&mut self, inline: Inline) -> Result<()> {
+    pub(crate) fn add_inline(&mut self, inline: InlineProjection) -> Result<()> {
         if self.inline.iter().any(|known| known.id == inline.id) {
             let message = format!("the inline projection \"{}\" is there twice", inline.id.subscription);
             return Err(Error::invalid(message));
         }
         self.step(&inline.id, &Step::declare(1, Position::ZERO, Some(Position::ZERO)))?;
-        if let Some(events) = self.behind(&inline, usize::MAX, &Events::default()) {
+        if let Some(events) = self.unhandled(&inline, usize::MAX, &Events::default()) {
             inline.handle(&events)?();
         }
         self.move_to_head(&inline.id);
@@ -96,24 +30,24 @@ impl State {
         if self.inline.is_empty() || batch.events() == 0 {
             return Ok(Vec::new());
         }
-        let behind = self.inline.iter().filter_map(|inline| {
-            let events = self.behind(inline, usize::MAX, &events_of(batch, receipt))?;
+        let writes = self.inline.iter().filter_map(|inline| {
+            let events = self.unhandled(inline, usize::MAX, &events_of(batch, receipt))?;
             Some(inline.handle(&events))
         });
-        behind.collect()
+        writes.collect()
     }
 
     /// Hands a page to a projection that lags by more than a page. Returns `false` if there is none, or if the handler
     /// failed: then the commit fails as well and reports the error.
-    pub(crate) fn draw_near(&mut self) -> bool {
+    pub(crate) fn catch_up_by_a_page(&mut self) -> bool {
         let head = self.head().get();
         let page = i64::try_from(limits::DEFAULT_PAGE_EVENTS).unwrap_or(i64::MAX);
-        let is_far = |inline: &&Inline| {
+        let is_far = |inline: &&InlineProjection| {
             let cursor = self.cursors.get(&inline.id);
             cursor.is_some_and(|it| it.status == CursorStatus::Active && head - it.position.get() > page)
         };
         let Some(inline) = self.inline.iter().find(is_far) else { return false };
-        let events = self.behind(inline, limits::DEFAULT_PAGE_EVENTS, &Events::default());
+        let events = self.unhandled(inline, limits::DEFAULT_PAGE_EVENTS, &Events::default());
         let events = events.unwrap_or_default();
         let Some(last) = events.last().map(Event::position) else { return false };
         let Ok(write) = inline.handle(&events) else { return false };
@@ -127,7 +61,7 @@ impl State {
 
     /// At most `most` events that the projection has not handled yet, followed by `more`. `None` if the cursor was
     /// paused, retired or removed by hand.
-    fn behind(&self, inline: &Inline, most: usize, more: &Events) -> Option<Vec<Event>> {
+    fn unhandled(&self, inline: &InlineProjection, most: usize, more: &Events) -> Option<Vec<Event>> {
         let cursor = self.cursors.get(&inline.id).filter(|cursor| cursor.status == CursorStatus::Active)?;
         let mut before = EventsBuilder::new();
         let done = usize::try_from(cursor.position.get()).unwrap_or(usize::MAX).min(self.log.len());
@@ -155,7 +89,30 @@ impl State {
     }
 }
 
-impl Inline {
+impl InlineProjection {
+    pub(crate) fn new<S, F>(
+        name: impl AsRef<str>,
+        version: u32,
+        value: Arc<Mutex<S>>,
+        handle: F,
+    ) -> Result<Self>
+    where
+        S: Clone + Send + 'static,
+        F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        if version == 0 {
+            return Err(Error::invalid("the version of a projection is 1 at least"));
+        }
+        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
+        let handle = move |events: &[Event]| -> Result<Write, BoxError> {
+            let mut next = value.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            handle(&mut next, events)?;
+            let value = Arc::clone(&value);
+            Ok(Box::new(move || *value.lock().unwrap_or_else(PoisonError::into_inner) = next))
+        };
+        Ok(Self { id, handle: Box::new(handle) })
+    }
+
     fn handle(&self, events: &[Event]) -> Result<Write> {
         (self.handle)(events).map_err(|source| {
             let message = format!("the inline projection \"{}\" failed", self.id.subscription);
@@ -191,8 +148,8 @@ fn events_of(batch: &Batch, receipt: &Receipt) -> Events {
     page.finish()
 }
 
-impl fmt::Debug for Inline {
+impl fmt::Debug for InlineProjection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inline").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("InlineProjection").field("id", &self.id).finish_non_exhaustive()
     }
 }

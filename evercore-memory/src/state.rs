@@ -4,11 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, AggregateType, CommandId, Cursor, CursorId, EventRow, EventType, Events, EventsBuilder, Key,
-    KnownCommand, KnownType, Metadata, PageLimit, Parked, Payload, Position, Sequence, Snapshot, Timestamp,
+    AggregateId, AggregateType, BoxError, CommandId, Cursor, CursorId, Event, EventRow, EventType, Events,
+    EventsBuilder, Key, KnownCommand, KnownType, Metadata, PageLimit, Parked, Payload, Position, Sequence,
+    Snapshot, Timestamp,
 };
-
-use crate::inline::Inline;
 
 /// The whole store. Only [`commit`](crate::commit) changes the log. The cursors are changed in
 /// [`subscriptions`](crate::subscriptions).
@@ -24,7 +23,7 @@ pub(crate) struct State {
     pub(crate) reserved: i64,
     pub(crate) cursors: BTreeMap<CursorId, Cursor>,
     pub(crate) parked: HashMap<CursorId, BTreeMap<Position, Parked>>,
-    pub(crate) inline: Vec<Inline>,
+    pub(crate) inline: Vec<InlineProjection>,
     pub(crate) is_closed: bool,
 }
 
@@ -35,6 +34,17 @@ impl Default for Clock {
     fn default() -> Self {
         Self(Box::new(Timestamp::now))
     }
+}
+
+/// Stores the result of an inline handler.
+pub(crate) type Write = Box<dyn FnOnce() + Send>;
+
+type InlineHandle = dyn Fn(&[Event]) -> Result<Write, BoxError> + Send + Sync;
+
+/// A projection that every commit updates.
+pub(crate) struct InlineProjection {
+    pub(crate) id: CursorId,
+    pub(crate) handle: Box<InlineHandle>,
 }
 
 pub(crate) struct AggregateState {

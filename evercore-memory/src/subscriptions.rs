@@ -1,11 +1,7 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::{
-    BoxFuture, Cursor, CursorId, Cursors, Mark, Parked, ParkedChange, Position, Result, Step,
-    SubscriptionName, SubscriptionStorage, Taken,
-};
+use evercore_core::{Cursor, CursorId, Mark, ParkedChange, Result, Step, Taken};
 
-use crate::engine::MemoryEngine;
 use crate::state::State;
 
 impl State {
@@ -43,32 +39,5 @@ impl State {
             }
             _ => parked.clear(),
         }
-    }
-}
-
-impl SubscriptionStorage for MemoryEngine {
-    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
-        Box::pin(async move { self.state()?.step(id, step) })
-    }
-
-    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
-        Box::pin(async move {
-            let state = self.state()?;
-            let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
-            Ok(Cursors { cursors: wanted.cloned().collect(), now: state.now() })
-        })
-    }
-
-    fn parked<'a>(
-        &'a self,
-        id: &'a CursorId,
-        after: Position,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
-        Box::pin(async move {
-            let state = self.state()?;
-            let parked = state.parked.get(id).into_iter().flat_map(|parked| parked.range(after.next()..));
-            Ok(parked.take(limit).map(|(_, event)| event.clone()).collect())
-        })
     }
 }

@@ -1,14 +1,17 @@
 //! How a store is opened.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use evercore_core::{Error, Result};
+use evercore_core::{BoxError, Error, Event, Result};
+use rusqlite::Connection;
 
 use crate::connection::path;
 use crate::engine::SqliteEngine;
+use crate::error;
 use crate::settings::{Durability, Settings};
-use crate::subscription::inline::InlineProjection;
+use crate::store::Store;
+use crate::subscription::inline::{self, InlineProjection};
 
 /// How a store is opened; everything has a default.
 ///
@@ -24,15 +27,34 @@ use crate::subscription::inline::InlineProjection;
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Builder {
-    pub(crate) settings: Settings,
-    pub(crate) inline: Vec<InlineProjection>,
+    settings: Settings,
+    inline: Vec<InlineProjection>,
+}
+
+impl SqliteEngine {
+    /// Opens the store in this file, or makes it. All settings are those of [`SqliteEngine::builder`].
+    ///
+    /// # Errors
+    /// As [`Builder::open`].
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::builder().open(path).await
+    }
+
+    /// Opens a new store in memory, which ends with the engine.
+    ///
+    /// # Errors
+    /// As [`Builder::open_in_memory`].
+    pub async fn open_in_memory() -> Result<Self> {
+        Self::builder().open_in_memory().await
+    }
+
+    /// Says how to open a store.
+    pub fn builder() -> Builder {
+        Builder { settings: Settings::default(), inline: Vec::new() }
+    }
 }
 
 impl Builder {
-    pub(crate) fn new() -> Self {
-        Self { settings: Settings::default(), inline: Vec::new() }
-    }
-
     /// What an acknowledged commit survives; [`Durability::PowerLoss`] unless set.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.settings.durability = durability;
@@ -104,6 +126,58 @@ impl Builder {
         self
     }
 
+    /// Has tables of your own kept up to date in the transaction of each commit: who reads them finds every event that
+    /// was acknowledged, and no other. The handler is given the new events, in the order of the log.
+    ///
+    /// ```
+    /// # use evercore_sqlite::{Result, SqliteEngine};
+    /// # fn main() -> Result<()> { futures_lite::future::block_on(async {
+    /// let table = "CREATE TABLE IF NOT EXISTS shop_totals (aggregate INTEGER PRIMARY KEY, events INTEGER NOT NULL) STRICT";
+    /// let builder = SqliteEngine::builder().inline_projection("totals", 1, move |sql, events| {
+    ///     sql.execute_batch(table)?;
+    ///     let mut count = sql.prepare_cached(
+    ///         "INSERT INTO shop_totals VALUES (?1, 1) ON CONFLICT DO UPDATE SET events = events + 1",
+    ///     )?;
+    ///     for event in events {
+    ///         count.execute([event.aggregate().get()])?;
+    ///     }
+    ///     Ok(())
+    /// });
+    /// let engine = builder.open_in_memory().await?;
+    /// # let _ = engine;
+    /// # Ok(()) }) }
+    /// ```
+    ///
+    /// Its place in the log is a cursor of this name and version, partition 0 of 1, which is listed with those of
+    /// subscriptions and is not to be run as one. A new name or version begins at the beginning of the log: all there is
+    /// is handled while the store is opened, 1,000 events to a transaction. What another process commits without the
+    /// projection is handled by the next commit here: before it begins, 1,000 events to a transaction and with pauses in
+    /// which others can write, until 1,000 events at most are left for its own transaction. While its cursor is paused,
+    /// retired or removed, it does nothing.
+    ///
+    /// To fill the tables anew, pause its cursor, reset it, empty the tables and resume it: what was committed between any
+    /// two of these is then neither missing nor there twice. The next commit that has events does the rest, in the same way,
+    /// and waits for it; for a long log a new version with tables of its own is better, which is filled while the store is
+    /// opened.
+    /// The cursor of a version that no program has any more stays where it is until it is
+    /// [removed](evercore_core::EventStore::remove_subscription).
+    ///
+    /// Every commit waits for it, so it should be quick. It is held to what SQL in
+    /// [`commit_with`](crate::SqliteEngine::commit_with) is held to; the [`sql_timeout`](Self::sql_timeout) is for up to
+    /// 1,000 events. It may be given the same events again, after all of its writes were rolled back.
+    ///
+    /// If it fails, nothing of the unit of work is written, and the commit is
+    /// [`Rejected`](crate::ErrorKind::Rejected) with the handler's own error as its source; others that were
+    /// committed together with it are not affected. A panic goes on in who committed. The same is true of opening. What
+    /// it cannot handle of that which others committed without it stands in the way of every commit here.
+    pub fn inline_projection<F>(mut self, name: impl AsRef<str>, version: u32, handle: F) -> Self
+    where
+        F: Fn(&Connection, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
+    {
+        self.inline.push(InlineProjection::new(name.as_ref(), version, handle));
+        self
+    }
+
     /// Opens the store in this file.
     ///
     /// # Errors
@@ -117,7 +191,7 @@ impl Builder {
     /// it stays locked, or if the process has too many files open. A file that is refused was not written to.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
         let path = path::checked(path.as_ref())?;
-        SqliteEngine::open_with(self.settings, self.inline, Some(path)).await
+        self.open_at(Some(path)).await
     }
 
     /// Opens a new store in memory, which ends with the engine. It has one connection for all, so tables of your own are
@@ -129,7 +203,21 @@ impl Builder {
         if self.settings.read_only {
             return Err(Error::invalid("a store in memory is new, so it cannot be read-only"));
         }
-        SqliteEngine::open_with(self.settings, self.inline, None).await
+        self.open_at(None).await
+    }
+
+    async fn open_at(self, path: Option<PathBuf>) -> Result<SqliteEngine> {
+        let Self { settings, inline } = self;
+        let open = move || {
+            InlineProjection::check(&inline)?;
+            if settings.read_only && !inline.is_empty() {
+                return Err(Error::invalid("an inline projection writes, so the store cannot be read-only"));
+            }
+            let store = Store::open(settings, path)?;
+            inline::catch_up_at_open(&store, &inline)?;
+            Ok(SqliteEngine::new(store, inline))
+        };
+        error::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
     }
 }
 
@@ -147,15 +235,17 @@ mod tests {
     fn time_outs_are_kept_within_what_sqlite_can_count() {
         let day = Duration::from_secs(86_400);
         let times = [Duration::ZERO, Duration::from_millis(700), 24 * day, 25 * day, Duration::MAX];
-        let kept = times.map(|time| Builder::new().busy_timeout(time).settings.busy_timeout);
+        let kept = times.map(|time| SqliteEngine::builder().busy_timeout(time).settings.busy_timeout);
         assert_eq!(
             kept,
             [Duration::from_millis(1), Duration::from_millis(700), 24 * day, 24 * day, 24 * day]
         );
         for time in times {
-            let builder = Builder::new().busy_timeout(time).sql_timeout(time);
+            let builder = SqliteEngine::builder().busy_timeout(time).sql_timeout(time);
             futures_lite::future::block_on(builder.open_in_memory()).unwrap();
-            assert!(Builder::new().sql_timeout(time).settings.sql_timeout >= Duration::from_millis(1));
+            assert!(
+                SqliteEngine::builder().sql_timeout(time).settings.sql_timeout >= Duration::from_millis(1)
+            );
         }
     }
 }

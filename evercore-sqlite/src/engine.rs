@@ -1,27 +1,31 @@
 //! The engine: each promise of the trait, handed to the room that keeps it.
 
+use std::any::Any;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Error, ErrorKind, Events, History, IdBlock, KnownCommand,
-    KnownType, LoadRequest, LogPage, LogQuery, Position, Receipt, Result, StorageEngine, StoreId, Timestamp,
+    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, ErrorKind,
+    Events, History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position,
+    Receipt, Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
+    UnitOfWork,
 };
+use rusqlite::Connection;
 
 use crate::backup;
-use crate::builder::Builder;
+use crate::commit::batch;
 use crate::commit::own_sql::OwnSql;
-use crate::commit::queue::Watch;
-use crate::commit::{batch, flight, queue};
-use crate::connection::{path, reads};
+use crate::commit::queue::Queue;
+use crate::connection::path;
+use crate::connection::reads::Reads;
 use crate::error::{self, SqliteError, outcome_unknown, read_only};
 use crate::names::Registrar;
 use crate::read::{load, log, wait};
-use crate::settings::Settings;
 use crate::store::Store;
 use crate::subscription::inline::InlineProjection;
+use crate::subscription::subscriptions;
 
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
@@ -30,37 +34,18 @@ const RESERVE: &str = "
 ///
 /// Several engines, also in several processes, may have the same file open: each commit sees the last.
 #[derive(Clone)]
-pub struct SqliteEngine(Arc<Store>);
+pub struct SqliteEngine {
+    store: Arc<Store>,
+    queue: Arc<Queue>,
+    reads: Arc<Reads>,
+}
 
 impl SqliteEngine {
-    /// Opens the store in this file, or makes it. All settings are those of [`SqliteEngine::builder`].
-    ///
-    /// # Errors
-    /// As [`Builder::open`].
-    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::builder().open(path).await
-    }
-
-    /// Opens a new store in memory, which ends with the engine.
-    ///
-    /// # Errors
-    /// As [`Builder::open_in_memory`].
-    pub async fn open_in_memory() -> Result<Self> {
-        Self::builder().open_in_memory().await
-    }
-
-    /// Says how to open a store.
-    pub fn builder() -> Builder {
-        Builder::new()
-    }
-
-    pub(crate) async fn open_with(
-        settings: Settings,
-        inline: Vec<InlineProjection>,
-        path: Option<PathBuf>,
-    ) -> Result<Self> {
-        let open = move || Store::open(settings, inline, path).map(|store| Self(Arc::new(store)));
-        error::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
+    pub(crate) fn new(store: Store, inline: Vec<InlineProjection>) -> Self {
+        let at_once = if store.path.is_some() { store.settings.read_connections } else { 1 };
+        let reads = Arc::new(Reads::new(at_once, store.settings.busy_timeout));
+        let store = Arc::new(store);
+        Self { queue: Arc::new(Queue::new(Arc::clone(&store), inline)), store, reads }
     }
 
     /// Puts a backup in the place of the store at `path`, and gives the place where the old store is now, if there was
@@ -98,17 +83,17 @@ impl SqliteEngine {
 
     /// The file, with its whole path; `None` for a store in memory.
     pub fn path(&self) -> Option<&Path> {
-        self.0.path.as_deref()
+        self.store.path.as_deref()
     }
 
     /// The id that this store got when it was made; a copy has the same.
     pub fn store_id(&self) -> &str {
-        &self.0.store_id
+        &self.store.store_id
     }
 
     /// How large the write-ahead log is. It grows while somebody reads one long transaction.
     pub fn wal_bytes(&self) -> u64 {
-        self.0.wal_bytes()
+        self.store.wal_bytes()
     }
 
     /// Writes the write-ahead log back into the file and cuts it to nothing. The engine does so by itself when there
@@ -152,25 +137,78 @@ impl SqliteEngine {
     /// engine is closed, but newest commits stay in the write-ahead log beside the file, which belongs to it;
     /// [`Backend`](ErrorKind::Backend) if the disk failed.
     pub async fn close(&self) -> Result<()> {
+        self.queue.end();
         self.unblock(Store::close).await
     }
 
-    pub(crate) fn store(&self) -> &Store {
-        &self.0
+    /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in
+    /// an outbox. All of it is written, or nothing of it.
+    ///
+    /// The SQL runs first, then the unit's checks and writes. It queues for the one writer as every commit does, on a
+    /// thread that may block, and has a transaction and a flush of its own. With a
+    /// [command](UnitOfWork::set_command) it takes effect once: for a command that took effect before, it is
+    /// not run. A unit that holds nothing is fine; that is how a table is made.
+    ///
+    /// ```
+    /// # use evercore_sqlite::{Aggregate, EventStore, Json, Result, SqliteEngine};
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Clone, Default, Serialize, Deserialize)] struct Order { placed: bool }
+    /// # #[derive(Serialize, Deserialize)] enum OrderEvent { Placed }
+    /// # impl Aggregate for Order {
+    /// #     const TYPE: &'static str = "order"; type Event = OrderEvent; type Codec = Json;
+    /// #     fn apply(&mut self, _: OrderEvent) { self.placed = true }
+    /// # }
+    /// # fn main() -> Result<()> { futures_lite::future::block_on(async {
+    /// let engine = SqliteEngine::open_in_memory().await?;
+    /// let store = EventStore::new(engine.clone());
+    /// let table = "CREATE TABLE IF NOT EXISTS shop_outbox (id INTEGER PRIMARY KEY, message TEXT NOT NULL) STRICT";
+    /// engine.commit_with(store.begin(), move |sql| Ok(sql.execute_batch(table)?)).await?;
+    ///
+    /// let mut work = store.begin();
+    /// let mut order = work.create_with_key::<Order>("order 7").await?;
+    /// work.record(&mut order, OrderEvent::Placed)?;
+    /// let message = format!("confirm order {}", order.id());
+    /// engine
+    ///     .commit_with(work, move |sql| {
+    ///         sql.prepare_cached("INSERT INTO shop_outbox (message) VALUES (?1)")?.execute([message])?;
+    ///         Ok(())
+    ///     })
+    ///     .await?;
+    /// # Ok(()) }) }
+    /// ```
+    ///
+    /// While it runs, nobody else writes. A statement that runs past [`sql_timeout`](crate::Builder::sql_timeout) is
+    /// interrupted. Code that blocks or computes between two statements cannot be: the clock is looked at again when
+    /// it returns, and then nothing is written. So it should do nothing but SQL, and must not wait for this store,
+    /// which waits for it.
+    ///
+    /// The connection is the engine's: leave its settings and hooks as they are. It enforces foreign keys. The tables
+    /// of evercore may be read, never written; give yours names of their own, with a prefix. COMMIT and ROLLBACK are
+    /// refused, savepoints are fine. A panic writes nothing and goes on in the caller.
+    ///
+    /// # Errors
+    /// [`Rejected`](ErrorKind::Rejected) with the SQL's own error as its source, or if it took too long;
+    /// [`Invalid`](ErrorKind::Invalid) if the unit belongs to another engine, or if the SQL ended the
+    /// transaction; otherwise as [`UnitOfWork::commit`].
+    pub async fn commit_with<F>(&self, work: UnitOfWork, sql: F) -> Result<Receipt, Error>
+    where
+        F: FnOnce(&Connection) -> Result<(), BoxError> + Send + 'static,
+    {
+        let engine: &dyn Any = work.engine();
+        if !engine.downcast_ref::<Self>().is_some_and(|other| Arc::ptr_eq(&self.store, &other.store)) {
+            return Err(Error::invalid("the unit of work belongs to another engine"));
+        }
+        let sql = OwnSql::new(sql);
+        work.commit_by(|batch| self.commit_batch(batch, Some(sql))).await
     }
 
     /// Where the log ends, if that is past `after`; the file is looked at only if nobody here knows so yet.
-    pub(crate) async fn head_now(&self, after: Position) -> Result<Position> {
-        let seen = self.0.seen();
+    async fn head_now(&self, after: Position) -> Result<Position> {
+        let seen = self.store.seen();
         if seen > after {
-            return self.0.check_open().map(|()| seen);
+            return self.store.check_open().map(|()| seen);
         }
         self.read(Store::head).await
-    }
-
-    /// Has the store watched for the commits of others.
-    pub(crate) fn watch(&self) -> Result<Watch<'_>> {
-        Watch::begin(&self.0)
     }
 
     /// Reads where blocking is allowed.
@@ -178,12 +216,12 @@ impl SqliteEngine {
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> BoxFuture<'static, Result<T>> {
-        let store = Arc::clone(&self.0);
+        let (store, reads) = (Arc::clone(&self.store), Arc::clone(&self.reads));
         Box::pin(async move {
             if store.settings.commit_on_caller_thread {
                 return work(&store);
             }
-            reads::read(&store, work).await
+            reads.run(move || work(&store)).await
         })
     }
 
@@ -192,7 +230,7 @@ impl SqliteEngine {
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> BoxFuture<'static, Result<T>> {
-        let store = Arc::clone(&self.0);
+        let (store, queue) = (Arc::clone(&self.store), Arc::clone(&self.queue));
         Box::pin(async move {
             store.check_open()?;
             if store.settings.read_only {
@@ -201,7 +239,7 @@ impl SqliteEngine {
             if store.settings.commit_on_caller_thread {
                 return work(&store);
             }
-            queue::write(&store, work).await
+            queue.write(work).await
         })
     }
 
@@ -210,7 +248,7 @@ impl SqliteEngine {
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let store = Arc::clone(&self.0);
+        let store = Arc::clone(&self.store);
         if store.settings.commit_on_caller_thread {
             return work(&store);
         }
@@ -219,18 +257,18 @@ impl SqliteEngine {
 
     /// Commits a batch, and with it the user's own SQL if there is some.
     pub(crate) async fn commit_batch(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
-        self.0.check_open()?;
+        self.store.check_open()?;
         if batch.is_empty() && sql.is_none() {
             return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
         }
-        if self.0.settings.read_only {
+        if self.store.settings.read_only {
             return Err(read_only());
         }
-        if self.0.settings.commit_on_caller_thread {
-            return error::go_on(flight::commit_here(&self.0, batch, sql));
+        if self.store.settings.commit_on_caller_thread {
+            return error::go_on(self.queue.commit_here(batch, sql));
         }
         // Carried through also if the caller goes away: then only the answer is lost.
-        let answer = queue::commit(&self.0, batch, sql)?;
+        let answer = self.queue.commit(batch, sql)?;
         error::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
     }
 }
@@ -239,15 +277,15 @@ impl SqliteEngine {
 impl fmt::Debug for SqliteEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SqliteEngine")
-            .field("path", &self.0.path)
-            .field("settings", &self.0.settings)
+            .field("path", &self.store.path)
+            .field("settings", &self.store.settings)
             .finish_non_exhaustive()
     }
 }
 
 impl StorageEngine for SqliteEngine {
     fn identity(&self) -> StoreId {
-        self.0.identity
+        self.store.identity
     }
 
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>> {
@@ -312,7 +350,7 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
-        Box::pin(wait::wait(self, after, at_most))
+        Box::pin(wait::wait(&self.store, after, at_most, move || self.head_now(after), || self.queue.watch()))
     }
 
     fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
@@ -338,5 +376,46 @@ impl StorageEngine for SqliteEngine {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(Self::close(self))
+    }
+}
+
+impl SubscriptionStorage for SqliteEngine {
+    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
+        Box::pin(async move {
+            // A claim in vain shall neither wait for the writer nor keep it from others.
+            if step.is_claim() && !self.store.settings.read_only {
+                let (id, step) = (id.clone(), step.clone());
+                let look = move |connection: &Connection| {
+                    subscriptions::outcome(connection, &id, &step, subscriptions::cursor(connection, &id)?)
+                        .map(drop)
+                };
+                self.read(move |store| store.read(look)).await?;
+            }
+            let (id, step) = (id.clone(), step.clone());
+            self.write(move |store| store.write(|connection| subscriptions::take(connection, &id, &step)))
+                .await
+        })
+    }
+
+    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
+        let of = of.cloned();
+        self.read(move |store| {
+            store.read(|connection| {
+                Ok(Cursors {
+                    cursors: subscriptions::cursors(connection, of.as_ref())?,
+                    now: Timestamp::now(),
+                })
+            })
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        id: &'a CursorId,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
+        let id = id.clone();
+        self.read(move |store| store.read(|connection| subscriptions::parked(connection, &id, after, limit)))
     }
 }

@@ -223,11 +223,6 @@ pub(crate) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the store was opened for reading only")
 }
 
-/// The same error once more, for the next of several callers who share it; without its source.
-pub(crate) fn again(error: &Error) -> Error {
-    error.again()
-}
-
 /// SQLite's primary result code, if the error is SQLite's own.
 pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
     match error {

@@ -2,17 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use event_listener::Event;
 use evercore_core::{Error, ErrorKind, Position, Result, StoreId};
 use rusqlite::Connection;
 
-use crate::commit::queue::Queue;
 use crate::connection::open::{self, Role};
 use crate::connection::pool::Readers;
-use crate::connection::reads::Reads;
 use crate::connection::transaction::{self, Failure};
 use crate::connection::wal;
 use crate::error::{self, SqliteError, closed};
@@ -20,7 +18,6 @@ use crate::log_end::LogEnd;
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
 use crate::settings::Settings;
-use crate::subscription::inline::{self, Inline, InlineProjection};
 
 /// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
 const LARGE_WAL: u64 = 16 * 1024 * 1024;
@@ -38,9 +35,6 @@ pub(crate) struct Store {
     pub(crate) store_id: String,
     pub(crate) identity: StoreId,
     pub(crate) names: Names,
-    pub(crate) inline: Vec<Inline>,
-    pub(crate) queue: Arc<Queue>,
-    pub(crate) reads: Reads,
     /// Rung after each flight that wrote events.
     pub(crate) committed: Event,
     /// The last position that this engine knows of.
@@ -62,16 +56,8 @@ pub(crate) struct Writer {
 }
 
 impl Store {
-    pub(crate) fn open(
-        settings: Settings,
-        inline: Vec<InlineProjection>,
-        path: Option<PathBuf>,
-    ) -> Result<Self> {
+    pub(crate) fn open(settings: Settings, path: Option<PathBuf>) -> Result<Self> {
         open::check_library()?;
-        let inline = Inline::checked(inline)?;
-        if settings.read_only && !inline.is_empty() {
-            return Err(Error::invalid("an inline projection writes, so the store cannot be read-only"));
-        }
         let writer = match &path {
             Some(path) => open_file(path, &settings).map_err(|error| error.at(path))?,
             None => Some(open_memory(&settings)?),
@@ -83,9 +69,6 @@ impl Store {
             store_id: String::new(),
             identity: StoreId::of(""),
             names: Names::default(),
-            inline,
-            queue: Arc::default(),
-            reads: Reads::default(),
             committed: Event::new(),
             head: AtomicI64::new(0),
             state: AtomicU8::new(OPEN),
@@ -102,7 +85,6 @@ impl Store {
             Ok(LogEnd::read(connection)?.position)
         })?;
         store.saw(head);
-        inline::catch_up(&store)?;
         Ok(store)
     }
 
@@ -144,7 +126,7 @@ impl Store {
     }
 
     /// Looks for what other processes have committed, and rings the bell for it.
-    pub(crate) fn look(&self) {
+    pub(crate) fn refresh_head(&self) {
         if self.path.is_none() {
             return;
         }
@@ -200,7 +182,6 @@ impl Store {
             readers.abandon();
         }
         drop(writer.0.take());
-        self.queue.end();
         self.committed.notify(usize::MAX);
     }
 
@@ -208,7 +189,6 @@ impl Store {
     /// last: only a writer can tidy the WAL away.
     pub(crate) fn close(&self) -> Result<()> {
         let _ = self.state.compare_exchange(OPEN, CLOSED, Ordering::AcqRel, Ordering::Acquire);
-        self.queue.end();
         self.committed.notify(usize::MAX);
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(readers) = &self.readers {
@@ -296,13 +276,6 @@ fn truncate_wal(connection: &Connection) -> rusqlite::Result<bool> {
     }
 }
 
-/// Nobody has the store any more, so nothing is under way.
-impl Drop for Store {
-    fn drop(&mut self) {
-        self.queue.end();
-    }
-}
-
 /// The writer, for as long as this is held.
 pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Writer>>);
 
@@ -371,7 +344,7 @@ mod tests {
 
     fn open(path: &Path) -> Store {
         let settings = Settings { busy_timeout: Duration::from_millis(1_234), ..Settings::default() };
-        Store::open(settings, Vec::new(), Some(path.to_owned())).unwrap()
+        Store::open(settings, Some(path.to_owned())).unwrap()
     }
 
     fn names(store: &Store) -> Result<i64> {

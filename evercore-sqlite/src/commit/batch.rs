@@ -278,26 +278,20 @@ impl HeaderText {
 
 #[cfg(test)]
 mod tests {
-    use evercore_core::Result;
-
     use super::*;
-    use crate::settings::Settings;
-    use crate::store::Store;
 
     /// A writer is held for one piece at a time.
     #[test]
     fn commands_are_forgotten_in_pieces() {
-        let store = Store::open(Settings::default(), Vec::new(), None).unwrap();
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(include_str!("../../migrations/V1__event_store.sql")).unwrap();
         let many = "
             WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 2500)
             INSERT INTO commands (command_id, recorded_at) SELECT printf('command %05d', n), n FROM n";
-        store.write(|connection| Ok(connection.execute_batch(many)?)).unwrap();
+        connection.execute_batch(many).unwrap();
         let before = Timestamp::from_micros(2_000).unwrap();
         let (mut after, mut pieces) = (String::new(), Vec::new());
-        let piece = |after: &str| -> Result<_> {
-            store.write(|connection| forget_commands(connection, after, before))
-        };
-        while let (count, Some(end)) = piece(&after).unwrap() {
+        while let (count, Some(end)) = forget_commands(&connection, &after, before).unwrap() {
             pieces.push(count);
             after = end;
         }

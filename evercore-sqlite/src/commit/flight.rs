@@ -1,138 +1,154 @@
-//! Combining: commits that arrive while one is under way are written together, in one transaction.
+//! A flight: commits that arrive while another one runs are written together, in one transaction.
 //!
-//! The flush is what costs, so everything that is queued when a flight begins goes with it, each batch with its own
-//! outcome. The engine's own thread leads, or the caller itself if the user said so.
+//! The flush is the expensive part. So everything that is queued when a flight begins goes with it, and each batch gets
+//! its own result. The flight is led by the engine's own thread, or by the caller with `commit_on_caller_thread`.
 
 use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
+use futures_channel::oneshot;
 use rusqlite::Connection;
 
 use crate::commit::batch::Writer;
 use crate::commit::own_sql::OwnSql;
-use crate::commit::queue::Job;
 use crate::connection::transaction::{self, Failure};
-use crate::error::{self, SqliteError, again, closed, outcome_unknown};
+use crate::error::{self, SqliteError, closed, outcome_unknown};
 use crate::names::Registrar;
 use crate::store::{Locked, Store};
-use crate::subscription::inline;
+use crate::subscription::inline::{self, InlineProjection};
 
-/// Flies with all jobs of the queue. `between` runs between two pages of what inline projections have to catch up with.
-pub(crate) fn lead(store: &Store, jobs: Vec<Job>, between: impl Fn()) {
-    if jobs.iter().any(|job| job.batch.events() > 0)
-        && let Err(error) = inline::draw_near(store, between)
-        && *error.kind() == ErrorKind::Unavailable
-    {
-        return jobs.into_iter().for_each(|job| job.answer(Err(again(&error))));
+/// A batch that waits to be committed, with the user's own SQL if there is some.
+#[derive(Debug)]
+pub(crate) struct Job {
+    batch: Batch,
+    sql: Option<OwnSql>,
+    reply: oneshot::Sender<Result<Receipt>>,
+}
+
+/// Gives the caller its result.
+pub(crate) type Answer = oneshot::Receiver<Result<Receipt>>;
+
+impl Job {
+    pub(crate) fn new(batch: Batch, sql: Option<OwnSql>) -> (Self, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (Self { batch, sql, reply }, answer)
     }
-    // What else was in the way is so again in the flight, which tells each of them.
-    match store.lock() {
-        Ok(mut writer) => fly(store, &mut writer, jobs),
-        Err(error) => jobs.into_iter().for_each(|job| job.answer(Err(again(&error)))),
+
+    /// The caller may have gone: then nobody needs the answer.
+    fn answer(self, outcome: Result<Receipt>) {
+        let _ = self.reply.send(outcome);
     }
 }
 
-/// Commits on this thread. Whoever gets the writer flies everything that is queued, so the answer may be there
-/// already.
-pub(crate) fn commit_here(store: &Store, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
-    if batch.events() > 0
-        && let Err(error) = inline::draw_near(store, || ())
-        && *error.kind() == ErrorKind::Unavailable
-    {
-        return Err(error);
+/// Answers all jobs with one error.
+pub(crate) fn refuse(jobs: Vec<Job>, error: &Error) {
+    jobs.into_iter().for_each(|job| job.answer(Err(error.again())));
+}
+
+/// The flights of one store, with the inline projections that they fill.
+#[derive(Clone, Copy)]
+pub(crate) struct Flights<'a> {
+    pub(crate) store: &'a Store,
+    pub(crate) inline: &'a [InlineProjection],
+}
+
+impl Flights<'_> {
+    /// Commits all jobs. `between` runs between two pages that inline projections have to catch up with.
+    pub(crate) fn lead(self, jobs: Vec<Job>, between: impl Fn()) {
+        if jobs.iter().any(|job| job.batch.events() > 0)
+            && let Err(error) = self.catch_up(between)
+        {
+            return refuse(jobs, &error);
+        }
+        match self.store.lock() {
+            Ok(mut writer) => self.fly(&mut writer, jobs),
+            Err(error) => refuse(jobs, &error),
+        }
     }
-    let mut answer = store.queue.push_here(batch, sql);
-    match store.lock() {
-        Ok(mut writer) => {
-            if let Ok(Some(outcome)) = answer.try_recv() {
-                return outcome;
+
+    /// Lets inline projections catch up. Only a locked store stops the flight here: any other failure happens again in
+    /// the flight, and only to the batches that it concerns.
+    pub(crate) fn catch_up(self, between: impl Fn()) -> Result<()> {
+        match inline::catch_up_before_commit(self.store, self.inline, between) {
+            Err(error) if *error.kind() == ErrorKind::Unavailable => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes all jobs, answers them, and then tidies up.
+    pub(crate) fn fly(self, writer: &mut Locked<'_>, jobs: Vec<Job>) {
+        let events = jobs.iter().map(|job| job.batch.events()).sum();
+        let (alone, together): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.sql.is_some());
+        let batches: Vec<&Batch> = together.iter().map(|job| &job.batch).collect();
+        let outcomes = self.outcomes(writer, &batches);
+        together.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
+        for mut job in alone {
+            let Some(sql) = job.sql.take() else { continue };
+            let outcome = self.with_sql(writer, &job.batch, sql);
+            job.answer(outcome);
+        }
+        // A failure here happens again in a later call, which reports it.
+        let _ = self.store.tidy(writer, events);
+    }
+
+    /// A batch with SQL has its own transaction, so that no other batch is rolled back with it.
+    fn with_sql(self, writer: &mut Locked<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
+        let connection = &writer.get()?.connection;
+        let run = |connection: &Connection| sql.run(connection, self.store.settings.sql_timeout);
+        let outcome = self.transact(connection, |writer| writer.batch_after(run, batch));
+        outcome.map_err(|failure| self.store.told(writer, failure))
+    }
+
+    fn outcomes(self, writer: &mut Locked<'_>, batches: &[&Batch]) -> Vec<Result<Receipt>> {
+        if batches.is_empty() {
+            return Vec::new();
+        }
+        let Ok(open) = writer.get() else { return for_all(batches, &closed()) };
+        let written = self
+            .transact(&open.connection, |writer| batches.iter().map(|batch| writer.batch(batch)).collect());
+        match written {
+            Ok(outcomes) => outcomes,
+            Err(Failure::Unknown) => {
+                self.store.fail(writer);
+                for_all(batches, &outcome_unknown())
             }
-            fly(store, &mut writer, store.queue.take());
-        }
-        Err(error) => store.queue.take().into_iter().for_each(|job| job.answer(Err(again(&error)))),
-    }
-    answer.try_recv().ok().flatten().unwrap_or_else(|| Err(outcome_unknown()))
-}
-
-/// Writes all jobs, answers them, and then does what nobody waits for.
-fn fly(store: &Store, writer: &mut Locked<'_>, jobs: Vec<Job>) {
-    let events = jobs.iter().map(|job| job.batch.events()).sum();
-    let (alone, together): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.sql.is_some());
-    let batches: Vec<&Batch> = together.iter().map(|job| &job.batch).collect();
-    let outcomes = outcomes(store, writer, &batches);
-    together.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
-    for mut job in alone {
-        let Some(sql) = job.sql.take() else { continue };
-        let outcome = with_sql(store, writer, &job.batch, sql);
-        job.answer(outcome);
-    }
-    // What fails here fails a later call too, and is told there.
-    let _ = store.tidy(writer, events);
-}
-
-/// Whoever brings SQL has a transaction of their own: nobody else is to be rolled back with it.
-fn with_sql(store: &Store, writer: &mut Locked<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
-    let connection = &writer.get()?.connection;
-    let run = |connection: &Connection| sql.run(connection, store.settings.sql_timeout);
-    let outcome = transact(store, connection, |writer| writer.batch_after(run, batch));
-    outcome.map_err(|failure| store.told(writer, failure))
-}
-
-fn outcomes(store: &Store, writer: &mut Locked<'_>, batches: &[&Batch]) -> Vec<Result<Receipt>> {
-    if batches.is_empty() {
-        return Vec::new();
-    }
-    let Ok(open) = writer.get() else { return all(batches, &closed()) };
-    match together(store, &open.connection, batches) {
-        Ok(outcomes) => outcomes,
-        Err(Failure::Unknown) => {
-            store.fail(writer);
-            all(batches, &outcome_unknown())
-        }
-        // What is in everybody's way is not the fault of one batch.
-        Err(Failure::RolledBack(SqliteError::Sqlite(busy))) if error::is_busy(&busy) => {
-            all(batches, &SqliteError::from(busy).into())
-        }
-        Err(Failure::RolledBack(error)) if batches.len() == 1 => vec![Err(error.into())],
-        // One of them does what the checks did not foresee: alone, it fails alone.
-        Err(Failure::RolledBack(_)) => {
-            batches.iter().flat_map(|batch| outcomes(store, writer, std::slice::from_ref(batch))).collect()
+            // A lock of another process is not the fault of one batch.
+            Err(Failure::RolledBack(SqliteError::Sqlite(busy))) if error::is_busy(&busy) => {
+                for_all(batches, &SqliteError::from(busy).into())
+            }
+            Err(Failure::RolledBack(error)) if batches.len() == 1 => vec![Err(error.into())],
+            // The checks did not foresee the failure of one batch. Each is written alone, so that only that one fails.
+            Err(Failure::RolledBack(_)) => {
+                batches.iter().flat_map(|batch| self.outcomes(writer, std::slice::from_ref(batch))).collect()
+            }
         }
     }
-}
 
-fn all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
-    batches.iter().map(|_| Err(again(error))).collect()
-}
-
-/// One transaction for all.
-fn together(
-    store: &Store,
-    connection: &Connection,
-    batches: &[&Batch],
-) -> Result<Vec<Result<Receipt>>, Failure> {
-    transact(store, connection, |writer| batches.iter().map(|batch| writer.batch(batch)).collect())
-}
-
-/// A transaction of the log; names and head are taken over only after it has committed.
-fn transact<T>(
-    store: &Store,
-    connection: &Connection,
-    work: impl FnOnce(&mut Writer<'_>) -> error::Result<T>,
-) -> Result<T, Failure> {
-    let (outcome, before, head, fresh) = transaction::write(connection, |connection| {
-        let mut writer = Writer::new(connection, Registrar::new(connection, &store.names))?;
-        let before = writer.head();
-        let outcome = work(&mut writer)?;
-        let (head, names) = writer.finish();
+    /// Runs one transaction of the log. Its names and its end become known only after it has committed.
+    fn transact<T>(
+        self,
+        connection: &Connection,
+        work: impl FnOnce(&mut Writer<'_>) -> error::Result<T>,
+    ) -> Result<T, Failure> {
+        let store = self.store;
+        let (outcome, before, head, fresh) = transaction::write(connection, |connection| {
+            let mut writer = Writer::new(connection, Registrar::new(connection, &store.names))?;
+            let before = writer.head();
+            let outcome = work(&mut writer)?;
+            let (head, names) = writer.finish();
+            if before.position < head.position {
+                inline::handle_new_events(connection, store, self.inline, head.position)?;
+            }
+            Ok((outcome, before, head, names.into_fresh()))
+        })?;
+        store.names.learn(fresh);
+        // Wakes waiters in any case. A reader may have seen the new head before, but waiters may still sleep.
         if before.position < head.position {
-            inline::follow(connection, store, head.position)?;
+            store.saw(head.position);
+            store.committed.notify(usize::MAX);
         }
-        Ok((outcome, before, head, names.into_fresh()))
-    })?;
-    store.names.learn(fresh);
-    // Whether somebody has looked and seen the new head meanwhile does not matter: others may still sleep.
-    if before.position < head.position {
-        store.saw(head.position);
-        store.committed.notify(usize::MAX);
+        Ok(outcome)
     }
-    Ok(outcome)
+}
+
+fn for_all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
+    batches.iter().map(|_| Err(error.again())).collect()
 }

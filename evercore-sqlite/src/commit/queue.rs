@@ -1,7 +1,7 @@
-//! What waits for the one writer, and the engine's own thread that works it off.
+//! The queue for the one writer, and the engine's own thread that works it off.
 //!
-//! The thread is started when there is something to do and ends when there was nothing for a while. It holds the store
-//! only while it works, so that a store that nobody has any more is closed.
+//! The thread starts when there is work, and ends when there has been none for a while. It holds the store only while it
+//! works, so the store is closed as soon as all engines are dropped.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,42 +12,33 @@ use std::time::{Duration, Instant};
 use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 
-use crate::commit::flight;
+use crate::commit::flight::{Answer, Flights, Job, refuse};
 use crate::commit::own_sql::OwnSql;
 use crate::error::outcome_unknown;
 use crate::store::Store;
+use crate::subscription::inline::InlineProjection;
 
-/// How often to look for the commits of other processes, which ring no bell here.
-const LOOK: Duration = Duration::from_millis(50);
+/// How often the thread looks for commits of other processes, which wake nobody here.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long the thread stays when there is nothing to do.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// A batch on its way, with the user's own SQL if there is some, and the caller's end of the answer.
-#[derive(Debug)]
-pub(crate) struct Job {
-    pub(crate) batch: Batch,
-    pub(crate) sql: Option<OwnSql>,
-    reply: oneshot::Sender<Result<Receipt>>,
-}
-
-impl Job {
-    /// The caller may have gone; then nobody needs the answer.
-    pub(crate) fn answer(self, outcome: Result<Receipt>) {
-        let _ = self.reply.send(outcome);
-    }
-}
-
-/// Where a caller finds the answer.
-pub(crate) type Answer = oneshot::Receiver<Result<Receipt>>;
-
-/// What writes and is no commit of a batch.
+/// A write that is not a commit of a batch.
 type Write = Box<dyn FnOnce(&Store) + Send>;
 
-#[derive(Default)]
+/// All writes to one store.
 pub(crate) struct Queue {
+    store: Arc<Store>,
+    shared: Arc<Shared>,
+}
+
+/// The part that the thread shares.
+struct Shared {
+    inline: Vec<InlineProjection>,
+    store: Weak<Store>,
     waiting: Mutex<Waiting>,
-    /// Rung when there is something to do.
+    /// Rung when there is work.
     bell: Condvar,
 }
 
@@ -55,75 +46,126 @@ pub(crate) struct Queue {
 struct Waiting {
     jobs: Vec<Job>,
     writes: VecDeque<Write>,
-    /// Held while something waits, so that it is carried through when all others have let go of the store.
+    /// Held while something waits, so that it is carried out even if all engines are dropped.
     store: Option<Arc<Store>>,
-    /// How many wait for the commits of others, and on which store.
+    /// How many callers wait for commits of other processes.
     watchers: usize,
-    watched: Weak<Store>,
     has_thread: bool,
     has_ended: bool,
 }
 
-/// What the thread does next.
+/// The next task of the thread.
 enum Next {
     Work(Arc<Store>, Vec<Job>, Option<Write>),
-    Look(Weak<Store>),
+    RefreshHead,
     End,
 }
 
-/// Queues a batch for the next flight.
-pub(crate) fn commit(store: &Arc<Store>, batch: Batch, sql: Option<OwnSql>) -> Result<Answer> {
-    let (reply, answer) = oneshot::channel();
-    store.queue.push(store, |waiting| waiting.jobs.push(Job { batch, sql, reply }))?;
-    Ok(answer)
-}
-
-/// Runs what writes on the engine's own thread. It is not begun if the caller goes away before its turn.
-pub(crate) async fn write<T: Send + 'static>(
-    store: &Arc<Store>,
-    work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (reply, answer) = oneshot::channel();
-    let write = Box::new(move |store: &Store| {
-        if !reply.is_canceled() {
-            let _ = reply.send(work(store));
-        }
-    });
-    store.queue.push(store, |waiting| waiting.writes.push_back(write))?;
-    answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
-}
-
 impl Queue {
-    /// Queues a batch for a caller who flies by itself.
-    pub(crate) fn push_here(&self, batch: Batch, sql: Option<OwnSql>) -> Answer {
-        let (reply, answer) = oneshot::channel();
-        self.lock().jobs.push(Job { batch, sql, reply });
-        answer
+    pub(crate) fn new(store: Arc<Store>, inline: Vec<InlineProjection>) -> Self {
+        let (waiting, bell) = (Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { inline, store: Arc::downgrade(&store), waiting, bell });
+        Self { store, shared }
     }
 
-    pub(crate) fn take(&self) -> Vec<Job> {
-        std::mem::take(&mut self.lock().jobs)
+    /// Queues a batch for the next flight.
+    pub(crate) fn commit(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Answer> {
+        let (job, answer) = Job::new(batch, sql);
+        self.push(|waiting| waiting.jobs.push(job))?;
+        Ok(answer)
+    }
+
+    /// Commits on this thread. The caller that gets the writer commits everything that is queued, so another one may
+    /// have committed this batch already.
+    pub(crate) fn commit_here(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
+        let flights = self.shared.flights(&self.store);
+        if batch.events() > 0 {
+            flights.catch_up(|| ())?;
+        }
+        let (job, mut answer) = Job::new(batch, sql);
+        self.shared.lock().jobs.push(job);
+        match self.store.lock() {
+            Ok(mut writer) => {
+                if let Ok(Some(outcome)) = answer.try_recv() {
+                    return outcome;
+                }
+                flights.fly(&mut writer, self.shared.take_jobs());
+            }
+            Err(error) => refuse(self.shared.take_jobs(), &error),
+        }
+        answer.try_recv().ok().flatten().unwrap_or_else(|| Err(outcome_unknown()))
+    }
+
+    /// Runs a write on the engine's own thread. It does not begin if the caller goes away before its turn.
+    pub(crate) async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let write = Box::new(move |store: &Store| {
+            if !reply.is_canceled() {
+                let _ = reply.send(work(store));
+            }
+        });
+        self.push(|waiting| waiting.writes.push_back(write))?;
+        answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
+    }
+
+    /// Lets the thread look for commits of other processes while the result is held.
+    pub(crate) fn watch(&self) -> Result<Watch<'_>> {
+        let mut waiting = self.shared.lock();
+        waiting.watchers += 1;
+        let watch = Watch(&self.shared);
+        if waiting.watchers == 1 {
+            let has_thread = self.shared.start(&mut waiting);
+            // Released before `watch` is dropped, which takes the lock.
+            drop(waiting);
+            has_thread?;
+            self.shared.bell.notify_one();
+        }
+        Ok(watch)
     }
 
     /// Ends the thread as soon as nothing is queued.
     pub(crate) fn end(&self) {
-        self.lock().has_ended = true;
-        self.bell.notify_all();
+        self.shared.end();
     }
 
-    fn push(self: &Arc<Self>, store: &Arc<Store>, what: impl FnOnce(&mut Waiting)) -> Result<()> {
-        let mut waiting = self.lock();
-        what(&mut waiting);
+    fn push(&self, add: impl FnOnce(&mut Waiting)) -> Result<()> {
+        let mut waiting = self.shared.lock();
+        add(&mut waiting);
         if waiting.store.is_none() {
-            waiting.store = Some(Arc::clone(store));
+            waiting.store = Some(Arc::clone(&self.store));
         }
-        let has_thread = self.start(&mut waiting);
-        // Without a thread nothing else is queued: what is there is what was just put there.
-        let dropped = has_thread.is_err().then(|| waiting.clear());
+        let has_thread = self.shared.start(&mut waiting);
+        // Without a thread nothing else is queued, so this removes what was just added.
+        let removed = has_thread.is_err().then(|| waiting.clear());
         drop(waiting);
-        drop(dropped);
-        self.bell.notify_one();
+        drop(removed);
+        self.shared.bell.notify_one();
         has_thread
+    }
+}
+
+/// The thread ends when nothing can be added any more.
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn flights<'a>(&'a self, store: &'a Store) -> Flights<'a> {
+        Flights { store, inline: &self.inline }
+    }
+
+    fn take_jobs(&self) -> Vec<Job> {
+        std::mem::take(&mut self.lock().jobs)
+    }
+
+    fn end(&self) {
+        self.lock().has_ended = true;
+        self.bell.notify_all();
     }
 
     /// Starts the thread if there is none.
@@ -131,9 +173,9 @@ impl Queue {
         if waiting.has_thread {
             return Ok(());
         }
-        let queue = Arc::clone(self);
+        let shared = Arc::clone(self);
         let thread = thread::Builder::new().name("evercore-sqlite".to_owned());
-        match thread.spawn(move || run(&queue)) {
+        match thread.spawn(move || shared.run()) {
             Ok(_) => {
                 waiting.has_thread = true;
                 Ok(())
@@ -145,18 +187,35 @@ impl Queue {
         }
     }
 
-    /// What to do next. `looked` is when the thread looked last, and is now if it is to look again.
-    fn next(&self, looked: &mut Instant) -> Next {
+    fn run(&self) {
+        let mut refreshed = Instant::now();
+        loop {
+            // After a panic the store closes itself if the writer was left in a transaction. The dropped reply tells the
+            // caller.
+            let _ = match self.next(&mut refreshed) {
+                Next::Work(store, jobs, write) => {
+                    catch_unwind(AssertUnwindSafe(|| self.work(&store, jobs, write)))
+                }
+                Next::RefreshHead => catch_unwind(AssertUnwindSafe(|| {
+                    self.store.upgrade().into_iter().for_each(|store| store.refresh_head());
+                })),
+                Next::End => return,
+            };
+        }
+    }
+
+    /// Waits for the next task. `refreshed` is when the head was read last; it is set to now if that is to be done again.
+    fn next(&self, refreshed: &mut Instant) -> Next {
         let mut waiting = self.lock();
         let idle_since = Instant::now();
         loop {
             let now = Instant::now();
             let is_watched = waiting.watchers > 0;
-            // Also beside work that never ends.
-            let until = if is_watched { *looked + LOOK } else { idle_since + IDLE };
+            let until = if is_watched { *refreshed + WATCH_INTERVAL } else { idle_since + IDLE };
+            // Comes before the work, which may never end.
             if is_watched && now >= until && !waiting.has_ended {
-                *looked = now;
-                return Next::Look(Weak::clone(&waiting.watched));
+                *refreshed = now;
+                return Next::RefreshHead;
             }
             if let Some(work) = waiting.work() {
                 return work;
@@ -170,17 +229,35 @@ impl Queue {
         }
     }
 
+    fn work(&self, store: &Store, jobs: Vec<Job>, write: Option<Write>) {
+        if !jobs.is_empty() {
+            // While inline projections catch up, other writes run in between.
+            let write_one = || {
+                let write = self.lock().writes.pop_front();
+                // If it panics, the dropped reply tells its caller.
+                let _ = catch_unwind(AssertUnwindSafe(|| write.map(|write| write(store))));
+            };
+            self.flights(store).lead(jobs, write_one);
+        }
+        if let Some(write) = write {
+            write(store);
+        }
+        if store.check_open().is_err() {
+            self.end();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Waiting {
-    /// All batches that wait, and one of what else writes: so nobody waits for many others.
+    /// Takes all batches and one other write, so that neither kind waits long for the other.
     fn work(&mut self) -> Option<Next> {
         let store = Arc::clone(self.store.as_ref()?);
         let (jobs, write) = (std::mem::take(&mut self.jobs), self.writes.pop_front());
-        // The last reference of the queue's own is given up in `run`, never under the lock.
+        // The queue's own reference is dropped in `run`, never under the lock.
         let is_last = self.writes.is_empty();
         let store = if is_last { self.store.take().unwrap_or(store) } else { store };
         Some(Next::Work(store, jobs, write))
@@ -191,56 +268,8 @@ impl Waiting {
     }
 }
 
-fn run(queue: &Queue) {
-    let mut looked = Instant::now();
-    loop {
-        match queue.next(&mut looked) {
-            Next::Work(store, jobs, write) => {
-                // A panic closes the store if it left the writer in a transaction; who waited is told by the dropped reply.
-                let _ = catch_unwind(AssertUnwindSafe(|| work(&store, jobs, write)));
-            }
-            Next::Look(store) => {
-                let _ = catch_unwind(AssertUnwindSafe(|| store.upgrade().map(|store| store.look())));
-            }
-            Next::End => return,
-        }
-    }
-}
-
-fn work(store: &Store, jobs: Vec<Job>, write: Option<Write>) {
-    if !jobs.is_empty() {
-        // A flight that has to catch up first lets others write meanwhile.
-        let write_one = || {
-            let write = store.queue.lock().writes.pop_front();
-            // Who waited for one that panics is told by the dropped reply.
-            let _ = catch_unwind(AssertUnwindSafe(|| write.map(|write| write(store))));
-        };
-        flight::lead(store, jobs, write_one);
-    }
-    if let Some(write) = write {
-        write(store);
-    }
-}
-
-/// Has the thread look for the commits of others, for as long as this is held.
-pub(crate) struct Watch<'a>(&'a Queue);
-
-impl<'a> Watch<'a> {
-    pub(crate) fn begin(store: &'a Arc<Store>) -> Result<Self> {
-        let mut waiting = store.queue.lock();
-        waiting.watchers += 1;
-        let watch = Watch(&store.queue);
-        if waiting.watchers == 1 {
-            waiting.watched = Arc::downgrade(store);
-            let has_thread = store.queue.start(&mut waiting);
-            // Before the watch is dropped, which takes the lock.
-            drop(waiting);
-            has_thread?;
-            store.queue.bell.notify_one();
-        }
-        Ok(watch)
-    }
-}
+/// While this is held, the thread looks for commits of other processes.
+pub(crate) struct Watch<'a>(&'a Shared);
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
@@ -255,18 +284,19 @@ mod tests {
     use super::*;
     use crate::settings::Settings;
 
-    /// Commits on the callers' threads wait in the same queue, and need no thread of the engine's.
+    /// Commits on the callers' threads wait in the same queue, and need no thread of the engine.
     #[test]
     fn a_watch_that_gets_no_thread_leaves_the_commits_of_others_alone() {
         const CHILD: &str = "EVERCORE_CHILD_WITHOUT_THREADS";
         if std::env::var_os(CHILD).is_some() {
             let settings = Settings { commit_on_caller_thread: true, ..Settings::default() };
-            let store = Arc::new(Store::open(settings, Vec::new(), None).unwrap());
-            let _answer = store.queue.push_here(Batch::new(), None);
-            let refused = Watch::begin(&store).map(drop).unwrap_err();
+            let queue = Queue::new(Arc::new(Store::open(settings, None).unwrap()), Vec::new());
+            let (job, _answer) = Job::new(Batch::new(), None);
+            queue.shared.lock().jobs.push(job);
+            let refused = queue.watch().map(drop).unwrap_err();
             assert_eq!(refused.kind(), &ErrorKind::Unavailable, "{refused}");
-            assert_eq!(store.queue.take().len(), 1);
-            assert_eq!(store.queue.lock().watchers, 0);
+            assert_eq!(queue.shared.take_jobs().len(), 1);
+            assert_eq!(queue.shared.lock().watchers, 0);
             println!("without threads");
             return;
         }

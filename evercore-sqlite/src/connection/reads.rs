@@ -1,11 +1,11 @@
-//! The reads that wait for their turn: as many run at once as there are read connections, on threads that may block.
+//! The queue of reads. As many run at once as there are read connections, on threads that may block.
 //!
-//! A read that was begun comes to its end, polled or not. So it does not wait in its caller's future for its turn, but
-//! in this queue.
+//! A read that has begun completes, polled or not. So it waits for its turn in this queue, not in its caller's future.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use evercore_core::{Error, ErrorKind, Result};
 use futures_channel::oneshot;
@@ -13,79 +13,91 @@ use futures_lite::future;
 use futures_timer::Delay;
 
 use crate::connection::pool::none_free;
-use crate::store::Store;
 
-type Read = Box<dyn FnOnce(&Store) + Send>;
+type Read = Box<dyn FnOnce() + Send>;
 
-/// The reads that wait, in the order in which they came.
-#[derive(Default)]
-pub(crate) struct Reads(Mutex<Waiting>);
+/// The reads of one store, first come, first served.
+pub(crate) struct Reads {
+    at_once: u32,
+    busy_timeout: Duration,
+    waiting: Mutex<Waiting>,
+}
 
 #[derive(Default)]
 struct Waiting {
     reads: VecDeque<Read>,
-    /// How many threads take from the queue.
+    /// How many threads take reads from the queue.
     threads: u32,
 }
 
-/// Reads where blocking is allowed. A read waits for its turn for the busy time-out at most; once begun it may take longer.
-pub(crate) async fn read<T: Send + 'static>(
-    store: &Arc<Store>,
-    work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (reply, answer) = oneshot::channel();
-    let (begin, begun) = oneshot::channel();
-    let read = Box::new(move |store: &Store| {
-        // Nobody needs the answer if the caller has gone.
-        if !reply.is_canceled() {
-            let _ = begin.send(());
-            let _ = reply.send(work(store));
+impl Reads {
+    pub(crate) fn new(at_once: u32, busy_timeout: Duration) -> Self {
+        Self { at_once, busy_timeout, waiting: Mutex::default() }
+    }
+
+    /// Runs a read on a thread that may block. It waits for its turn at most for the busy time-out. After that it may take
+    /// any time.
+    pub(crate) async fn run<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let (begin, begun) = oneshot::channel();
+        let read = Box::new(move || {
+            // Skipped if the caller has gone: nobody needs the answer.
+            if !reply.is_canceled() {
+                let _ = begin.send(());
+                let _ = reply.send(work());
+            }
+        });
+        if !self.push(read) {
+            let begun = async {
+                let _ = begun.await;
+                Ok(())
+            };
+            let too_late = async {
+                Delay::new(self.busy_timeout).await;
+                Err(none_free())
+            };
+            future::or(begun, too_late).await?;
         }
-    });
-    if !push(store, read) {
-        let begun = async {
-            let _ = begun.await;
-            Ok(())
-        };
-        let too_late = async {
-            Delay::new(store.settings.busy_timeout).await;
-            Err(none_free())
-        };
-        future::or(begun, too_late).await?;
+        answer.await.unwrap_or_else(|_| Err(panicked()))
     }
-    answer.await.unwrap_or_else(|_| Err(panicked()))
-}
 
-/// Queues a read; `true` if its turn is now.
-fn push(store: &Arc<Store>, read: Read) -> bool {
-    let most = if store.path.is_some() { store.settings.read_connections } else { 1 };
-    let mut waiting = store.reads.0.lock().unwrap_or_else(PoisonError::into_inner);
-    waiting.reads.push_back(read);
-    let has_turn = waiting.threads < most;
-    if has_turn {
-        waiting.threads += 1;
-        drop(waiting);
-        let store = Arc::clone(store);
-        blocking::unblock(move || run(&store)).detach();
+    /// Queues a read. Returns `true` if its turn is now.
+    fn push(self: &Arc<Self>, read: Read) -> bool {
+        let mut waiting = self.lock();
+        waiting.reads.push_back(read);
+        let has_turn = waiting.threads < self.at_once;
+        if has_turn {
+            waiting.threads += 1;
+            drop(waiting);
+            let reads = Arc::clone(self);
+            blocking::unblock(move || reads.work_off()).detach();
+        }
+        has_turn
     }
-    has_turn
-}
 
-/// Reads until nobody waits any more.
-fn run(store: &Store) {
-    while let Some(read) = next(&store.reads) {
-        // The caller is told, since the reply is dropped; the others go on.
-        let _ = catch_unwind(AssertUnwindSafe(|| read(store)));
+    /// Runs reads until none waits.
+    fn work_off(&self) {
+        while let Some(read) = self.next() {
+            // A read that panics drops its reply, which tells its caller. The other reads continue.
+            let _ = catch_unwind(AssertUnwindSafe(read));
+        }
     }
-}
 
-fn next(reads: &Reads) -> Option<Read> {
-    let mut waiting = reads.0.lock().unwrap_or_else(PoisonError::into_inner);
-    let read = waiting.reads.pop_front();
-    if read.is_none() {
-        waiting.threads -= 1;
+    fn next(&self) -> Option<Read> {
+        let mut waiting = self.lock();
+        let read = waiting.reads.pop_front();
+        if read.is_none() {
+            waiting.threads -= 1;
+        }
+        read
     }
-    read
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn panicked() -> Error {
@@ -95,25 +107,19 @@ fn panicked() -> Error {
 #[cfg(test)]
 mod tests {
     use std::thread::sleep;
-    use std::time::Duration;
 
     use super::*;
-    use crate::settings::Settings;
 
     #[test]
     fn the_time_out_is_for_the_turn_and_not_for_the_read() {
-        let busy_timeout = Duration::from_millis(300);
-        let settings = Settings { busy_timeout, read_connections: 1, ..Settings::default() };
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(settings, Vec::new(), Some(folder.path().join("store.db"))).unwrap();
-        let store = Arc::new(store);
+        let reads = Arc::new(Reads::new(1, Duration::from_millis(300)));
         let slow = |millis| {
-            read(&store, move |_| {
+            reads.run(move || {
                 sleep(Duration::from_millis(millis));
                 Ok(millis)
             })
         };
-        // The second gets its turn in time and is slow then; the third gets its turn too late.
+        // The second read gets its turn in time, and is slow then. The third gets its turn too late.
         let (first, (second, third)) =
             future::block_on(future::zip(slow(50), future::zip(slow(600), slow(0))));
         assert_eq!((first.unwrap(), second.unwrap()), (50, 600));

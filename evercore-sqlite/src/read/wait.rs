@@ -6,20 +6,29 @@ use evercore_core::{Position, Result};
 use futures_lite::future;
 use futures_timer::Delay;
 
-use crate::engine::SqliteEngine;
+use crate::store::Store;
 
-/// How long a timer runs that has no end.
+/// How long one timer runs if the wait has no end.
 const LONG: Duration = Duration::from_secs(3_600);
 
-/// Waits for the bell, which rings for the commits of this engine and, since the store is watched for as long as
-/// somebody waits, soon after those of others. The file is looked at in the beginning and in the end.
-pub(crate) async fn wait(engine: &SqliteEngine, after: Position, at_most: Duration) -> Result<Position> {
-    let store = engine.store();
+/// Waits until the log goes past `after`. Commits of this engine wake it at once, and those of other processes soon:
+/// while the result of `watch` is held, something looks for them. `read_head` runs at the beginning and at the end.
+pub(crate) async fn wait<H, W>(
+    store: &Store,
+    after: Position,
+    at_most: Duration,
+    read_head: impl Fn() -> H + Send,
+    watch: impl Fn() -> Result<W> + Send,
+) -> Result<Position>
+where
+    H: Future<Output = Result<Position>> + Send,
+    W: Send,
+{
     let until = Instant::now().checked_add(at_most);
-    let mut head = engine.head_now(after).await?;
-    let mut watch = None;
+    let mut head = read_head().await?;
+    let mut watched = None;
     loop {
-        // The listener is there before the look at the head: a commit between the two is not missed.
+        // Listens before it looks at the head, so that a commit in between is not missed.
         let committed = store.committed.listen();
         store.check_open()?;
         head = head.max(store.seen());
@@ -28,10 +37,10 @@ pub(crate) async fn wait(engine: &SqliteEngine, after: Position, at_most: Durati
         }
         let left = until.map_or(LONG, |until| until.saturating_duration_since(Instant::now()));
         if left.is_zero() {
-            return if watch.is_some() { engine.head_now(after).await } else { Ok(head) };
+            return if watched.is_some() { read_head().await } else { Ok(head) };
         }
-        if watch.is_none() {
-            watch = Some(engine.watch()?);
+        if watched.is_none() {
+            watched = Some(watch()?);
         }
         future::or(committed, Delay::new(left.min(LONG))).await;
     }

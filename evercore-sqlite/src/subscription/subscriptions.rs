@@ -1,14 +1,13 @@
 //! The cursors of subscriptions, and the events that were parked.
 
 use evercore_core::{
-    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Failure, Mark, OwnerId, Parked,
-    ParkedChange, Position, Result, Step, SubscriptionName, SubscriptionStorage, Taken, Timestamp,
+    AggregateId, Cursor, CursorId, CursorStatus, Failure, Mark, OwnerId, Parked, ParkedChange, Position,
+    Step, SubscriptionName, Taken, Timestamp,
 };
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
 
-use crate::engine::SqliteEngine;
-use crate::error::{self, damaged};
+use crate::error::{Result, damaged};
 use crate::log_end::LogEnd;
 
 macro_rules! select_cursors {
@@ -54,45 +53,9 @@ const PARKED_IS_DUE: &str = "
     UPDATE parked_events SET is_due = 1
     WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND (?4 IS NULL OR position = ?4)";
 
-impl SubscriptionStorage for SqliteEngine {
-    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
-        Box::pin(async move {
-            // A claim in vain shall neither wait for the writer nor keep it from others.
-            if step.is_claim() && !self.store().settings.read_only {
-                let (id, step) = (id.clone(), step.clone());
-                let look = move |connection: &Connection| {
-                    outcome(connection, &id, &step, cursor(connection, &id)?).map(drop)
-                };
-                self.read(move |store| store.read(look)).await?;
-            }
-            let (id, step) = (id.clone(), step.clone());
-            self.write(move |store| store.write(|connection| take(connection, &id, &step))).await
-        })
-    }
-
-    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
-        let of = of.cloned();
-        self.read(move |store| {
-            store.read(|connection| {
-                Ok(Cursors { cursors: cursors(connection, of.as_ref())?, now: Timestamp::now() })
-            })
-        })
-    }
-
-    fn parked<'a>(
-        &'a self,
-        id: &'a CursorId,
-        after: Position,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<Parked>>> {
-        let id = id.clone();
-        self.read(move |store| store.read(|connection| parked(connection, &id, after, limit)))
-    }
-}
-
 /// Takes a step in the open transaction; gives the cursor as it is afterwards. Nothing is written where nothing changes,
 /// and then there is nothing to flush.
-pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> error::Result<Option<Cursor>> {
+pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
     let before = cursor(connection, id)?;
     let taken = outcome(connection, id, step, before.clone())?;
     if taken.cursor != before {
@@ -108,12 +71,12 @@ pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> error
 }
 
 /// What comes of it, not yet written.
-fn outcome(
+pub(crate) fn outcome(
     connection: &Connection,
     id: &CursorId,
     step: &Step,
     before: Option<Cursor>,
-) -> error::Result<Taken> {
+) -> Result<Taken> {
     let looked_at = step.looks_at();
     let is_there = looked_at > Position::ZERO && looked_at <= LogEnd::read(connection)?.position;
     Ok(step.take(id, before, Timestamp::now(), is_there.then_some(Mark::ALWAYS))?)
@@ -123,13 +86,13 @@ fn key(id: &CursorId) -> (&str, u32, u32) {
     (id.subscription.as_str(), id.version, id.partition)
 }
 
-fn cursor(connection: &Connection, id: &CursorId) -> error::Result<Option<Cursor>> {
+pub(crate) fn cursor(connection: &Connection, id: &CursorId) -> Result<Option<Cursor>> {
     let mut statement = connection.prepare_cached(CURSOR)?;
     let mut rows = statement.query(key(id))?;
     rows.next()?.map(cursor_of).transpose()
 }
 
-fn cursors(connection: &Connection, of: Option<&SubscriptionName>) -> error::Result<Vec<Cursor>> {
+pub(crate) fn cursors(connection: &Connection, of: Option<&SubscriptionName>) -> Result<Vec<Cursor>> {
     let mut statement = connection.prepare_cached(if of.is_some() { CURSORS_OF } else { CURSORS })?;
     let mut rows = match of {
         Some(subscription) => statement.query([subscription.as_str()])?,
@@ -142,7 +105,7 @@ fn cursors(connection: &Connection, of: Option<&SubscriptionName>) -> error::Res
     Ok(cursors)
 }
 
-fn cursor_of(row: &Row<'_>) -> error::Result<Cursor> {
+fn cursor_of(row: &Row<'_>) -> Result<Cursor> {
     let failure = match row.get(12)? {
         Some(failed) => {
             Some(Failure { position: position(failed)?, attempts: row.get(13)?, error: row.get(14)? })
@@ -170,19 +133,19 @@ fn cursor_of(row: &Row<'_>) -> error::Result<Cursor> {
     })
 }
 
-fn position(stored: i64) -> error::Result<Position> {
+fn position(stored: i64) -> Result<Position> {
     Position::new(stored).map_err(damaged)
 }
 
-fn time(micros: i64) -> error::Result<Timestamp> {
+fn time(micros: i64) -> Result<Timestamp> {
     Timestamp::from_micros(micros).map_err(damaged)
 }
 
-fn owner(stored: ValueRef<'_>) -> error::Result<Option<OwnerId>> {
+fn owner(stored: ValueRef<'_>) -> Result<Option<OwnerId>> {
     stored.as_str_or_null().map_err(damaged)?.map(OwnerId::new).transpose().map_err(damaged)
 }
 
-fn put(connection: &Connection, cursor: &Cursor) -> error::Result<()> {
+fn put(connection: &Connection, cursor: &Cursor) -> Result<()> {
     let failure = cursor.failure.as_ref();
     connection.prepare_cached(PUT_CURSOR)?.execute(params![
         cursor.id.subscription.as_str(),
@@ -205,7 +168,7 @@ fn put(connection: &Connection, cursor: &Cursor) -> error::Result<()> {
     Ok(())
 }
 
-fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) -> error::Result<()> {
+fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) -> Result<()> {
     let (subscription, version, partition) = key(id);
     match change {
         ParkedChange::Keep(event) => {
@@ -237,12 +200,12 @@ fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) 
     Ok(())
 }
 
-fn parked(
+pub(crate) fn parked(
     connection: &Connection,
     id: &CursorId,
     after: Position,
     limit: usize,
-) -> error::Result<Vec<Parked>> {
+) -> Result<Vec<Parked>> {
     let (subscription, version, partition) = key(id);
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let mut statement = connection.prepare_cached(PARKED)?;
