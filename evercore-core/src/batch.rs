@@ -56,9 +56,9 @@ impl Append {
     }
 }
 
-/// What a batch demands of an aggregate that it appends to, and where it leaves it.
+/// How a batch changes the sequence of an aggregate that it appends to, all of its appends to it together.
 #[derive(Clone, Debug)]
-pub struct Growth {
+pub struct SequenceChange {
     /// The aggregate.
     pub aggregate: AggregateId,
     /// Its type.
@@ -101,9 +101,9 @@ pub struct Batch {
     snapshots: Vec<(AggregateId, Snapshot)>,
     command_id: Option<CommandId>,
     fingerprint: Option<i64>,
-    growths: Vec<Growth>,
+    sequence_changes: Vec<SequenceChange>,
     created: HashMap<AggregateId, usize>,
-    growth_of: HashMap<AggregateId, usize>,
+    sequence_change_of: HashMap<AggregateId, usize>,
     given_keys: HashMap<(AggregateType, Key), AggregateId>,
     key_change_of: HashMap<AggregateId, usize>,
     snapshot_of: HashMap<AggregateId, usize>,
@@ -194,7 +194,7 @@ impl Batch {
         if append.events.is_empty() {
             return Ok(());
         }
-        self.grow(&append)?;
+        self.change_sequence(&append)?;
         (self.events, self.bytes) = (events, bytes);
         match self.appends.last_mut() {
             Some(last) if last.aggregate == append.aggregate => last.events.extend(append.events),
@@ -203,11 +203,11 @@ impl Batch {
         Ok(())
     }
 
-    fn grow(&mut self, append: &Append) -> Result<()> {
-        match self.growth_of.entry(append.aggregate) {
+    fn change_sequence(&mut self, append: &Append) -> Result<()> {
+        match self.sequence_change_of.entry(append.aggregate) {
             Entry::Vacant(place) => {
-                place.insert(self.growths.len());
-                self.growths.push(Growth {
+                place.insert(self.sequence_changes.len());
+                self.sequence_changes.push(SequenceChange {
                     aggregate: append.aggregate,
                     aggregate_type: append.aggregate_type.clone(),
                     expected: append.expected,
@@ -215,7 +215,7 @@ impl Batch {
                 });
             }
             Entry::Occupied(place) => {
-                let known = &mut self.growths[*place.get()];
+                let known = &mut self.sequence_changes[*place.get()];
                 if known.last != append.expected {
                     return Err(Error::conflict(append.aggregate, append.expected, known.last));
                 }
@@ -328,19 +328,19 @@ impl Batch {
         &self.appends
     }
 
-    /// The aggregates that are appended to, each once: what to check before anything is written.
-    pub fn growths(&self) -> &[Growth] {
-        &self.growths
+    /// How the batch changes the sequences of the aggregates that it appends to, each aggregate once.
+    pub fn sequence_changes(&self) -> &[SequenceChange] {
+        &self.sequence_changes
     }
 
-    /// What is demanded of this aggregate, if the batch appends to it.
-    pub fn growth_of(&self, aggregate: AggregateId) -> Option<&Growth> {
-        self.growth_of.get(&aggregate).map(|index| &self.growths[*index])
+    /// How the batch changes the sequence of this aggregate, if it appends to it.
+    pub fn sequence_change_of(&self, aggregate: AggregateId) -> Option<&SequenceChange> {
+        self.sequence_change_of.get(&aggregate).map(|index| &self.sequence_changes[*index])
     }
 
     /// The sequence of this aggregate after the batch, if the batch creates it or appends to it.
     pub fn sequence_after(&self, aggregate: AggregateId) -> Option<Sequence> {
-        let appended = self.growth_of(aggregate).map(|growth| growth.last);
+        let appended = self.sequence_change_of(aggregate).map(|change| change.last);
         appended.or_else(|| self.created(aggregate).map(|_| Sequence::ZERO))
     }
 
@@ -400,7 +400,7 @@ impl Batch {
             .iter()
             .map(|(_, snapshot)| ROW_BYTES + snapshot.state.as_bytes().len())
             .sum::<usize>();
-        let checks = self.growths.len() + self.guards.len();
+        let checks = self.sequence_changes.len() + self.guards.len();
         bytes + checks * ROW_BYTES + self.command_id.as_ref().map_or(0, |id| ROW_BYTES + id.as_str().len())
     }
 
@@ -474,8 +474,9 @@ impl Receipt {
     pub fn of(batch: &Batch, head: Position, recorded_at: Timestamp) -> Self {
         let made =
             batch.creates().iter().map(|new| (new.id, batch.sequence_after(new.id).unwrap_or_default()));
-        let grown = batch.growths().iter().filter(|growth| batch.created(growth.aggregate).is_none());
-        let aggregates = made.chain(grown.map(|growth| (growth.aggregate, growth.last))).collect();
+        let appended =
+            batch.sequence_changes().iter().filter(|change| batch.created(change.aggregate).is_none());
+        let aggregates = made.chain(appended.map(|change| (change.aggregate, change.last))).collect();
         let (first, last) = match batch.events() {
             0 => (Position::ZERO, Position::ZERO),
             events => (head.next(), head.plus(events)),

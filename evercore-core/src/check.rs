@@ -102,13 +102,13 @@ impl Batch {
         {
             return Ok(Checked::Done(known.answer(self)?));
         }
-        for growth in self.growths() {
-            let found = self.find(store, growth.aggregate)?;
-            check_type(growth.aggregate, &growth.aggregate_type, &found)?;
-            self.check_sequence(growth.aggregate, growth.expected, &found)?;
+        for change in self.sequence_changes() {
+            let found = self.find(store, change.aggregate)?;
+            check_type(change.aggregate, &change.aggregate_type, &found)?;
+            self.check_sequence(change.aggregate, change.expected, &found)?;
             // No event can have a sequence after the largest number.
-            if growth.last == Sequence::MAX {
-                return Err(Error::conflict(growth.aggregate, growth.expected, found.sequence).into());
+            if change.last == Sequence::MAX {
+                return Err(Error::conflict(change.aggregate, change.expected, found.sequence).into());
             }
         }
         for guard in self.guards() {

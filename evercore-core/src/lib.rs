@@ -43,7 +43,7 @@ mod turn;
 mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
-pub use batch::{Append, Batch, Growth, Guard, KeyChange, NewAggregate, Receipt, Snapshot};
+pub use batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, SequenceChange, Snapshot};
 pub use check::{Checked, Lookup, StoredAggregate};
 pub use command::{Command, KnownCommand};
 pub use context::EventContext;

@@ -564,11 +564,12 @@ impl UnitOfWork {
             Some(key) => CommandTarget::Key(&made.aggregate_type, key),
             None => CommandTarget::New(&made.aggregate_type),
         });
-        let grown = self.batch.growths().iter().map(|growth| (growth.aggregate, &growth.aggregate_type));
+        let grown =
+            self.batch.sequence_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
         let grown = grown.filter(|(id, _)| self.batch.created(*id).is_none());
         let renamed =
             self.batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
-        let renamed = renamed.filter(|(id, _)| self.batch.growth_of(*id).is_none());
+        let renamed = renamed.filter(|(id, _)| self.batch.sequence_change_of(*id).is_none());
         made.chain(grown.chain(renamed).map(|(id, aggregate_type)| match self.found_by.get(&id) {
             Some(key) => CommandTarget::Key(aggregate_type, key),
             None => CommandTarget::Id(aggregate_type, id.get()),

@@ -74,7 +74,7 @@ impl Model {
                 Known { of_type: new.aggregate_type.as_str().to_owned(), ..Known::default() },
             );
         }
-        let typed = batch.growths().iter().map(|growth| (growth.aggregate, &growth.aggregate_type));
+        let typed = batch.sequence_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
         let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.aggregate_type));
         for (id, of_type) in typed.chain(changed) {
             if after.get(&id).is_some_and(|known| known.of_type != of_type.as_str()) {
@@ -83,7 +83,7 @@ impl Model {
         }
         let guards = batch.guards().iter().map(|guard| (guard.aggregate, guard.expected));
         for (id, expected) in
-            batch.growths().iter().map(|growth| (growth.aggregate, growth.expected)).chain(guards)
+            batch.sequence_changes().iter().map(|change| (change.aggregate, change.expected)).chain(guards)
         {
             match after.get(&id) {
                 None => faults.push("not found"),
@@ -285,7 +285,7 @@ async fn random_batch(engine: &Engine, model: &Model, random: &mut Random, seed:
         if random.one_in(8) {
             batch = batch.guard(id, (sequence - i64::from(random.one_in(4))).max(0));
         }
-        if batch.0.growth_of(id).is_none() && !random.one_in(5) {
+        if batch.0.sequence_change_of(id).is_none() && !random.one_in(5) {
             let wrong = if random.one_in(8) { 1 } else { 0 };
             let events: Vec<_> = (0..=random.below(3)).map(|_| random_event(random)).collect();
             at_now.insert(id, sequence + events.len() as i64);

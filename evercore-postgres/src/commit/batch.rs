@@ -8,8 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, Checked, CommandId, Error, ErrorKind, Growth, IdBlock, KnownCommand, Mark, NameTable,
-    NewAggregate, Receipt, Result as CoreResult, Sequence, Timestamp,
+    AggregateId, Batch, Checked, CommandId, Error, ErrorKind, IdBlock, KnownCommand, Mark, NameTable,
+    NewAggregate, Receipt, Result as CoreResult, Sequence, SequenceChange, Timestamp,
 };
 use futures_lite::future::zip;
 use tokio_postgres::Row;
@@ -198,13 +198,13 @@ impl<'a> Flight<'a> {
     /// Whether the batch may go without a look; notes down what the statement must look at by itself.
     fn takes(&mut self, batch: &'a Batch, table: &NameTable, writing: &mut Writing<'a>) -> bool {
         let is_plain = batch.guards().is_empty() && batch.key_changes().is_empty();
-        let has = |id| batch.growth_of(id).is_some() || batch.created(id).is_some();
+        let has = |id| batch.sequence_change_of(id).is_some() || batch.created(id).is_some();
         is_plain
             && batch.snapshots().iter().all(|(id, _)| has(*id))
             && batch.creates().iter().all(|made| self.makes(made, table))
-            && batch.growths().iter().all(|growth| {
-                let read = batch.mark_read(growth.aggregate, growth.expected);
-                self.grows(growth, read, table, writing)
+            && batch.sequence_changes().iter().all(|change| {
+                let read = batch.mark_read(change.aggregate, change.expected);
+                self.grows(change, read, table, writing)
             })
     }
 
@@ -218,20 +218,20 @@ impl<'a> Flight<'a> {
     /// What this flight has made or grown before is where that left it; of the others the store must tell.
     fn grows(
         &mut self,
-        growth: &Growth,
+        change: &SequenceChange,
         read: Option<Mark>,
         table: &NameTable,
         writing: &mut Writing<'a>,
     ) -> bool {
-        let Some(number) = table.aggregate_type_number(&growth.aggregate_type) else { return false };
-        let follows = match self.reached.insert(growth.aggregate, (number, growth.last)) {
-            Some(reached) => reached == (number, growth.expected) && read.is_none(),
+        let Some(number) = table.aggregate_type_number(&change.aggregate_type) else { return false };
+        let follows = match self.reached.insert(change.aggregate, (number, change.last)) {
+            Some(reached) => reached == (number, change.expected) && read.is_none(),
             None => {
-                writing.expect(growth, read, number, table);
+                writing.expect(change, read, number, table);
                 true
             }
         };
-        follows && growth.last < Sequence::MAX
+        follows && change.last < Sequence::MAX
     }
 }
 

@@ -43,7 +43,7 @@ impl Questions {
         let mut aggregates = HashSet::new();
         for batch in batches {
             aggregates.extend(batch.creates().iter().map(|made| made.id.get()));
-            aggregates.extend(batch.growths().iter().map(|growth| growth.aggregate.get()));
+            aggregates.extend(batch.sequence_changes().iter().map(|change| change.aggregate.get()));
             aggregates.extend(batch.guards().iter().map(|guard| guard.aggregate.get()));
             aggregates.extend(batch.snapshots().iter().map(|(id, _)| id.get()));
             aggregates.extend(batch.key_changes().iter().map(|change| change.aggregate.get()));
@@ -113,9 +113,9 @@ impl Known {
             let Some(known) = self.aggregates.get(&id.get()) else { continue };
             self.holders.insert((known.type_number, key.as_str().to_owned()), id.get());
         }
-        for growth in batch.growths() {
-            if let Some(known) = self.aggregates.get_mut(&growth.aggregate.get()) {
-                (known.sequence, known.mark) = (growth.last, None);
+        for change in batch.sequence_changes() {
+            if let Some(known) = self.aggregates.get_mut(&change.aggregate.get()) {
+                (known.sequence, known.mark) = (change.last, None);
             }
         }
     }

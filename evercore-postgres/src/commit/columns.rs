@@ -5,8 +5,8 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use evercore_core::{
-    AggregateId, Batch, Growth, Key, Mark, Metadata, NameTable, Position, Receipt, Snapshot, Timestamp,
-    Witness,
+    AggregateId, Batch, Key, Mark, Metadata, NameTable, Position, Receipt, SequenceChange, Snapshot,
+    Timestamp, Witness,
 };
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -23,11 +23,10 @@ pub(crate) struct Writing<'a> {
     mark: i64,
     /// For a statement that checks its conditions itself; `None` if they were checked under the lock.
     known: Option<Known>,
-    /// With the marks of the events that were read, where they are known.
-    growths: (Vec<i64>, Vec<i32>, Vec<i64>, Vec<Option<i64>>),
+    expected: ExpectedColumns,
     /// The event that stands for all aggregates that are not among these.
     witness: Option<(i64, i64)>,
-    /// The numbers of all event types of the first growth's aggregate type.
+    /// The numbers of all event types of the first expected aggregate's type.
     event_types: Vec<i32>,
     made: (Vec<i64>, Vec<i32>, Vec<Option<&'a str>>),
     made_at: HashMap<AggregateId, usize>,
@@ -45,6 +44,36 @@ struct Known {
     log_end: i64,
     /// The mark of the type names.
     names: i64,
+}
+
+/// The aggregates that the statement looks at before it writes, each with what it expects of it.
+#[derive(Debug, Default)]
+struct ExpectedColumns {
+    aggregates: Vec<i64>,
+    types: Vec<i32>,
+    sequences: Vec<i64>,
+    /// The mark of the event that was read, where it is known.
+    marks: Vec<Option<i64>>,
+}
+
+impl ExpectedColumns {
+    fn push(&mut self, aggregate: i64, type_number: i32, sequence: i64, mark: Option<i64>) {
+        self.aggregates.push(aggregate);
+        self.types.push(type_number);
+        self.sequences.push(sequence);
+        self.marks.push(mark);
+    }
+
+    /// Keeps the rows for which the function says so.
+    fn retain(&mut self, keeps: impl Fn(i64, i32, i64, Option<i64>) -> bool) {
+        let Self { aggregates, types, sequences, marks } = std::mem::take(self);
+        let expected = sequences.into_iter().zip(marks);
+        for ((aggregate, type_number), (sequence, mark)) in aggregates.into_iter().zip(types).zip(expected) {
+            if keeps(aggregate, type_number, sequence, mark) {
+                self.push(aggregate, type_number, sequence, mark);
+            }
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -149,45 +178,36 @@ impl<'a> Writing<'a> {
     /// Has the statement look for itself whether the aggregate is there, of this type and at this sequence.
     pub(crate) fn expect(
         &mut self,
-        growth: &Growth,
+        change: &SequenceChange,
         read: Option<Mark>,
         type_number: u32,
         table: &NameTable,
     ) {
-        if self.growths.0.is_empty() {
-            let numbers = table.event_type_numbers(&growth.aggregate_type);
+        if self.expected.aggregates.is_empty() {
+            let numbers = table.event_type_numbers(&change.aggregate_type);
             self.event_types = numbers.map(stored).collect();
         }
-        self.growths.0.push(growth.aggregate.get());
-        self.growths.1.push(stored(type_number));
-        self.growths.2.push(growth.expected.get());
-        self.growths.3.push(read.map(Mark::get));
+        let (aggregate, sequence) = (change.aggregate.get(), change.expected.get());
+        self.expected.push(aggregate, stored(type_number), sequence, read.map(Mark::get));
     }
 
     /// Has the statement look for the witness in place of all that this engine knows by itself. A single aggregate is as
     /// soon looked up as the witness.
     pub(crate) fn rely_on(&mut self, book: &Book) {
-        let witness = book.witness().filter(|_| self.growths.0.len() > 1);
+        let witness = book.witness().filter(|_| self.expected.aggregates.len() > 1);
         self.witness = witness.map(|witness| (witness.position.get(), witness.mark.get()));
         if self.witness.is_none() {
             return;
         }
-        let growths = std::mem::take(&mut self.growths);
-        let expected = growths.2.into_iter().zip(growths.3);
-        for ((id, type_number), (expected, mark)) in growths.0.into_iter().zip(growths.1).zip(expected) {
+        self.expected.retain(|id, type_number, sequence, mark| {
             let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
             let is_known = reached.is_some_and(|reached| {
                 stored(reached.type_number) == type_number
-                    && reached.sequence.get() == expected
-                    && (expected == 0 || mark.is_none_or(|mark| mark == reached.mark.get()))
+                    && reached.sequence.get() == sequence
+                    && (sequence == 0 || mark.is_none_or(|mark| mark == reached.mark.get()))
             });
-            if !is_known {
-                self.growths.0.push(id);
-                self.growths.1.push(type_number);
-                self.growths.2.push(expected);
-                self.growths.3.push(mark);
-            }
-        }
+            !is_known
+        });
     }
 
     /// The event for which the statement looks.
@@ -289,7 +309,7 @@ impl<'a> Writing<'a> {
     }
 
     pub(crate) fn form(&self) -> Form {
-        let look = match self.growths.2[..] {
+        let look = match self.expected.sequences[..] {
             _ if self.witness.is_some() => Look::Witnessed,
             _ if self.known.is_none() => Look::Nothing,
             [] => Look::Names,
@@ -374,7 +394,7 @@ pub(crate) struct Columns<'a> {
 
 impl Columns<'_> {
     pub(crate) fn values(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let Writing { growths, event_types, made, events, commands, .. } = self.writing;
+        let Writing { expected, event_types, made, events, commands, .. } = self.writing;
         let form = self.writing.form();
         let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
         // Without events the log ends where it did: the statement asks for the mark alone.
@@ -390,13 +410,17 @@ impl Columns<'_> {
         }
         match form.look {
             Look::Many | Look::Witnessed => {
-                values.extend([&growths.0 as &(dyn ToSql + Sync), &growths.1, &growths.2, &growths.3]);
+                values.extend([&expected.aggregates as &(dyn ToSql + Sync), &expected.types]);
+                values.extend([&expected.sequences as &(dyn ToSql + Sync), &expected.marks]);
             }
             Look::OneGrown => {
-                values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.2[0], &growths.3[0]]);
+                values.extend([&expected.aggregates[0] as &(dyn ToSql + Sync), &expected.sequences[0]]);
+                values.push(&expected.marks[0]);
                 values.push(event_types);
             }
-            Look::OneMade => values.extend([&growths.0[0] as &(dyn ToSql + Sync), &growths.1[0]]),
+            Look::OneMade => {
+                values.extend([&expected.aggregates[0] as &(dyn ToSql + Sync), &expected.types[0]]);
+            }
             Look::Nothing | Look::Names => {}
         }
         if form.rows != Rows::None {

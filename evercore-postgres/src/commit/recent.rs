@@ -75,8 +75,8 @@ impl Written {
         book.witness = Some(Witness::new(last.last, last.mark));
         for (batch, receipt) in batches {
             let made = batch.creates().iter().map(|made| (made.id, &made.aggregate_type, Sequence::ZERO));
-            let grown = batch.growths().iter();
-            let grown = grown.map(|growth| (growth.aggregate, &growth.aggregate_type, growth.last));
+            let grown = batch.sequence_changes().iter();
+            let grown = grown.map(|change| (change.aggregate, &change.aggregate_type, change.last));
             for (aggregate, aggregate_type, sequence) in made.chain(grown) {
                 if let Some(type_number) = table.aggregate_type_number(aggregate_type) {
                     book.insert(aggregate, Reached { type_number, sequence, mark: receipt.mark });
