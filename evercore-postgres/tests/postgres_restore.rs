@@ -1,4 +1,5 @@
-//! A dump, restored into a new cluster, is the same store: positions are stored data, not counters of a server.
+//! A dump that is restored into a new cluster is the same store, and so is a cluster that is recovered to a point in time:
+//! positions are stored data, not counters of a server.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
@@ -104,4 +105,60 @@ fn a_restored_store_is_the_same_and_goes_on() {
             store.load::<Order>("moved").await.unwrap().events + 1
         );
     });
+}
+
+/// By mistake all events are deleted. The operator recovers the server to the moment before, from a base backup and the
+/// archived log. The application goes on running meanwhile, with its engine.
+#[test]
+fn a_store_recovered_to_a_point_in_time_is_the_store_of_that_moment_and_goes_on() {
+    block_on(async {
+        let archiving = Server::ARCHIVING.into_iter();
+        let builder =
+            archiving.fold(Server::builder(), |builder, (name, value)| builder.setting(name, value));
+        let Some(server) = builder.start_or_skip() else { return };
+        let at = Place::on(server.url());
+        let engine = at.engine().await;
+        let store = EventStore::new(engine.clone());
+        fill(&store).await;
+        let backup = server.base_backup().unwrap();
+        for round in 0..20 {
+            place(&store, &format!("after the backup {}", round % 3)).await.unwrap();
+        }
+        let before = everything(&engine).await;
+        let head = store.head().await.unwrap();
+        let moment = server.psql("postgres", "SELECT clock_timestamp()").unwrap();
+
+        // These are lost, with what the engine remembers of them, and then the mistake destroys the rest.
+        let lost = place(&store, "lost").await.unwrap();
+        store
+            .update_or_create::<Order, _, _>("after the backup 0", |_| [noted("lost".to_owned())])
+            .await
+            .unwrap();
+        let events = format!("{}.events", at.schema);
+        server.psql("postgres", &format!("DELETE FROM {events}; SELECT pg_switch_wal()")).unwrap();
+        assert!(lost.last > head);
+
+        server.recover(&backup, ("recovery_target_time", &moment)).unwrap();
+        let recovered = at.engine().await;
+        assert_eq!(everything(&recovered).await, before);
+        assert_eq!(EventStore::new(recovered.clone()).head().await.unwrap(), head);
+
+        // The engine that has seen the lost events goes on after the head, too.
+        let next = again_until_it_answers(&store, "after the backup 0").await;
+        assert_eq!(next.last, head.next());
+        assert_eq!(positions(&engine).await, up_to(head.next().get()));
+        assert_eq!(store.find::<Order>("lost").await.unwrap(), None);
+        let after = EventStore::new(recovered).load::<Order>("after the backup 0").await.unwrap();
+        assert_eq!(after.events, store.load::<Order>("after the backup 0").await.unwrap().events);
+    });
+}
+
+/// The connections of before the recovery are broken, so the first call may fail.
+async fn again_until_it_answers(store: &EventStore, key: &str) -> Receipt {
+    for _ in 0..20 {
+        if let Ok(receipt) = place(store, key).await {
+            return receipt;
+        }
+    }
+    place(store, key).await.unwrap()
 }

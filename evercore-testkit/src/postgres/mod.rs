@@ -15,6 +15,7 @@
 //! whatever way: a small shell waits for that, stops the server and removes its folder.
 
 mod account;
+mod backup;
 mod binaries;
 mod builder;
 mod client;
@@ -29,6 +30,7 @@ mod watchdog;
 use std::io::Write;
 use std::sync::{Once, OnceLock};
 
+pub use backup::BaseBackup;
 pub use builder::Builder;
 pub use client::psql;
 pub use pgbouncer::PgBouncer;

@@ -236,7 +236,7 @@ impl Server {
         let _ = fs::remove_file(file);
     }
 
-    fn failure(&self, what: &str) -> String {
+    pub(super) fn failure(&self, what: &str) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         let tail = lines[lines.len().saturating_sub(20)..].join("\n");

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::account::run_as_server;
-use super::process::{run, wait_until};
+use super::process::run;
 use super::server::Server;
 
 impl Server {
@@ -29,12 +29,6 @@ impl Server {
     /// If it is none, or if it takes longer than thirty seconds.
     pub fn promote(&self) -> Result<(), String> {
         self.psql("postgres", "SELECT pg_promote(false)")?;
-        let is_promoted =
-            || self.psql("postgres", "SELECT pg_is_in_recovery()").is_ok_and(|answer| answer == "f");
-        if wait_until(Duration::from_secs(30), is_promoted) {
-            Ok(())
-        } else {
-            Err("the standby was told to and did not become a primary within 30 seconds".to_owned())
-        }
+        self.wait_until_primary(Duration::from_secs(30))
     }
 }
