@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "postgres/common.rs"]
 mod common;
 
 use std::future::Future;

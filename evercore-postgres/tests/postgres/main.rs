@@ -1,0 +1,23 @@
+//! The specialities of the PostgreSQL engine, on real servers: connections, roles, standbys, poolers, projections. What
+//! every engine must do is in the conformance suite.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+mod common;
+mod fixture;
+mod orders;
+
+mod cursors;
+mod flights;
+mod inline;
+mod lost_tail;
+mod migrate;
+mod own_sql;
+mod pooler;
+mod projection_faults;
+mod projections;
+mod replica;
+mod restore;
+mod roles;
+mod settings;
+mod tls;

@@ -1,0 +1,16 @@
+//! The specialities of the SQLite engine: files, processes, executors, faults of the disk, projections. What every engine
+//! must do is in the conformance suite.
+
+#![allow(clippy::unwrap_used, reason = "a test says so by failing")]
+
+mod common;
+
+mod commits;
+mod copies;
+mod executors;
+mod faults;
+mod files;
+mod inline;
+mod many;
+mod own_sql;
+mod subscriptions;
