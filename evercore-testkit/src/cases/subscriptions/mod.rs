@@ -1,0 +1,11 @@
+//! Reading the log as it grows: each event once and in order, whichever runner owns the cursor, and whatever the handler
+//! does.
+
+mod failures;
+mod running;
+mod sharing;
+mod tools;
+
+pub(super) use failures::*;
+pub(super) use running::*;
+pub(super) use sharing::*;

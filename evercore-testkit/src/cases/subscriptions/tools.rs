@@ -1,0 +1,44 @@
+//! Helpers of these cases.
+
+use std::time::Duration;
+
+use evercore_core::{CursorState, EventStore, FailurePolicy, Position, RunEnd, Subscription, Then};
+
+use crate::tools::*;
+
+pub(super) const LEASE: Duration = Duration::from_millis(300);
+pub(super) const NO_PAUSE: Duration = Duration::ZERO;
+pub(super) const SOON: Duration = Duration::from_secs(20);
+
+pub(super) fn subscription(store: &EventStore, name: &str) -> Subscription {
+    store.subscription(name).unwrap().with_lease(LEASE).with_batch(events_per_page(7))
+}
+
+/// Runs until so many events were seen.
+pub(super) async fn run_until(engine: &Engine, of: &Subscription, seen: &Seen, count: usize) -> RunEnd {
+    let handler = seen.clone();
+    let shutdown = until(engine, || seen.len() >= count);
+    let end = of.run(shutdown, move |event| {
+        handler.push(&event);
+        async { Ok(()) }
+    });
+    end.await.unwrap()
+}
+
+pub(super) async fn state(store: &EventStore, name: &str) -> CursorState {
+    store.subscription_states(name).await.unwrap().remove(0)
+}
+
+pub(super) async fn events_seen(engine: &Engine, of: &Subscription, count: usize) -> Vec<i64> {
+    let seen = Seen::default();
+    assert_eq!(run_until(engine, of, &seen, count).await, RunEnd::ShutDown);
+    seen.numbers()
+}
+
+pub(super) fn no_pause(then: Then) -> FailurePolicy {
+    FailurePolicy::then(then).with_attempts(3).with_pauses(NO_PAUSE, NO_PAUSE)
+}
+
+pub(super) async fn state_or_none(store: &EventStore, name: &str) -> Option<Position> {
+    store.subscription_states(name).await.ok().map(|states| states[0].cursor.position)
+}
