@@ -6,43 +6,10 @@ use std::time::Duration;
 
 use evercore_core::{BoxError, BoxFuture, Event, Result};
 use tokio_postgres::Transaction;
-use tokio_postgres::config::Host;
 
 use crate::connection::connect::Address;
 use crate::engine::PostgresEngine;
-use crate::sql::Schema;
-use crate::subscription::inline::Wanted;
-
-/// What an acknowledged commit survives: the values of PostgreSQL's setting `synchronous_commit`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum SynchronousCommit {
-    /// A crash of the server's machine: the commit is flushed to its disk, and to that of a synchronous standby if one
-    /// is configured. If somebody cancels the wait for that standby, the commit is
-    /// [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown): it is on the primary, but a failover may lose it.
-    #[default]
-    On,
-    /// A crash of the server's machine, without waiting for any standby.
-    Local,
-    /// As [`On`](Self::On), but the standby has only handed the commit to its operating system, not flushed it.
-    RemoteWrite,
-    /// As [`On`](Self::On), and reads from the synchronous standby see the commit.
-    RemoteApply,
-    /// A crash of this process only. A crash of the server may lose the last commits, but never part of one.
-    Off,
-}
-
-impl SynchronousCommit {
-    pub(crate) const fn as_str(self) -> &'static str {
-        match self {
-            Self::On => "on",
-            Self::Local => "local",
-            Self::RemoteWrite => "remote_write",
-            Self::RemoteApply => "remote_apply",
-            Self::Off => "off",
-        }
-    }
-}
+use crate::settings::{InlineProjection, LONGEST, Schema, Settings, SynchronousCommit};
 
 /// How an engine is connected to its server; everything has a default.
 ///
@@ -59,66 +26,34 @@ impl SynchronousCommit {
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Builder {
-    pub(crate) settings: Settings,
+    settings: Settings,
 }
 
-/// The settings of an engine.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) schema: Schema,
-    pub(crate) synchronous_commit: SynchronousCommit,
-    pub(crate) pool_size: usize,
-    pub(crate) connect_timeout: Duration,
-    pub(crate) statement_timeout: Duration,
-    pub(crate) sql_timeout: Duration,
-    pub(crate) connection_age: Duration,
-    pub(crate) poll_interval: Duration,
-    pub(crate) migrate: bool,
-    pub(crate) read_only: bool,
-    pub(crate) pooler: bool,
-    /// Whether the engine set up every connection itself, so that their settings are known.
-    pub(crate) own_sessions: bool,
-    pub(crate) plain_text: bool,
-    pub(crate) root_certificate: Option<PathBuf>,
-    pub(crate) client_certificate: Option<(PathBuf, PathBuf)>,
-    pub(crate) inline: Vec<Wanted>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            schema: Schema::default(),
-            synchronous_commit: SynchronousCommit::default(),
-            pool_size: 8,
-            connect_timeout: Duration::from_secs(5),
-            statement_timeout: Duration::from_secs(30),
-            sql_timeout: Duration::from_secs(5),
-            connection_age: Duration::from_secs(30 * 60),
-            poll_interval: Duration::from_millis(50),
-            migrate: true,
-            read_only: false,
-            pooler: false,
-            own_sessions: true,
-            plain_text: false,
-            root_certificate: None,
-            client_certificate: None,
-            inline: Vec::new(),
-        }
+impl PostgresEngine {
+    /// Connects to the store at this URL, and creates it if it is missing. Uses the defaults of
+    /// [`PostgresEngine::builder`].
+    ///
+    /// # Errors
+    /// As [`Builder::connect`].
+    pub async fn connect(url: &str) -> Result<Self> {
+        Self::builder().connect(url).await
     }
-}
 
-impl Settings {
-    /// Whether a session keeps the settings it started with.
-    pub(crate) const fn has_sessions(&self) -> bool {
-        self.own_sessions && !self.pooler
+    /// Connects for reading only, to any server that answers, a standby as well.
+    ///
+    /// # Errors
+    /// As [`Builder::read_from`].
+    pub async fn read_from(url: &str) -> Result<Self> {
+        Self::builder().read_from(url).await
+    }
+
+    /// Settings for connecting to a store.
+    pub fn builder() -> Builder {
+        Builder { settings: Settings::default() }
     }
 }
 
 impl Builder {
-    pub(crate) fn new() -> Self {
-        Self { settings: Settings::default() }
-    }
-
     /// The PostgreSQL schema that holds the store; `evercore` unless set. Several stores may share a database if each
     /// has its own schema.
     ///
@@ -130,7 +65,7 @@ impl Builder {
         Ok(self)
     }
 
-    /// What an acknowledged commit survives; [`SynchronousCommit::On`] unless set. The server's default does not
+    /// Which failures an acknowledged commit survives; [`SynchronousCommit::On`] unless set. The server's default does not
     /// matter.
     pub fn synchronous_commit(mut self, level: SynchronousCommit) -> Self {
         self.settings.synchronous_commit = level;
@@ -285,7 +220,7 @@ impl Builder {
             + 'static,
     {
         let handle = Arc::new(handler);
-        self.settings.inline.push(Wanted { name: name.as_ref().to_owned(), version, handle });
+        self.settings.inline.push(InlineProjection { name: name.as_ref().to_owned(), version, handle });
         self
     }
 
@@ -364,20 +299,6 @@ impl Builder {
     }
 }
 
-/// The longest time-out: PostgreSQL counts milliseconds in 32 bits, and 0 means "no limit".
-pub(crate) const LONGEST: Duration = Duration::from_millis(i32::MAX.unsigned_abs() as u64);
-
 fn at_least_a_millisecond(time: Duration) -> Duration {
     time.clamp(Duration::from_millis(1), LONGEST)
-}
-
-/// Whether this host is the local computer.
-pub(crate) fn is_local(host: &Host) -> bool {
-    match host {
-        #[cfg(unix)]
-        Host::Unix(_) => true,
-        Host::Tcp(name) => {
-            name == "localhost" || name.parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback())
-        }
-    }
 }

@@ -145,11 +145,11 @@ fn shows_no_value(spoken: &DbError) -> bool {
 }
 
 /// [`Rejected`](ErrorKind::Rejected) because the user's own code failed, with the SQLSTATE if the server caused it.
-pub(crate) fn said_no(what: &str, source: impl Into<BoxError>) -> Error {
+pub(crate) fn rejected_by(what: &str, source: impl Into<BoxError>) -> Error {
     let source = source.into();
     let code = source.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
     let code = code.map_or_else(String::new, |code| format!(" (SQLSTATE {})", code.code()));
-    Error::new(ErrorKind::Rejected, format!("{what} said no{code}")).because(source)
+    Error::new(ErrorKind::Rejected, format!("{what} failed{code}")).because(source)
 }
 
 /// Adds SQLSTATE and constraint to a message: users search for them, and neither contains a value.
@@ -199,6 +199,11 @@ fn ours_within(error: &PostgresError) -> Option<&Error> {
 /// A value in the store that evercore cannot have written.
 pub(crate) fn damaged(error: impl Into<BoxError>) -> PostgresError {
     PostgresError::Damaged(error.into())
+}
+
+/// The error for a store that lacks required rows.
+pub(crate) fn not_a_store(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::NotAStore, message)
 }
 
 /// The engine is closed.

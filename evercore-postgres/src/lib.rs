@@ -11,12 +11,14 @@ mod names;
 #[cfg(all(test, unix))]
 mod plans;
 mod read;
+mod settings;
 mod sql;
 mod store;
 mod subscription;
 
-pub use builder::{Builder, SynchronousCommit};
+pub use builder::Builder;
 pub use engine::PostgresEngine;
 pub use evercore_core::*;
+pub use settings::SynchronousCommit;
 pub use subscription::projection::Projection;
 pub use {deadpool_postgres, tokio_postgres};

@@ -7,9 +7,8 @@ use refinery_core::traits::r#async::{AsyncQuery, AsyncTransaction};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, GenericClient, IsolationLevel, Row, Transaction};
 
-use crate::connection::pool::Lent;
-use crate::error::{Result, UNTOLD_POOLER, at_first};
-use crate::store::{Store, not_a_store};
+use crate::connection::pool::Pools;
+use crate::error::{Result, UNTOLD_POOLER, at_first, not_a_store};
 
 mod embedded {
     refinery::embed_migrations!("migrations");
@@ -20,7 +19,7 @@ const SCHEMA_VERSION: u32 = 1;
 
 /// Asks for the server's encoding, whether the schema exists, whether it has a table `store`, and for one of our
 /// session settings, which shows whether the settings reached the session.
-pub(crate) const LOOK: &str =
+pub(crate) const INSPECT: &str =
     "SELECT pg_catalog.current_setting('server_encoding'), n.oid IS NOT NULL, c.oid IS NOT NULL,
         pg_catalog.current_setting('plan_cache_mode')
     FROM (SELECT 1) AS one
@@ -36,60 +35,60 @@ const SEARCHED: &str = "SELECT pg_catalog.current_schemas(true)";
 
 /// The state of a schema before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
+enum SchemaState {
     Store(u32),
     EmptySchema,
     NoSchema,
 }
 
 /// Makes sure that the schema holds a store of this library's schema version.
-pub(crate) async fn prepare(store: &Store) -> Result<(), Error> {
-    let has_sessions = store.settings.has_sessions();
-    let lent = Lent::to_read(store).await.map_err(|error| at_first(error, has_sessions))?;
-    let outcome = store.in_time(async { look(store, lent.sender()?.client).await }).await;
-    let found = lent.after(outcome)?;
-    let may_migrate = store.settings.migrate && !store.settings.read_only;
+pub(crate) async fn prepare(pools: &Pools) -> Result<(), Error> {
+    let has_sessions = pools.settings.has_sessions();
+    let checkout = pools.to_read().await.map_err(|error| at_first(error, has_sessions))?;
+    let outcome = pools.in_time(async { inspect(pools, checkout.sender()?.client).await }).await;
+    let found = checkout.after(outcome)?;
+    let may_migrate = pools.settings.migrate && !pools.settings.read_only;
     match found {
-        Found::Store(version) if version > SCHEMA_VERSION => {
+        SchemaState::Store(version) if version > SCHEMA_VERSION => {
             Err(Error::schema_too_new(version, SCHEMA_VERSION))
         }
-        Found::Store(SCHEMA_VERSION) => Ok(()),
-        _ if may_migrate => Ok(migrate(store).await?),
-        Found::Store(version) => Err(not_a_store(format!(
+        SchemaState::Store(SCHEMA_VERSION) => Ok(()),
+        _ if may_migrate => Ok(migrate(pools).await?),
+        SchemaState::Store(version) => Err(not_a_store(format!(
             "the store has schema version {version}, this library needs {SCHEMA_VERSION}: migrate it first"
         ))),
-        Found::EmptySchema | Found::NoSchema => {
-            Err(not_a_store(format!("the schema \"{}\" holds no store", store.settings.schema.as_str())))
+        SchemaState::EmptySchema | SchemaState::NoSchema => {
+            Err(not_a_store(format!("the schema \"{}\" holds no store", pools.settings.schema.as_str())))
         }
     }
 }
 
 /// Uses unnamed statements, because it runs once and must work on any kind of connection.
-async fn look(store: &Store, client: &impl GenericClient) -> Result<Found> {
-    let schema = store.settings.schema.as_str();
+async fn inspect(pools: &Pools, client: &impl GenericClient) -> Result<SchemaState> {
+    let schema = pools.settings.schema.as_str();
     check_search_path(client).await?;
     let name = [(&schema as &(dyn ToSql + Sync), Type::TEXT)];
-    let row = client.query_typed(LOOK, &name).await?;
+    let row = client.query_typed(INSPECT, &name).await?;
     let row = row.first().ok_or_else(|| not_a_store("the server's catalogue is empty"))?;
     let encoding: String = row.try_get(0)?;
     if encoding != "UTF8" {
         let message = format!("the database is encoded in {encoding}, a store needs UTF8");
         return Err(Error::new(ErrorKind::Backend, message).into());
     }
-    if store.settings.has_sessions() && row.try_get::<_, &str>(3)? != "force_generic_plan" {
+    if pools.settings.has_sessions() && row.try_get::<_, &str>(3)? != "force_generic_plan" {
         return Err(Error::new(ErrorKind::Backend, UNTOLD_POOLER).into());
     }
     if !row.try_get::<_, bool>(1)? {
-        return Ok(Found::NoSchema);
+        return Ok(SchemaState::NoSchema);
     }
     if !row.try_get::<_, bool>(2)? {
-        return Ok(Found::EmptySchema);
+        return Ok(SchemaState::EmptySchema);
     }
-    let version = store.settings.schema.fill("SELECT schema_version FROM @store WHERE one = 1");
+    let version = pools.settings.schema.fill("SELECT schema_version FROM @store WHERE one = 1");
     let row = client.query_typed(&version, &[]).await?;
     let row = row.first().ok_or_else(|| not_a_store("the table of the store is empty"))?;
     let version: i32 = row.try_get(0)?;
-    Ok(Found::Store(u32::try_from(version).unwrap_or(u32::MAX)))
+    Ok(SchemaState::Store(u32::try_from(version).unwrap_or(u32::MAX)))
 }
 
 /// PostgreSQL searches pg_catalog first unless the search path names it later. Then our SQL could call operators that
@@ -111,28 +110,28 @@ async fn check_search_path(client: &impl GenericClient) -> Result<()> {
 }
 
 /// Runs all migrations in one transaction under a lock: refinery takes none, and several hosts may start at once.
-async fn migrate(store: &Store) -> Result<()> {
-    let mut lent = Lent::to_write(store).await?;
-    let outcome = run(store, lent.client_mut()?).await;
-    outcome.map(|()| lent.put_back())
+async fn migrate(pools: &Pools) -> Result<()> {
+    let mut checkout = pools.to_write().await?;
+    let outcome = run(pools, checkout.client_mut()?).await;
+    outcome.map(|()| checkout.put_back())
 }
 
-async fn run(store: &Store, client: &mut Client) -> Result<()> {
-    let schema = store.settings.schema.as_str();
+async fn run(pools: &Pools, client: &mut Client) -> Result<()> {
+    let schema = pools.settings.schema.as_str();
     // With a guard, so that the transaction is rolled back if this future is dropped.
     let begin = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start();
-    let transaction = store.in_time(async { Ok(begin.await?) }).await?;
+    let transaction = pools.in_time(async { Ok(begin.await?) }).await?;
     let lock = format!(
         "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('evercore {schema}', 0))"
     );
-    let found = store.in_time(async {
+    let found = pools.in_time(async {
         transaction.batch_execute(&lock).await?;
-        look(store, &transaction).await
+        inspect(pools, &transaction).await
     });
     match found.await? {
-        Found::Store(version) if version >= SCHEMA_VERSION => {}
+        SchemaState::Store(version) if version >= SCHEMA_VERSION => {}
         found => {
-            if found == Found::NoSchema {
+            if found == SchemaState::NoSchema {
                 transaction.batch_execute(&format!("CREATE SCHEMA \"{schema}\"")).await?;
             }
             // Filling a large table may take any time, so there is no statement time-out. The lock time-out stays.

@@ -1,9 +1,8 @@
-//! Type names and their numbers in the store. The cache contains only names that are committed.
+//! Type names and their ids in the store. The cache contains only names that are committed.
 //!
 //! Names are registered under the lock of the single row in `log_end`, and each registration changes the names' mark in
 //! that row. A table of names is used only together with a query that finds the mark with which the table was read:
-//! others may have registered names meanwhile, or a failover may have lost names and their numbers now belong to other
-//! names.
+//! others may have registered names meanwhile, or a failover may have lost names and their ids now belong to other names.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -11,10 +10,10 @@ use evercore_core::{AggregateType, Batch, EventType, KnownType, Mark, NameTable}
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-use crate::connection::pool::Lent;
+use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
-use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
-use crate::store::Store;
+use crate::settings::Schema;
+use crate::sql::{LOCK_LOG_END, Ready, Sender, Sql, Values};
 
 /// Reads everything in one statement, so that it is consistent.
 const ALL: &str = "SELECT a.id, a.name, e.id, e.name, n.names
@@ -36,8 +35,8 @@ const INSERT_AGGREGATE_TYPES: &str =
 const INSERT_EVENT_TYPES: &str = "INSERT INTO @event_types (id, aggregate_type_id, name)
     SELECT * FROM unnest($1::int[], $2::int[], $3::text[])";
 
-/// The largest number a name can have. A larger one means a damaged store, and must not fill the memory.
-const MOST_NAMES: u32 = 1 << 24;
+/// The largest id of a name. A larger one means a damaged store, and must not fill the memory.
+const MAX_TYPE_ID: u32 = 1 << 24;
 
 /// The names known now. A reader takes a copy of the table's pointer and keeps it while it reads.
 #[derive(Debug)]
@@ -82,11 +81,11 @@ impl Names {
         Ok(self.learn(fresh))
     }
 
-    /// Runs a read, and runs it again with newly read names if it finds that the names have changed. A number without a
-    /// name is damage only if it is also missing from the newly read table.
+    /// Runs a read, and runs it again with newly read names if it finds that the names have changed. An id without a name
+    /// is damage only if it is also missing from the newly read table.
     pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
         &self,
-        lent: &Lent,
+        checkout: &Checkout,
         read: impl Fn(Arc<NameTable>) -> W,
     ) -> Result<T> {
         let mut table = self.table();
@@ -95,7 +94,7 @@ impl Names {
             if !matches!(outcome, Err(PostgresError::OtherNames | PostgresError::UnknownName(_))) {
                 return outcome;
             }
-            table = self.reload(lent.sender()?).await?;
+            table = self.reload(checkout.sender()?).await?;
         }
         read(table).await
     }
@@ -124,14 +123,14 @@ fn read(rows: &[Row]) -> Result<NameTable> {
     let mut table = NameTable::new();
     for row in rows {
         let Some(of) = row.try_get::<_, Option<i32>>(0)? else { continue };
-        let of = checked(of)?;
+        let of = type_id(of)?;
         if table.aggregate_type(of).is_none() {
             table.set_aggregate_type(of, &AggregateType::new(row.try_get::<_, &str>(1)?).map_err(damaged)?);
         }
-        let Some(number) = row.try_get::<_, Option<i32>>(2)? else { continue };
+        let Some(id) = row.try_get::<_, Option<i32>>(2)? else { continue };
         let name = EventType::new(row.try_get::<_, &str>(3)?).map_err(damaged)?;
         let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
-        table.set_event_type(checked(number)?, &aggregate_type, &name);
+        table.set_event_type(type_id(id)?, &aggregate_type, &name);
     }
     table.mark_complete();
     let row = rows.first().ok_or_else(|| damaged("the table of names is empty"))?;
@@ -139,17 +138,17 @@ fn read(rows: &[Row]) -> Result<NameTable> {
     Ok(table)
 }
 
-/// A number that the store gave to a name.
-pub(crate) fn checked(number: i32) -> Result<u32> {
-    u32::try_from(number)
+/// A type id in the store.
+pub(crate) fn type_id(stored: i32) -> Result<u32> {
+    u32::try_from(stored)
         .ok()
-        .filter(|number| (1..MOST_NAMES).contains(number))
-        .ok_or_else(|| damaged(format!("a name has the number {number}")))
+        .filter(|id| (1..MAX_TYPE_ID).contains(id))
+        .ok_or_else(|| damaged(format!("a name has the id {stored}")))
 }
 
-/// A number as it goes to the server.
-pub(crate) fn stored(number: u32) -> i32 {
-    i32::try_from(number).unwrap_or(i32::MAX)
+/// A type id as it is sent to the server.
+pub(crate) fn sql_id(type_id: u32) -> i32 {
+    i32::try_from(type_id).unwrap_or(i32::MAX)
 }
 
 /// The names in these batches that are not known yet.
@@ -191,42 +190,42 @@ impl NameList {
     }
 }
 
-/// Registers missing names in its own transaction, and reads all names.
-///
-/// Looks first whether there is anything to do: the lock makes all commits wait, and a program that starts again has
-/// nothing new.
-pub(crate) async fn register(store: &Store, types: &[KnownType]) -> Result<()> {
-    let known = store.read(|lent| async move { store.names.reload(lent.sender()?).await }).await?;
-    if types.iter().all(|it| is_known(&known, it)) {
-        return Ok(());
-    }
-    let table = store.write(|lent| async move { register_on(store, lent.sender()?, types).await }).await?;
-    store.names.learn(table);
-    Ok(())
-}
-
 fn is_known(table: &NameTable, types: &KnownType) -> bool {
     let of = &types.aggregate_type;
     table.aggregate_type_number(of).is_some()
         && types.event_types.iter().all(|it| table.event_type_number(of, it).is_some())
 }
 
-async fn register_on(store: &Store, sender: Sender<'_>, types: &[KnownType]) -> Result<NameTable> {
-    sender.client.batch_execute(&begin(&store.settings)).await?;
-    let mut table = store.names.lock(sender).await?;
-    let before = table.mark();
-    store.names.insert(sender, &mut table, types).await?;
-    // All names exist already: nothing to commit, and no standby to wait for.
-    if table.mark() == before {
-        sender.client.batch_execute("ROLLBACK").await?;
-        return Ok(table);
-    }
-    let doubt = store.heard.before_commit();
-    doubt.settle(sender.client.batch_execute("COMMIT").await.map_err(Into::into))?;
-    Ok(table)
-}
-
 impl Names {
+    /// Registers missing names in its own transaction, and reads all names.
+    ///
+    /// Looks first whether any name is missing: the lock makes all commits wait, and a program that starts again has
+    /// nothing new.
+    pub(crate) async fn register(&self, pools: &Pools, types: &[KnownType]) -> Result<()> {
+        let known = pools.read(|checkout| async move { self.reload(checkout.sender()?).await }).await?;
+        if types.iter().all(|it| is_known(&known, it)) {
+            return Ok(());
+        }
+        let table =
+            pools.write(|checkout| async move { self.register_on(pools, checkout.sender()?, types).await });
+        self.learn(table.await?);
+        Ok(())
+    }
+
+    async fn register_on(&self, pools: &Pools, sender: Sender<'_>, types: &[KnownType]) -> Result<NameTable> {
+        sender.execute(&pools.settings.begin()).await?;
+        let mut table = self.lock(sender).await?;
+        let before = table.mark();
+        self.insert(sender, &mut table, types).await?;
+        // All names exist already: nothing to commit, and no standby to wait for.
+        if table.mark() == before {
+            sender.execute("ROLLBACK").await?;
+        } else {
+            pools.notices.commit(sender.execute("COMMIT")).await?;
+        }
+        Ok(table)
+    }
+
     /// Blocks all other registrations until the transaction ends, and returns all names.
     pub(crate) async fn lock(&self, sender: Sender<'_>) -> Result<NameTable> {
         sender.rows(&self.lock, &[]).await?;
@@ -240,16 +239,16 @@ impl Names {
         table: &mut NameTable,
         types: &[KnownType],
     ) -> Result<()> {
-        let new = Numbered::of(table, types);
-        if !new.aggregate_types.0.is_empty() {
-            let (numbers, texts) = &new.aggregate_types;
-            sender.rows(&self.insert_aggregate_types, &[numbers, texts]).await?;
+        let new = NewNames::of(table, types);
+        if !new.aggregate_types.is_empty() {
+            let values: &Values<'_> = &[&new.aggregate_type_ids, &new.aggregate_types];
+            sender.rows(&self.insert_aggregate_types, values).await?;
         }
-        if !new.event_types.0.is_empty() {
-            let (numbers, of, texts) = &new.event_types;
-            sender.rows(&self.insert_event_types, &[numbers, of, texts]).await?;
+        if !new.event_types.is_empty() {
+            let values: &Values<'_> = &[&new.event_type_ids, &new.event_aggregate_type_ids, &new.event_types];
+            sender.rows(&self.insert_event_types, values).await?;
         }
-        if !new.aggregate_types.0.is_empty() || !new.event_types.0.is_empty() {
+        if !new.aggregate_types.is_empty() || !new.event_types.is_empty() {
             table.set_mark(Mark::random());
             sender.rows(&self.set_mark, &[&table.mark().get()]).await?;
         }
@@ -257,39 +256,43 @@ impl Names {
     }
 }
 
-/// Numbers names as if they were registered, to check batches that contain them.
+/// Gives ids to names as if they were registered, to check batches that contain them.
 pub(crate) fn suppose(table: &NameTable, types: &[KnownType]) -> NameTable {
     let mut table = table.clone();
-    Numbered::of(&mut table, types);
+    NewNames::of(&mut table, types);
     table
 }
 
-/// Names with their new numbers.
+/// New names with their ids, column by column.
 #[derive(Default)]
-struct Numbered<'a> {
-    aggregate_types: (Vec<i32>, Vec<&'a str>),
-    event_types: (Vec<i32>, Vec<i32>, Vec<&'a str>),
+struct NewNames<'a> {
+    aggregate_type_ids: Vec<i32>,
+    aggregate_types: Vec<&'a str>,
+    event_type_ids: Vec<i32>,
+    /// The id of each event type's aggregate type.
+    event_aggregate_type_ids: Vec<i32>,
+    event_types: Vec<&'a str>,
 }
 
-impl<'a> Numbered<'a> {
-    /// Numbers the names that `table` lacks, after its last numbers.
+impl<'a> NewNames<'a> {
+    /// Gives ids to the names that `table` lacks, after its last ids.
     fn of(table: &mut NameTable, types: &'a [KnownType]) -> Self {
         let mut new = Self::default();
         for known in types {
             let of = table.aggregate_type_number(&known.aggregate_type).unwrap_or_else(|| {
-                let number = table.next_aggregate_type();
-                table.set_aggregate_type(number, &known.aggregate_type);
-                new.aggregate_types.0.push(stored(number));
-                new.aggregate_types.1.push(known.aggregate_type.as_str());
-                number
+                let id = table.next_aggregate_type();
+                table.set_aggregate_type(id, &known.aggregate_type);
+                new.aggregate_type_ids.push(sql_id(id));
+                new.aggregate_types.push(known.aggregate_type.as_str());
+                id
             });
             for name in &known.event_types {
                 if table.event_type_number(&known.aggregate_type, name).is_none() {
-                    let number = table.next_event_type();
-                    table.set_event_type(number, &known.aggregate_type, name);
-                    new.event_types.0.push(stored(number));
-                    new.event_types.1.push(stored(of));
-                    new.event_types.2.push(name.as_str());
+                    let id = table.next_event_type();
+                    table.set_event_type(id, &known.aggregate_type, name);
+                    new.event_type_ids.push(sql_id(id));
+                    new.event_aggregate_type_ids.push(sql_id(of));
+                    new.event_types.push(name.as_str());
                 }
             }
         }

@@ -6,90 +6,18 @@ use std::fmt;
 use std::pin::Pin;
 
 use deadpool_postgres::StatementCache;
-use evercore_core::{Error, ErrorKind, Result as CoreResult};
+
 use futures_lite::StreamExt;
 use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
-use crate::builder::Settings;
 use crate::error::Result;
+use crate::settings::{Schema, Settings};
 
 /// Locks the log against other writers: locks the single row of `log_end`, found from the top of its index.
 pub(crate) const LOCK_LOG_END: &str = "SELECT one FROM @log_end
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
-
-/// The name of the store's schema, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Schema(String);
-
-impl Schema {
-    pub(crate) fn new(name: &str) -> CoreResult<Self> {
-        let mut letters = name.bytes();
-        let begins_well = letters.next().is_some_and(|first| first.is_ascii_lowercase() || first == b'_');
-        let goes_on_well =
-            letters.all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == b'_');
-        if !begins_well || !goes_on_well || name.len() > 63 || name.starts_with("pg_") {
-            let message = format!(
-                "\"{name}\" is no name for a schema: a-z, 0-9 and _, at most 63, not a digit first, not pg_"
-            );
-            return Err(Error::new(ErrorKind::InvalidName, message));
-        }
-        Ok(Self(name.to_owned()))
-    }
-
-    pub(crate) fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Puts the schema before every name that has an `@`.
-    pub(crate) fn fill(&self, text: &str) -> String {
-        text.replace('@', &format!("\"{}\".", self.0))
-    }
-}
-
-impl Default for Schema {
-    fn default() -> Self {
-        Self("evercore".to_owned())
-    }
-}
-
-/// The settings of each of our sessions, and of each transaction in sessions of others.
-///
-/// Each statement of the engine has one good plan, which uses an index. A plan is kept once it is made, perhaps while
-/// the tables are still empty, so the number of rows must not decide it.
-pub(crate) fn session_settings(settings: &Settings) -> Vec<(&'static str, String)> {
-    let milliseconds = |time: std::time::Duration| time.as_millis().to_string();
-    vec![
-        ("default_transaction_isolation", "read committed".to_owned()),
-        // A cancelled wait for a standby is reported only as a warning.
-        ("client_min_messages", "warning".to_owned()),
-        ("synchronous_commit", settings.synchronous_commit.as_str().to_owned()),
-        ("statement_timeout", milliseconds(settings.statement_timeout)),
-        ("lock_timeout", milliseconds(settings.statement_timeout)),
-        ("idle_in_transaction_session_timeout", milliseconds(settings.sql_timeout)),
-        ("plan_cache_mode", "force_generic_plan".to_owned()),
-        ("enable_seqscan", "off".to_owned()),
-        ("enable_bitmapscan", "off".to_owned()),
-        ("jit", "off".to_owned()),
-    ]
-}
-
-/// Starts a writing transaction, independent of the session's settings.
-pub(crate) fn begin(settings: &Settings) -> String {
-    let mut text = "BEGIN ISOLATION LEVEL READ COMMITTED".to_owned();
-    if !settings.has_sessions() {
-        text.push_str("; ");
-        text.push_str(&set_local(settings));
-    }
-    text
-}
-
-/// The same settings for one transaction.
-pub(crate) fn set_local(settings: &Settings) -> String {
-    let set = |(name, value): (&str, String)| format!("SET LOCAL {name} = '{value}'");
-    session_settings(settings).into_iter().skip(1).map(set).collect::<Vec<_>>().join("; ")
-}
 
 /// A statement and the types of its parameters.
 #[derive(Clone)]
@@ -159,6 +87,19 @@ impl<'a> Sender<'a> {
         Ok(Ready { sender: self, sql, statement })
     }
 
+    /// Runs plain SQL without parameters, such as COMMIT.
+    pub(crate) async fn execute(self, text: &str) -> Result<()> {
+        Ok(self.client.batch_execute(text).await?)
+    }
+
+    /// Sends the statements that begin a transaction; nothing if it is open already.
+    pub(crate) async fn begin(self, begin: Option<&str>) -> Result<()> {
+        match begin {
+            Some(begin) => self.execute(begin).await,
+            None => Ok(()),
+        }
+    }
+
     /// All rows.
     pub(crate) async fn rows(self, sql: &'a Sql, values: &Values<'_>) -> Result<Vec<Row>> {
         self.ready(sql).await?.rows(values).await
@@ -193,43 +134,20 @@ impl Ready<'_> {
         }
         Ok(rows)
     }
-}
 
-impl Ready<'_> {
     /// Runs a writing statement in its own transaction. In sessions of unknown settings it is sent together with a
     /// BEGIN that makes the settings it needs, and a COMMIT.
     pub(crate) async fn write(&self, settings: &Settings, values: &Values<'_>) -> Result<Vec<Row>> {
         if settings.has_sessions() {
             return self.rows(values).await;
         }
-        let (begin, client) = (begin(settings), self.sender.client);
-        let rest = zip(self.rows(values), client.batch_execute("COMMIT"));
-        let (begun, (rows, committed)) = zip(client.batch_execute(&begin), rest).await;
+        let begin = settings.begin();
+        let rest = zip(self.rows(values), self.sender.execute("COMMIT"));
+        let (begun, (rows, committed)) = zip(self.sender.execute(&begin), rest).await;
         let rows = rows?;
         begun?;
         // After an error, COMMIT rolls back without an error of its own. Here there was no error.
         committed?;
         Ok(rows)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_schema_is_a_plain_name() {
-        for name in ["evercore", "_a9", &"x".repeat(63)] {
-            assert!(Schema::new(name).is_ok(), "{name}");
-        }
-        for name in ["", "9a", "a-b", "Orders", "a b", "a\"b", "pg_x", "é", &"x".repeat(64)] {
-            assert_eq!(*Schema::new(name).unwrap_err().kind(), ErrorKind::InvalidName, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_schema_goes_before_marked_names_only() {
-        let schema = Schema::new("orders").unwrap();
-        assert_eq!(schema.fill("SELECT one FROM @store s"), "SELECT one FROM \"orders\".store s");
     }
 }

@@ -1,155 +1,105 @@
-//! An open store: its connections, its type names, the log position it has seen, and how it is closed.
+//! An open store: its parts, its id, and how it is opened and closed.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use deadpool_postgres::Pool;
-use evercore_core::{Error, ErrorKind, Result, StoreId};
+use evercore_core::{Result, StoreId};
 
-use crate::builder::Settings;
-use crate::commit::batch::CommitSql;
-use crate::commit::flight::Queue;
-use crate::commit::own_sql::Turns;
-use crate::commit::recent::Written;
+use crate::commit::batch::Batches;
+use crate::commit::commands::Commands;
+use crate::commit::flight::Flights;
+use crate::commit::ids::Ids;
+use crate::commit::with_sql::BatchesWithSql;
 use crate::connection::connect::Address;
-use crate::connection::notices::Heard;
-use crate::connection::pool::{FOR_COMMITS, Lent};
-use crate::error::{self, closed, damaged};
+use crate::connection::pool::{Checkout, Pools};
+use crate::error::{PostgresError, damaged};
 use crate::migrate;
 use crate::names::Names;
-use crate::read::load::LoadSql;
-use crate::read::log::LogSql;
-use crate::read::rows::UsualSize;
+use crate::read::load::Loader;
+use crate::read::log::Log;
 use crate::read::wait::Watch;
-use crate::sql::{Schema, Sql};
-use crate::subscription::inline::{self, Inline};
-use crate::subscription::subscriptions::SubscriptionSql;
+use crate::settings::{Schema, Settings};
+use crate::sql::Sql;
+use crate::subscription::inline::InlineProjections;
+use crate::subscription::subscriptions::CursorStore;
 
+/// The parts of an open store. Each holds the parts that it needs.
 pub(crate) struct Store {
-    pub(crate) settings: Settings,
-    /// For reads and for the user's SQL.
-    pub(crate) pool: Pool,
-    /// For the engine's own writes. With a pool of the application, both are that pool.
-    pub(crate) commits: Pool,
-    /// The server's address; `None` with a pool of the application.
-    pub(crate) address: Option<Arc<Address>>,
-    /// The server's notices; empty with a pool of the application.
-    pub(crate) heard: Heard,
-    pub(crate) sql: Statements,
-    pub(crate) names: Names,
-    pub(crate) queue: Queue,
-    pub(crate) written: Written,
-    pub(crate) turns: Turns,
-    pub(crate) watch: Watch,
-    pub(crate) usual_size: UsualSize,
-    pub(crate) inline: Vec<Inline>,
-    store_id: OnceLock<(String, StoreId)>,
-    closed: AtomicBool,
+    pub(crate) pools: Arc<Pools>,
+    pub(crate) names: Arc<Names>,
+    pub(crate) log: Arc<Log>,
+    pub(crate) loader: Loader,
+    pub(crate) watch: Arc<Watch>,
+    pub(crate) cursors: Arc<CursorStore>,
+    pub(crate) commands: Arc<Commands>,
+    pub(crate) ids: Ids,
+    pub(crate) with_sql: Arc<BatchesWithSql>,
+    pub(crate) flights: Arc<Flights>,
+    pub(crate) store_id: String,
+    pub(crate) identity: StoreId,
 }
 
-/// The texts of all statements, with the schema's name filled in.
-#[derive(Debug)]
-pub(crate) struct Statements {
-    pub(crate) commit: CommitSql,
-    pub(crate) load: LoadSql,
-    pub(crate) log: LogSql,
-    pub(crate) subscriptions: SubscriptionSql,
-    store_id: Sql,
-}
-
-impl Statements {
-    pub(crate) fn new(schema: &Schema) -> Self {
-        Self {
-            commit: CommitSql::new(schema),
-            load: LoadSql::new(schema),
-            log: LogSql::new(schema),
-            subscriptions: SubscriptionSql::new(schema),
-            store_id: Sql::new(schema, "SELECT store_id FROM @store WHERE one = 1", &[]),
-        }
-    }
+pub(crate) fn store_id_sql(schema: &Schema) -> Sql {
+    Sql::new(schema, "SELECT store_id FROM @store WHERE one = 1", &[])
 }
 
 impl Store {
     pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
-        let commits = match &address {
-            Some(address) => address.pool(FOR_COMMITS)?,
-            None => pool.clone(),
+        let pools = Arc::new(Pools::new(settings, pool, address)?);
+        let names = Arc::new(Names::new(&pools.settings.schema));
+        let log = Arc::new(Log::new(Arc::clone(&pools), Arc::clone(&names)));
+        let watch = Arc::new(Watch::new(Arc::clone(&pools), Arc::clone(&log)));
+        let cursors = Arc::new(CursorStore::new(Arc::clone(&pools)));
+        let commands = Arc::new(Commands::new(Arc::clone(&pools)));
+        let batches = Arc::new(Batches::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&commands)));
+        let parts = (Arc::clone(&pools), Arc::clone(&names), Arc::clone(&log), Arc::clone(&cursors));
+        let inline = InlineProjections::new(parts.0, parts.1, parts.2, parts.3)?;
+        let with_sql =
+            BatchesWithSql::new(Arc::clone(&pools), Arc::clone(&batches), Arc::clone(&commands), inline);
+        let with_sql = Arc::new(with_sql);
+        let parts = (Arc::clone(&pools), Arc::clone(&names), Arc::clone(&with_sql), Arc::clone(&watch));
+        let flights = Flights::new(parts.0, parts.1, Arc::clone(&batches), parts.2, parts.3);
+
+        migrate::prepare(&pools).await?;
+        let store_id = store_id_sql(&pools.settings.schema);
+        let read = |checkout: Arc<Checkout>| {
+            let (names, log, store_id) = (&names, &log, &store_id);
+            async move {
+                let sender = checkout.sender()?;
+                let row = sender.row(store_id, &[]).await?;
+                let row = row.ok_or_else(|| damaged("the table of the store is empty"))?;
+                names.reload(sender).await?;
+                log.seen.raise(log.head_within(sender).await?);
+                Ok::<String, PostgresError>(row.try_get(0)?)
+            }
         };
-        let store = Self {
-            inline: inline::checked(&settings)?,
-            sql: Statements::new(&settings.schema),
-            names: Names::new(&settings.schema),
-            watch: Watch::new(&settings.schema),
-            queue: Queue::default(),
-            written: Written::default(),
-            turns: Turns::new(pool.status().max_size),
-            usual_size: UsualSize::default(),
-            store_id: OnceLock::new(),
-            closed: AtomicBool::new(false),
-            heard: address.as_ref().map(|address| address.heard().clone()).unwrap_or_default(),
-            settings,
-            pool,
-            commits,
-            address: address.map(Arc::new),
-        };
-        migrate::prepare(&store).await?;
-        let opened = &store;
-        store.read(|lent| async move { opened.look_around(&lent).await }).await?;
-        if let Some(address) = &store.address {
-            address.hosts().follow(store.store_id(), store.watch.subscribe());
+        let store_id = pools.read(read).await?;
+        batches.ends_at(log.seen.get());
+        if let Some(address) = &pools.address {
+            address.hosts().follow(&store_id, log.seen.subscribe());
         }
-        inline::catch_up(&store).await?;
-        Ok(store)
+        with_sql.inline.catch_up().await?;
+        Ok(Self {
+            identity: StoreId::of(&store_id),
+            store_id,
+            loader: Loader::new(Arc::clone(&pools), Arc::clone(&names)),
+            ids: Ids::new(Arc::clone(&pools)),
+            pools,
+            names,
+            log,
+            watch,
+            cursors,
+            commands,
+            with_sql,
+            flights: Arc::new(flights),
+        })
     }
 
-    async fn look_around(&self, lent: &Lent) -> error::Result<()> {
-        let sender = lent.sender()?;
-        let row = sender.row(&self.sql.store_id, &[]).await?;
-        let row = row.ok_or_else(|| damaged("the table of the store is empty"))?;
-        let store_id: String = row.try_get(0)?;
-        let identity = StoreId::of(&store_id);
-        let _ = self.store_id.set((store_id, identity));
-        self.names.reload(sender).await?;
-        let head = self.sql.log.head(sender).await?;
-        self.watch.saw(head);
-        self.written.ends_at(head);
-        Ok(())
-    }
-
-    pub(crate) fn store_id(&self) -> &str {
-        self.store_id.get().map_or("", |(store_id, _)| store_id)
-    }
-
-    /// The id, which an open store always knows.
-    pub(crate) fn identity(&self) -> StoreId {
-        self.store_id.get().map_or_else(|| StoreId::of(""), |(_, identity)| *identity)
-    }
-
-    pub(crate) fn check_open(&self) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) { Err(closed()) } else { Ok(()) }
-    }
-
-    pub(crate) fn check_writable(&self) -> Result<()> {
-        self.check_open()?;
-        if self.settings.read_only { Err(error::read_only()) } else { Ok(()) }
-    }
-
-    /// Closes the store: later calls are `Closed`.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+    /// Closes the store after the running commits have ended. Later calls are `Closed`.
+    pub(crate) async fn close(&self) {
+        self.pools.close();
         self.watch.close();
+        self.flights.idle().await;
+        self.pools.close_connections();
     }
-
-    /// Closes the pools, except a pool of the application.
-    pub(crate) fn close_pool(&self) {
-        if self.address.is_some() {
-            self.pool.close();
-            self.commits.close();
-        }
-    }
-}
-
-/// The error for a store that lacks required rows.
-pub(crate) fn not_a_store(message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::NotAStore, message)
 }

@@ -9,7 +9,7 @@ use evercore_core::{
 use tokio_postgres::Row;
 
 use crate::error::{Result, damaged};
-use crate::names::{checked, stored};
+use crate::names::{sql_id as stored, type_id as checked};
 
 /// The store as a batch finds it: what was read, and what earlier batches of the flight do to it.
 #[derive(Clone, Debug, Default)]

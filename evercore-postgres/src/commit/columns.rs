@@ -14,7 +14,7 @@ use tokio_postgres::types::ToSql;
 use crate::commit::recent::Book;
 use crate::commit::statement::{Form, Look, Rows};
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::stored;
+use crate::names::sql_id as stored;
 
 /// What one statement is to write, column by column, and which batches are in it.
 #[derive(Debug, Default)]

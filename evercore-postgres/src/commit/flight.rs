@@ -1,77 +1,78 @@
-//! Combining: commits that arrive while one is under way are written together, in one transaction.
+//! Combining: commits that arrive while a flight is under way are written together by the next flight, in one
+//! transaction.
 //!
-//! The flush and the round trip are what costs, so everything that is queued when a flight begins goes with it, each
-//! batch with its own outcome. A flight is owned by a task of its own: a caller who goes away loses the answer and
-//! leaves the flight alone.
+//! The flush and the round trip cost most of a commit, so a flight takes everything that is queued when it begins. Each
+//! batch gets its own outcome. A flight runs in its own task: if a caller goes away, only its answer is lost.
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{Batch, BoxFuture, CommandId, Error, ErrorKind, Position, Receipt, Result};
+use evercore_core::{Batch, BoxFuture, CommandId, Error, ErrorKind, NameTable, Receipt, Result};
 use futures_channel::oneshot;
 use futures_lite::future::yield_now;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::commit::batch::{self, Flown};
+use crate::commit::batch::{Batches, FlightOutcome};
+use crate::commit::with_sql::BatchesWithSql;
+use crate::connection::pool::Pools;
 use crate::connection::task::no_runtime;
 use crate::error::{PostgresError, again, is_stale, outcome_unknown};
-use crate::read::wait;
-use crate::store::Store;
-use crate::subscription::inline;
+use crate::names::Names;
+use crate::read::wait::Watch;
+use crate::subscription::inline::resume_panic;
 
 /// How many events one flight carries, unless a single batch has more.
 const MOST_EVENTS: usize = 10_000;
 
-/// How many bytes one flight carries, as they are sent, unless a single batch has more.
+/// How many bytes one flight carries, as sent to the server, unless a single batch has more.
 const MOST_BYTES: usize = 32 * 1024 * 1024;
 
-/// How many bytes a single batch may have, as they are sent. The protocol ends at 1 GiB, and the server has to hold it
-/// several times.
+/// How many bytes a single batch may have, as sent to the server. The protocol allows 1 GiB, and the server holds the
+/// message several times.
 const MOST_BYTES_OF_ONE: usize = 384 * 1024 * 1024;
 
-/// How many bytes may wait for their flight or be in one; others wait for room. A batch counts for a kibibyte at least,
-/// so this bounds how many there are, too.
+/// How many bytes may be queued or in a flight. Further batches wait until there is room. A batch counts as at least a
+/// kibibyte, so this also limits the number of batches.
 const ROOM: usize = 256 * 1024 * 1024;
 
-/// In what the room is counted.
+/// The unit in which the room is counted, in bytes.
 const UNIT_OF_ROOM: usize = 1024;
 
-/// How often at most those who were answered are given a turn before the next flight.
+/// How often the next flight waits for callers that just got an answer, at most.
 const ROUNDS: usize = 4;
 
-/// How often to look again when the server undid a flight for reasons that pass, a deadlock or a race; and how often to
-/// queue a batch again whose leader was lost before it flew.
+/// How often to repeat a flight that was rolled back for a temporary reason, such as a deadlock or a race; and how often
+/// to queue a batch again if its leader was lost before the flight.
 const ATTEMPTS: usize = 3;
 
-/// A batch on its way, and who waits for it.
+/// A queued batch, and the way to answer its caller.
 #[derive(Debug)]
 struct Job {
     /// Later jobs have larger numbers.
     number: u64,
     batch: Batch,
     bytes: usize,
-    /// Where the caller runs, who is sure to be there for as long as it waits.
+    /// The runtime of the caller, which lives at least as long as the caller waits.
     runtime: Handle,
     reply: oneshot::Sender<Answer>,
-    /// Others get it when the job has its answer.
+    /// Returned when the job has its answer.
     _room: OwnedSemaphorePermit,
 }
 
-/// What becomes of a job.
+/// The answer to a job.
 #[derive(Debug)]
 enum Answer {
-    Flown(Result<Receipt>),
-    /// Whoever was to carry it out is gone, and nothing was sent.
+    Outcome(Result<Receipt>),
+    /// The leader was lost before anything was sent: the batch goes back to its caller.
     Back(Box<Batch>),
 }
 
 impl Job {
-    /// The caller may have gone; then nobody needs the answer.
+    /// If the caller has gone, nobody needs the answer.
     fn answer(self, outcome: Result<Receipt>) {
-        let _ = self.reply.send(Answer::Flown(outcome));
+        let _ = self.reply.send(Answer::Outcome(outcome));
     }
 
     fn give_back(self) {
@@ -85,15 +86,13 @@ pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
     idle: Notify,
     room: Arc<Semaphore>,
-    /// Whether something of the flight under way may have reached the server.
-    is_sent: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     jobs: VecDeque<Job>,
     has_leader: bool,
-    /// How many jobs flew last.
+    /// The number of jobs in the last flight.
     last_flight: usize,
     next_number: u64,
 }
@@ -104,13 +103,12 @@ impl Default for Queue {
             waiting: Mutex::default(),
             idle: Notify::new(),
             room: Arc::new(Semaphore::new(ROOM / UNIT_OF_ROOM)),
-            is_sent: AtomicBool::new(false),
         }
     }
 }
 
 impl Queue {
-    /// Room for so many bytes, in the order in which it was asked for.
+    /// Waits for room for this many bytes. The first caller to ask is the first to get room.
     async fn room_for(&self, bytes: usize, until: Instant) -> Result<OwnedSemaphorePermit> {
         let units = (bytes / UNIT_OF_ROOM + 1).min(ROOM / UNIT_OF_ROOM);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
@@ -121,7 +119,7 @@ impl Queue {
         })
     }
 
-    /// Queues a batch; its number, and whether nobody leads yet.
+    /// Queues a batch. Returns its number, and whether the caller must start a leader.
     fn push(
         &self,
         batch: Batch,
@@ -137,21 +135,21 @@ impl Queue {
         (answer, number, !std::mem::replace(&mut waiting.has_leader, true))
     }
 
-    /// Takes a job back that still waits; `false` if it flies, or has flown.
+    /// Takes back a job that is still queued; `false` if its flight has begun.
     fn withdraw(&self, number: u64) -> bool {
         let mut waiting = self.lock();
         let place = waiting.jobs.binary_search_by_key(&number, |job| job.number);
         place.is_ok_and(|place| waiting.jobs.remove(place).is_some())
     }
 
-    /// The jobs of the next flight; if there are none, the leader is one no more.
+    /// The jobs of the next flight. If there are none, the leader resigns.
     fn take_or_resign(&self) -> Option<Vec<Job>> {
         let mut waiting = self.lock();
         if self.resigned(&mut waiting) { None } else { Some(waiting.take()) }
     }
 
-    /// Lets those who have just got an answer run, who may have more to commit: they go along with this flight instead of
-    /// the one after it. A lone writer is not waited for, and nobody for long.
+    /// Lets the callers run that just got an answer: if they commit again, they join this flight instead of the next one.
+    /// Does not wait for a lone writer, and never waits long.
     async fn gather(&self) {
         let mut queued = 0;
         for _ in 0..ROUNDS {
@@ -167,8 +165,8 @@ impl Queue {
         }
     }
 
-    /// Waits until nobody leads.
-    pub(crate) async fn idle(&self) {
+    /// Waits until there is no leader.
+    async fn idle(&self) {
         loop {
             let resigned = self.idle.notified();
             if !self.lock().has_leader {
@@ -178,12 +176,7 @@ impl Queue {
         }
     }
 
-    /// From now on something of the flight under way may reach the server.
-    pub(crate) fn is_sent(&self) {
-        self.is_sent.store(true, Ordering::Release);
-    }
-
-    /// Whether nobody waits, and so nobody leads any more.
+    /// Whether no job is queued, so that the leader resigns.
     fn resigned(&self, waiting: &mut Waiting) -> bool {
         waiting.has_leader = !waiting.jobs.is_empty();
         if !waiting.has_leader {
@@ -198,7 +191,8 @@ impl Queue {
 }
 
 impl Waiting {
-    /// As many as one flight carries; a command id that comes twice waits for the next, to find its receipt.
+    /// The jobs of one flight. The second job with the same command id waits for the next flight, which finds the receipt
+    /// of the first.
     fn take(&mut self) -> Vec<Job> {
         let (mut jobs, mut left, mut events, mut bytes) = (Vec::new(), VecDeque::new(), 0, 0);
         let mut commands: HashSet<CommandId> = HashSet::new();
@@ -223,11 +217,11 @@ impl Waiting {
     }
 }
 
-/// How many bytes a batch has as it is sent.
+/// The size of a batch as it is sent to the server.
 ///
 /// # Errors
-/// [`Invalid`](ErrorKind::Invalid) if no statement can carry them.
-pub(crate) fn bytes_of(batch: &Batch) -> Result<usize> {
+/// [`Invalid`](ErrorKind::Invalid) if it is too large for one statement.
+pub(crate) fn encoded_bytes(batch: &Batch) -> Result<usize> {
     let bytes = batch.encoded_bytes();
     if bytes > MOST_BYTES_OF_ONE {
         let message = format!(
@@ -238,49 +232,158 @@ pub(crate) fn bytes_of(batch: &Batch) -> Result<usize> {
     Ok(bytes)
 }
 
-/// Commits a batch with whatever else is on its way. The flight is a task's: a caller who goes away, or stays and is not
-/// polled, would hold up everybody else.
-pub(crate) async fn commit(store: &Arc<Store>, mut batch: Batch) -> Result<Receipt> {
-    store.check_writable()?;
-    let runtime = Handle::try_current().map_err(no_runtime)?;
-    let (bytes, until) = (bytes_of(&batch)?, Instant::now() + store.settings.statement_timeout);
-    for _ in 0..ATTEMPTS {
-        let room = store.queue.room_for(bytes, until).await?;
-        let (mut answer, number, is_leader) = store.queue.push(batch, bytes, runtime.clone(), room);
-        if is_leader {
-            runtime.spawn(lead(Leader::new(store)));
-        }
-        let answered = match timeout_at(until, &mut answer).await {
-            Ok(answered) => answered,
-            Err(_) if store.queue.withdraw(number) => {
-                let message = "the commit waited too long for its turn, and nothing was written";
-                return Err(Error::new(ErrorKind::Unavailable, message));
-            }
-            // What flies ends by itself, in time.
-            Err(_) => answer.await,
-        };
-        match answered {
-            Ok(Answer::Flown(outcome)) => return outcome.map_err(inline::go_on),
-            Ok(Answer::Back(unsent)) => batch = *unsent,
-            Err(_) => return Err(outcome_unknown()),
-        }
-    }
-    let message = "the runtime that was to carry out the commit has ended, and nothing was written";
-    Err(Error::new(ErrorKind::Unavailable, message))
+/// Commits batches in flights.
+#[derive(Debug)]
+pub(crate) struct Flights {
+    pools: Arc<Pools>,
+    names: Arc<Names>,
+    batches: Arc<Batches>,
+    with_sql: Arc<BatchesWithSql>,
+    watch: Arc<Watch>,
+    queue: Queue,
 }
 
-/// The one who flies. However it ends, the others do not wait for ever: they lead themselves, unless something of theirs
-/// was sent.
+impl Flights {
+    pub(crate) fn new(
+        pools: Arc<Pools>,
+        names: Arc<Names>,
+        batches: Arc<Batches>,
+        with_sql: Arc<BatchesWithSql>,
+        watch: Arc<Watch>,
+    ) -> Self {
+        Self { pools, names, batches, with_sql, watch, queue: Queue::default() }
+    }
+
+    /// Waits until no flight is under way.
+    pub(crate) async fn idle(&self) {
+        self.queue.idle().await;
+    }
+
+    /// Commits a batch together with the batches that are queued. A flight belongs to a task: if it belonged to a caller,
+    /// a caller that is dropped or not polled would hold up all others.
+    pub(crate) async fn commit(self: &Arc<Self>, mut batch: Batch) -> Result<Receipt> {
+        self.pools.check_writable()?;
+        let runtime = Handle::try_current().map_err(no_runtime)?;
+        let (bytes, until) = (encoded_bytes(&batch)?, Instant::now() + self.pools.settings.statement_timeout);
+        for _ in 0..ATTEMPTS {
+            let room = self.queue.room_for(bytes, until).await?;
+            let (mut answer, number, must_lead) = self.queue.push(batch, bytes, runtime.clone(), room);
+            if must_lead {
+                runtime.spawn(lead(Leader::new(self)));
+            }
+            let answered = match timeout_at(until, &mut answer).await {
+                Ok(answered) => answered,
+                Err(_) if self.queue.withdraw(number) => {
+                    let message = "the commit waited too long for its turn, and nothing was written";
+                    return Err(Error::new(ErrorKind::Unavailable, message));
+                }
+                // Its flight has begun, and ends in time by itself.
+                Err(_) => answer.await,
+            };
+            match answered {
+                Ok(Answer::Outcome(outcome)) => return outcome.map_err(resume_panic),
+                Ok(Answer::Back(unsent)) => batch = *unsent,
+                Err(_) => return Err(outcome_unknown()),
+            }
+        }
+        let message = "the runtime that was to carry out the commit has ended, and nothing was written";
+        Err(Error::new(ErrorKind::Unavailable, message))
+    }
+
+    async fn fly(&self, jobs: Vec<Job>) {
+        self.batches.begin_flight();
+        let mut flight = Flight { batches: &self.batches, jobs };
+        let batches: Vec<&Batch> = flight.jobs.iter().map(|job| &job.batch).collect();
+        let outcomes = self.outcomes(&batches).await;
+        let head = outcomes.iter().flatten().map(|receipt| receipt.last).max().unwrap_or_default();
+        self.watch.announce(head);
+        std::mem::take(&mut flight.jobs)
+            .into_iter()
+            .zip(outcomes)
+            .for_each(|(job, outcome)| job.answer(outcome));
+    }
+
+    /// The outcome of each batch.
+    async fn outcomes(&self, batches: &[&Batch]) -> Vec<Result<Receipt>> {
+        let is_plain = self.with_sql.inline.is_empty();
+        let mut outcome = match is_plain {
+            true => self.batches.quickly(batches, &self.names.table()).await,
+            false => FlightOutcome::Recheck,
+        };
+        for _ in 0..ATTEMPTS {
+            match &outcome {
+                FlightOutcome::Recheck => {}
+                FlightOutcome::RolledBack(error) if is_stale(error) => self.pools.forget_sessions(),
+                FlightOutcome::RolledBack(error) if crate::error::passes(error) => {}
+                _ => break,
+            }
+            // Take the names anew: the last attempt may have found more.
+            let table = self.names.table();
+            outcome = match is_plain {
+                true => self.batches.carefully(batches, &table).await,
+                false => self.with_inline_projections(batches, &table).await,
+            };
+        }
+        match outcome {
+            FlightOutcome::Done(outcomes) => outcomes,
+            FlightOutcome::Unknown => all(batches, &outcome_unknown()),
+            FlightOutcome::Recheck => {
+                let message =
+                    "concurrent commits kept conflicting with this one, and nothing was written: try again";
+                all(batches, &Error::new(ErrorKind::Unavailable, message))
+            }
+            // If the server refuses the connection, it refuses it for each batch.
+            FlightOutcome::RolledBack(error @ PostgresError::Pool(_)) => all(batches, &Error::from(error)),
+            FlightOutcome::RolledBack(error) => {
+                self.one_by_one(batches, self.pools.if_stale(error).into()).await
+            }
+        }
+    }
+
+    async fn with_inline_projections(&self, batches: &[&Batch], table: &Arc<NameTable>) -> FlightOutcome {
+        let checkout = async {
+            self.with_sql.inline.draw_near().await?;
+            self.batches.to_fly().await
+        };
+        match checkout.await {
+            Ok(checkout) => self.with_sql.commit(checkout, batches, table, None).await,
+            Err(error) => FlightOutcome::RolledBack(error),
+        }
+    }
+
+    /// An error that would hit every batch is the answer to all. Otherwise the checks did not foresee a fault of one
+    /// batch, so each batch is written alone, and only that one fails.
+    async fn one_by_one(&self, batches: &[&Batch], error: Error) -> Vec<Result<Receipt>> {
+        if batches.len() == 1 {
+            return vec![Err(error)];
+        }
+        if !matches!(error.kind(), ErrorKind::Backend | ErrorKind::Invalid | ErrorKind::Rejected) {
+            return all(batches, &error);
+        }
+        let mut alone = Vec::with_capacity(batches.len());
+        for batch in batches {
+            alone.extend(Box::pin(self.outcomes(std::slice::from_ref(batch))).await);
+        }
+        alone
+    }
+}
+
+fn all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
+    batches.iter().map(|_| Err(again(error))).collect()
+}
+
+/// Carries out flights. If it ends early, the queued batches go back to their callers, which start another leader,
+/// except for batches of which something was sent.
 struct Leader {
-    store: Arc<Store>,
+    flights: Arc<Flights>,
     /// The flight that it is about to carry out.
     next: Vec<Job>,
     has_resigned: bool,
 }
 
 impl Leader {
-    fn new(store: &Arc<Store>) -> Self {
-        Self { store: Arc::clone(store), next: Vec::new(), has_resigned: false }
+    fn new(flights: &Arc<Flights>) -> Self {
+        Self { flights: Arc::clone(flights), next: Vec::new(), has_resigned: false }
     }
 }
 
@@ -289,10 +392,11 @@ impl Drop for Leader {
         if self.has_resigned {
             return;
         }
+        let queue = &self.flights.queue;
         let left = {
-            let mut waiting = self.store.queue.lock();
+            let mut waiting = queue.lock();
             waiting.has_leader = false;
-            self.store.queue.idle.notify_waiters();
+            queue.idle.notify_waiters();
             std::mem::take(&mut waiting.jobs)
         };
         let unsent = std::mem::take(&mut self.next);
@@ -300,28 +404,28 @@ impl Drop for Leader {
     }
 }
 
-/// A flight under way; dropped, it answers those whose batches nobody has sent.
+/// A flight under way. If it is dropped before anything was sent, the batches go back to their callers.
 struct Flight<'a> {
-    queue: &'a Queue,
+    batches: &'a Batches,
     jobs: Vec<Job>,
 }
 
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
-        if !self.queue.is_sent.load(Ordering::Acquire) {
+        if !self.batches.is_sent() {
             std::mem::take(&mut self.jobs).into_iter().for_each(Job::give_back);
         }
     }
 }
 
-/// Flies until nobody waits any more, where those are who wait: in the runtime of the first of them.
+/// Carries out flights until no batch is queued, each in the runtime of its first caller.
 async fn lead(mut leader: Leader) {
     loop {
         let mut jobs = std::mem::take(&mut leader.next);
         if jobs.is_empty() {
-            leader.store.queue.gather().await;
-            // With nobody waiting it resigns before whoever has got an answer runs: a leader may not be polled any more.
-            let Some(taken) = leader.store.queue.take_or_resign() else { break };
+            leader.flights.queue.gather().await;
+            // If nothing is queued, the leader resigns before a caller that got an answer runs: it may not be polled again.
+            let Some(taken) = leader.flights.queue.take_or_resign() else { break };
             jobs = taken;
             if let Some(runtime) = jobs.first().map(|job| job.runtime.clone())
                 && runtime.id() != Handle::current().id()
@@ -331,7 +435,7 @@ async fn lead(mut leader: Leader) {
                 return;
             }
         }
-        fly(&leader.store, jobs).await;
+        leader.flights.fly(jobs).await;
     }
     leader.has_resigned = true;
 }
@@ -339,72 +443,4 @@ async fn lead(mut leader: Leader) {
 /// The same in another runtime, as a future whose type does not contain itself.
 fn lead_on(leader: Leader) -> BoxFuture<'static, ()> {
     Box::pin(lead(leader))
-}
-
-async fn fly(store: &Arc<Store>, jobs: Vec<Job>) {
-    store.queue.is_sent.store(false, Ordering::Release);
-    let mut flight = Flight { queue: &store.queue, jobs };
-    let batches: Vec<&Batch> = flight.jobs.iter().map(|job| &job.batch).collect();
-    let outcomes = outcomes(store, &batches).await;
-    let head = outcomes.iter().flatten().map(|receipt| receipt.last).max().unwrap_or_default();
-    store.watch.saw(head);
-    std::mem::take(&mut flight.jobs).into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
-    // Whether somebody here has looked and seen the new head meanwhile does not matter: others may still sleep.
-    if head > Position::ZERO {
-        wait::announce(store);
-    }
-}
-
-/// Each batch with its outcome.
-async fn outcomes(store: &Store, batches: &[&Batch]) -> Vec<Result<Receipt>> {
-    let is_plain = store.inline.is_empty();
-    let mut flown = match is_plain {
-        true => batch::quickly(store, batches, &store.names.table()).await,
-        false => Flown::Look,
-    };
-    for _ in 0..ATTEMPTS {
-        match &flown {
-            Flown::Look => {}
-            Flown::RolledBack(error) if is_stale(error) => store.forget_sessions(),
-            Flown::RolledBack(error) if crate::error::passes(error) => {}
-            _ => break,
-        }
-        // The names anew: the last look may have found more.
-        let table = store.names.table();
-        flown = match is_plain {
-            true => batch::carefully(store, batches, &table).await,
-            false => inline::fly(store, batches, &table).await,
-        };
-    }
-    match flown {
-        Flown::Done(outcomes) => outcomes,
-        Flown::Unknown => all(batches, &outcome_unknown()),
-        Flown::Look => {
-            let message = "the commit met others again and again, and nothing was written";
-            all(batches, &Error::new(ErrorKind::Unavailable, message))
-        }
-        // Whom the server does not let in it does not let in for another batch either.
-        Flown::RolledBack(error @ PostgresError::Pool(_)) => all(batches, &Error::from(error)),
-        Flown::RolledBack(error) => apart(store, batches, store.if_stale(error).into()).await,
-    }
-}
-
-/// What is in everybody's way is the answer for all. Otherwise one of them does what the checks did not foresee: alone,
-/// it fails alone.
-async fn apart(store: &Store, batches: &[&Batch], error: Error) -> Vec<Result<Receipt>> {
-    if batches.len() == 1 {
-        return vec![Err(error)];
-    }
-    if !matches!(error.kind(), ErrorKind::Backend | ErrorKind::Invalid | ErrorKind::Rejected) {
-        return all(batches, &error);
-    }
-    let mut alone = Vec::with_capacity(batches.len());
-    for batch in batches {
-        alone.extend(Box::pin(outcomes(store, std::slice::from_ref(batch))).await);
-    }
-    alone
-}
-
-fn all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
-    batches.iter().map(|_| Err(again(error))).collect()
 }

@@ -15,7 +15,7 @@ const MOST: usize = 1 << 16;
 
 /// Shared by all flights of an engine.
 #[derive(Debug, Default)]
-pub(crate) struct Written {
+pub(crate) struct Recent {
     book: Mutex<Book>,
     /// Where the log ended when this engine last wrote to it.
     log_end: AtomicI64,
@@ -38,7 +38,7 @@ pub(crate) struct Reached {
     pub(crate) mark: Mark,
 }
 
-impl Written {
+impl Recent {
     pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -139,40 +139,40 @@ mod tests {
         table
     }
 
-    fn note(written: &Written, batch: &Batch, head: i64, looked_for: Option<Witness>) {
+    fn note(recent: &Recent, batch: &Batch, head: i64, looked_for: Option<Witness>) {
         let receipt =
             Receipt::of(batch, Position::new(head).unwrap(), Timestamp::MIN).with_mark(Mark::random());
-        written.note(&[(batch, &receipt)], looked_for, &table());
+        recent.note(&[(batch, &receipt)], looked_for, &table());
     }
 
     #[test]
     fn only_who_has_found_the_witness_takes_its_place() {
-        let written = Written::default();
-        note(&written, &grown(7, 0), 0, None);
-        let witness = || written.book().witness();
-        let reached = |number| written.book().reached(id(number)).map(|reached| reached.sequence.get());
+        let recent = Recent::default();
+        note(&recent, &grown(7, 0), 0, None);
+        let witness = || recent.book().witness();
+        let reached = |number| recent.book().reached(id(number)).map(|reached| reached.sequence.get());
         let first = witness();
         assert_eq!(first.map(|witness| witness.position.get()), Some(1));
         // It has not looked: perhaps the first event is gone, and aggregate 7 with it.
-        note(&written, &grown(8, 4), 1, None);
+        note(&recent, &grown(8, 4), 1, None);
         assert_eq!(witness(), first);
         assert_eq!(reached(8), None);
-        note(&written, &grown(8, 5), 2, first);
+        note(&recent, &grown(8, 5), 2, first);
         assert_eq!((reached(7), reached(8)), (Some(1), Some(6)));
         assert_eq!(witness().map(|witness| witness.position.get()), Some(3));
-        written.forget();
+        recent.forget();
         assert_eq!((witness(), reached(7)), (None, None));
     }
 
     #[test]
     fn it_does_not_grow_for_ever() {
-        let written = Written::default();
+        let recent = Recent::default();
         for number in 1..=3 * MOST {
             let number = i64::try_from(number).unwrap();
-            let witness = written.book().witness();
-            note(&written, &grown(number, 0), number, witness);
+            let witness = recent.book().witness();
+            note(&recent, &grown(number, 0), number, witness);
         }
-        let book = written.book();
+        let book = recent.book();
         assert!(book.recent.len() + book.older.len() <= MOST);
         assert!(book.reached(id(1)).is_none() && book.reached(id(3 * MOST as i64)).is_some());
     }

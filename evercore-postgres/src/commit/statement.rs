@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use tokio_postgres::types::Type;
 
-use crate::sql::{Schema, Sql};
+use crate::settings::Schema;
+use crate::sql::Sql;
 
 /// The time that the next event gets.
 macro_rules! recorded_at {

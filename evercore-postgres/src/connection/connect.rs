@@ -11,16 +11,15 @@ use deadpool_postgres::{
 use evercore_core::{Error, ErrorKind, Result};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
-use tokio_postgres::config::{SslMode, TargetSessionAttrs};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, NoTls, Socket};
 
-use crate::builder::{LONGEST, Settings, is_local};
 use crate::connection::hosts::{Fit, Hosts, Standing, name_of, not_connected, places};
-use crate::connection::notices::Heard;
+use crate::connection::notices::Notices;
 use crate::connection::url::Asked;
 use crate::error::{PostgresError, is_refused, passes_by_itself};
-use crate::sql::session_settings;
+use crate::settings::{LONGEST, Settings};
 
 /// The hosts of the server, and how to connect to them.
 #[derive(Clone)]
@@ -28,7 +27,7 @@ pub(crate) struct Address {
     hosts: Arc<Hosts>,
     tls: Tls,
     settings: Settings,
-    heard: Heard,
+    notices: Notices,
 }
 
 /// Shows no part of the URL.
@@ -63,7 +62,7 @@ impl Address {
             set_up(config, &settings);
         }
         let hosts = Hosts::new(asked.hosts, asked.in_any_order, settings.schema.clone());
-        Ok(Self { hosts: Arc::new(hosts), tls, settings, heard: Heard::default() })
+        Ok(Self { hosts: Arc::new(hosts), tls, settings, notices: Notices::default() })
     }
 
     /// The settings, including those from the URL.
@@ -106,8 +105,8 @@ impl Address {
     }
 
     /// Notices of the server, from all connections to this address.
-    pub(crate) fn heard(&self) -> &Heard {
-        &self.heard
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     /// Asks the server to cancel the running statement of a connection.
@@ -276,9 +275,9 @@ impl Address {
         notified: impl Fn(&str) + Send + 'static,
     ) -> Result<Connected, tokio_postgres::Error> {
         match &self.tls {
-            Tls::Plain => spawn(config, NoTls, self.heard.clone(), notified).await,
+            Tls::Plain => spawn(config, NoTls, self.notices.clone(), notified).await,
             #[cfg(feature = "rustls")]
-            Tls::Rustls(tls) => spawn(config, tls.clone(), self.heard.clone(), notified).await,
+            Tls::Rustls(tls) => spawn(config, tls.clone(), self.notices.clone(), notified).await,
         }
     }
 }
@@ -298,7 +297,7 @@ impl Connect for Address {
 async fn spawn<T>(
     config: &Config,
     tls: T,
-    heard: Heard,
+    notices: Notices,
     notified: impl Fn(&str) + Send + 'static,
 ) -> Result<Connected, tokio_postgres::Error>
 where
@@ -308,11 +307,11 @@ where
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     let (client, connection) = config.connect(tls).await?;
-    Ok((client, tokio::spawn(run(connection, heard, notified))))
+    Ok((client, tokio::spawn(run(connection, notices, notified))))
 }
 
 /// Drives a connection until it ends. The callers whose statements it interrupts get the reason.
-async fn run<S, T>(mut connection: Connection<S, T>, heard: Heard, notified: impl Fn(&str))
+async fn run<S, T>(mut connection: Connection<S, T>, notices: Notices, notified: impl Fn(&str))
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
@@ -320,7 +319,7 @@ where
     while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
         match message {
             AsyncMessage::Notification(notification) => notified(notification.payload()),
-            AsyncMessage::Notice(notice) => heard.note(&notice),
+            AsyncMessage::Notice(notice) => notices.note(&notice),
             _ => {}
         }
     }
@@ -338,7 +337,8 @@ fn set_up(config: &mut Config, settings: &Settings) {
         config.application_name("evercore");
     }
     if !settings.pooler {
-        let options: Vec<String> = session_settings(settings)
+        let options: Vec<String> = settings
+            .of_session()
             .into_iter()
             .map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")))
             .collect();
@@ -373,6 +373,17 @@ fn choose_tls(asked: &Asked, settings: &Settings) -> Result<Tls> {
     }
     let asked = asked.root_certificate.as_ref().filter(|file| file.as_os_str() != "system");
     verified(settings.root_certificate.as_ref().or(asked), client)
+}
+
+/// Whether this host is the local computer.
+pub(crate) fn is_local(host: &Host) -> bool {
+    match host {
+        #[cfg(unix)]
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+        }
+    }
 }
 
 /// The files of the client certificate and of its key.

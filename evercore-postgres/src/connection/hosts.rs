@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
-use crate::sql::Schema;
+use crate::settings::Schema;
 
 /// For how long a host that did not answer in time is tried after all others.
 const SILENT: Duration = Duration::from_secs(30);

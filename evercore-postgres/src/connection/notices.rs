@@ -1,8 +1,9 @@
-//! What the server says unasked, and what follows from it for a commit that it calls done.
+//! The server's notices, and their meaning for a commit that the server reports as done.
 //!
-//! A commit that waits for a synchronous standby can be made to give up the wait, by `pg_cancel_backend` or a request to
-//! cancel. The server then says "done" all the same, and warns: the commit is there, but a failover may lose it.
+//! A commit that waits for a synchronous standby can be made to give up the wait, by `pg_cancel_backend` or a cancel
+//! request. The server then still reports success, with a warning: the commit took effect, but a failover may lose it.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,15 +12,14 @@ use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::error::{Result, outcome_unknown};
 
-/// How often the server has warned of a commit that may not have been replicated. A warning comes before the answer of
-/// the commit that it is about. Shared by the connections of an engine: a commit beside one that is warned of is in doubt
-/// too.
+/// How often the server has warned that a commit may not have been replicated. A warning comes before the answer of its
+/// commit. All connections of an engine share the number, so a commit that runs at the same time is in doubt too.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Heard(Arc<AtomicU64>);
+pub(crate) struct Notices(Arc<AtomicU64>);
 
-impl Heard {
-    /// By the place in the server's code from which the warning comes: its text is translated, and its code is that of
-    /// any warning.
+impl Notices {
+    /// Recognises the warning by the function of the server that sends it: its text is translated, and its code is that
+    /// of any warning.
     pub(crate) fn note(&self, notice: &DbError) {
         let is_warning =
             notice.parsed_severity() == Some(Severity::Warning) && *notice.code() == SqlState::WARNING;
@@ -28,31 +28,27 @@ impl Heard {
         }
     }
 
-    /// To be taken before a commit is sent.
-    pub(crate) fn before_commit(&self) -> Doubt {
-        Doubt { heard: self.clone(), before: self.0.load(Ordering::Acquire) }
+    /// Runs a commit. Its outcome is unknown if the server warns meanwhile.
+    pub(crate) async fn commit<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.watch(work, |_| true).await
     }
-}
 
-/// Whether the server has warned since.
-#[derive(Debug)]
-pub(crate) struct Doubt {
-    heard: Heard,
-    before: u64,
-}
+    /// The same for a statement that returns a row if it has written something. Without a row, nothing is in doubt.
+    pub(crate) async fn write(&self, work: impl Future<Output = Result<Vec<Row>>>) -> Result<Vec<Row>> {
+        self.watch(work, |rows| !rows.is_empty()).await
+    }
 
-impl Doubt {
-    /// The outcome of the commit, which is unknown if the server has warned.
-    pub(crate) fn settle<T>(self, outcome: Result<T>) -> Result<T> {
-        if outcome.is_ok() && self.heard.0.load(Ordering::Acquire) != self.before {
+    /// The same for a commit whose outcome tells whether it has written something.
+    pub(crate) async fn watch<T>(
+        &self,
+        work: impl Future<Output = Result<T>>,
+        has_written: impl Fn(&T) -> bool,
+    ) -> Result<T> {
+        let before = self.0.load(Ordering::Acquire);
+        let outcome = work.await?;
+        if has_written(&outcome) && self.0.load(Ordering::Acquire) != before {
             return Err(outcome_unknown().into());
         }
-        outcome
-    }
-
-    /// The same for a statement that returns a row for what it has written: without one it wrote nothing, and nothing is in
-    /// doubt.
-    pub(crate) fn settle_rows(self, rows: Result<Vec<Row>>) -> Result<Vec<Row>> {
-        if rows.as_ref().is_ok_and(Vec::is_empty) { rows } else { self.settle(rows) }
+        Ok(outcome)
     }
 }

@@ -12,12 +12,12 @@ use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, RowStream};
 
-use crate::connection::pool::Lent;
+use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::{self, checked};
-use crate::read::rows::{Order, Page, Range, event_columns};
-use crate::sql::{Schema, Sql};
-use crate::store::Store;
+use crate::names::{Names, check_mark, type_id};
+use crate::read::rows::{Order, Page, Range, UsualSize, event_columns};
+use crate::settings::Schema;
+use crate::sql::{Sender, Sql};
 
 /// Reads an aggregate, its newest usable snapshot and the events after it in one statement, so that they are
 /// consistent. The first row is the aggregate, with the snapshot in the columns of times and payload. The other rows
@@ -71,20 +71,27 @@ macro_rules! select_all {
     };
 }
 
+/// A statement in two forms.
+#[derive(Debug)]
+struct ByTarget<T> {
+    by_id: T,
+    by_key: T,
+}
+
 /// Selects the aggregate: by its id, which is the last parameter, or by its type and key, the last two.
 macro_rules! by_id_and_key {
     ($select:ident, $id:literal, $key:literal) => {
-        ($select!($id), $select!($key))
+        ByTarget { by_id: $select!($id), by_key: $select!($key) }
     };
 }
 
-const FROM_SNAPSHOT: (&str, &str) = by_id_and_key!(
+const FROM_SNAPSHOT: ByTarget<&str> = by_id_and_key!(
     select_history,
     "a.id = $4",
     "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $4) AND a.natural_key = $5"
 );
 
-const FROM_FIRST: (&str, &str) = by_id_and_key!(
+const FROM_FIRST: ByTarget<&str> = by_id_and_key!(
     select_all,
     "a.id = $2",
     "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $2) AND a.natural_key = $3"
@@ -108,8 +115,8 @@ const BACKWARD: &str = concat!(
 /// The statements of this module.
 #[derive(Debug)]
 pub(crate) struct LoadSql {
-    from_snapshot: (Sql, Sql),
-    from_first: (Sql, Sql),
+    from_snapshot: ByTarget<Sql>,
+    from_first: ByTarget<Sql>,
     last: Sql,
     forward: Arc<Sql>,
     backward: Arc<Sql>,
@@ -118,9 +125,12 @@ pub(crate) struct LoadSql {
 impl LoadSql {
     pub(crate) fn new(schema: &Schema) -> Self {
         const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
-        let both = |(by_id, by_key): (&str, &str), first: &[Type]| {
+        let both = |texts: ByTarget<&str>, first: &[Type]| {
             let (id, key) = ([first, &[Type::INT8]].concat(), [first, &[Type::TEXT, Type::TEXT]].concat());
-            (Sql::new(schema, by_id, &id), Sql::new(schema, by_key, &key))
+            ByTarget {
+                by_id: Sql::new(schema, texts.by_id, &id),
+                by_key: Sql::new(schema, texts.by_key, &key),
+            }
         };
         Self {
             from_snapshot: both(FROM_SNAPSHOT, &NUMBERS[..3]),
@@ -140,101 +150,123 @@ impl LoadSql {
     }
 }
 
-/// An aggregate, read consistently.
-pub(crate) async fn load(store: &Store, request: &LoadRequest) -> Result<Option<History>> {
-    store.read(|lent| async move { store.names.retry(&lent, |table| load_on(store, &lent, request, table)).await }).await
+/// Reads single aggregates of a store.
+#[derive(Debug)]
+pub(crate) struct Loader {
+    pools: Arc<Pools>,
+    names: Arc<Names>,
+    sql: LoadSql,
+    usual_size: UsualSize,
 }
 
-async fn load_on(
-    store: &Store,
-    lent: &Lent,
-    request: &LoadRequest,
-    table: Arc<NameTable>,
-) -> Result<Option<History>> {
-    let mut page = Page::new(store, lent, Arc::clone(&table), request.limit);
-    let asked = page.ask();
-    let mut rows = send(store, lent, request, asked).await?;
-    let Some(row) = rows.try_next().await? else { return Ok(None) };
-    let found = Found::of(&row)?;
-    if found.names != table.mark() {
-        return Err(PostgresError::OtherNames);
+impl Loader {
+    pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
+        let sql = LoadSql::new(&pools.settings.schema);
+        Self { pools, names, sql, usual_size: UsualSize::default() }
     }
-    let count = page.take_all(rows, asked).await?;
-    let (sequence, mark) = match found.last {
-        Some(last) => last,
-        None if count < asked && !page.is_full() => page.last_row()?,
-        None => last_of(store, lent, found.id).await?,
-    };
-    let end = sequence.min(request.up_to);
-    page.go_on(store.sql.load.range(Direction::Forward, found.id, (Sequence::ZERO, end)), asked, count)
-        .await?;
-    let (events, _) = page.finish();
-    let unknown = || damaged(format!("an aggregate has the unknown type {}", found.type_number));
-    let aggregate_type = table.aggregate_type(checked(found.type_number)?).cloned().ok_or_else(unknown)?;
-    let snapshot = found.snapshot.filter(|snapshot| snapshot.sequence <= sequence);
-    Ok(Some(History { id: found.id, aggregate_type, key: found.key, sequence, mark, snapshot, events }))
-}
 
-async fn last_of(store: &Store, lent: &Lent, id: AggregateId) -> Result<(Sequence, Option<Mark>)> {
-    let Some(row) = lent.sender()?.row(&store.sql.load.last, &[&id.get()]).await? else {
-        return Ok((Sequence::ZERO, None));
-    };
-    Ok((Sequence::new(row.try_get(0)?).map_err(damaged)?, Some(Mark::new(row.try_get(1)?))))
-}
+    /// An aggregate, read consistently.
+    pub(crate) async fn load(&self, request: &LoadRequest) -> Result<Option<History>> {
+        let read = |checkout: Arc<Checkout>| async move {
+            self.names.retry(&checkout, |table| self.load_on(&checkout, request, table)).await
+        };
+        self.pools.read(read).await
+    }
 
-async fn send(store: &Store, lent: &Lent, request: &LoadRequest, asked: i64) -> Result<Pin<Box<RowStream>>> {
-    let (version, up_to) = (request.snapshot.map_or(-1, i64::from), request.up_to.get());
-    let is_all =
-        request.snapshot.is_none() && request.up_to == Sequence::MAX && request.limit.max_events() > 0;
-    let sql = &store.sql.load;
-    let ((by_id, by_key), mut values) = match is_all {
-        true => (&sql.from_first, vec![&asked as &(dyn ToSql + Sync)]),
-        // No snapshot wanted: a version number that no snapshot has.
-        false => (&sql.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
-    };
-    let sender = lent.sender()?;
-    match &request.target {
-        Target::Id(id) => {
-            let id = id.get();
-            values.push(&id);
-            sender.ready(by_id).await?.stream(&values).await
+    async fn load_on(
+        &self,
+        checkout: &Checkout,
+        request: &LoadRequest,
+        table: Arc<NameTable>,
+    ) -> Result<Option<History>> {
+        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), request.limit);
+        let asked = page.ask();
+        let mut rows = self.send(checkout.sender()?, request, asked).await?;
+        let Some(row) = rows.try_next().await? else { return Ok(None) };
+        let first = FirstRow::of(&row)?;
+        if first.names != table.mark() {
+            return Err(PostgresError::OtherNames);
         }
-        Target::Key(aggregate_type, key) => {
-            let (name, key) = (aggregate_type.as_str(), key.as_str());
-            values.extend([&name as &(dyn ToSql + Sync), &key]);
-            sender.ready(by_key).await?.stream(&values).await
+        let count = page.take_all(rows, asked).await?;
+        let (sequence, mark) = match first.last {
+            Some(last) => last,
+            None if count < asked && !page.is_full() => page.last_row()?,
+            None => self.last(checkout.sender()?, first.id).await?,
+        };
+        let end = sequence.min(request.up_to);
+        let rest = self.sql.range(Direction::Forward, first.id, (Sequence::ZERO, end));
+        page.go_on(rest, asked, count).await?;
+        let (events, _) = page.finish();
+        let aggregate_type = table.aggregate_type(type_id(first.type_id)?).cloned();
+        let unknown = || damaged(format!("an aggregate has the unknown type {}", first.type_id));
+        let aggregate_type = aggregate_type.ok_or_else(unknown)?;
+        let snapshot = first.snapshot.filter(|snapshot| snapshot.sequence <= sequence);
+        Ok(Some(History { id: first.id, aggregate_type, key: first.key, sequence, mark, snapshot, events }))
+    }
+
+    async fn last(&self, sender: Sender<'_>, id: AggregateId) -> Result<(Sequence, Option<Mark>)> {
+        let Some(row) = sender.row(&self.sql.last, &[&id.get()]).await? else {
+            return Ok((Sequence::ZERO, None));
+        };
+        Ok((Sequence::new(row.try_get(0)?).map_err(damaged)?, Some(Mark::new(row.try_get(1)?))))
+    }
+
+    async fn send(
+        &self,
+        sender: Sender<'_>,
+        request: &LoadRequest,
+        asked: i64,
+    ) -> Result<Pin<Box<RowStream>>> {
+        let (version, up_to) = (request.snapshot.map_or(-1, i64::from), request.up_to.get());
+        let is_all =
+            request.snapshot.is_none() && request.up_to == Sequence::MAX && request.limit.max_events() > 0;
+        let (sql, mut values) = match is_all {
+            true => (&self.sql.from_first, vec![&asked as &(dyn ToSql + Sync)]),
+            // No snapshot wanted: a version number that no snapshot has.
+            false => (&self.sql.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
+        };
+        match &request.target {
+            Target::Id(id) => {
+                let id = id.get();
+                values.push(&id);
+                sender.ready(&sql.by_id).await?.stream(&values).await
+            }
+            Target::Key(aggregate_type, key) => {
+                let (name, key) = (aggregate_type.as_str(), key.as_str());
+                values.extend([&name as &(dyn ToSql + Sync), &key]);
+                sender.ready(&sql.by_key).await?.stream(&values).await
+            }
         }
+    }
+
+    /// A page of one aggregate's events.
+    pub(crate) async fn read(&self, query: &AggregateQuery) -> Result<Events> {
+        let read = |checkout: Arc<Checkout>| async move {
+            self.names.retry(&checkout, |table| self.read_on(&checkout, query, table)).await
+        };
+        self.pools.read(read).await
+    }
+
+    async fn read_on(
+        &self,
+        checkout: &Checkout,
+        query: &AggregateQuery,
+        table: Arc<NameTable>,
+    ) -> Result<Events> {
+        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), query.limit);
+        let names = self.names.mark(checkout.sender()?).await?;
+        let range = self.sql.range(query.direction, query.aggregate, (query.from, query.to));
+        let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;
+        check_mark(&names?, &table)?;
+        filled?;
+        Ok(page.finish().0)
     }
 }
 
-/// A page of one aggregate's events.
-pub(crate) async fn read(store: &Store, query: &AggregateQuery) -> Result<Events> {
-    store
-        .read(
-            |lent| async move { store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await },
-        )
-        .await
-}
-
-async fn read_on(
-    store: &Store,
-    lent: &Lent,
-    query: &AggregateQuery,
-    table: Arc<NameTable>,
-) -> Result<Events> {
-    let mut page = Page::new(store, lent, Arc::clone(&table), query.limit);
-    let names = store.names.mark(lent.sender()?).await?;
-    let range = store.sql.load.range(query.direction, query.aggregate, (query.from, query.to));
-    let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;
-    names::check_mark(&names?, &table)?;
-    filled?;
-    Ok(page.finish().0)
-}
-
-/// An aggregate without its events.
-struct Found {
+/// The first row of a history: the aggregate without its events.
+struct FirstRow {
     id: AggregateId,
-    type_number: i32,
+    type_id: i32,
     key: Option<Key>,
     /// The sequence and the mark of its last event; `None` if the query did not ask for them.
     last: Option<(Sequence, Option<Mark>)>,
@@ -243,14 +275,14 @@ struct Found {
     names: Mark,
 }
 
-impl Found {
+impl FirstRow {
     fn of(row: &Row) -> Result<Self> {
         if row.try_get::<_, i64>(0)? != 0 {
-            return Err(damaged("the server gave the rows of a history in another order"));
+            return Err(damaged("the server sent the events of an aggregate before the aggregate itself"));
         }
         Ok(Self {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
-            type_number: row.try_get(3)?,
+            type_id: row.try_get(3)?,
             key: row.try_get::<_, Option<&str>>(7)?.map(Key::new).transpose().map_err(damaged)?,
             last: match row.try_get(2)? {
                 Some(sequence) => {

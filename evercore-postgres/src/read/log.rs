@@ -3,26 +3,30 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{Direction, Error, ErrorKind, LogPage, LogQuery, Mark, NameTable, Position, Timestamp};
+use evercore_core::{
+    Direction, Error, ErrorKind, Events, LogPage, LogQuery, Mark, NameTable, PageLimit, Position, Timestamp,
+};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
-use crate::connection::pool::Lent;
+use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::stored;
-use crate::read::rows::{Order, Page, Range, Rest, event_columns};
-use crate::sql::{Schema, Sender, Sql};
-use crate::store::Store;
+use crate::names::{Names, sql_id};
+use crate::read::head::SeenHead;
+use crate::read::rows::{Order, Page, Range, Rest, UsualSize, event_columns};
+use crate::settings::Schema;
+use crate::sql::{Sender, Sql};
 
-/// Where the log ends, and the mark of the names: who knows the names of that mark knows all that are in the log up to
-/// there.
+/// The end of the log, and the mark of the names. A table of names with this mark has every name in the log up to that
+/// end.
 const HEAD: &str = "SELECT l.position, l.names
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
 const IS_STANDBY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
 
-/// The same, with the marks of the events at which a page begins and may end; there are no holes.
+/// The same, with the marks of the events at which a page begins and may end. The log has no gaps, so the next event at
+/// or after a position is the event at that position.
 const HEAD_OF_PAGE: &str = "SELECT l.position, l.names,
         (SELECT e.mark FROM @events e WHERE e.position >= l.position ORDER BY e.position LIMIT 1),
         (SELECT e.mark FROM @events e WHERE e.position >= $1 ORDER BY e.position LIMIT 1),
@@ -45,16 +49,16 @@ macro_rules! select_log {
 const ALL_FORWARD: &str = select_log!(forward "", "");
 const ALL_BACKWARD: &str = select_log!(backward "", "");
 
-/// With many event types the log itself is read. The sum hides the index of the types, of which all would be read and
-/// sorted for each page.
+/// With many event types the log itself is read. The sum keeps the server from using the index of the types: it would
+/// read and sort all events of these types for each page.
 const TYPES_FORWARD: &str = select_log!(forward "", "event_type_id + 0 = ANY ($4) AND ");
 const TYPES_BACKWARD: &str = select_log!(backward "", "event_type_id + 0 = ANY ($4) AND ");
 
-/// Up to this many event types are read from their index each and merged.
+/// Up to this many event types, the events of each type are read from the index and then merged.
 const MERGED_TYPES: usize = 24;
 
-/// An aggregate's sequences grow as its positions do, so its index gives both orders; where to begin in it is found by
-/// halving, in as many steps as the number of its events has bits.
+/// An aggregate's sequences grow as its positions do, so its index gives both orders. The place to begin in it is found
+/// by bisection, in as many steps as the number of its events has bits.
 macro_rules! select_aggregate {
     ($read:literal, $range:literal) => {
         concat!(
@@ -91,14 +95,15 @@ const AGGREGATE_FORWARD: &str = select_aggregate!(
      AND sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence"
 );
 
-/// Going backward the first border is not read and the second is: each lies one position lower.
+/// Backward, the event at the first border is left out and the one at the second is included, so each border is one
+/// position lower.
 const AGGREGATE_BACKWARD: &str = select_aggregate!(
     "1::bigint",
     "sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 1)
      AND sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence DESC"
 );
 
-/// A reference's part of the log, and a correlation id's, is a range of an index that ends with the position.
+/// The events of a reference, and those of a correlation id, are a range of an index whose last column is the position.
 macro_rules! select_reference {
     ($direction:ident) => {
         select_log!($direction "", "reference = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
@@ -115,8 +120,9 @@ const REFERENCE_BACKWARD: &str = select_reference!(backward);
 const CORRELATION_FORWARD: &str = select_correlation!(forward);
 const CORRELATION_BACKWARD: &str = select_correlation!(backward);
 
-/// How many positions come before the first that was recorded later. `recorded_at` never goes back along the log. Asked
-/// for by order, although there is no hole: an index that only has the position too would be read from end to end.
+/// The last position that was recorded at this time or before. `recorded_at` never decreases along the log. The `ORDER
+/// BY` makes the server use the index of positions: for `=`, it could choose another index that contains the position,
+/// and read it from end to end.
 const POSITION_AT: &str = "
     WITH RECURSIVE halving (below, above) AS (
         SELECT 0::bigint, max(l.position) FROM @log_end l WHERE l.position >= 0
@@ -130,7 +136,7 @@ const POSITION_AT: &str = "
     )
     SELECT max(below) FROM halving";
 
-/// The statements of this room; of two, the first goes forward and the second backward.
+/// The statements of this module. Of two, the first goes forward and the second backward.
 #[derive(Debug)]
 pub(crate) struct LogSql {
     schema: Schema,
@@ -142,7 +148,7 @@ pub(crate) struct LogSql {
     aggregate: [Arc<Sql>; 2],
     reference: [Arc<Sql>; 2],
     correlation: [Arc<Sql>; 2],
-    /// By direction and number of types; made when first asked for.
+    /// By direction and number of types; made on first use.
     merged: RwLock<HashMap<(usize, usize), Arc<Sql>>>,
 }
 
@@ -171,17 +177,7 @@ impl LogSql {
         }
     }
 
-    pub(crate) async fn head(&self, sender: Sender<'_>) -> Result<Position> {
-        Ok(Head::of(&sender.rows(&self.head, &[]).await?)?.position)
-    }
-
-    /// All events behind one position, up to another.
-    pub(crate) fn all_between(&self, after: Position, to: Position) -> Range {
-        let sql = Arc::clone(&self.all[0]);
-        Range { sql, order: Order::Position, from: after.get(), to: to.get(), rest: Vec::new() }
-    }
-
-    /// What to read for a query, of which only events of the types `passing` pass, if that is known.
+    /// The statement for a query. `passing` are the ids of the event types that pass the filter, if they are known.
     fn range(&self, query: &LogQuery, passing: Option<Vec<i32>>) -> Range {
         let direction = usize::from(query.direction == Direction::Backward);
         let text = |text: &str| -> Box<dyn ToSql + Sync + Send> { Box::new(text.to_owned()) };
@@ -209,15 +205,15 @@ impl LogSql {
     fn of_types(&self, direction: usize, passing: Option<Vec<i32>>) -> (Arc<Sql>, Rest) {
         match passing {
             None => (Arc::clone(&self.all[direction]), Vec::new()),
-            Some(numbers) if numbers.len() <= MERGED_TYPES => {
-                let sql = self.merged(direction, numbers.len());
-                (sql, numbers.into_iter().map(|number| Box::new(number) as _).collect())
+            Some(ids) if ids.len() <= MERGED_TYPES => {
+                let sql = self.merged(direction, ids.len());
+                (sql, ids.into_iter().map(|id| Box::new(id) as _).collect())
             }
-            Some(numbers) => (Arc::clone(&self.types[direction]), vec![Box::new(numbers)]),
+            Some(ids) => (Arc::clone(&self.types[direction]), vec![Box::new(ids)]),
         }
     }
 
-    /// Makes all that are made when first asked for, to look at their plans.
+    /// Makes the statements that are otherwise made on first use, to check their plans.
     #[cfg(test)]
     pub(crate) fn make_all(&self) {
         for types in 1..=MERGED_TYPES {
@@ -238,8 +234,8 @@ impl LogSql {
     }
 }
 
-/// One event type's part of the log is a range of an index that ends with the position; the server merges the parts as
-/// it goes.
+/// The events of one type are a range of an index whose last column is the position. The server merges these ranges
+/// while it reads them.
 fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
     let (range, order) = [
         ("position > $1 AND position <= $2", "ORDER BY position LIMIT $3"),
@@ -257,20 +253,20 @@ fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
     Sql::new(schema, &text, &[&NUMBERS[..], &vec![Type::INT4; types]].concat())
 }
 
-/// What the log is up to.
-struct Head {
+/// The end of the log in the store.
+struct LogEnd {
     position: Position,
     names: Mark,
 }
 
-impl Head {
+impl LogEnd {
     fn of(rows: &[Row]) -> Result<Self> {
         let row = rows.first().ok_or_else(|| damaged("the end of the log is missing"))?;
         let position = Position::new(row.try_get(0)?).map_err(damaged)?;
         Ok(Self { position, names: Mark::new(row.try_get(1)?) })
     }
 
-    /// Whether the query can be answered, with the names that are in the table.
+    /// Checks that the query can be answered, and with the names in the table.
     fn check(&self, query: &LogQuery, table: &NameTable) -> Result<()> {
         if query.direction == Direction::Forward && query.from > self.position {
             return Err(Error::cursor_ahead(query.from, self.position).into());
@@ -279,7 +275,7 @@ impl Head {
     }
 }
 
-/// The marks of the events between which a page lies.
+/// The marks of the events at the ends of a page.
 struct Marks {
     head: Option<Mark>,
     from: Option<Mark>,
@@ -296,93 +292,128 @@ impl Marks {
     }
 }
 
-/// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
-pub(crate) async fn read(store: &Store, query: &LogQuery) -> Result<LogPage> {
-    store
-        .read(|lent| async move {
-            let page = store.names.retry(&lent, |table| read_on(store, &lent, query, table)).await;
+/// Reads the log of a store.
+#[derive(Debug)]
+pub(crate) struct Log {
+    pools: Arc<Pools>,
+    names: Arc<Names>,
+    sql: LogSql,
+    usual_size: UsualSize,
+    /// The end of the log that this engine has seen.
+    pub(crate) seen: SeenHead,
+}
+
+impl Log {
+    pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
+        let sql = LogSql::new(&pools.settings.schema);
+        Self { pools, names, sql, usual_size: UsualSize::default(), seen: SeenHead::new() }
+    }
+
+    /// A page of the log up to the head that is read first. Later commits belong to the next page.
+    pub(crate) async fn read(&self, query: &LogQuery) -> Result<LogPage> {
+        let read = |checkout: Arc<Checkout>| async move {
+            let page = self.names.retry(&checkout, |table| self.read_on(&checkout, query, table)).await;
             match page {
                 Err(PostgresError::Core(error)) if matches!(error.kind(), ErrorKind::CursorAhead { .. }) => {
-                    Err(ahead(&lent, error).await?.into())
+                    Err(ahead(checkout.sender()?, error).await?.into())
                 }
                 page => page,
             }
-        })
-        .await
+        };
+        self.pools.read(read).await
+    }
+
+    /// The head and the first rows are requested together.
+    async fn read_on(&self, checkout: &Checkout, query: &LogQuery, table: Arc<NameTable>) -> Result<LogPage> {
+        let known = self.seen.get();
+        let check = |rows: &[Row]| -> Result<(LogEnd, Marks)> {
+            let head = LogEnd::of(rows)?;
+            self.seen.found(known, head.position);
+            head.check(query, &table)?;
+            Ok((head, Marks::of(rows, query)?))
+        };
+        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), query.limit);
+        let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
+        let passing: Option<Vec<i32>> = passing.map(|ids| ids.into_iter().map(sql_id).collect());
+        let head = checkout.sender()?.ready(&self.sql.head_of_page).await?;
+        let ends = [query.from.get(), query.to.get()];
+        let ends: [&(dyn ToSql + Sync); 2] = [&ends[0], &ends[1]];
+        let (head, marks) = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {
+            check(&head.rows(&ends).await?)?
+        } else {
+            let mut range = self.sql.range(query, passing);
+            let asked = page.ask();
+            let ready = checkout.sender()?.ready(&range.sql).await?;
+            let values = range.values(&asked);
+            let (head, rows) = zip(head.rows(&ends), ready.stream(&values)).await;
+            drop(values);
+            let (head, marks) = check(&head?)?;
+            page.end_at(head.position);
+            let count = page.take_all(rows?, asked).await?;
+            if query.direction == Direction::Forward {
+                range.to = range.to.min(head.position.get());
+            }
+            page.go_on(range, asked, count).await?;
+            (head, marks)
+        };
+        let last = page.last_mark();
+        let (events, is_full) = page.finish();
+        let page = LogPage::new(query, events, is_full, head.position);
+        let ended = match page.scanned {
+            Position::ZERO => Some(Mark::ALWAYS),
+            _ if is_full && !page.events.is_empty() => last,
+            scanned if scanned == query.from => marks.from,
+            scanned if scanned == head.position => marks.head,
+            _ => marks.to,
+        };
+        Ok(LogPage { began: marks.from, ended, ..page })
+    }
+
+    /// A page of all events after one position and up to another, in an open transaction. `table` also contains the
+    /// names that were registered in it.
+    pub(crate) async fn page_within(
+        &self,
+        sender: Sender<'_>,
+        table: Arc<NameTable>,
+        (after, to): (Position, Position),
+    ) -> Result<Events> {
+        let mut page = Page::within(&self.usual_size, sender, table, PageLimit::default());
+        let (sql, from, to) = (Arc::clone(&self.sql.all[0]), after.get(), to.get());
+        page.fill(Range { sql, order: Order::Position, from, to, rest: Vec::new() }).await?;
+        Ok(page.finish().0)
+    }
+
+    /// Reads the end of the log, and tells the waiters.
+    pub(crate) async fn head(&self) -> Result<Position> {
+        let known = self.seen.get();
+        let head =
+            self.pools.read(|checkout| async move { self.head_within(checkout.sender()?).await }).await?;
+        self.seen.found(known, head);
+        Ok(head)
+    }
+
+    pub(crate) async fn head_within(&self, sender: Sender<'_>) -> Result<Position> {
+        Ok(LogEnd::of(&sender.rows(&self.sql.head, &[]).await?)?.position)
+    }
+
+    /// The last position that was recorded at this time or before.
+    pub(crate) async fn position_at(&self, time: Timestamp) -> Result<Position> {
+        let read = |checkout: Arc<Checkout>| async move {
+            let row = checkout.sender()?.row(&self.sql.position_at, &[&time.as_micros()]).await?;
+            let row = row.ok_or_else(|| damaged("the end of the log is missing"))?;
+            Position::new(row.try_get(0)?).map_err(damaged)
+        };
+        self.pools.read(read).await
+    }
 }
 
-/// A standby may not have come so far yet, which passes by itself.
-async fn ahead(lent: &Lent, error: Error) -> Result<Error> {
-    let rows = lent.sender()?.client.query_typed(IS_STANDBY, &[]).await?;
+/// A standby may not have this event yet, which passes by itself.
+async fn ahead(sender: Sender<'_>, error: Error) -> Result<Error> {
+    let rows = sender.client.query_typed(IS_STANDBY, &[]).await?;
     let is_standby = rows.first().map(|row| row.try_get(0)).transpose()?.unwrap_or(false);
     if !is_standby {
         return Ok(error);
     }
     let message = format!("the standby lags, or the log has lost its end: {error}");
     Ok(Error::new(ErrorKind::Unavailable, message))
-}
-
-/// The head and the first rows go over the wire together.
-async fn read_on(store: &Store, lent: &Lent, query: &LogQuery, table: Arc<NameTable>) -> Result<LogPage> {
-    let known = store.watch.seen();
-    let check = |rows: &[Row]| -> Result<(Head, Marks)> {
-        let head = Head::of(rows)?;
-        store.watch.found(known, head.position);
-        head.check(query, &table)?;
-        Ok((head, Marks::of(rows, query)?))
-    };
-    let mut page = Page::new(store, lent, Arc::clone(&table), query.limit);
-    let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
-    let passing: Option<Vec<i32>> = passing.map(|numbers| numbers.into_iter().map(stored).collect());
-    let head = lent.sender()?.ready(&store.sql.log.head_of_page).await?;
-    let ends = [query.from.get(), query.to.get()];
-    let ends: [&(dyn ToSql + Sync); 2] = [&ends[0], &ends[1]];
-    let (head, marks) = if passing.as_ref().is_some_and(Vec::is_empty) || query.limit.max_events() == 0 {
-        check(&head.rows(&ends).await?)?
-    } else {
-        let mut range = store.sql.log.range(query, passing);
-        let asked = page.ask();
-        let ready = lent.sender()?.ready(&range.sql).await?;
-        let values = range.values(&asked);
-        let (head, rows) = zip(head.rows(&ends), ready.stream(&values)).await;
-        drop(values);
-        let (head, marks) = check(&head?)?;
-        page.end_at(head.position);
-        let count = page.take_all(rows?, asked).await?;
-        if query.direction == Direction::Forward {
-            range.to = range.to.min(head.position.get());
-        }
-        page.go_on(range, asked, count).await?;
-        (head, marks)
-    };
-    let last = page.last_mark();
-    let (events, is_full) = page.finish();
-    let page = LogPage::new(query, events, is_full, head.position);
-    let ended = match page.scanned {
-        Position::ZERO => Some(Mark::ALWAYS),
-        _ if is_full && !page.events.is_empty() => last,
-        scanned if scanned == query.from => marks.from,
-        scanned if scanned == head.position => marks.head,
-        _ => marks.to,
-    };
-    Ok(LogPage { began: marks.from, ended, ..page })
-}
-
-/// Where the log ends, told to those who wait for it too.
-pub(crate) async fn head(store: &Store) -> Result<Position> {
-    let known = store.watch.seen();
-    let head = store.read(|lent| async move { store.sql.log.head(lent.sender()?).await }).await?;
-    store.watch.found(known, head);
-    Ok(head)
-}
-
-/// The last position recorded at this time or before.
-pub(crate) async fn position_at(store: &Store, time: Timestamp) -> Result<Position> {
-    store.read(|lent| async move { position_at_on(store, &lent, time).await }).await
-}
-
-async fn position_at_on(store: &Store, lent: &Lent, time: Timestamp) -> Result<Position> {
-    let row = lent.sender()?.row(&store.sql.log.position_at, &[&time.as_micros()]).await?;
-    let row = row.ok_or_else(|| damaged("the end of the log is missing"))?;
-    Position::new(row.try_get(0)?).map_err(damaged)
 }

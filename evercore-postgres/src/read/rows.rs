@@ -12,11 +12,10 @@ use futures_lite::StreamExt;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, RowStream};
 
-use crate::connection::pool::Lent;
+use crate::connection::pool::Checkout;
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::checked;
+use crate::names::type_id;
 use crate::sql::{Sender, Sql};
-use crate::store::Store;
 
 /// The columns of an event, in the order that a page expects.
 macro_rules! event_columns {
@@ -50,23 +49,31 @@ impl UsualSize {
 /// The source of a page's rows.
 #[derive(Clone, Copy)]
 enum Source<'a> {
-    Lent(&'a Lent),
+    Checkout(&'a Checkout),
     /// An open transaction. The caller takes care of its connection.
     Transaction(Sender<'a>),
 }
 
+/// The last row that was received, zero before the first.
+#[derive(Debug, Default)]
+struct LastRow {
+    position: i64,
+    sequence: i64,
+    mark: Option<Mark>,
+}
+
 /// A page that is being filled.
 pub(crate) struct Page<'a> {
-    store: &'a Store,
+    usual_size: &'a UsualSize,
     from: Source<'a>,
     table: Arc<NameTable>,
     limit: PageLimit,
     events: EventsBuilder,
-    last: (i64, i64),
+    last: LastRow,
     /// The end of the log when the page was begun. Later events belong to another page.
     head: Position,
-    /// Of the last row received, and of the last event taken.
-    marks: (Option<Mark>, Option<Mark>),
+    /// The mark of the last event taken.
+    mark: Option<Mark>,
     is_full: bool,
 }
 
@@ -99,31 +106,36 @@ impl Range {
 }
 
 impl<'a> Page<'a> {
-    pub(crate) fn new(store: &'a Store, lent: &'a Lent, table: Arc<NameTable>, limit: PageLimit) -> Self {
-        Self::of(store, Source::Lent(lent), table, limit)
+    pub(crate) fn new(
+        usual_size: &'a UsualSize,
+        checkout: &'a Checkout,
+        table: Arc<NameTable>,
+        limit: PageLimit,
+    ) -> Self {
+        Self::of(usual_size, Source::Checkout(checkout), table, limit)
     }
 
     /// In an open transaction. `table` also contains the names that were registered in it.
     pub(crate) fn within(
-        store: &'a Store,
+        usual_size: &'a UsualSize,
         sender: Sender<'a>,
         table: Arc<NameTable>,
         limit: PageLimit,
     ) -> Self {
-        Self::of(store, Source::Transaction(sender), table, limit)
+        Self::of(usual_size, Source::Transaction(sender), table, limit)
     }
 
-    fn of(store: &'a Store, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
+    fn of(usual_size: &'a UsualSize, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
         let (events, is_full) = (EventsBuilder::new(), limit.max_events() == 0);
         Self {
-            store,
+            usual_size,
             from,
             table,
             limit,
             events,
-            last: (0, 0),
+            last: LastRow::default(),
             head: Position::MAX,
-            marks: (None, None),
+            mark: None,
             is_full,
         }
     }
@@ -132,7 +144,7 @@ impl<'a> Page<'a> {
     pub(crate) fn ask(&self) -> i64 {
         let events = self.limit.max_events() - self.events.len();
         let bytes = self.limit.max_bytes().saturating_sub(self.events.bytes());
-        let rows = events.min(self.store.usual_size.rows_for(bytes)).max(1);
+        let rows = events.min(self.usual_size.rows_for(bytes)).max(1);
         i64::try_from(rows).unwrap_or(i64::MAX)
     }
 
@@ -151,8 +163,8 @@ impl<'a> Page<'a> {
         while !self.is_full && count == asked {
             range.from = match range.order {
                 // When reading backward, skip all rows past the head at once.
-                Order::Position => self.last.0.min(self.head.get().saturating_add(1)),
-                Order::Sequence => self.last.1,
+                Order::Position => self.last.position.min(self.head.get().saturating_add(1)),
+                Order::Sequence => self.last.sequence,
             };
             asked = self.ask();
             count = self.take_next(&range, asked).await?;
@@ -162,7 +174,7 @@ impl<'a> Page<'a> {
 
     async fn take_next(&mut self, range: &Range, asked: i64) -> Result<i64> {
         let sender = match self.from {
-            Source::Lent(lent) => lent.sender()?,
+            Source::Checkout(checkout) => checkout.sender()?,
             Source::Transaction(sender) => sender,
         };
         let ready = sender.ready(&range.sql).await?;
@@ -181,44 +193,44 @@ impl<'a> Page<'a> {
         while !self.is_full {
             let Some(row) = rows.try_next().await? else { break };
             count += 1;
-            self.last = (row.try_get(0)?, row.try_get(2)?);
-            self.marks.0 = Some(Mark::new(row.try_get(11)?));
-            if self.last.0 <= self.head.get() {
+            let mark = Some(Mark::new(row.try_get(11)?));
+            self.last = LastRow { position: row.try_get(0)?, sequence: row.try_get(2)?, mark };
+            if self.last.position <= self.head.get() {
                 self.take(&row)?;
             }
         }
-        self.spoil_if_much_is_left(asked - count);
-        self.store.usual_size.learn(self.events.len(), self.events.bytes());
+        self.discard_if_much_is_left(asked - count);
+        self.usual_size.learn(self.events.len(), self.events.bytes());
         Ok(count)
     }
 
     /// The rest of an answer must be read and discarded before the next statement. If that would take longer than a new
     /// connection, the connection is closed instead.
-    fn spoil_if_much_is_left(&self, rows: i64) {
-        let Source::Lent(lent) = self.from else { return };
+    fn discard_if_much_is_left(&self, rows: i64) {
+        let Source::Checkout(checkout) = self.from else { return };
         if !self.is_full {
             return;
         }
         let usual = self.events.bytes() / self.events.len().max(1);
         if usize::try_from(rows).unwrap_or(0).saturating_mul(usual) > self.limit.max_bytes() {
-            lent.spoil();
+            checkout.discard();
         }
     }
 
     fn take(&mut self, row: &Row) -> Result<()> {
         let payload: &[u8] = row.try_get(6)?;
-        let number = checked(row.try_get(3)?)?;
+        let type_id = type_id(row.try_get(3)?)?;
         let (aggregate_type, event_type) =
-            self.table.event_type(number).ok_or(PostgresError::UnknownName(number))?;
+            self.table.event_type(type_id).ok_or(PostgresError::UnknownName(type_id))?;
         let headers: Option<Headers> = row
             .try_get::<_, Option<&str>>(10)?
             .map(|json| serde_json::from_str(json).map_err(damaged))
             .transpose()?;
         let event = EventRow {
-            position: Position::new(self.last.0).map_err(damaged)?,
+            position: Position::new(self.last.position).map_err(damaged)?,
             aggregate: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             aggregate_type,
-            sequence: Sequence::new(self.last.1).map_err(damaged)?,
+            sequence: Sequence::new(self.last.sequence).map_err(damaged)?,
             event_type,
             time: Timestamp::from_micros(row.try_get(4)?).map_err(damaged)?,
             recorded_at: Timestamp::from_micros(row.try_get(5)?).map_err(damaged)?,
@@ -233,7 +245,7 @@ impl<'a> Page<'a> {
             return Ok(());
         }
         self.events.push(event);
-        self.marks.1 = self.marks.0;
+        self.mark = self.last.mark;
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())
     }
@@ -245,12 +257,12 @@ impl<'a> Page<'a> {
 
     /// The sequence and the mark of the last row received; zero if there was none.
     pub(crate) fn last_row(&self) -> Result<(Sequence, Option<Mark>)> {
-        Ok((Sequence::new(self.last.1).map_err(damaged)?, self.marks.0))
+        Ok((Sequence::new(self.last.sequence).map_err(damaged)?, self.last.mark))
     }
 
     /// The mark of the last event in the page.
     pub(crate) fn last_mark(&self) -> Option<Mark> {
-        self.marks.1
+        self.mark
     }
 
     /// The events, and whether the limit ended them.

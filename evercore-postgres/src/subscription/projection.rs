@@ -6,14 +6,11 @@ use std::sync::Arc;
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, Sink, Step};
 use tokio_postgres::Transaction;
 
-use crate::commit::own_sql::{Fault, at_the_end, open, run_within};
-use crate::connection::pool::Lent;
 use crate::connection::task::in_task;
+use crate::connection::user_transaction::{Ended, Fault, UserTransaction};
 use crate::engine::PostgresEngine;
-use crate::error::{Because, PostgresError, Result, is_rolled_back, outcome_unknown, passes};
-use crate::sql::Sender;
+use crate::error::{Because, PostgresError, Result, outcome_unknown, passes};
 use crate::store::Store;
-use crate::subscription::subscriptions;
 
 /// Names the projection in error texts.
 const WHAT: &str = "the projection";
@@ -74,7 +71,7 @@ impl Sink for Projection {
         let (store, handle) = (Arc::clone(self.engine.store()), Arc::clone(&self.handle));
         let (delivery, advance) = (delivery.clone(), advance.clone());
         Box::pin(async move {
-            match in_task(async move { fly(&store, &*handle, &delivery, advance).await }).await {
+            match in_task(async move { deliver(&store, &*handle, &delivery, advance).await }).await {
                 Ok(Ok(outcome)) => outcome,
                 Ok(Err(error)) => Outcome::Refused(error.into()),
                 Err(error) => Outcome::Refused(error),
@@ -90,60 +87,49 @@ impl fmt::Debug for Projection {
 }
 
 /// Runs the handler again if the server rolled it back because of another transaction.
-async fn fly(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
+async fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, advance: Advance) -> Result<Outcome> {
     let step = Step::Advance(advance);
+    let attempt = || store.pools.again_if_stale(|| deliver_once(store, handle, delivery, &step));
     for _ in 1..ATTEMPTS {
-        match store.again_if_stale(|| fly_once(store, handle, delivery, &step)).await {
+        match attempt().await {
             Err(error) if passes(&error) => {}
             outcome => return outcome,
         }
     }
-    store.again_if_stale(|| fly_once(store, handle, delivery, &step)).await
-}
-
-async fn fly_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
-    store.check_writable()?;
-    let _turn = store.turns.take(store.settings.connect_timeout).await?;
-    let mut lent = Lent::to_write(store).await?;
-    let outcome = together(store, &mut lent, handle, delivery, step).await?;
-    // After any other outcome the state of the connection is unknown.
-    if matches!(outcome, Outcome::Advanced(_)) {
-        lent.put_back();
-    }
-    Ok(outcome)
+    attempt().await
 }
 
 /// Runs the whole transaction: move the cursor, call the handler, commit.
-async fn together(
-    store: &Store,
-    lent: &mut Lent,
-    handle: &Handle,
-    delivery: &Delivery,
-    step: &Step,
-) -> Result<Outcome> {
-    let named = lent.is_named();
-    let transaction = store.in_time(open(&store.settings, lent.client_mut()?)).await?;
-    let sender = Sender { client: transaction.client(), cache: &transaction.statement_cache, named };
-    let moved = store.in_time(subscriptions::step_within(store, sender, delivery.cursor(), step)).await;
+async fn deliver_once(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
+    let pools = &store.pools;
+    pools.check_writable()?;
+    let mut checkout = pools.to_run_user_sql().await?;
+    let transaction = UserTransaction::begin(pools, &mut checkout).await?;
+    let moved = pools.in_time(store.cursors.step_within(transaction.sender(), delivery.cursor(), step)).await;
     let handled = match &moved {
-        Ok(_) => run_within(store, sender, WHAT, || handle(&transaction, delivery)).await,
+        Ok(_) => transaction.run(WHAT, || handle(transaction.sql(), delivery)).await,
         Err(_) => Ok(()),
     };
     if moved.is_err() || handled.is_err() {
-        let ended = store.in_time(async { Ok(transaction.rollback().await?) }).await;
+        let ended = transaction.roll_back().await;
         handled.as_ref().err().map_or(Ok(()), |fault| fault.unless_late(ended))?;
     } else {
-        let doubt = store.heard.before_commit();
-        match doubt.settle(store.in_time(async { Ok(transaction.commit().await?) }).await) {
-            Ok(()) => {}
-            Err(error) if is_rolled_back(&error) => return failed_or_refused(at_the_end(WHAT, error)),
-            Err(error) => return Ok(Outcome::Refused(outcome_unknown().because(error))),
+        match transaction.commit(WHAT).await {
+            Ended::Committed => {}
+            Ended::RolledBack(error) => return failed_or_refused(error),
+            Ended::Unknown(error) => return Ok(Outcome::Refused(outcome_unknown().because(error))),
         }
     }
     let cursor = moved?;
     match handled {
-        Ok(()) => Ok(cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced)),
-        Err(Fault::SaidNo(error)) => Ok(failed(error)),
+        Ok(()) => {
+            // After any other outcome the state of the connection is unknown.
+            if cursor.is_some() {
+                checkout.put_back();
+            }
+            Ok(cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced))
+        }
+        Err(Fault::Failed(error)) => Ok(failed(error)),
         Err(Fault::TooLong(error)) => Ok(failed(error)),
         Err(Fault::Other(error)) => failed_or_refused(error),
     }

@@ -1,4 +1,4 @@
-//! The cursors of subscriptions, and the events that were parked: each step is one transaction, by the server's clock.
+//! The cursors of subscriptions and the parked events. Each step is one transaction, and uses the server's clock.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -6,26 +6,24 @@ use std::time::Duration;
 
 use evercore_core::{
     Advance, AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Error, ErrorKind, Failure,
-    Mark, OwnerId, Parked, ParkedChange, Position, Result as CoreResult, Step, SubscriptionName,
-    SubscriptionStorage, Taken, Timestamp,
+    Mark, OwnerId, Parked, ParkedChange, Position, Step, SubscriptionName, Taken, Timestamp,
 };
 use futures_lite::future::{poll_fn, zip};
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
-use crate::connection::pool::Lent;
-use crate::connection::task::in_task;
-use crate::engine::PostgresEngine;
-use crate::error::{Because, Result, damaged, is_rolled_back};
+use crate::connection::pool::{Checkout, Pools};
+use crate::error::{Because, PostgresError, Result, damaged, is_rolled_back};
 use crate::read::rows::Rest;
-use crate::sql::{LOCK_LOG_END, Ready, Schema, Sender, Sql, begin};
-use crate::store::Store;
+use crate::settings::Schema;
+use crate::sql::{LOCK_LOG_END, Ready, Sender, Sql};
 
-/// How often to look again when another has made the same cursor first, or has removed it again.
+/// How often to try a step again if another caller has made the same cursor first, or has removed it again.
 const ATTEMPTS: usize = 3;
 
-/// How long a claim looks again at a cursor that somebody has in hand: a step is over by then, a handler is at work.
+/// How long a claim keeps trying for a cursor that another transaction holds. A step ends in that time; a longer hold
+/// means that a handler is running.
 const STEP_OF_ANOTHER: Duration = Duration::from_millis(100);
 
 macro_rules! cursor_columns {
@@ -47,9 +45,9 @@ macro_rules! of_cursor {
     };
 }
 
-/// Each move leaves a dead version of the row, which stays as long as somebody holds an older snapshot. Its revision grows
-/// with each move and comes first in the index, so the live version is found without a look at the dead ones. `>=` also
-/// holds if another step has moved the cursor while this one waited for it.
+/// Each move leaves a dead version of the row, which stays while any transaction has an older snapshot. The revision grows with
+/// each move, and the index has the largest one first, so the server finds the live version without reading the dead
+/// ones. `>=` still matches if another step has moved the cursor while this one waited for it.
 macro_rules! this_cursor {
     () => {
         concat!(
@@ -74,12 +72,12 @@ const BEHIND: &str = concat!(
 
 const HOLD: &str = concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE");
 
-/// Does not wait for whoever has the cursor in hand.
+/// Does not wait for a transaction that holds the cursor.
 const HOLD_IF_FREE: &str =
     concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE SKIP LOCKED");
 
-/// A statement behind the lock: within one, the clock may be read before the wait.
-const LOOK: &str = concat!(
+/// A statement of its own, sent after the lock: the locking statement could read the clock before it waits.
+const CLOCK_AND_MARK: &str = concat!(
     "SELECT ",
     server_time!(),
     ", (SELECT max(revision) FROM @cursors",
@@ -87,7 +85,7 @@ const LOOK: &str = concat!(
     ") IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)"
 );
 
-/// Leaves alone what another has made meanwhile.
+/// Does nothing if another caller has made the cursor meanwhile.
 const MAKE: &str = concat!(
     "INSERT INTO @cursors (",
     cursor_columns!(),
@@ -105,8 +103,8 @@ const MOVE: &str = concat!(
     " RETURNING position"
 );
 
-/// What most steps are, in one statement: [`Step::take`] of a move that changes no parked event. It finds nothing where
-/// that would be refused, and the long way tells why.
+/// The most frequent step in one statement: [`Step::take`] of an advance that changes no parked event. It updates no row
+/// if the step would be refused. The step is then taken the long way, which finds the reason.
 const ADVANCE: &str = concat!(
     "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least(",
     server_time!(),
@@ -148,8 +146,8 @@ const PARKED: &str = concat!(
     " AND position > $4 ORDER BY position LIMIT $5"
 );
 
-/// From one cursor to the next along the index, which has the live version of each first: the dead ones are stepped over.
-/// No name is empty: said so that the index is gone along.
+/// Goes from one cursor to the next along the index, which has the live version of each cursor first, so it skips the
+/// dead ones. The condition that no name is empty makes the server use the index.
 const ALL: &str = concat!(
     "WITH RECURSIVE newest AS ((SELECT ",
     cursor_columns!(),
@@ -172,14 +170,14 @@ const OF_ONE: &str = concat!(
      SELECT * FROM newest"
 );
 
-/// The statements of this room.
+/// The statements of this module.
 #[derive(Debug)]
 pub(crate) struct SubscriptionSql {
     hold: Sql,
     behind: Sql,
     hold_if_free: Sql,
-    look: Sql,
-    /// Cursors are made one after the other, under the lock of the log's end. The next statement sees what was made meanwhile.
+    clock_and_mark: Sql,
+    /// Locks the log's end, so that cursors are made one at a time. The next statement sees those made meanwhile.
     before_make: Sql,
     make: Sql,
     /// Moves the cursor.
@@ -208,7 +206,7 @@ impl SubscriptionSql {
             hold: sql(HOLD, &ID),
             behind: sql(BEHIND, &ID),
             hold_if_free: sql(HOLD_IF_FREE, &ID),
-            look: sql(LOOK, &[T, N, N, N]),
+            clock_and_mark: sql(CLOCK_AND_MARK, &[T, N, N, N]),
             before_make: sql(LOCK_LOG_END, &[]),
             make: sql(MAKE, &CURSOR),
             put: sql(MOVE, &CURSOR),
@@ -225,256 +223,240 @@ impl SubscriptionSql {
     }
 }
 
-/// All of it in tasks: whoever asks and is then not polled keeps no connection from others.
-impl SubscriptionStorage for PostgresEngine {
-    fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, CoreResult<Option<Cursor>>> {
-        Box::pin(async move {
-            self.store().check_writable()?;
-            let (store, id, step) = (Arc::clone(self.store()), id.clone(), step.clone());
-            Ok(in_task(async move { self::step(&store, &id, &step).await }).await??)
-        })
+/// The cursors of a store.
+#[derive(Debug)]
+pub(crate) struct CursorStore {
+    pools: Arc<Pools>,
+    sql: SubscriptionSql,
+}
+
+impl CursorStore {
+    pub(crate) fn new(pools: Arc<Pools>) -> Self {
+        let sql = SubscriptionSql::new(&pools.settings.schema);
+        Self { pools, sql }
     }
 
-    fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, CoreResult<Cursors>> {
-        Box::pin(async move {
-            let (store, of) = (Arc::clone(self.store()), of.cloned());
-            Ok(in_task(async move { self::cursors(&store, of.as_ref()).await }).await??)
-        })
+    /// All cursors, or those of one subscription, with the server's time.
+    pub(crate) async fn list(&self, of: Option<&SubscriptionName>) -> Result<Cursors> {
+        let read = |checkout: Arc<Checkout>| async move {
+            let sender = checkout.sender()?;
+            let now = sender.ready(&self.sql.now).await?;
+            let list = sender.ready(if of.is_some() { &self.sql.of_one } else { &self.sql.all }).await?;
+            let name = of.map(SubscriptionName::as_str);
+            let values: &[&(dyn ToSql + Sync)] = if of.is_some() { &[&name] } else { &[] };
+            let (rows, now) = zip(list.rows(values), now.rows(&[])).await;
+            let mut cursors: Vec<Cursor> = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
+            cursors.sort_unstable_by(|one, other| one.id.cmp(&other.id));
+            Ok(Cursors { cursors, now: time_of(&now?)? })
+        };
+        self.pools.read(read).await
     }
 
-    fn parked<'a>(
-        &'a self,
-        id: &'a CursorId,
-        after: Position,
-        limit: usize,
-    ) -> BoxFuture<'a, CoreResult<Vec<Parked>>> {
-        Box::pin(async move {
-            let (store, id) = (Arc::clone(self.store()), id.clone());
-            Ok(in_task(async move { self::parked(&store, &id, after, limit).await }).await??)
-        })
+    /// The parked events of a cursor after a position.
+    pub(crate) async fn parked(&self, id: &CursorId, after: Position, limit: usize) -> Result<Vec<Parked>> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let mut values = values_of(id);
+        values.extend([Box::new(after.get()) as Value, Box::new(limit)]);
+        let values = &borrowed(&values);
+        let read = |checkout: Arc<Checkout>| async move {
+            checkout.sender()?.rows(&self.sql.parked, values).await?.iter().map(read_parked).collect()
+        };
+        self.pools.read(read).await
     }
-}
 
-async fn cursors(store: &Store, of: Option<&SubscriptionName>) -> Result<Cursors> {
-    store.read(|lent| async move { cursors_on(store, &lent, of).await }).await
-}
-
-async fn cursors_on(store: &Store, lent: &Lent, of: Option<&SubscriptionName>) -> Result<Cursors> {
-    let (sender, sql) = (lent.sender()?, &store.sql.subscriptions);
-    let now = sender.ready(&sql.now).await?;
-    let list = sender.ready(if of.is_some() { &sql.of_one } else { &sql.all }).await?;
-    let name = of.map(SubscriptionName::as_str);
-    let values: &[&(dyn ToSql + Sync)] = if of.is_some() { &[&name] } else { &[] };
-    let (rows, now) = zip(list.rows(values), now.rows(&[])).await;
-    let mut cursors: Vec<Cursor> = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
-    cursors.sort_unstable_by(|one, other| one.id.cmp(&other.id));
-    Ok(Cursors { cursors, now: time_of(&now?)? })
-}
-
-async fn parked(store: &Store, id: &CursorId, after: Position, limit: usize) -> Result<Vec<Parked>> {
-    store.read(|lent| async move { parked_on(store, &lent, id, after, limit).await }).await
-}
-
-async fn parked_on(
-    store: &Store,
-    lent: &Lent,
-    id: &CursorId,
-    after: Position,
-    limit: usize,
-) -> Result<Vec<Parked>> {
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let mut values = values_of(id);
-    values.extend([Box::new(after.get()) as Value, Box::new(limit)]);
-    let rows = lent.sender()?.rows(&store.sql.subscriptions.parked, &borrowed(&values)).await?;
-    rows.iter().map(read_parked).collect()
-}
-
-/// Takes a step in a transaction of its own.
-pub(crate) async fn step(store: &Store, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
-    let looks_at = step.looks_at();
-    if let Step::Advance(advance) = step
-        && looks_at >= advance.to
-        && advance.parked.is_empty()
-        && advance.parked_seen.is_none()
-        && let Some(cursor) = store.again_if_stale(|| advance_alone(store, id, advance, looks_at)).await?
-    {
-        return Ok(Some(cursor));
+    /// The number of events after an active cursor; 0 if there is no such cursor.
+    pub(crate) async fn behind(&self, id: &CursorId) -> Result<i64> {
+        let values = values_of(id);
+        let values = &borrowed(&values);
+        let read = |checkout: Arc<Checkout>| async move {
+            let row = checkout.sender()?.row(&self.sql.behind, values).await?;
+            Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(0))
+        };
+        self.pools.read_for_commit(read).await
     }
-    let until = Instant::now() + STEP_OF_ANOTHER;
-    let mut met = 0;
-    while met < ATTEMPTS {
-        match store.again_if_stale(|| step_once(store, id, step)).await? {
-            Stepped::To(cursor) => return Ok(cursor),
-            Stepped::Met => met += 1,
-            Stepped::Held if Instant::now() < until => sleep(STEP_OF_ANOTHER / 10).await,
-            Stepped::Held => return Err(Error::already_owned(id).into()),
+
+    /// Takes a step in its own transaction.
+    pub(crate) async fn step(&self, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
+        let looks_at = step.looks_at();
+        if let Step::Advance(advance) = step
+            && looks_at >= advance.to
+            && advance.parked.is_empty()
+            && advance.parked_seen.is_none()
+            && let Some(cursor) =
+                self.pools.again_if_stale(|| self.advance_alone(id, advance, looks_at)).await?
+        {
+            return Ok(Some(cursor));
         }
-    }
-    let message = "the step met others again and again, and nothing was written";
-    Err(Error::new(ErrorKind::Unavailable, message).into())
-}
-
-/// A move in one statement; `None` if it is to be refused.
-async fn advance_alone(
-    store: &Store,
-    id: &CursorId,
-    advance: &Advance,
-    looks_at: Position,
-) -> Result<Option<Cursor>> {
-    let lent = Lent::to_write(store).await?;
-    let ready = store.in_time(lent.sender()?.ready(&store.sql.subscriptions.advance)).await?;
-    let time = i64::try_from(advance.time.as_micros()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
-    let mut values = values_of(id);
-    values.extend([
-        Box::new(advance.lease.owner.as_str().to_owned()) as Value,
-        Box::new(advance.lease.epoch),
-        Box::new(advance.from.get()),
-        Box::new(advance.to.get()),
-        Box::new(time),
-        Box::new(Timestamp::MAX.as_micros()),
-        Box::new(looks_at.get()),
-        Box::new(advance.read.map(|read| read.mark.get())),
-    ]);
-    let values = borrowed(&values);
-    let doubt = store.heard.before_commit();
-    match tokio::time::timeout(store.patience(), ready.write(&store.settings, &values))
-        .await
-        .map(|rows| doubt.settle_rows(rows))
-    {
-        Ok(Ok(rows)) => {
-            let cursor = rows.first().map(read_cursor).transpose()?;
-            lent.put_back();
-            Ok(cursor)
+        let until = Instant::now() + STEP_OF_ANOTHER;
+        let mut conflicts = 0;
+        while conflicts < ATTEMPTS {
+            match self.pools.again_if_stale(|| self.step_once(id, step)).await? {
+                Stepped::To(cursor) => return Ok(cursor),
+                Stepped::Conflict => conflicts += 1,
+                Stepped::Held if Instant::now() < until => sleep(STEP_OF_ANOTHER / 10).await,
+                Stepped::Held => return Err(Error::already_owned(id).into()),
+            }
         }
-        Ok(Err(error)) if is_rolled_back(&error) => Err(error),
-        Ok(Err(error)) => Err(unknown().because(error).into()),
-        Err(_) => Err(unknown().into()),
+        let message = "others kept making or removing the same cursor, and nothing was written: try again";
+        Err(Error::new(ErrorKind::Unavailable, message).into())
+    }
+
+    /// Advances a cursor in one statement; `None` if the step would be refused.
+    async fn advance_alone(
+        &self,
+        id: &CursorId,
+        advance: &Advance,
+        looks_at: Position,
+    ) -> Result<Option<Cursor>> {
+        let pools = &self.pools;
+        let checkout = pools.to_write().await?;
+        let ready = pools.in_time(checkout.sender()?.ready(&self.sql.advance)).await?;
+        let time = i64::try_from(advance.time.as_micros()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
+        let mut values = values_of(id);
+        values.extend([
+            Box::new(advance.lease.owner.as_str().to_owned()) as Value,
+            Box::new(advance.lease.epoch),
+            Box::new(advance.from.get()),
+            Box::new(advance.to.get()),
+            Box::new(time),
+            Box::new(Timestamp::MAX.as_micros()),
+            Box::new(looks_at.get()),
+            Box::new(advance.read.map(|read| read.mark.get())),
+        ]);
+        let values = borrowed(&values);
+        let written = pools.notices.write(pools.in_time(ready.write(&pools.settings, &values)));
+        let rows = written.await.map_err(unless_rolled_back)?;
+        let cursor = rows.first().map(read_cursor).transpose()?;
+        checkout.put_back();
+        Ok(cursor)
+    }
+
+    async fn step_once(&self, id: &CursorId, step: &Step) -> Result<Stepped> {
+        let pools = &self.pools;
+        let checkout = pools.to_write().await?;
+        let sender = checkout.sender()?;
+        let begin = pools.settings.begin();
+        let held = pools.in_time(self.hold_for(sender, id, step, Some(&begin))).await?;
+        let stepped = if held.is_held_by_another(step) {
+            Ok(Stepped::Held)
+        } else {
+            match step.take(id, held.cursor.clone(), held.now, held.found) {
+                Ok(taken) => {
+                    let writes = Writes::of(&self.sql, id, &held, &taken);
+                    if !writes.is_empty() {
+                        // No statement that writes was sent before this one.
+                        let is_written = writes.commit(pools, sender).await?;
+                        checkout.put_back();
+                        return Ok(if is_written { Stepped::To(taken.cursor) } else { Stepped::Conflict });
+                    }
+                    Ok(Stepped::To(taken.cursor))
+                }
+                Err(refused) => Err(refused.into()),
+            }
+        };
+        if pools.in_time(sender.execute("ROLLBACK")).await.is_ok() {
+            checkout.put_back();
+        }
+        stepped
+    }
+
+    /// Takes a step within an open transaction.
+    pub(crate) async fn step_within(
+        &self,
+        sender: Sender<'_>,
+        id: &CursorId,
+        step: &Step,
+    ) -> Result<Option<Cursor>> {
+        let held = self.hold_for(sender, id, step, None).await?;
+        if held.is_held_by_another(step) {
+            return Err(Error::already_owned(id).into());
+        }
+        let taken = step.take(id, held.cursor.clone(), held.now, held.found)?;
+        Writes::of(&self.sql, id, &held, &taken).send(sender).await?;
+        Ok(taken.cursor)
+    }
+
+    /// Locks and reads a cursor within an open transaction.
+    pub(crate) async fn hold(&self, sender: Sender<'_>, id: &CursorId) -> Result<Option<Cursor>> {
+        Ok(self.lock(sender, id, (&self.sql.hold, Position::ZERO), None).await?.cursor)
+    }
+
+    /// Writes a cursor that is held.
+    pub(crate) async fn put(&self, sender: Sender<'_>, cursor: &Cursor) -> Result<()> {
+        Writes { statements: vec![(&self.sql.put, cursor_values(cursor))], of_cursor: 0 }.send(sender).await
+    }
+
+    async fn hold_for(
+        &self,
+        sender: Sender<'_>,
+        id: &CursorId,
+        step: &Step,
+        begin: Option<&str>,
+    ) -> Result<Held> {
+        let hold = if step.is_claim() { &self.sql.hold_if_free } else { &self.sql.hold };
+        self.lock(sender, id, (hold, step.looks_at()), begin).await
+    }
+
+    /// Locks and reads a cursor, and then the server's clock, in one round trip.
+    async fn lock(
+        &self,
+        sender: Sender<'_>,
+        id: &CursorId,
+        (hold, looks_at): (&Sql, Position),
+        begin: Option<&str>,
+    ) -> Result<Held> {
+        let (hold, clock) = (sender.ready(hold).await?, sender.ready(&self.sql.clock_and_mark).await?);
+        let looks_at = looks_at.get();
+        let values = values_of(id);
+        let values = borrowed(&values);
+        let with_event: Vec<&(dyn ToSql + Sync)> =
+            values.iter().copied().chain([&looks_at as &(dyn ToSql + Sync)]).collect();
+        let answers = zip(hold.rows(&values), clock.rows(&with_event));
+        let (begun, (rows, clock)) = zip(sender.begin(begin), answers).await;
+        begun?;
+        let cursor = rows?.first().map(read_cursor).transpose()?;
+        let clock = clock?;
+        let clock = clock.first().ok_or_else(|| damaged("the server's clock is missing"))?;
+        let found: Option<i64> = clock.try_get(2)?;
+        Ok(Held { cursor, exists: clock.try_get(1)?, now: time(clock, 0)?, found: found.map(Mark::new) })
     }
 }
 
-/// What came of a try.
+/// The outcome of one attempt at a step.
 enum Stepped {
-    /// The cursor is like this now.
+    /// The cursor after the step.
     To(Option<Cursor>),
-    /// Another has made the cursor meanwhile; nothing was written.
-    Met,
-    /// Another has the cursor in hand, and a claim does not wait for that.
+    /// Another caller has made the cursor meanwhile. Nothing was written.
+    Conflict,
+    /// Another caller holds the cursor, and a claim does not wait for it.
     Held,
 }
 
-async fn step_once(store: &Store, id: &CursorId, step: &Step) -> Result<Stepped> {
-    let lent = Lent::to_write(store).await?;
-    let sender = lent.sender()?;
-    let begin = begin(&store.settings);
-    let held =
-        store.in_time(hold(store, sender, id, (step.is_claim(), step.looks_at()), Some(&begin))).await?;
-    if held.is_held_by_another(step) {
-        return roll_back(store, lent, Ok(Stepped::Held)).await;
-    }
-    let writes = step
-        .take(id, held.cursor.clone(), held.now, held.found)
-        .map(|taken| (Writes::of(store, id, &held, &taken), taken));
-    let (writes, taken) = match writes {
-        Ok((writes, taken)) if !writes.statements.is_empty() => (writes, taken),
-        nothing => {
-            let outcome = nothing.map(|(_, taken)| Stepped::To(taken.cursor));
-            return roll_back(store, lent, outcome.map_err(Into::into)).await;
-        }
-    };
-    // Until here nothing was sent that writes.
-    let stepped = writes.commit(store, sender).await?;
-    lent.put_back();
-    Ok(if stepped { Stepped::To(taken.cursor) } else { Stepped::Met })
-}
-
-/// Ends a transaction that wrote nothing.
-async fn roll_back(store: &Store, lent: Lent, outcome: Result<Stepped>) -> Result<Stepped> {
-    let ended = store.in_time(async { Ok(lent.sender()?.client.batch_execute("ROLLBACK").await?) }).await;
-    if ended.is_ok() {
-        lent.put_back();
-    }
-    outcome
-}
-
-/// Takes a step within a transaction that is open; its outcome lasts if that is committed.
-pub(crate) async fn step_within(
-    store: &Store,
-    sender: Sender<'_>,
-    id: &CursorId,
-    step: &Step,
-) -> Result<Option<Cursor>> {
-    let held = hold(store, sender, id, (step.is_claim(), step.looks_at()), None).await?;
-    if held.is_held_by_another(step) {
-        return Err(Error::already_owned(id).into());
-    }
-    let taken = step.take(id, held.cursor.clone(), held.now, held.found)?;
-    Writes::of(store, id, &held, &taken).send(sender).await?;
-    Ok(taken.cursor)
-}
-
-/// A cursor that nobody else can change until the transaction ends.
-pub(crate) struct Held {
-    pub(crate) cursor: Option<Cursor>,
-    /// Whether there is one, be it in other hands.
-    is_there: bool,
+/// A cursor that no other transaction can change until this one ends.
+struct Held {
+    cursor: Option<Cursor>,
+    /// Whether the cursor exists, also if another transaction holds it.
+    exists: bool,
     now: Timestamp,
-    /// The mark of the event that was to be looked at.
+    /// The mark of the event at which the step looks.
     found: Option<Mark>,
 }
 
 impl Held {
     fn is_held_by_another(&self, step: &Step) -> bool {
-        step.is_claim() && self.cursor.is_none() && self.is_there
+        step.is_claim() && self.cursor.is_none() && self.exists
     }
 }
 
-/// How many events come after an active cursor; 0 if there is none.
-pub(crate) async fn behind(store: &Store, lent: &Lent, id: &CursorId) -> Result<i64> {
-    let row = lent.sender()?.row(&store.sql.subscriptions.behind, &borrowed(&values_of(id))).await?;
-    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(0))
-}
-
-/// Locks and reads a cursor, and then the server's clock, in one round trip.
-pub(crate) async fn hold(
-    store: &Store,
-    sender: Sender<'_>,
-    id: &CursorId,
-    (is_claim, looks_at): (bool, Position),
-    begin: Option<&str>,
-) -> Result<Held> {
-    let sql = &store.sql.subscriptions;
-    let hold = sender.ready(if is_claim { &sql.hold_if_free } else { &sql.hold }).await?;
-    let look = sender.ready(&sql.look).await?;
-    let looks_at = looks_at.get();
-    let values = values_of(id);
-    let values = borrowed(&values);
-    let looking: Vec<&(dyn ToSql + Sync)> =
-        values.iter().copied().chain([&looks_at as &(dyn ToSql + Sync)]).collect();
-    let begun = async {
-        match begin {
-            Some(begin) => sender.client.batch_execute(begin).await,
-            None => Ok(()),
-        }
-    };
-    let (begun, (rows, looked)) = zip(begun, zip(hold.rows(&values), look.rows(&looking))).await;
-    begun?;
-    let cursor = rows?.first().map(read_cursor).transpose()?;
-    let looked = looked?;
-    let looked = looked.first().ok_or_else(|| damaged("the server's clock is missing"))?;
-    let found: Option<i64> = looked.try_get(2)?;
-    Ok(Held { cursor, is_there: looked.try_get(1)?, now: time(looked, 0)?, found: found.map(Mark::new) })
-}
-
-/// What a step writes: statements with their values.
-pub(crate) struct Writes<'a> {
+/// The statements of a step, with their values.
+struct Writes<'a> {
     statements: Vec<(&'a Sql, Rest)>,
-    /// Which of them writes the cursor.
+    /// The index of the statement that writes the cursor.
     of_cursor: usize,
 }
 
 impl<'a> Writes<'a> {
-    fn of(store: &'a Store, id: &CursorId, held: &Held, taken: &Taken) -> Self {
-        let sql = &store.sql.subscriptions;
+    fn of(sql: &'a SubscriptionSql, id: &CursorId, held: &Held, taken: &Taken) -> Self {
         let mut writes = Vec::new();
         match (&held.cursor, &taken.cursor) {
             (None, Some(cursor)) => {
@@ -491,37 +473,29 @@ impl<'a> Writes<'a> {
         Self { statements: writes, of_cursor }
     }
 
-    /// The cursor as it is to be.
-    pub(crate) fn put(store: &'a Store, cursor: &Cursor) -> Self {
-        Self { statements: vec![(&store.sql.subscriptions.put, cursor_values(cursor))], of_cursor: 0 }
+    fn is_empty(&self) -> bool {
+        self.statements.is_empty()
     }
 
-    /// Sends all of it together.
-    pub(crate) async fn send(self, sender: Sender<'_>) -> Result<()> {
+    /// Sends all statements together.
+    async fn send(self, sender: Sender<'_>) -> Result<()> {
         match self.rows(&self.ready(sender).await?).await?.get(self.of_cursor) {
-            Some(rows) if rows.is_empty() => Err(damaged("a cursor that is held is not there")),
+            Some(rows) if rows.is_empty() => Err(damaged("a cursor that is held does not exist")),
             _ => Ok(()),
         }
     }
 
-    /// Sends all of it together with the COMMIT; `false` if there is a cursor already that was to be made.
-    async fn commit(self, store: &Store, sender: Sender<'_>) -> Result<bool> {
-        let ready = store.in_time(self.ready(sender)).await?;
-        let doubt = store.heard.before_commit();
-        let sent = zip(self.rows(&ready), sender.client.batch_execute("COMMIT"));
-        let Ok((rows, committed)) = tokio::time::timeout(store.patience(), sent).await else {
-            return Err(unknown().into());
+    /// Sends all statements together with the COMMIT; `false` if the cursor was to be made and exists already.
+    async fn commit(self, pools: &Pools, sender: Sender<'_>) -> Result<bool> {
+        let ready = pools.in_time(self.ready(sender)).await?;
+        let sent = async {
+            let (rows, committed) = zip(self.rows(&ready), sender.execute("COMMIT")).await;
+            // After an error, COMMIT rolls back and reports no error of its own.
+            let rows = rows?;
+            let is_written = !rows.get(self.of_cursor).is_some_and(Vec::is_empty);
+            committed.map(|()| is_written)
         };
-        // COMMIT after an error is a rollback, and answers as if all were well.
-        let rows = rows.and_then(|rows| committed.map(|()| rows).map_err(Into::into));
-        if rows.as_ref().is_ok_and(|rows| rows.get(self.of_cursor).is_some_and(Vec::is_empty)) {
-            return Ok(false);
-        }
-        match doubt.settle(rows) {
-            Ok(_) => Ok(true),
-            Err(error) if is_rolled_back(&error) => Err(error),
-            Err(error) => Err(unknown().because(error).into()),
-        }
+        pools.notices.watch(pools.in_time(sent), |is_written| *is_written).await.map_err(unless_rolled_back)
     }
 
     async fn ready<'s>(&'s self, sender: Sender<'s>) -> Result<Vec<Ready<'s>>> {
@@ -540,8 +514,13 @@ impl<'a> Writes<'a> {
     }
 }
 
-fn unknown() -> Error {
-    Error::new(ErrorKind::OutcomeUnknown, "whether the step took effect is not known")
+/// The error for a step whose COMMIT was sent: its outcome is unknown, unless the server says that it rolled back.
+fn unless_rolled_back(error: PostgresError) -> PostgresError {
+    let message = "whether the step took effect is not known";
+    if is_rolled_back(&error) {
+        return error;
+    }
+    Error::new(ErrorKind::OutcomeUnknown, message).because(error).into()
 }
 
 fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChange) -> (&'a Sql, Rest) {
@@ -576,7 +555,7 @@ fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChan
     (sql, values)
 }
 
-/// Begins all in this order, so that they are sent in it, and only then waits for the first answer.
+/// Starts all futures in this order, so that their statements are sent in this order, and then waits for the answers.
 async fn in_order<T>(work: Vec<BoxFuture<'_, T>>) -> Vec<T> {
     let mut work: Vec<_> = work.into_iter().map(|future| (future, None)).collect();
     poll_fn(|context| {
@@ -607,7 +586,7 @@ fn values_of(id: &CursorId) -> Rest {
     ]
 }
 
-/// In the order of the columns.
+/// The values of a cursor, in the order of its columns.
 fn cursor_values(cursor: &Cursor) -> Rest {
     let owner = |owner: &Option<OwnerId>| Box::new(owner.as_ref().map(|owner| owner.as_str().to_owned()));
     let failure = cursor.failure.as_ref();

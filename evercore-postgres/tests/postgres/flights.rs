@@ -201,7 +201,7 @@ fn a_session_from_before_a_table_was_changed_is_given_up() {
     });
 }
 
-/// Not "met others again and again".
+/// Not "concurrent commits kept conflicting with this one".
 #[test]
 fn a_key_of_a_type_that_another_process_registered_is_taken() {
     block_on(async {

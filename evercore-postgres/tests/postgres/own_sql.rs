@@ -119,7 +119,7 @@ fn an_error_shows_its_cause_and_no_value() {
             let error = shop.place("second", shop.sql(statements)).await.unwrap_err();
             assert_eq!(
                 error.to_string(),
-                format!("the SQL beside the commit said no (SQLSTATE {code})"),
+                format!("the SQL of `commit_with` failed (SQLSTATE {code})"),
                 "{statements}"
             );
             let debug = format!("{error:?}");
@@ -307,7 +307,7 @@ async fn slow(shop: &Shop, slow: tokio::task::JoinHandle<Result<Receipt>>) {
     let error = outcome.unwrap_err();
     let took = began.elapsed();
     assert_eq!(error.kind(), &ErrorKind::Rejected, "{error:?}");
-    assert_eq!(error.to_string(), "the SQL beside the commit took longer than 800ms");
+    assert_eq!(error.to_string(), "the SQL of `commit_with` took longer than 800ms");
     assert!((Duration::from_millis(800)..Duration::from_secs(4)).contains(&took), "{took:?}");
     println!("{others} commits of others meanwhile, the slowest in {slowest:?}");
     assert!(others >= 20, "only {others} commits of others in {took:?}");
