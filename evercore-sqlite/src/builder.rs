@@ -13,7 +13,7 @@ use crate::settings::{Durability, Settings};
 use crate::store::Store;
 use crate::subscription::inline::{self, InlineProjection};
 
-/// How a store is opened; everything has a default.
+/// The settings of an engine. Each has a default.
 ///
 /// ```
 /// # use evercore_sqlite::{Durability, Result, SqliteEngine, StorageEngine};
@@ -32,7 +32,7 @@ pub struct Builder {
 }
 
 impl SqliteEngine {
-    /// Opens the store in this file, or makes it. All settings are those of [`SqliteEngine::builder`].
+    /// Opens the store in this file, or creates it, with default settings.
     ///
     /// # Errors
     /// As [`Builder::open`].
@@ -40,7 +40,7 @@ impl SqliteEngine {
         Self::builder().open(path).await
     }
 
-    /// Opens a new store in memory, which ends with the engine.
+    /// Opens a new store in memory. It is gone when the engine is dropped.
     ///
     /// # Errors
     /// As [`Builder::open_in_memory`].
@@ -48,68 +48,71 @@ impl SqliteEngine {
         Self::builder().open_in_memory().await
     }
 
-    /// Says how to open a store.
+    /// Starts with default settings.
     pub fn builder() -> Builder {
         Builder { settings: Settings::default(), inline: Vec::new() }
     }
 }
 
 impl Builder {
-    /// What an acknowledged commit survives; [`Durability::PowerLoss`] unless set.
+    /// Which failures an acknowledged commit survives. The default is [`Durability::PowerLoss`].
     pub fn durability(mut self, durability: Durability) -> Self {
         self.settings.durability = durability;
         self
     }
 
-    /// How many connections read at the same time, at least 1; 4 unless set. Each is opened when it is first needed and
-    /// takes two file descriptors; the store itself takes three.
+    /// How many connections can read at the same time, at least 1. The default is 4. Each is opened when it is first
+    /// needed, and takes two file descriptors. The store itself takes three.
     pub fn read_connections(mut self, count: u32) -> Self {
         self.settings.read_connections = count.max(1);
         self
     }
 
-    /// How long to wait for a lock that another process holds, and for a free read connection, before the call ends
-    /// as [`Unavailable`](crate::ErrorKind::Unavailable); 5 seconds unless set, at least 1 millisecond, at most 24 days (what
-    /// SQLite can count).
+    /// How long a call waits for a lock of another process or for a free read connection, before it fails with
+    /// [`Unavailable`](crate::ErrorKind::Unavailable). The default is 5 seconds, the least is 1 millisecond, and the
+    /// most is 24 days, because of SQLite.
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.settings.busy_timeout = countable(timeout);
         self
     }
 
-    /// How long opening may take while another process holds a lock, as when it makes the same store; 10 seconds unless
-    /// set, at least 1 millisecond, at most 24 days. The [`busy_timeout`](Self::busy_timeout) is for the time afterwards.
+    /// How long opening waits for a lock of another process, which may be creating the same store. The default is 10
+    /// seconds, the least is 1 millisecond, and the most is 24 days. Afterwards the
+    /// [`busy_timeout`](Self::busy_timeout) applies.
     pub fn open_timeout(mut self, timeout: Duration) -> Self {
         self.settings.open_timeout = countable(timeout);
         self
     }
 
-    /// How long SQL of your own may take, be it [committed with](SqliteEngine::commit_with) a unit of work or a
-    /// [projection](SqliteEngine::projection)'s, since nobody else writes meanwhile; 5 seconds unless set, at least 1 millisecond.
+    /// How long your own SQL may take in [`commit_with`](SqliteEngine::commit_with) and in a
+    /// [projection](SqliteEngine::projection). Nobody else can write meanwhile. The default is 5 seconds, and the least
+    /// is 1 millisecond.
     pub fn sql_timeout(mut self, timeout: Duration) -> Self {
         self.settings.sql_timeout = timeout.max(Duration::from_millis(1));
         self
     }
 
-    /// Whether a store is made where there is none, which is so unless set; otherwise a missing or empty file is
+    /// Whether to create the store if there is none. The default is `true`. Without it, a missing or empty file is
     /// [`NotAStore`](crate::ErrorKind::NotAStore).
     pub fn create(mut self, create: bool) -> Self {
         self.settings.create = create;
         self
     }
 
-    /// Opens an existing store for reading only: what writes is [`ReadOnly`](crate::ErrorKind::ReadOnly). SQLite
-    /// still needs its files `-wal` and `-shm` beside a store, or leave to make them; see [`immutable`](Self::immutable).
+    /// Opens an existing store for reading only. Calls that write fail with [`ReadOnly`](crate::ErrorKind::ReadOnly).
+    /// SQLite still needs its files `-wal` and `-shm` beside the store, or the right to create them; see
+    /// [`immutable`](Self::immutable).
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.settings.read_only = read_only;
         self
     }
 
-    /// Opens a store that nobody writes as long as it is open: an archive, a file on a read-only mount. It is
-    /// [`read_only`](Self::read_only), takes no lock and needs no file beside it. If the file is written to all the same,
-    /// what is read may be nonsense.
+    /// Opens a store that nobody writes while it is open, such as an archive or a file on a read-only mount. It is
+    /// [`read_only`](Self::read_only), takes no lock and needs no other file. If somebody does write to the file, reads
+    /// may return wrong data.
     ///
-    /// Commits that lie in a write-ahead log beside the file would not be seen, so opening is
-    /// [`NotAStore`](crate::ErrorKind::NotAStore) if there are any: [close](SqliteEngine::close) the store first, or use a
+    /// It does not see commits in a write-ahead log. If there are any, opening fails with
+    /// [`NotAStore`](crate::ErrorKind::NotAStore): [close](SqliteEngine::close) the store first, or use a
     /// [backup](SqliteEngine::backup_to).
     pub fn immutable(mut self, immutable: bool) -> Self {
         self.settings.immutable = immutable;
@@ -117,17 +120,17 @@ impl Builder {
         self
     }
 
-    /// Runs commits and reads on the thread that polls them, instead of handing them to a thread that may block.
+    /// Runs commits and reads on the thread that polls them, and not on a thread that may block.
     ///
-    /// A lone writer is then nearly as fast as SQLite itself. In exchange the executor's thread waits for the disk:
-    /// good for a command line tool or a thread of one's own, bad for a server.
+    /// A single writer is then nearly as fast as SQLite itself, but the executor's thread waits for the disk. That
+    /// suits a command-line tool or a dedicated thread, not a server.
     pub fn commit_on_caller_thread(mut self, on_caller_thread: bool) -> Self {
         self.settings.commit_on_caller_thread = on_caller_thread;
         self
     }
 
-    /// Has tables of your own kept up to date in the transaction of each commit: who reads them finds every event that
-    /// was acknowledged, and no other. The handler is given the new events, in the order of the log.
+    /// Updates your own tables in the transaction of each commit: the events and the rows become visible together. The
+    /// handler gets the new events, in the order of the log.
     ///
     /// ```
     /// # use evercore_sqlite::{Result, SqliteEngine};
@@ -148,28 +151,26 @@ impl Builder {
     /// # Ok(()) }) }
     /// ```
     ///
-    /// Its place in the log is a cursor of this name and version, partition 0 of 1, which is listed with those of
-    /// subscriptions and is not to be run as one. A new name or version begins at the beginning of the log: all there is
-    /// is handled while the store is opened, 1,000 events to a transaction. What another process commits without the
-    /// projection is handled by the next commit here: before it begins, 1,000 events to a transaction and with pauses in
-    /// which others can write, until 1,000 events at most are left for its own transaction. While its cursor is paused,
-    /// retired or removed, it does nothing.
+    /// A cursor in the store, under this name and version, records its progress. It is partition 0 of 1, and is listed
+    /// with those of subscriptions, but must not be run as one. A new name or version starts at the first event:
+    /// opening hands it all events, 1,000 per transaction. Events that other processes commit without the projection
+    /// are handled by the next commit here: 1,000 per transaction, with pauses in which others can write, until at most
+    /// 1,000 are left for the commit's own transaction. While the cursor is paused, retired or removed, the handler is
+    /// not called.
     ///
-    /// To fill the tables anew, pause its cursor, reset it, empty the tables and resume it: what was committed between any
-    /// two of these is then neither missing nor there twice. The next commit that has events does the rest, in the same way,
-    /// and waits for it; for a long log a new version with tables of its own is better, which is filled while the store is
-    /// opened.
-    /// The cursor of a version that no program has any more stays where it is until it is
-    /// [removed](evercore_core::EventStore::remove_subscription).
+    /// To fill the tables again: pause the cursor, reset it, empty the tables, and resume it. No event that is
+    /// committed meanwhile is missed or handled twice. The next commit with events waits until the tables are filled.
+    /// For a long log, use a new version with new tables instead, which opening fills. The cursor of an old version
+    /// stays until you [remove](evercore_core::EventStore::remove_subscription) it.
     ///
-    /// Every commit waits for it, so it should be quick. It is held to what SQL in
-    /// [`commit_with`](crate::SqliteEngine::commit_with) is held to; the [`sql_timeout`](Self::sql_timeout) is for up to
-    /// 1,000 events. It may be given the same events again, after all of its writes were rolled back.
+    /// Every commit waits for the handler, so it must be quick. The rules for the SQL of
+    /// [`commit_with`](crate::SqliteEngine::commit_with) apply to it. It may take [`sql_timeout`](Self::sql_timeout)
+    /// for each 1,000 events. It may get the same events again, after all of its writes were rolled back.
     ///
-    /// If it fails, nothing of the unit of work is written, and the commit is
-    /// [`Rejected`](crate::ErrorKind::Rejected) with the handler's own error as its source; others that were
-    /// committed together with it are not affected. A panic goes on in who committed. The same is true of opening. What
-    /// it cannot handle of that which others committed without it stands in the way of every commit here.
+    /// If it fails, nothing of the unit of work is written, and the commit is [`Rejected`](crate::ErrorKind::Rejected)
+    /// with the handler's error as its source. Other units that were committed together with it are not affected. If it
+    /// panics, the panic continues in the caller. The same is true when it fails while the store is opened. If it fails
+    /// on an event that another process has committed without it, every commit here fails.
     pub fn inline_projection<F>(mut self, name: impl AsRef<str>, version: u32, handle: F) -> Self
     where
         F: Fn(&Connection, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
@@ -181,24 +182,25 @@ impl Builder {
     /// Opens the store in this file.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs, and for an
-    /// [inline projection](Self::inline_projection) that is there twice, has version 0, or would have to write where
-    /// nothing is written; [`InvalidName`](crate::ErrorKind::InvalidName) for one whose name cannot be;
-    /// [`Rejected`](crate::ErrorKind::Rejected) if one fails;
-    /// [`NotAStore`](crate::ErrorKind::NotAStore) for a file that is no store of evercore, damaged, or cut off, and for a
-    /// missing one that is not to be created; [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) for a store made by a newer
-    /// library; [`ReadOnly`](crate::ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](crate::ErrorKind::Unavailable) if
-    /// it stays locked, or if the process has too many files open. A file that is refused was not written to.
+    /// [`Invalid`](crate::ErrorKind::Invalid) for `:memory:`, an empty path and `file:` URIs, and if an [inline
+    /// projection](Self::inline_projection) is there twice, has version 0, or belongs to a read-only store;
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) if its name is not allowed;
+    /// [`Rejected`](crate::ErrorKind::Rejected) if it fails; [`NotAStore`](crate::ErrorKind::NotAStore) if the file is
+    /// damaged, cut off, or not a store of evercore, or if it is missing and must not be created;
+    /// [`SchemaTooNew`](crate::ErrorKind::SchemaTooNew) if a newer library has made the store;
+    /// [`ReadOnly`](crate::ErrorKind::ReadOnly) if it cannot be written; [`Unavailable`](crate::ErrorKind::Unavailable)
+    /// if it stays locked, or if the process has too many files open. A file that is refused is not changed.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<SqliteEngine> {
         let path = path::checked(path.as_ref())?;
         self.open_at(Some(path)).await
     }
 
-    /// Opens a new store in memory, which ends with the engine. It has one connection for all, so tables of your own are
-    /// read there too: in [`commit_with`](SqliteEngine::commit_with) a unit that holds nothing.
+    /// Opens a new store in memory. It is gone when the engine is dropped. It has a single connection, so you can read
+    /// your own tables only in [`commit_with`](SqliteEngine::commit_with), with an empty unit of work.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline projections.
+    /// [`Invalid`](crate::ErrorKind::Invalid) together with `read_only`, and as [`open`](Self::open) for inline
+    /// projections.
     pub async fn open_in_memory(self) -> Result<SqliteEngine> {
         if self.settings.read_only {
             return Err(Error::invalid("a store in memory is new, so it cannot be read-only"));
@@ -217,11 +219,15 @@ impl Builder {
             inline::catch_up_at_open(&store, &inline)?;
             Ok(SqliteEngine::new(store, inline))
         };
-        error::go_on(if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await })
+        error::resume_panic(if settings.commit_on_caller_thread {
+            open()
+        } else {
+            blocking::unblock(open).await
+        })
     }
 }
 
-/// What SQLite can count, in milliseconds.
+/// SQLite counts milliseconds in 32 bits.
 fn countable(timeout: Duration) -> Duration {
     const DAY: Duration = Duration::from_secs(86_400);
     timeout.clamp(Duration::from_millis(1), 24 * DAY)

@@ -1,4 +1,4 @@
-//! The engine: each promise of the trait, handed to the room that keeps it.
+//! The engine: its public calls, and the traits of core.
 
 use std::any::Any;
 use std::fmt;
@@ -15,7 +15,7 @@ use evercore_core::{
 use rusqlite::Connection;
 
 use crate::backup;
-use crate::commit::batch;
+use crate::commit::commands;
 use crate::commit::own_sql::OwnSql;
 use crate::commit::queue::Queue;
 use crate::connection::path;
@@ -30,9 +30,9 @@ use crate::subscription::subscriptions;
 const RESERVE: &str = "
     UPDATE store SET next_aggregate_id = next_aggregate_id + ?1 RETURNING next_aggregate_id - ?1";
 
-/// A store in a SQLite file; cheap to clone, all clones are one engine.
+/// A store in a SQLite file. Cheap to clone; all clones are one engine.
 ///
-/// Several engines, also in several processes, may have the same file open: each commit sees the last.
+/// Several engines, also in several processes, may have the same file open. Each commit sees the one before it.
 #[derive(Clone)]
 pub struct SqliteEngine {
     store: Arc<Store>,
@@ -48,13 +48,13 @@ impl SqliteEngine {
         Self { queue: Arc::new(Queue::new(Arc::clone(&store), inline)), store, reads }
     }
 
-    /// Puts a backup in the place of the store at `path`, and gives the place where the old store is now, if there was
-    /// one: `path` with `.replaced-1`, and so on. To be used instead of copying the backup by hand, which leaves the
-    /// write-ahead log of the old store beside a file that it does not belong to.
+    /// Replaces the store at `path` by a backup. If there was a store, it is kept, and its new path is returned: `path`
+    /// with `.replaced-1`, and so on. Do not copy the backup by hand instead: that leaves the write-ahead log of the
+    /// old store beside a file that it does not belong to.
     ///
-    /// The backup is verified and copied first; then the copy takes the place, by one rename. It may be any file of a
-    /// store that nobody writes to meanwhile. No process may have the store at `path` open: what an engine knows of the
-    /// store would be of the old one.
+    /// The backup is verified and copied first, and one rename puts the copy in place. The backup may be any store file
+    /// that nobody writes meanwhile. No process may have the store at `path` open, because its engine would continue
+    /// with its knowledge of the old store.
     ///
     /// ```
     /// # use evercore_sqlite::{Result, SqliteEngine, StorageEngine};
@@ -71,83 +71,83 @@ impl SqliteEngine {
     /// ```
     ///
     /// # Errors
-    /// [`NotAStore`](ErrorKind::NotAStore) if the backup is none, or damaged, or if `path` is a folder;
-    /// [`Unavailable`](ErrorKind::Unavailable) if another application or process uses the file at `path`, be it a store or
-    /// not; [`Invalid`](ErrorKind::Invalid) if both are one file, also by links, and for what [`open`](Self::open) takes for
-    /// no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder does not
-    /// exist. Then the old store is as it was.
+    /// [`NotAStore`](ErrorKind::NotAStore) if the backup is damaged or not a store, or if `path` is a folder;
+    /// [`Unavailable`](ErrorKind::Unavailable) if another application or process uses the file at `path`;
+    /// [`Invalid`](ErrorKind::Invalid) if both paths lead to the same file, also through links, and for paths that
+    /// [`open`](Self::open) refuses; [`Full`](ErrorKind::Full) if the disk is full; [`Backend`](ErrorKind::Backend) if
+    /// the folder does not exist. After an error the old store is unchanged.
     pub async fn restore_from(backup: impl AsRef<Path>, path: impl AsRef<Path>) -> Result<Option<PathBuf>> {
         let (backup, path) = (path::checked(backup.as_ref())?, path::checked(path.as_ref())?);
         Ok(blocking::unblock(move || backup::restore(&backup, &path)).await?)
     }
 
-    /// The file, with its whole path; `None` for a store in memory.
+    /// The absolute path of the file; `None` for a store in memory.
     pub fn path(&self) -> Option<&Path> {
         self.store.path.as_deref()
     }
 
-    /// The id that this store got when it was made; a copy has the same.
+    /// The id that this store got when it was created. A copy has the same id.
     pub fn store_id(&self) -> &str {
         &self.store.store_id
     }
 
-    /// How large the write-ahead log is. It grows while somebody reads one long transaction.
+    /// The size of the write-ahead log in bytes. It grows while a long read transaction is open.
     pub fn wal_bytes(&self) -> u64 {
         self.store.wal_bytes()
     }
 
-    /// Writes the write-ahead log back into the file and cuts it to nothing. The engine does so by itself when there
-    /// is much of it; this is for a moment of your choice, as before the file is moved.
+    /// Writes the write-ahead log back into the file and empties it. The engine does so by itself when the log is
+    /// large. Call this when you choose the moment, for example before you move the file.
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) if somebody still reads from it when the busy time-out ends.
+    /// [`Unavailable`](ErrorKind::Unavailable) if the log is still being read when the busy time-out ends.
     pub async fn checkpoint(&self) -> Result<()> {
         self.write(|store| {
             if store.truncate_wal(&mut store.lock()?)? {
                 return Ok(());
             }
-            Err(Error::new(ErrorKind::Unavailable, "somebody still reads from the write-ahead log"))
+            Err(Error::new(ErrorKind::Unavailable, "the write-ahead log is still being read, try again"))
         })
         .await
     }
 
-    /// Writes a copy of the store, as of one moment, while the store is in use. The copy is flushed and verified
-    /// before it gets its name, and has the store's permissions. To copy the file by hand is no backup.
+    /// Writes a consistent copy of the store while the store is in use. The copy is flushed and verified before it gets
+    /// its name, and has the permissions of the store. Copying the file by hand does not give a usable backup.
     ///
     /// # Errors
-    /// [`Invalid`](ErrorKind::Invalid) if there is something at `target` already, and for what [`open`](Self::open)
-    /// takes for no path of a file; [`Full`](ErrorKind::Full) if the disk is; [`Backend`](ErrorKind::Backend) if the folder
-    /// does not exist. Then nothing is left at `target`.
+    /// [`Invalid`](ErrorKind::Invalid) if `target` already exists, and for paths that [`open`](Self::open) refuses;
+    /// [`Full`](ErrorKind::Full) if the disk is full; [`Backend`](ErrorKind::Backend) if the folder does not exist.
+    /// After an error nothing is left at `target`.
     pub async fn backup_to(&self, target: impl AsRef<Path>) -> Result<()> {
         let target = path::checked_new(target.as_ref())?;
         self.unblock(move |store| {
-            store.read_apart(|connection| backup::back_up(connection, store.path.as_deref(), &target))
+            store.read_separately(|connection| backup::back_up(connection, store.path.as_deref(), &target))
         })
         .await
     }
 
-    /// Closes the store, for all clones: what is called from now on is [`Closed`](ErrorKind::Closed), reads, commits and
-    /// backups under way come to their end, the write-ahead log is written back, and all connections are closed. Then the
-    /// one file holds everything, unless others have it open.
+    /// Closes the store for all clones. New calls fail with [`Closed`](ErrorKind::Closed). Running reads, commits and
+    /// backups complete, the write-ahead log is written back, and all connections are closed. Then the one file
+    /// contains everything, unless another engine has it open.
     ///
-    /// To drop all clones closes it as well, but nobody is told how that went.
+    /// Dropping all clones closes the store too, but reports no error.
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) if another connection was in the way for the whole busy time-out: the
-    /// engine is closed, but newest commits stay in the write-ahead log beside the file, which belongs to it;
-    /// [`Backend`](ErrorKind::Backend) if the disk failed.
+    /// [`Unavailable`](ErrorKind::Unavailable) if another connection was using the store for the whole busy time-out:
+    /// the engine is closed, but the newest commits are still in the write-ahead log beside the file, so keep both
+    /// together; [`Backend`](ErrorKind::Backend) if the disk failed.
     pub async fn close(&self) -> Result<()> {
         self.queue.end();
         self.unblock(Store::close).await
     }
 
-    /// Commits a unit of work together with SQL of your own, in one transaction: a row of a read model, a message in
-    /// an outbox. All of it is written, or nothing of it.
+    /// Commits a unit of work together with your own SQL in one transaction, for example a row of a read model or a
+    /// message in an outbox. Either all of it is written, or nothing.
     ///
-    /// The SQL runs first, then the unit's checks and writes. It queues for the one writer as every commit does, on a
-    /// thread that may block, and has a transaction and a flush of its own. With a
-    /// [command](UnitOfWork::set_command) it takes effect once: for a command that took effect before, it is
-    /// not run. A unit that holds nothing is fine; that is how a table is made.
+    /// The SQL runs first, and then the unit is checked and written. Like every commit it queues for the one writer,
+    /// but it is not combined with others: it has its own transaction and its own flush. With a
+    /// [command](UnitOfWork::set_command) it takes effect once: if the command took effect before, the SQL does not
+    /// run. The unit may be empty; that is how you create a table.
     ///
     /// ```
     /// # use evercore_sqlite::{Aggregate, EventStore, Json, Result, SqliteEngine};
@@ -177,14 +177,15 @@ impl SqliteEngine {
     /// # Ok(()) }) }
     /// ```
     ///
-    /// While it runs, nobody else writes. A statement that runs past [`sql_timeout`](crate::Builder::sql_timeout) is
-    /// interrupted. Code that blocks or computes between two statements cannot be: the clock is looked at again when
-    /// it returns, and then nothing is written. So it should do nothing but SQL, and must not wait for this store,
-    /// which waits for it.
+    /// While it runs, nobody else can write. A statement that takes longer than
+    /// [`sql_timeout`](crate::Builder::sql_timeout) is interrupted. Code between two statements cannot be interrupted:
+    /// if it takes too long, nothing is written. So do nothing but SQL, and never wait for this store, which waits for
+    /// the SQL.
     ///
-    /// The connection is the engine's: leave its settings and hooks as they are. It enforces foreign keys. The tables
-    /// of evercore may be read, never written; give yours names of their own, with a prefix. COMMIT and ROLLBACK are
-    /// refused, savepoints are fine. A panic writes nothing and goes on in the caller.
+    /// The connection belongs to the engine: do not change its settings and hooks. It enforces foreign keys. You may
+    /// read evercore's tables, but must not write them. Give your own tables names with a prefix. COMMIT and ROLLBACK
+    /// are refused, and savepoints are allowed. If the SQL panics, nothing is written, and the panic continues in the
+    /// caller.
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the SQL's own error as its source, or if it took too long;
@@ -202,16 +203,16 @@ impl SqliteEngine {
         work.commit_by(|batch| self.commit_batch(batch, Some(sql))).await
     }
 
-    /// Where the log ends, if that is past `after`; the file is looked at only if nobody here knows so yet.
-    async fn head_now(&self, after: Position) -> Result<Position> {
-        let seen = self.store.seen();
-        if seen > after {
-            return self.store.check_open().map(|()| seen);
+    /// The head. Reads the file only if the head that this engine knows is not past `after`.
+    async fn head_past(&self, after: Position) -> Result<Position> {
+        let known = self.store.known_head();
+        if known > after {
+            return self.store.check_open().map(|()| known);
         }
         self.read(Store::head).await
     }
 
-    /// Reads where blocking is allowed.
+    /// Reads on a thread that may block.
     pub(crate) fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
@@ -243,7 +244,7 @@ impl SqliteEngine {
         })
     }
 
-    /// Does what is rare and long on a thread that may block.
+    /// Runs rare and long work on a thread that may block.
     async fn unblock<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
@@ -265,15 +266,15 @@ impl SqliteEngine {
             return Err(read_only());
         }
         if self.store.settings.commit_on_caller_thread {
-            return error::go_on(self.queue.commit_here(batch, sql));
+            return error::resume_panic(self.queue.commit_here(batch, sql));
         }
-        // Carried through also if the caller goes away: then only the answer is lost.
+        // The commit completes even if the caller goes away. Then only the answer is lost.
         let answer = self.queue.commit(batch, sql)?;
-        error::go_on(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
+        error::resume_panic(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
     }
 }
 
-/// Shows where the store is and how it was opened, nothing that is in it.
+/// Shows the path and the settings, and nothing of the contents.
 impl fmt::Debug for SqliteEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SqliteEngine")
@@ -303,27 +304,26 @@ impl StorageEngine for SqliteEngine {
 
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>> {
         let id = id.clone();
-        self.read(move |store| store.read(|connection| batch::command(connection, &id)))
+        self.read(move |store| store.read(|connection| commands::find(connection, &id)))
     }
 
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>> {
         let command = command.clone();
-        self.write(move |store| store.write(|connection| batch::settle(connection, &command)))
+        self.write(move |store| store.write(|connection| commands::settle(connection, &command)))
     }
 
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>> {
         Box::pin(async move {
             let (mut forgotten, mut after) = (0, String::new());
             loop {
-                // Each piece takes its turn among the commits.
+                // Each piece queues like a commit, so that commits can run in between.
                 let from = std::mem::take(&mut after);
                 let piece = self.write(move |store| {
-                    store.write(|connection| batch::forget_commands(connection, &from, before))
+                    store.write(|connection| commands::forget(connection, &from, before))
                 });
-                let (count, end) = piece.await?;
-                forgotten += count;
-                let Some(end) = end else { return Ok(forgotten) };
-                after = end;
+                let Some(piece) = piece.await? else { return Ok(forgotten) };
+                forgotten += piece.forgotten;
+                after = piece.end;
             }
         })
     }
@@ -350,7 +350,13 @@ impl StorageEngine for SqliteEngine {
     }
 
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>> {
-        Box::pin(wait::wait(&self.store, after, at_most, move || self.head_now(after), || self.queue.watch()))
+        Box::pin(wait::wait(
+            &self.store,
+            after,
+            at_most,
+            move || self.head_past(after),
+            || self.queue.watch(),
+        ))
     }
 
     fn pause(&self, time: Duration) -> BoxFuture<'_, ()> {
@@ -382,14 +388,14 @@ impl StorageEngine for SqliteEngine {
 impl SubscriptionStorage for SqliteEngine {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         Box::pin(async move {
-            // A claim in vain shall neither wait for the writer nor keep it from others.
+            // A claim that will be refused is refused here, so that it does not occupy the writer.
             if step.is_claim() && !self.store.settings.read_only {
                 let (id, step) = (id.clone(), step.clone());
-                let look = move |connection: &Connection| {
+                let try_step = move |connection: &Connection| {
                     subscriptions::outcome(connection, &id, &step, subscriptions::cursor(connection, &id)?)
                         .map(drop)
                 };
-                self.read(move |store| store.read(look)).await?;
+                self.read(move |store| store.read(try_step)).await?;
             }
             let (id, step) = (id.clone(), step.clone());
             self.write(move |store| store.write(|connection| subscriptions::take(connection, &id, &step)))

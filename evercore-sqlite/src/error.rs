@@ -1,4 +1,4 @@
-//! What SQLite and its helpers can say, and what it means to the caller.
+//! Maps errors of SQLite, the file system and the migrations to evercore's error kinds.
 
 use std::any::Any;
 use std::fmt;
@@ -9,28 +9,28 @@ use std::sync::{Mutex, PoisonError};
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
 
-/// An error from below, before it is named by what the caller can do.
+/// An internal error, before it is mapped to an [`ErrorKind`].
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SqliteError {
-    /// SQLite itself.
+    /// An error of SQLite.
     #[error("SQLite: {0}")]
     Sqlite(#[from] rusqlite::Error),
-    /// SQLite could open no file, since the process or the system has too many open.
+    /// SQLite could not open a file, because the process or the system has too many files open.
     #[error("SQLite: {0}")]
     NoDescriptor(rusqlite::Error),
-    /// What was said of one file.
+    /// An error that names its file.
     #[error("{0}")]
     At(PathBuf, #[source] Box<Self>),
-    /// The file system.
+    /// An error of the file system.
     #[error("file system: {0}")]
     Io(#[from] std::io::Error),
-    /// The migrations.
+    /// An error of a migration.
     #[error("migration: {0}")]
     Migration(#[from] refinery::Error),
     /// A value in the file that evercore cannot have written.
     #[error("damaged: {0}")]
     Damaged(#[from] BoxError),
-    /// The user's SQL in a transaction of ours.
+    /// The user's SQL failed in one of our transactions.
     #[error(transparent)]
     User(#[from] Fault),
     /// Already an error of evercore.
@@ -38,10 +38,12 @@ pub(crate) enum SqliteError {
     Core(#[from] Error),
 }
 
+const NO_VALUE: &str = "the store is damaged: a stored value is not valid";
+
 pub(crate) type Result<T, E = SqliteError> = std::result::Result<T, E>;
 
 impl SqliteError {
-    /// The same error, which names the file.
+    /// Adds the file to the error.
     pub(crate) fn at(self, path: &Path) -> Self {
         match self {
             Self::At(..) => self,
@@ -61,11 +63,9 @@ impl From<SqliteError> for Error {
             SqliteError::Io(source) if is_full(source) => {
                 (ErrorKind::Full, "the disk is full, nothing was written")
             }
-            SqliteError::Io(_) => (ErrorKind::Backend, "the file system refused"),
+            SqliteError::Io(_) => (ErrorKind::Backend, "the file system reported an error"),
             SqliteError::Migration(source) => migration(source),
-            SqliteError::Damaged(_) => {
-                (ErrorKind::NotAStore, "the file has a value that is no value of a store")
-            }
+            SqliteError::Damaged(_) => (ErrorKind::NotAStore, NO_VALUE),
             SqliteError::At(..) | SqliteError::User(_) | SqliteError::Core(_) => (ErrorKind::Backend, ""),
         };
         match error {
@@ -77,23 +77,23 @@ impl From<SqliteError> for Error {
     }
 }
 
-/// What was wrong with the user's SQL.
+/// A failure of the user's SQL.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
-    /// It returned an error of its own, or panicked.
+    /// It returned an error, or panicked.
     #[error("{message}")]
-    Said { message: String, source: BoxError },
+    Failed { message: String, source: BoxError },
     /// It took too long, or ended the transaction.
     #[error(transparent)]
-    Overstepped(Error),
+    BrokeRules(Error),
 }
 
 impl Fault {
-    /// The user's own error, where it is one.
+    /// The user's own error if there is one.
     pub(crate) fn into_source(self) -> BoxError {
         match self {
-            Self::Said { source, .. } => source,
-            Self::Overstepped(error) => error.into(),
+            Self::Failed { source, .. } => source,
+            Self::BrokeRules(error) => error.into(),
         }
     }
 }
@@ -101,23 +101,23 @@ impl Fault {
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Said { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
-            Fault::Overstepped(error) => error,
+            Fault::Failed { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
+            Fault::BrokeRules(error) => error,
         }
     }
 }
 
-/// Lets a panic of the user's SQL, which came this far as an error, go on.
-pub(crate) fn go_on<T>(outcome: Result<T, Error>) -> Result<T, Error> {
+/// Continues a panic of the user's SQL in the caller. Until here it was an error.
+pub(crate) fn resume_panic<T>(outcome: Result<T, Error>) -> Result<T, Error> {
     if let Err(error) = &outcome
         && let Some(panic) = error.cause::<Panicked>()
     {
-        panic.go_on();
+        panic.resume();
     }
     outcome
 }
 
-/// A panic of the user's SQL, on its way back to the user.
+/// A panic of the user's SQL, carried as an error.
 pub(crate) struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
 
 impl Panicked {
@@ -125,8 +125,8 @@ impl Panicked {
         Self(Mutex::new(Some(payload)))
     }
 
-    /// Where the user is: it does so once.
-    pub(crate) fn go_on(&self) {
+    /// Continues the panic, but only once.
+    pub(crate) fn resume(&self) {
         let payload = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = payload {
             resume_unwind(payload);
@@ -148,7 +148,7 @@ impl fmt::Display for Panicked {
 
 impl std::error::Error for Panicked {}
 
-/// Adds a cause to an error, and of its words those that everybody may read.
+/// Adds a source to an error, and the parts of the source's text that cannot contain a stored value.
 pub(crate) trait Because {
     fn because(self, source: impl Into<BoxError>) -> Self;
 }
@@ -156,21 +156,23 @@ pub(crate) trait Because {
 impl Because for Error {
     fn because(self, source: impl Into<BoxError>) -> Self {
         let source = source.into();
-        let told = detail(&*source);
+        let detail = detail(&*source);
         let error = self.with_source(source);
-        told.into_iter().fold(error, Self::with_detail)
+        detail.into_iter().fold(error, Self::with_detail)
     }
 }
 
-/// Of an error and what it comes from, the words that show no value.
+/// The text of an error or of its sources, without stored values.
 fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     let mut next = Some(error);
     while let Some(cause) = next {
         match cause.downcast_ref::<rusqlite::Error>() {
             Some(rusqlite::Error::SqliteFailure(failure, message)) => {
-                return Some(told(*failure, message.as_deref()));
+                return Some(public_text(*failure, message.as_deref()));
             }
-            Some(rusqlite::Error::SqlInputError { error, msg, .. }) => return Some(told(*error, Some(msg))),
+            Some(rusqlite::Error::SqlInputError { error, msg, .. }) => {
+                return Some(public_text(*error, Some(msg)));
+            }
             _ => {}
         }
         if let Some(io) = cause.downcast_ref::<std::io::Error>() {
@@ -184,9 +186,9 @@ fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     None
 }
 
-/// What the result code means, and SQLite's message if that can show no value: the names of a constraint or a table, but
-/// not the text of a statement, nor what a trigger raises.
-fn told(failure: ffi::Error, message: Option<&str>) -> String {
+/// The result code, and SQLite's message if it cannot contain a value. A message may name a constraint or a table. The
+/// text of a statement and the message of a trigger are left out.
+fn public_text(failure: ffi::Error, message: Option<&str>) -> String {
     const RAISED: [i32; 2] = [ffi::SQLITE_CONSTRAINT_TRIGGER, ffi::SQLITE_CONSTRAINT_FUNCTION];
     let is_constraint =
         failure.extended_code & 0xff == ffi::SQLITE_CONSTRAINT && !RAISED.contains(&failure.extended_code);
@@ -196,11 +198,11 @@ fn told(failure: ffi::Error, message: Option<&str>) -> String {
 }
 
 fn at(path: &Path, error: SqliteError) -> Error {
-    let is_told = matches!(error, SqliteError::Core(_));
+    let is_complete = matches!(error, SqliteError::Core(_));
     let error = Error::from(error);
     let named = Error::new(error.kind().clone(), format!("\"{}\": {error}", path.display()));
-    // An error of our own says all there is; the others have a source that says more.
-    if is_told { named } else { named.with_source(error) }
+    // The text of our own error is complete. Other errors have a source with more details.
+    if is_complete { named } else { named.with_source(error) }
 }
 
 /// A value in the file that evercore cannot have written.
@@ -213,7 +215,7 @@ pub(crate) fn closed() -> Error {
     Error::new(ErrorKind::Closed, "the engine is closed, open it again")
 }
 
-/// A commit of which nobody can say whether it lasts.
+/// A commit may have taken effect or not.
 pub(crate) fn outcome_unknown() -> Error {
     Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
 }
@@ -223,7 +225,7 @@ pub(crate) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the store was opened for reading only")
 }
 
-/// SQLite's primary result code, if the error is SQLite's own.
+/// SQLite's primary result code, if the error comes from SQLite.
 pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => Some(failure.extended_code & 0xff),
@@ -232,12 +234,12 @@ pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
     }
 }
 
-/// Whether another connection is in the way, for the moment.
+/// Whether another connection holds a lock.
 pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
     matches!(primary_code(error), Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL))
 }
 
-/// Whether a file could not be opened, for whatever reason.
+/// Whether SQLite could not open a file.
 pub(crate) fn cannot_open(error: &rusqlite::Error) -> bool {
     primary_code(error) == Some(ffi::SQLITE_CANTOPEN)
 }
@@ -256,7 +258,7 @@ pub(crate) fn is_constraint(error: &rusqlite::Error) -> bool {
     primary_code(error) == Some(ffi::SQLITE_CONSTRAINT)
 }
 
-/// By result code alone: messages change from release to release.
+/// Uses only the result code, because messages change between releases.
 fn meaning(error: &rusqlite::Error) -> (ErrorKind, &'static str) {
     match primary_code(error) {
         Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL) => {
@@ -270,11 +272,9 @@ fn meaning(error: &rusqlite::Error) -> (ErrorKind, &'static str) {
         Some(ffi::SQLITE_NOTADB) => (ErrorKind::NotAStore, "the file is not a SQLite database"),
         Some(ffi::SQLITE_IOERR) => (ErrorKind::Backend, "the disk failed"),
         Some(ffi::SQLITE_CONSTRAINT) => (ErrorKind::Backend, "a constraint of the schema was broken"),
-        Some(_) => (ErrorKind::Backend, "SQLite refused"),
-        None if is_conversion(error) => {
-            (ErrorKind::NotAStore, "the file has a value that is no value of a store")
-        }
-        None => (ErrorKind::Backend, "SQLite was asked wrongly"),
+        Some(_) => (ErrorKind::Backend, "SQLite reported an error"),
+        None if is_conversion(error) => (ErrorKind::NotAStore, NO_VALUE),
+        None => (ErrorKind::Backend, "SQLite gave an unexpected result"),
     }
 }
 
@@ -286,7 +286,7 @@ fn is_conversion(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// refinery hides SQLite's error one step down.
+/// refinery wraps SQLite's error.
 fn migration(error: &refinery::Error) -> (ErrorKind, &'static str) {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<rusqlite::Error>());
     source.map_or((ErrorKind::Backend, "the schema could not be migrated"), meaning)

@@ -7,8 +7,8 @@
 #[doc(inline)]
 pub use evercore_core::guide::*;
 
-// The recipes are parts of one program, and a test of that program compares them. By itself none of them compiles, so they
-// are no tests of this crate.
+// The recipes are parts of one program, and a test of that program compares them. They do not compile alone, so they
+// are not tests of this crate.
 #[cfg_attr(not(doctest), doc = include_str!("../docs/cookbook.md"))]
 #[cfg_attr(doctest, doc = "The cookbook.")]
 pub mod cookbook {}

@@ -18,8 +18,8 @@ mod subscription;
 pub use builder::Builder;
 pub use engine::SqliteEngine;
 pub use evercore_core::*;
-/// For SQL of your own, as in [`SqliteEngine::commit_with`]. It is part of this crate's interface: a new minor version of
-/// rusqlite, which may break your SQL code, comes with a new minor version of this crate, and never with a patch.
+/// For your own SQL, as in [`SqliteEngine::commit_with`]. It is part of this crate's interface: a new minor version of
+/// rusqlite may break your code, so it comes only with a new minor version of this crate.
 pub use rusqlite;
 pub use settings::Durability;
 pub use subscription::projection::Projection;

@@ -7,7 +7,7 @@ use crate::error::{Result, damaged};
 
 const LAST_EVENT: &str = "SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1";
 
-/// Where the log ends.
+/// The position and the time of the last event.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LogEnd {
     pub(crate) position: Position,
@@ -25,9 +25,9 @@ impl LogEnd {
         Ok(Self { position, recorded_at: Timestamp::from_micros(recorded_at).map_err(damaged)? })
     }
 
-    /// The end of the log, with the time that the next event gets.
+    /// The same, with the time that the next event gets.
     pub(crate) fn now(connection: &Connection) -> Result<Self> {
-        let head = Self::read(connection)?;
-        Ok(Self { recorded_at: head.recorded_at.max(Timestamp::now()), ..head })
+        let end = Self::read(connection)?;
+        Ok(Self { recorded_at: end.recorded_at.max(Timestamp::now()), ..end })
     }
 }

@@ -1,4 +1,4 @@
-//! Whether a file is a store of ours, and how it becomes one.
+//! Checks whether a file is a store, and migrates it.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -9,7 +9,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, TransactionBehavior};
 
 use crate::connection::open::{self, Role};
-use crate::connection::wal::{self, Alone};
+use crate::connection::wal::{self, WithoutWal};
 use crate::error::{Result, SqliteError, is_busy, primary_code};
 use crate::settings::Settings;
 
@@ -20,83 +20,93 @@ mod embedded {
 /// 'EVCR'.
 const APPLICATION_ID: i64 = 0x4556_4352;
 
-/// The schema version that this library writes; the migrations end with it.
+/// The schema version after all migrations.
 const SCHEMA_VERSION: u32 = 1;
 
-/// What every SQLite database begins with.
+/// The length of the header of a SQLite database.
 pub(crate) const HEADER_BYTES: u64 = 100;
 
-/// Where the migrations are noted that were applied.
+/// The table that records which migrations were applied.
 const HISTORY: &str = "evercore_schema_history";
 
-/// While another process writes its log back, the file alone may be of no one moment: then it is looked at again.
+/// While another process writes its log back, the file may be inconsistent for this long. It is inspected again.
 const LONGEST_CHECKPOINT: Duration = Duration::from_secs(1);
 
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What a file is before it is opened for use.
+/// The contents of a file, before it is opened for use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Identity {
-    /// A store, of this schema version.
+    /// A store with this schema version.
     Store(u32),
-    /// A database with nothing in it, or the beginnings of a store that another process is making.
+    /// An empty database, or a store that another process has begun to create.
     Empty,
 }
 
-/// Looks at a file without writing to it.
+/// Inspects a file without writing to it.
 pub(crate) fn identify(path: &Path, settings: &Settings) -> Result<Identity> {
     if settings.immutable {
         if wal::bytes(path) > 0 {
             let message =
-                "an immutable store has no write-ahead log, but there is one: close the store first";
+                "an immutable store must not have a write-ahead log, but this one has: close the store first";
             return Err(not_a_store(message));
         }
-        return Ok(look(path, Role::Archive, settings, None)?.0);
+        return Ok(inspect(path, Role::Immutable, settings, None)?.identity);
     }
     let until = Instant::now() + LONGEST_CHECKPOINT.min(settings.open_timeout);
     loop {
-        let alone = (wal::bytes(path) > 0).then(|| Alone::read(path));
-        let looked = match look(path, Role::Reader, settings, alone.as_ref()) {
-            // Left there by a crash, so that even reading it means mending it first.
+        let without_wal = (wal::bytes(path) > 0).then(|| WithoutWal::read(path));
+        let inspected = match inspect(path, Role::Reader, settings, without_wal.as_ref()) {
+            // After a crash SQLite must repair the file before it can be read.
             Err(SqliteError::Sqlite(error))
                 if primary_code(&error) == Some(rusqlite::ffi::SQLITE_READONLY) && !settings.read_only =>
             {
-                look(path, Role::Writer, settings, alone.as_ref())
+                inspect(path, Role::Writer, settings, without_wal.as_ref())
             }
-            looked => looked,
+            inspected => inspected,
         };
-        match looked? {
-            (identity, true) => return Ok(identity),
-            (_, false) if Instant::now() < until => std::thread::sleep(PAUSE),
-            (_, false) => return Err(foreign_wal(path)),
+        match inspected? {
+            Inspection { identity, owns_wal: true } => return Ok(identity),
+            _ if Instant::now() < until => std::thread::sleep(PAUSE),
+            _ => return Err(foreign_wal(path)),
         }
     }
 }
 
 pub(crate) fn foreign_wal(path: &Path) -> SqliteError {
     not_a_store(format!(
-        "the write-ahead log \"{}\" belongs to another file than the one beside it: was a copy put in the place of a \
-         store? put the old file back, or restore with \"SqliteEngine::restore_from\"",
+        "the write-ahead log \"{}\" belongs to another file than the one beside it: if you have replaced a store by a \
+         copy, put the old file back, or restore with \"SqliteEngine::restore_from\"",
         wal::path_of(path).display()
     ))
 }
 
-/// What the file is, and whether its write-ahead log is its own. All looks at one moment: another process may be making
-/// the store.
-fn look(path: &Path, role: Role, settings: &Settings, alone: Option<&Alone>) -> Result<(Identity, bool)> {
+struct Inspection {
+    identity: Identity,
+    /// Whether the write-ahead log beside the file belongs to it.
+    owns_wal: bool,
+}
+
+/// Inspects a file in one transaction, because another process may be creating the store.
+fn inspect(
+    path: &Path,
+    role: Role,
+    settings: &Settings,
+    without_wal: Option<&WithoutWal>,
+) -> Result<Inspection> {
     let connection = open::open(path, role, false, settings.open_timeout)?;
-    // Whatever is found, closing this connection leaves the write-ahead log where it is.
+    // Closing this connection must not change the write-ahead log.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    let looked = (|| {
+    let inspected = (|| {
         connection.execute_batch("BEGIN")?;
         let identity = identity(&connection, path)?;
-        let is_own = match (identity, alone) {
-            (Identity::Store(_), Some(alone)) => alone.belongs_to(&connection)?,
+        let owns_wal = match (identity, without_wal) {
+            (Identity::Store(_), Some(without_wal)) => without_wal.belongs_to(&connection)?,
             _ => true,
         };
-        Ok((identity, is_own))
+        Ok(Inspection { identity, owns_wal })
     })();
-    looked.map_err(|error| open::explain(error, path))
+    inspected.map_err(|error| open::explain(error, path))
 }
 
 fn identity(connection: &Connection, path: &Path) -> Result<Identity> {
@@ -116,8 +126,7 @@ fn identity(connection: &Connection, path: &Path) -> Result<Identity> {
     }
 }
 
-/// The version of the schema, as it stands in the table `store`: a dump that is read in again keeps that, and loses what
-/// stands in the header of the file.
+/// The schema version in the table `store`. It is not in the header of the file, because a dump loses the header.
 fn schema_version(connection: &Connection) -> Result<Option<u32>> {
     let columns =
         "SELECT count(*) FROM pragma_table_info('store') WHERE name IN ('store_id', 'schema_version')";
@@ -128,14 +137,14 @@ fn schema_version(connection: &Connection) -> Result<Option<u32>> {
     Ok(Some(u32::try_from(version).unwrap_or(u32::MAX)))
 }
 
-/// Nothing is in it, or the beginnings of a store.
+/// The database is empty, or the creation of a store has begun.
 fn is_unused(connection: &Connection) -> Result<bool> {
     let things = "SELECT count(*) FROM sqlite_schema WHERE tbl_name <> ?1";
     Ok(connection.query_row(things, [HISTORY], |row| row.get::<_, i64>(0))? == 0)
 }
 
-/// SQLite finds a file that lost whole pages, this one that lost a part of its last page. With a WAL the file may be
-/// shorter than the database.
+/// Finds a file that has lost a part of its last page. SQLite itself finds a file that has lost whole pages. With a WAL
+/// the file may be shorter than the database.
 fn check_length(connection: &Connection, path: &Path) -> Result<()> {
     let has_wal = wal::bytes(path) > 0;
     let pages = pragma(connection, "page_count")?;
@@ -155,30 +164,30 @@ pub(crate) fn not_a_store(message: impl Into<String>) -> SqliteError {
     Error::new(ErrorKind::NotAStore, message).into()
 }
 
-/// Brings the file to WAL mode and to the newest schema, also when several processes try at once.
-pub(crate) fn migrate(connection: &mut Connection, path: Option<&Path>, patience: Duration) -> Result<()> {
-    let until = Instant::now() + patience;
+/// Switches the file to WAL mode and to the newest schema. Several processes may do this at the same time.
+pub(crate) fn migrate(connection: &mut Connection, path: Option<&Path>, timeout: Duration) -> Result<()> {
+    let until = Instant::now() + timeout;
     if is_current(connection)? {
         repeat(until, || begin_use(connection))?;
         return switch_to_wal(connection, path, until);
     }
-    // Held until the end; where the system has no such lock the repetition below does alone.
+    // Held until the end. If the system has no such lock, repeating is enough.
     let _folder = path.and_then(|path| lock_folder(path, until));
     switch_to_wal(connection, path, until)?;
-    // refinery reads what was applied before it writes.
+    // refinery first reads which migrations were applied, and then writes.
     connection.set_transaction_behavior(TransactionBehavior::Immediate);
     let migrated = repeat(until, || {
         if is_current(connection)? {
             return Ok(());
         }
         let mut runner = embedded::migrations::runner();
-        // Its own name for the table is left to the application.
+        // The application may use refinery's default name for its own migrations.
         runner.set_migration_table_name(HISTORY);
-        // Grouped: a migration and the note that it was applied are one transaction.
+        // Grouped: a migration and its record are one transaction.
         runner.set_grouped(true).run(connection)?;
         Ok(())
     });
-    // Another process may have been faster by a moment; what counts is what is there now.
+    // Another process may have migrated the store meanwhile. Only the result matters.
     if is_current(connection)? { Ok(()) } else { migrated.and_then(|()| Err(not_current())) }
 }
 
@@ -186,8 +195,8 @@ fn is_current(connection: &Connection) -> Result<bool> {
     Ok(schema_version(connection)? == Some(SCHEMA_VERSION))
 }
 
-/// A backup that is written to is one no more, and is told so before it gets a write-ahead log. What was read in from a
-/// dump gets its mark back.
+/// Removes the mark of a backup before the file gets a write-ahead log: it will be written, so it is no backup any
+/// more. A store that was restored from a dump gets its application id back.
 fn begin_use(connection: &Connection) -> Result<()> {
     if connection.query_row("SELECT is_backup FROM store", [], |row| row.get(0))? {
         connection.execute_batch("UPDATE store SET is_backup = 0; PRAGMA wal_checkpoint(TRUNCATE)")?;
@@ -199,7 +208,7 @@ fn begin_use(connection: &Connection) -> Result<()> {
 }
 
 fn not_current() -> SqliteError {
-    not_a_store("the schema did not reach its newest version")
+    not_a_store("the migrations did not bring the schema to its newest version")
 }
 
 fn switch_to_wal(connection: &Connection, path: Option<&Path>, until: Instant) -> Result<()> {
@@ -210,12 +219,12 @@ fn switch_to_wal(connection: &Connection, path: Option<&Path>, until: Instant) -
         if mode.eq_ignore_ascii_case("wal") {
             return Ok(());
         }
-        let message = format!("the file stays in journal mode \"{mode}\", a store needs \"wal\"");
+        let message = format!("the file is in journal mode \"{mode}\", but a store needs \"wal\"");
         Err(Error::new(ErrorKind::Backend, message).into())
     })
 }
 
-/// SQLite does not wait by itself where waiting could be for ever, as when two connections change the journal mode.
+/// SQLite does not wait if that could be a deadlock, for example if two connections change the journal mode.
 fn repeat(until: Instant, mut work: impl FnMut() -> Result<()>) -> Result<()> {
     loop {
         match work() {
@@ -233,8 +242,8 @@ fn is_worth_repeating(error: &SqliteError) -> bool {
     }
 }
 
-/// A lock that processes share while they make a store: on the folder, never on the file itself, since closing a
-/// second handle to it would drop the locks that SQLite holds.
+/// A lock for creating a store. It is on the folder, because closing a second handle to the file would drop SQLite's
+/// locks.
 pub(crate) fn lock_folder(path: &Path, until: Instant) -> Option<File> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = File::open(folder).ok()?;

@@ -1,4 +1,4 @@
-//! Type names and the numbers they have in the file: an interner that remembers only what has committed.
+//! Type names and their ids in the file. The cache contains only names that are committed.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -12,15 +12,15 @@ const AGGREGATE_TYPE_BY_ID: &str = "SELECT name FROM aggregate_types WHERE id = 
 const EVENT_TYPE_BY_NAME: &str = "SELECT id FROM event_types WHERE aggregate_type_id = ?1 AND name = ?2";
 const INSERT_AGGREGATE_TYPE: &str = "INSERT INTO aggregate_types (name) VALUES (?1)";
 const INSERT_EVENT_TYPE: &str = "INSERT INTO event_types (aggregate_type_id, name) VALUES (?1, ?2)";
-/// One statement, so that what it gives is of one moment: a table that is complete up to a number has all below it.
+/// Reads everything in one statement, so that it is consistent: if the table has an id, it has all smaller ones too.
 const ALL_NAMES: &str = "SELECT a.id, a.name, e.id, e.name
     FROM aggregate_types a LEFT JOIN event_types e ON e.aggregate_type_id = a.id";
 const LAST_EVENT_TYPE: &str = "SELECT coalesce(max(id), 0) FROM event_types";
 
-/// No store has this many names; a file that says otherwise is damaged, and must not fill the memory.
-const MOST_NAMES: u32 = 1 << 24;
+/// The largest id of a name. A larger one means a damaged file, and must not fill the memory.
+const MAX_TYPE_ID: u32 = 1 << 24;
 
-/// The names known by now. A reader takes the table as it is and keeps it while it reads.
+/// The names known now. A reader takes the current table and keeps it while it reads.
 #[derive(Debug, Default)]
 pub(crate) struct Names(RwLock<Arc<NameTable>>);
 
@@ -29,12 +29,12 @@ impl Names {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The same names for a reader of its own, who may learn what has not committed.
+    /// A copy for a transaction, which may learn names that are not committed yet.
     pub(crate) fn copy(&self) -> Self {
         Self(RwLock::new(self.table()))
     }
 
-    /// Takes in what a transaction found or made; to be called after it has committed.
+    /// Adds the names that a transaction found or registered. Call it after the transaction has committed.
     pub(crate) fn learn(&self, committed: NameTable) {
         if committed.is_empty() {
             return;
@@ -43,26 +43,26 @@ impl Names {
         Arc::make_mut(&mut table).add(committed);
     }
 
-    /// Reads all names there are; the connection must not be inside a transaction that writes.
+    /// Reads all names. Do not call it inside a transaction that writes.
     pub(crate) fn reload(&self, connection: &Connection) -> Result<Arc<NameTable>> {
         let mut fresh = read(connection)?;
         let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if fresh.complete_to() >= table.complete_to() {
-            // Keep the memory that pages know already, so that equal names stay the same memory.
+            // Keeps the allocations of known names, because pages compare names by their address first.
             fresh.add(NameTable::clone(&table));
             *table = Arc::new(fresh);
         }
         Ok(Arc::clone(&table))
     }
 
-    /// A table in which no name that has committed is missing.
+    /// A table with all names that are committed.
     pub(crate) fn complete(&self, connection: &Connection) -> Result<Arc<NameTable>> {
         let table = self.table();
         let last: u32 = connection.prepare_cached(LAST_EVENT_TYPE)?.query_row([], |row| row.get(0))?;
         if table.complete_to() == last { Ok(table) } else { self.reload(connection) }
     }
 
-    /// The number of this aggregate type, if it is registered.
+    /// The id of this aggregate type, if it is registered.
     pub(crate) fn aggregate_type_id(
         &self,
         connection: &Connection,
@@ -74,7 +74,7 @@ impl Names {
         }
     }
 
-    /// The aggregate type that has this number in the file.
+    /// The aggregate type with this id in the file.
     pub(crate) fn aggregate_type(&self, connection: &Connection, id: u32) -> Result<AggregateType> {
         if let Some(name) = self.table().aggregate_type(id) {
             return Ok(name.clone());
@@ -83,47 +83,47 @@ impl Names {
         table
             .aggregate_type(id)
             .cloned()
-            .ok_or_else(|| damaged(format!("an aggregate has the unknown type {id}")))
+            .ok_or_else(|| damaged(format!("an aggregate has the unknown type id {id}")))
     }
 
-    /// All names, ordered.
+    /// All names in order.
     pub(crate) fn list(&self, connection: &Connection) -> Result<Vec<KnownType>> {
         Ok(self.reload(connection)?.list())
     }
 }
 
-/// All names there are, as of one moment.
+/// Reads all names.
 fn read(connection: &Connection) -> Result<NameTable> {
     let mut table = NameTable::new();
     let mut statement = connection.prepare_cached(ALL_NAMES)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        let of = checked(row.get(0)?)?;
-        if table.aggregate_type(of).is_none() {
+        let aggregate_type_id = type_id(row.get(0)?)?;
+        if table.aggregate_type(aggregate_type_id).is_none() {
             let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
-            table.set_aggregate_type(of, &name);
+            table.set_aggregate_type(aggregate_type_id, &name);
         }
-        let Some(number) = row.get::<_, Option<i64>>(2)?.map(checked).transpose()? else { continue };
+        let Some(event_type_id) = row.get::<_, Option<i64>>(2)?.map(type_id).transpose()? else { continue };
         let name = EventType::new(row.get_ref(3)?.as_str().map_err(damaged)?).map_err(damaged)?;
-        let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
-        table.set_event_type(number, &aggregate_type, &name);
+        let Some(aggregate_type) = table.aggregate_type(aggregate_type_id).cloned() else { continue };
+        table.set_event_type(event_type_id, &aggregate_type, &name);
     }
     table.mark_complete();
     Ok(table)
 }
 
-/// A number that the file gave to a name.
-fn checked(id: i64) -> Result<u32> {
-    let number = u32::try_from(id).ok().filter(|number| (1..MOST_NAMES).contains(number));
-    number.ok_or_else(|| damaged(format!("a name has the number {id}")))
+/// Checks an id from the file.
+fn type_id(stored: i64) -> Result<u32> {
+    let id = u32::try_from(stored).ok().filter(|id| (1..MAX_TYPE_ID).contains(id));
+    id.ok_or_else(|| damaged(format!("the type id {stored} is out of range")))
 }
 
-/// The names that one writing transaction looks up and registers; thrown away if it is rolled back.
+/// The names that a transaction looks up and registers. If it is rolled back, they are dropped.
 #[derive(Debug)]
 pub(crate) struct Registrar<'a> {
     connection: &'a Connection,
     known: Arc<NameTable>,
-    /// Found or made in this transaction, not in `known`.
+    /// Found or registered in this transaction, and not in `known`.
     fresh: NameTable,
 }
 
@@ -132,11 +132,12 @@ impl<'a> Registrar<'a> {
         Self { connection, known: names.table(), fresh: NameTable::new() }
     }
 
-    /// What is to be learned once the transaction has committed.
+    /// The names to [learn](Names::learn) after the transaction has committed.
     pub(crate) fn into_fresh(self) -> NameTable {
         self.fresh
     }
 
+    /// The id of this aggregate type, if it is registered.
     pub(crate) fn find(&mut self, name: &AggregateType) -> Result<Option<u32>> {
         if let Some(id) =
             self.known.aggregate_type_number(name).or_else(|| self.fresh.aggregate_type_number(name))
@@ -155,19 +156,21 @@ impl<'a> Registrar<'a> {
         let mut statement = self.connection.prepare_cached(AGGREGATE_TYPE_BY_ID)?;
         let name: String = statement.query_row([id], |row| row.get(0))?;
         let name = AggregateType::new(name).map_err(damaged)?;
-        self.fresh.set_aggregate_type(checked(i64::from(id))?, &name);
+        self.fresh.set_aggregate_type(type_id(i64::from(id))?, &name);
         Ok(name)
     }
 
+    /// The id of this aggregate type, which is registered if it is new.
     pub(crate) fn aggregate_type(&mut self, name: &AggregateType) -> Result<u32> {
         if let Some(id) = self.find(name)? {
             return Ok(id);
         }
-        let id = checked(self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?)?;
+        let id = type_id(self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?)?;
         self.fresh.set_aggregate_type(id, name);
         Ok(id)
     }
 
+    /// Registers all of these names.
     pub(crate) fn all(&mut self, types: &[KnownType]) -> Result<()> {
         for known in types {
             self.aggregate_type(&known.aggregate_type)?;
@@ -178,19 +181,20 @@ impl<'a> Registrar<'a> {
         Ok(())
     }
 
+    /// The id of this event type, which is registered if it is new.
     pub(crate) fn event_type(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<u32> {
         let known = self.known.event_type_number(aggregate_type, name);
         if let Some(id) = known.or_else(|| self.fresh.event_type_number(aggregate_type, name)) {
             return Ok(id);
         }
         let aggregate_type_id = self.aggregate_type(aggregate_type)?;
-        // The entry below needs its aggregate type beside it, also one that was known before.
+        // An event type can be added only to a table that has its aggregate type.
         self.fresh.set_aggregate_type(aggregate_type_id, aggregate_type);
         let key = (aggregate_type_id, name.as_str());
         let found = self.connection.prepare_cached(EVENT_TYPE_BY_NAME)?.query_row(key, |row| row.get(0));
         let id = match found.optional()? {
             Some(id) => id,
-            None => checked(self.connection.prepare_cached(INSERT_EVENT_TYPE)?.insert(key)?)?,
+            None => type_id(self.connection.prepare_cached(INSERT_EVENT_TYPE)?.insert(key)?)?,
         };
         self.fresh.set_event_type(id, aggregate_type, name);
         Ok(id)
@@ -213,9 +217,9 @@ mod tests {
         connection
     }
 
-    /// Numbers are given one after the other, so a table of one moment has as many event types as its last number says.
+    /// Ids are given one after another, so a consistent table has as many event types as its last id says.
     #[test]
-    fn a_table_that_is_read_while_names_come_is_of_one_moment() {
+    fn a_table_that_is_read_while_names_are_registered_is_consistent() {
         for _ in 0..10 {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("store.db");
@@ -236,7 +240,7 @@ mod tests {
         }
     }
 
-    /// A new aggregate type with an event type, and behind it one more for the first.
+    /// Adds an aggregate type with an event type, and then another event type to the first aggregate type.
     fn add_names(connection: &Connection, n: i64) {
         let names = format!(
             "BEGIN; INSERT INTO aggregate_types (name) VALUES ('a{n}');

@@ -2,19 +2,19 @@
 
 use std::time::Duration;
 
-/// What an acknowledged commit survives.
+/// Which failures an acknowledged commit survives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Durability {
     /// A power cut and a crash of the operating system: each commit is flushed to the disk (`synchronous=FULL`).
     #[default]
     PowerLoss,
-    /// A crash of the process only; a power cut may take the last commits, never half of one
+    /// A crash of the process only. A power cut may lose the last commits, but never a part of one
     /// (`synchronous=NORMAL`).
     ProcessCrash,
 }
 
 impl Durability {
-    /// SQLite's number for it.
+    /// The value of `PRAGMA synchronous`.
     pub(crate) const fn synchronous(self) -> i64 {
         match self {
             Self::PowerLoss => 2,

@@ -1,4 +1,4 @@
-//! An open store: its one writer, its readers, and the end of both.
+//! An open store: its one writer, its read connections, its type names, and how it is closed.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
@@ -19,11 +19,11 @@ use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
 use crate::settings::Settings;
 
-/// A WAL that has grown past this is written back and cut as soon as nobody reads from it.
+/// A larger WAL is written back and emptied as soon as nobody reads from it.
 const LARGE_WAL: u64 = 16 * 1024 * 1024;
 
-/// After how many written events the WAL's length is looked at.
-const EVENTS_PER_LOOK: usize = 1_000;
+/// How many events are written between two checks of the WAL's length.
+const EVENTS_PER_WAL_CHECK: usize = 1_000;
 
 const OPEN: u8 = 0;
 const CLOSED: u8 = 1;
@@ -35,24 +35,24 @@ pub(crate) struct Store {
     pub(crate) store_id: String,
     pub(crate) identity: StoreId,
     pub(crate) names: Names,
-    /// Rung after each flight that wrote events.
+    /// Notified after each transaction that wrote events, and when the store is closed.
     pub(crate) committed: Event,
-    /// The last position that this engine knows of.
+    /// The last position that this engine knows.
     head: AtomicI64,
     state: AtomicU8,
-    /// Before the writer, and so dropped before it: who closes last tidies the WAL away, and only a writer can.
-    /// None for a store in memory, where the writer reads.
+    /// Declared before the writer, and so dropped before it: the last connection removes the WAL, and only a writer
+    /// can. `None` for a store in memory, where the writer reads.
     readers: Option<Readers>,
-    /// Held by the next in line for the writer, so that one who comes back at once, as the leader of flights does, gets in
-    /// behind who has waited: a mutex alone would let it in again and again.
+    /// Held by the next thread that gets the writer. A thread that locks the writer again at once, as the queue's does,
+    /// then comes after a thread that has waited. A mutex alone could let it in each time.
     next: Mutex<()>,
     writer: Mutex<Option<Writer>>,
 }
 
-/// The one connection that writes; in memory the one connection there is.
+/// The one connection that writes. In memory it is the only connection.
 pub(crate) struct Writer {
     pub(crate) connection: Connection,
-    events_since_look: usize,
+    events_since_wal_check: usize,
 }
 
 impl Store {
@@ -74,17 +74,17 @@ impl Store {
             state: AtomicU8::new(OPEN),
             readers,
             next: Mutex::default(),
-            writer: Mutex::new(writer.map(|connection| Writer { connection, events_since_look: 0 })),
+            writer: Mutex::new(writer.map(|connection| Writer { connection, events_since_wal_check: 0 })),
         };
-        store.store_id = store.ask(|connection| {
+        store.store_id = store.read_on_writer(|connection| {
             Ok(connection.query_row("SELECT store_id FROM store", [], |row| row.get(0))?)
         })?;
         store.identity = StoreId::of(&store.store_id);
-        let head = store.ask(|connection| {
+        let head = store.read_on_writer(|connection| {
             store.names.reload(connection)?;
             Ok(LogEnd::read(connection)?.position)
         })?;
-        store.saw(head);
+        store.note_head(head);
         Ok(store)
     }
 
@@ -92,51 +92,52 @@ impl Store {
         match self.state.load(Ordering::Acquire) {
             OPEN => Ok(()),
             FAILED => {
-                let message = "the engine closed itself after the disk failed in a commit, open it again";
+                let message =
+                    "the engine has closed itself because the disk failed during a commit, open it again";
                 Err(Error::new(ErrorKind::Closed, message))
             }
             _ => Err(closed()),
         }
     }
 
-    /// Reads on one of the read connections, or on the only connection there is.
+    /// Reads on one of the read connections, or in memory on the only connection.
     pub(crate) fn read<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         self.check_open()?;
         match &self.readers {
-            Some(readers) => Ok(readers.with(work)?),
+            Some(readers) => Ok(readers.read(work)?),
             None => Ok(work(&self.lock()?.get()?.connection)?),
         }
     }
 
-    /// Reads for long: on a connection of its own.
-    pub(crate) fn read_apart<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+    /// Reads on a separate connection. For long work.
+    pub(crate) fn read_separately<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         self.check_open()?;
         match &self.readers {
-            Some(readers) => Ok(readers.apart(work)?),
+            Some(readers) => Ok(readers.read_separately(work)?),
             None => self.read(work),
         }
     }
 
-    /// Reads something small on the writer, if there is one, so that no other connection is opened for it.
-    pub(crate) fn ask<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
+    /// Reads a small thing on the writer if there is one, so that no other connection is opened for it.
+    pub(crate) fn read_on_writer<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         if self.settings.read_only {
             return self.read(work);
         }
         Ok(work(&self.lock()?.get()?.connection)?)
     }
 
-    /// Looks for what other processes have committed, and rings the bell for it.
+    /// Reads the head, because other processes may have committed, and wakes waiters if it is new.
     pub(crate) fn refresh_head(&self) {
         if self.path.is_none() {
             return;
         }
-        // What is wrong is told to those who look for themselves when their time is over.
-        let Ok(head) = self.ask(LogEnd::read) else { return };
-        self.saw(head.position);
+        // Waiters read the head themselves at the end of their time, and report the error.
+        let Ok(head) = self.read_on_writer(LogEnd::read) else { return };
+        self.note_head(head.position);
     }
 
-    /// The writer, once whoever has it is done.
-    pub(crate) fn lock(&self) -> Result<Locked<'_>> {
+    /// Waits for the writer.
+    pub(crate) fn lock(&self) -> Result<LockedWriter<'_>> {
         if self.settings.read_only {
             return Err(error::read_only());
         }
@@ -146,25 +147,25 @@ impl Store {
         let writer = match writer {
             Ok(writer) => writer,
             Err(poisoned) => {
-                // A panic in mid-transaction: dropping the connection rolls it back and frees the file for others.
-                self.fail(&mut Locked(poisoned.into_inner()));
+                // A panic during a transaction. Dropping the connection rolls it back and unlocks the file.
+                self.fail(&mut LockedWriter(poisoned.into_inner()));
                 self.writer.clear_poison();
                 return Err(closed());
             }
         };
         self.check_open()?;
-        Ok(Locked(writer))
+        Ok(LockedWriter(writer))
     }
 
-    /// Writes in a transaction of its own.
+    /// Writes in one transaction.
     pub(crate) fn write<T>(&self, work: impl FnOnce(&Connection) -> error::Result<T>) -> Result<T> {
         let mut writer = self.lock()?;
         let outcome = transaction::write(&writer.get()?.connection, work);
-        outcome.map_err(|failure| self.told(&mut writer, failure))
+        outcome.map_err(|failure| self.to_error(&mut writer, failure))
     }
 
-    /// What to tell the one whose transaction it was.
-    pub(crate) fn told(&self, writer: &mut Locked<'_>, failure: Failure) -> Error {
+    /// The error for the caller whose transaction failed. Closes the engine if the disk failed.
+    pub(crate) fn to_error(&self, writer: &mut LockedWriter<'_>, failure: Failure) -> Error {
         match failure {
             Failure::RolledBack(error) => error.into(),
             Failure::Unknown => {
@@ -174,9 +175,9 @@ impl Store {
         }
     }
 
-    /// Closes the engine after a failed flush. What SQLite has in memory and what is on the disk may differ from now
-    /// on, and a flush that is tried again may succeed without having written: only opening anew tells.
-    pub(crate) fn fail(&self, writer: &mut Locked<'_>) {
+    /// Closes the engine after a failed flush. SQLite's memory and the disk may now differ, and another flush may
+    /// succeed without writing the data. Only opening the store again shows its state.
+    pub(crate) fn fail(&self, writer: &mut LockedWriter<'_>) {
         self.state.store(FAILED, Ordering::Release);
         if let Some(readers) = &self.readers {
             readers.abandon();
@@ -185,8 +186,8 @@ impl Store {
         self.committed.notify(usize::MAX);
     }
 
-    /// Refuses what is new, waits for what is under way, writes the WAL back and closes all connections, the writer
-    /// last: only a writer can tidy the WAL away.
+    /// Refuses new calls, waits for running ones, writes the WAL back and closes all connections. The writer is the
+    /// last, because only a writer can remove the WAL.
     pub(crate) fn close(&self) -> Result<()> {
         let _ = self.state.compare_exchange(OPEN, CLOSED, Ordering::AcqRel, Ordering::Acquire);
         self.committed.notify(usize::MAX);
@@ -195,7 +196,7 @@ impl Store {
             readers.close();
         }
         let Some(writer) = writer.take() else { return Ok(()) };
-        // A panic may have left it in a transaction, and then the log would not be written back.
+        // A panic may have left a transaction open, and then the WAL could not be written back.
         transaction::roll_back(&writer.connection);
         let has_written_back = match &self.path {
             Some(_) => truncate_wal(&writer.connection).map_err(SqliteError::from),
@@ -209,30 +210,31 @@ impl Store {
         Err(Error::new(
             ErrorKind::Unavailable,
             format!(
-                "the engine is closed, but others use the store, so newest commits stay in \"{}\": keep it with the file",
+                "the engine is closed, but another connection uses the store, so the newest commits are still in \"{}\": \
+                 keep it with the file",
                 wal.display()
             ),
         ))
     }
 
-    /// Where the log ends.
+    /// The position of the last event.
     pub(crate) fn head(&self) -> Result<Position> {
         let head = self.read(LogEnd::read)?.position;
-        Ok(self.saw(head))
+        Ok(self.note_head(head))
     }
 
-    /// Notes where the log ends; gives the furthest end that was seen by now.
-    pub(crate) fn saw(&self, head: Position) -> Position {
+    /// Notes a head. Returns the furthest one that is known now.
+    pub(crate) fn note_head(&self, head: Position) -> Position {
         let before = self.head.fetch_max(head.get(), Ordering::AcqRel);
-        // Whoever is the first to see the new end tells the others: nobody else will find it new.
+        // The first thread that sees a new head wakes the waiters: to all others it is not new.
         if before < head.get() {
             self.committed.notify(usize::MAX);
         }
         Position::new(before).unwrap_or_default().max(head)
     }
 
-    /// The end of the log as this engine knows it, without a look at the file.
-    pub(crate) fn seen(&self) -> Position {
+    /// The head that this engine knows, without reading the file.
+    pub(crate) fn known_head(&self) -> Position {
         Position::new(self.head.load(Ordering::Acquire)).unwrap_or_default()
     }
 
@@ -240,14 +242,14 @@ impl Store {
         self.path.as_deref().map_or(0, wal::bytes)
     }
 
-    /// Writes a large WAL back, unless somebody reads from it: then it is for a later flight.
-    pub(crate) fn tidy(&self, writer: &mut Locked<'_>, events: usize) -> Result<()> {
+    /// Writes a large WAL back, unless somebody reads from it. A later flight tries again.
+    pub(crate) fn tidy(&self, writer: &mut LockedWriter<'_>, events: usize) -> Result<()> {
         let state = writer.get()?;
-        state.events_since_look += events;
-        if state.events_since_look < EVENTS_PER_LOOK {
+        state.events_since_wal_check += events;
+        if state.events_since_wal_check < EVENTS_PER_WAL_CHECK {
             return Ok(());
         }
-        state.events_since_look = 0;
+        state.events_since_wal_check = 0;
         if self.wal_bytes() < LARGE_WAL {
             return Ok(());
         }
@@ -258,8 +260,8 @@ impl Store {
         written_back.map(drop)
     }
 
-    /// Writes the whole WAL back and cuts it; `false` if somebody was in the way.
-    pub(crate) fn truncate_wal(&self, writer: &mut Locked<'_>) -> Result<bool> {
+    /// Writes the whole WAL back and empties it. Returns `false` if another connection prevented that.
+    pub(crate) fn truncate_wal(&self, writer: &mut LockedWriter<'_>) -> Result<bool> {
         let outcome = truncate_wal(&writer.get()?.connection);
         if outcome.as_ref().is_err_and(error::is_io) {
             self.fail(writer);
@@ -276,18 +278,18 @@ fn truncate_wal(connection: &Connection) -> rusqlite::Result<bool> {
     }
 }
 
-/// The writer, for as long as this is held.
-pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Writer>>);
+/// The writer while it is locked.
+pub(crate) struct LockedWriter<'a>(MutexGuard<'a, Option<Writer>>);
 
-impl Locked<'_> {
+impl LockedWriter<'_> {
     pub(crate) fn get(&mut self) -> Result<&mut Writer> {
         self.0.as_mut().ok_or_else(closed)
     }
 }
 
-/// Opens the writer, after every look that must come before the first write; none for a store that is only read.
+/// Opens the writer, after all checks that must come before the first write. `None` for a read-only store.
 fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connection>> {
-    // Before the length: where another process is making the store, the file has its first page before it has a log.
+    // Read before the length: when another process creates the store, the file has its first page before it has a log.
     let has_wal = wal::bytes(path) > 0;
     let length = match std::fs::metadata(path) {
         Ok(file) if file.is_dir() => return Err(not_a_store("the path is a folder")),
@@ -296,20 +298,20 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
         Err(error) => return Err(error.into()),
     };
     let create = settings.create && !settings.read_only;
-    // While it is opened; afterwards each connection waits for the busy time-out.
+    // Opening waits for the open time-out, and later each connection for the busy time-out.
     let opening = Settings { busy_timeout: settings.open_timeout, ..*settings };
     let identity = match length {
         None if !create => return Err(not_a_store("there is no such file")),
-        // SQLite would delete it, and whatever it holds.
+        // SQLite would delete the log with its contents.
         None | Some(0) if has_wal => return Err(migrate::foreign_wal(path)),
         None if !path.parent().is_some_and(Path::is_dir) => {
             return Err(Error::new(ErrorKind::Backend, "the folder of the file does not exist").into());
         }
         Some(0) if !create => return Err(not_a_store("the file is empty")),
         None | Some(0) => Identity::Empty,
-        // SQLite takes a file of one byte for an empty one.
+        // SQLite treats a file of one byte as empty.
         Some(..migrate::HEADER_BYTES) => {
-            return Err(not_a_store("the file is shorter than the header of a database"));
+            return Err(not_a_store("the file is shorter than the header of a SQLite database"));
         }
         Some(_) => migrate::identify(path, &opening)?,
     };
@@ -319,7 +321,7 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
     if settings.read_only {
         return Ok(None);
     }
-    let mut connection = open::ready(path, Role::Writer, create, &opening)?;
+    let mut connection = open::configured(path, Role::Writer, create, &opening)?;
     if connection.is_readonly("main")? {
         return Err(Error::new(ErrorKind::ReadOnly, "the file cannot be written").into());
     }
@@ -331,7 +333,7 @@ fn open_file(path: &Path, settings: &Settings) -> error::Result<Option<Connectio
 
 fn open_memory(settings: &Settings) -> error::Result<Connection> {
     let mut connection = Connection::open_in_memory()?;
-    open::settle(&connection, Role::Writer, settings.durability)?;
+    open::configure(&connection, Role::Writer, settings.durability)?;
     migrate::migrate(&mut connection, None, settings.open_timeout)?;
     Ok(connection)
 }
@@ -369,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_back_for_the_writer_gets_in_behind_who_has_waited() {
+    fn a_thread_that_locks_the_writer_again_at_once_comes_after_one_that_waits() {
         const WAITS: usize = 50;
         let folder = tempfile::tempdir().unwrap();
         let store = open(&folder.path().join("store.db"));
@@ -383,7 +385,7 @@ mod tests {
                 }
             });
             let wait = || {
-                std::thread::sleep(Duration::from_millis(2)); // the other is at it again
+                std::thread::sleep(Duration::from_millis(2)); // the other thread has the writer again
                 let before = turns.load(Ordering::SeqCst);
                 let _writer = store.lock().unwrap();
                 turns.load(Ordering::SeqCst) - before
@@ -394,7 +396,7 @@ mod tests {
         });
     }
 
-    /// Leaves the writer in a transaction.
+    /// Leaves a transaction of the writer open.
     fn panic_half_way(store: &Store) {
         let half = || {
             let mut writer = store.lock().unwrap();
@@ -424,13 +426,13 @@ mod tests {
         let path = folder.path().join("store.db");
         let store = open(&path);
         panic_half_way(&store);
-        // Whoever needs the writer next finds out, and says so to all others.
+        // The next call that needs the writer finds the panic and closes the engine.
         assert_eq!(names(&store).unwrap(), 0, "reading does not need it");
         for _ in 0..2 {
             assert_eq!(store.write(|_| Ok(())).unwrap_err().kind(), &ErrorKind::Closed);
             assert_eq!(names(&store).unwrap_err().kind(), &ErrorKind::Closed);
         }
-        // The file is free while the engine that failed is still there, and nothing of the half is in it.
+        // The file is unlocked although the failed engine still exists, and has nothing of the open transaction.
         let again = open(&path);
         let whole = "INSERT INTO aggregate_types (name) VALUES ('whole')";
         again.write(|connection| Ok(connection.execute_batch(whole)?)).unwrap();

@@ -1,22 +1,22 @@
 -- The schema of an evercore store on SQLite, version 1.
--- Names, keys and texts compare bytewise; times are microseconds since 1970, UTC.
+-- Names, keys and texts are compared by their bytes. Times are microseconds since 1970, UTC.
 
--- 'EVCR': this file is a store of evercore. A store that was dumped and read in again is without it, and still a store.
+-- 'EVCR' marks the file as a store of evercore. A store that was restored from a dump lacks it until it is opened.
 PRAGMA application_id = 1163281234;
 
--- One row: who this store is, of which schema version, and the next id that no block of reserved ids has covered yet.
--- Each later migration raises the version.
+-- One row: the id of the store, its schema version, and the next aggregate id that is not reserved. Each later migration
+-- raises the version.
 CREATE TABLE store (
     one               INTEGER PRIMARY KEY CHECK (one = 1),
     store_id          TEXT    NOT NULL,
     schema_version    INTEGER NOT NULL,
-    is_backup         INTEGER NOT NULL, -- whether it was written as a backup and not written to since
+    is_backup         INTEGER NOT NULL, -- whether the file is a backup that was not written since
     next_aggregate_id INTEGER NOT NULL
 ) STRICT;
 INSERT INTO store (one, store_id, schema_version, is_backup, next_aggregate_id)
 VALUES (1, lower(hex(randomblob(16))), 1, 0, 1);
 
--- AUTOINCREMENT: an id that has committed is never given to another name, whatever becomes of its row.
+-- AUTOINCREMENT: a committed id is never given to another name, even if its row is deleted.
 CREATE TABLE aggregate_types (
     id   INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT    NOT NULL UNIQUE
@@ -36,7 +36,7 @@ CREATE TABLE aggregates (
 ) STRICT;
 CREATE UNIQUE INDEX aggregates_natural_key ON aggregates (aggregate_type_id, natural_key) WHERE natural_key IS NOT NULL;
 
--- The log. The position is written, never drawn: 1, 2, 3, … in commit order.
+-- The log. The engine writes the position: 1, 2, 3, … in commit order.
 CREATE TABLE events (
     position       INTEGER PRIMARY KEY,
     aggregate_id   INTEGER NOT NULL REFERENCES aggregates,
@@ -50,14 +50,14 @@ CREATE TABLE events (
     causation_id   TEXT,
     headers        TEXT    -- a JSON object of strings
 ) STRICT;
--- An aggregate's events, and what no two writers can pass together.
+-- Finds the events of an aggregate, and refuses the same sequence twice.
 CREATE UNIQUE INDEX events_aggregate_sequence ON events (aggregate_id, sequence);
--- A filter that matches rarely reads one of these instead of the log; every index ends with the position.
+-- A filter that few events match reads one of these indexes instead of the log. Every index ends with the position.
 CREATE INDEX events_event_type ON events (event_type_id);
 CREATE INDEX events_reference ON events (reference) WHERE reference IS NOT NULL;
 CREATE INDEX events_correlation_id ON events (correlation_id) WHERE correlation_id IS NOT NULL;
 
--- One per aggregate.
+-- One snapshot per aggregate.
 CREATE TABLE snapshots (
     aggregate_id INTEGER PRIMARY KEY REFERENCES aggregates,
     sequence     INTEGER NOT NULL,
@@ -65,7 +65,7 @@ CREATE TABLE snapshots (
     state        BLOB    NOT NULL
 ) STRICT;
 
--- Commands that took effect, or were settled as never committed (no receipt).
+-- Commands that took effect, and commands that were settled as never committed (without a receipt).
 CREATE TABLE commands (
     command_id  TEXT PRIMARY KEY,
     fingerprint INTEGER,
@@ -73,9 +73,9 @@ CREATE TABLE commands (
     recorded_at INTEGER NOT NULL -- old ones may be forgotten
 ) STRICT, WITHOUT ROWID;
 
--- How far each partition of each version of a subscription has come, and who moves it. The owner and the epoch, which
--- grows at every claim, are the lease; all times are of this machine's clock. An inline projection has a cursor too,
--- which nobody owns: every commit moves it.
+-- How far each partition of each version of a subscription has come, and which worker moves it. The owner and the epoch,
+-- which grows with every claim, are the lease. All times are by this machine's clock. An inline projection has a cursor
+-- too. It has no owner: every commit moves it.
 CREATE TABLE cursors (
     subscription     TEXT    NOT NULL,
     version          INTEGER NOT NULL,
@@ -96,23 +96,23 @@ CREATE TABLE cursors (
     PRIMARY KEY (subscription, version, partition)
 ) STRICT, WITHOUT ROWID;
 
--- Events that could not be handled and were put aside.
+-- Events that a handler could not handle, and that were set aside.
 CREATE TABLE parked_events (
     subscription TEXT    NOT NULL,
     version      INTEGER NOT NULL,
     partition    INTEGER NOT NULL,
     position     INTEGER NOT NULL,
     aggregate_id INTEGER NOT NULL,
-    holds_back   INTEGER NOT NULL, -- whether later events of the aggregate wait
+    holds_back   INTEGER NOT NULL, -- whether later events of the aggregate must wait
     attempts     INTEGER NOT NULL,
     error        TEXT    NOT NULL,
     parked_at    INTEGER NOT NULL,
-    is_due       INTEGER NOT NULL, -- whether it is to be tried again
+    is_due       INTEGER NOT NULL, -- whether it must be tried again
     PRIMARY KEY (subscription, version, partition, position)
 ) STRICT, WITHOUT ROWID;
 
--- The log for people: names instead of ids, the payload and the times as text. All in integers: a division into a
--- fraction would round.
+-- The log for people: names instead of ids, and the payload and the times as text. It calculates in integers, because
+-- fractions would be rounded.
 CREATE VIEW event_log AS
 SELECT e.position,
        a.name                                                       AS aggregate_type,

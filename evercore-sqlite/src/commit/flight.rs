@@ -7,12 +7,11 @@ use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 use rusqlite::Connection;
 
-use crate::commit::batch::Writer;
+use crate::commit::batch::BatchWriter;
 use crate::commit::own_sql::OwnSql;
 use crate::connection::transaction::{self, Failure};
 use crate::error::{self, SqliteError, closed, outcome_unknown};
-use crate::names::Registrar;
-use crate::store::{Locked, Store};
+use crate::store::{LockedWriter, Store};
 use crate::subscription::inline::{self, InlineProjection};
 
 /// A batch that waits to be committed, with the user's own SQL if there is some.
@@ -74,7 +73,7 @@ impl Flights<'_> {
     }
 
     /// Writes all jobs, answers them, and then tidies up.
-    pub(crate) fn fly(self, writer: &mut Locked<'_>, jobs: Vec<Job>) {
+    pub(crate) fn fly(self, writer: &mut LockedWriter<'_>, jobs: Vec<Job>) {
         let events = jobs.iter().map(|job| job.batch.events()).sum();
         let (alone, together): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.sql.is_some());
         let batches: Vec<&Batch> = together.iter().map(|job| &job.batch).collect();
@@ -90,14 +89,14 @@ impl Flights<'_> {
     }
 
     /// A batch with SQL has its own transaction, so that no other batch is rolled back with it.
-    fn with_sql(self, writer: &mut Locked<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
+    fn with_sql(self, writer: &mut LockedWriter<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
         let connection = &writer.get()?.connection;
         let run = |connection: &Connection| sql.run(connection, self.store.settings.sql_timeout);
         let outcome = self.transact(connection, |writer| writer.batch_after(run, batch));
-        outcome.map_err(|failure| self.store.told(writer, failure))
+        outcome.map_err(|failure| self.store.to_error(writer, failure))
     }
 
-    fn outcomes(self, writer: &mut Locked<'_>, batches: &[&Batch]) -> Vec<Result<Receipt>> {
+    fn outcomes(self, writer: &mut LockedWriter<'_>, batches: &[&Batch]) -> Vec<Result<Receipt>> {
         if batches.is_empty() {
             return Vec::new();
         }
@@ -126,23 +125,22 @@ impl Flights<'_> {
     fn transact<T>(
         self,
         connection: &Connection,
-        work: impl FnOnce(&mut Writer<'_>) -> error::Result<T>,
+        work: impl FnOnce(&mut BatchWriter<'_>) -> error::Result<T>,
     ) -> Result<T, Failure> {
         let store = self.store;
-        let (outcome, before, head, fresh) = transaction::write(connection, |connection| {
-            let mut writer = Writer::new(connection, Registrar::new(connection, &store.names))?;
-            let before = writer.head();
+        let (outcome, written) = transaction::write(connection, |connection| {
+            let mut writer = BatchWriter::new(connection, &store.names)?;
             let outcome = work(&mut writer)?;
-            let (head, names) = writer.finish();
-            if before.position < head.position {
-                inline::handle_new_events(connection, store, self.inline, head.position)?;
+            let written = writer.finish();
+            if written.has_events {
+                inline::handle_new_events(connection, store, self.inline, written.head)?;
             }
-            Ok((outcome, before, head, names.into_fresh()))
+            Ok((outcome, written))
         })?;
-        store.names.learn(fresh);
-        // Wakes waiters in any case. A reader may have seen the new head before, but waiters may still sleep.
-        if before.position < head.position {
-            store.saw(head.position);
+        store.names.learn(written.fresh_names);
+        // Wakes waiters in any case: a reader may have noted the new head before, and waiters may still sleep.
+        if written.has_events {
+            store.note_head(written.head);
             store.committed.notify(usize::MAX);
         }
         Ok(outcome)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use evercore_core::BoxError;
 use rusqlite::Connection;
 
-use crate::connection::guard;
+use crate::connection::user_sql;
 use crate::error::Result;
 
 type Run = Box<dyn FnOnce(&Connection) -> Result<(), BoxError> + Send>;
@@ -21,7 +21,7 @@ impl OwnSql {
 
     /// Runs it in the open transaction, which must be rolled back after an error.
     pub(crate) fn run(self, connection: &Connection, timeout: Duration) -> Result<()> {
-        guard::run(connection, timeout, "the SQL beside the commit", self.0)
+        user_sql::run(connection, timeout, "the SQL of `commit_with`", self.0)
     }
 }
 

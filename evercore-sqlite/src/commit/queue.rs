@@ -1,7 +1,7 @@
 //! The queue for the one writer, and the engine's own thread that works it off.
 //!
-//! The thread starts when there is work, and ends when there has been none for a while. It holds the store only while it
-//! works, so the store is closed as soon as all engines are dropped.
+//! The thread starts when there is work, and ends when there has been none for a while. It holds the store only while
+//! it works, so the store is closed as soon as all engines are dropped.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -190,8 +190,8 @@ impl Shared {
     fn run(&self) {
         let mut refreshed = Instant::now();
         loop {
-            // After a panic the store closes itself if the writer was left in a transaction. The dropped reply tells the
-            // caller.
+            // After a panic the store closes itself if the writer was left in a transaction. The dropped reply tells
+            // the caller.
             let _ = match self.next(&mut refreshed) {
                 Next::Work(store, jobs, write) => {
                     catch_unwind(AssertUnwindSafe(|| self.work(&store, jobs, write)))
@@ -204,7 +204,8 @@ impl Shared {
         }
     }
 
-    /// Waits for the next task. `refreshed` is when the head was read last; it is set to now if that is to be done again.
+    /// Waits for the next task. `refreshed` is when the head was last read, and becomes now if it must be read
+    /// again.
     fn next(&self, refreshed: &mut Instant) -> Next {
         let mut waiting = self.lock();
         let idle_since = Instant::now();

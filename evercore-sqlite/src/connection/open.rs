@@ -1,4 +1,4 @@
-//! A connection as every connection is: its settings made, read back and verified.
+//! Opens connections, and makes, reads back and verifies their settings.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,37 +9,37 @@ use rusqlite::{Connection, OpenFlags};
 use crate::error::{self, Result, SqliteError};
 use crate::settings::{Durability, Settings};
 
-/// Enough for every statement of this crate at once.
+/// How many prepared statements a connection keeps: enough for all of this crate.
 const STATEMENTS: usize = 128;
 
-/// What a WAL shrinks to when it is begun anew.
+/// The size to which SQLite cuts the write-ahead log when it starts again at its beginning.
 const JOURNAL_SIZE_LIMIT: i64 = 64 * 1024 * 1024;
 
-/// Releases before this one can damage a database in WAL mode when two connections write and checkpoint at once.
+/// Older releases can damage a database in WAL mode if two connections write and checkpoint at the same time.
 const OLDEST_SQLITE: i32 = 3_051_003;
 
 /// How much of the file a reader keeps in memory, in KiB: 8 MiB, four times SQLite's default.
 const READER_CACHE_KIB: i64 = 8 * 1024;
 
-/// The same for the writer: 64 MiB, used only by a file that large. The bundled SQLite is built with
-/// `SQLITE_ENABLE_MEMORY_MANAGEMENT`, so all connections of a process share the sum of their caches. A sum that is too
-/// small makes every commit read its pages anew: with 8 MiB, a file of 20 MB took half as many events a second.
+/// The same for the writer: 64 MiB, used only if the file is that large. The bundled SQLite is built with
+/// `SQLITE_ENABLE_MEMORY_MANAGEMENT`, so all connections of a process share the sum of their caches. If the sum is too
+/// small, each commit reads its pages again: with 8 MiB, a file of 20 MB took half as many events per second.
 const WRITER_CACHE_KIB: i64 = 64 * 1024;
 
-/// What a connection is for.
+/// The use of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     Writer,
     Reader,
-    /// Reads a file that nobody writes, without a lock and without files beside it.
-    Archive,
+    /// Reads a file that nobody writes, without locks and without other files beside it.
+    Immutable,
 }
 
 impl Role {
     const fn cache_kib(self) -> i64 {
         match self {
             Self::Writer => WRITER_CACHE_KIB,
-            Self::Reader | Self::Archive => READER_CACHE_KIB,
+            Self::Reader | Self::Immutable => READER_CACHE_KIB,
         }
     }
 }
@@ -47,8 +47,7 @@ impl Role {
 /// Refuses a SQLite library with a known corruption bug.
 pub(crate) fn check_library() -> Result<()> {
     if rusqlite::version_number() < OLDEST_SQLITE {
-        let message =
-            format!("SQLite {} can damage a store, 3.51.3 is the oldest to use", rusqlite::version());
+        let message = format!("SQLite {} can damage a store, use 3.51.3 or newer", rusqlite::version());
         return Err(Error::new(ErrorKind::Backend, message).into());
     }
     Ok(())
@@ -58,17 +57,17 @@ fn flags(role: Role, create: bool) -> OpenFlags {
     let base = OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_EXRESCODE;
     match (role, create) {
         (Role::Reader, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY,
-        (Role::Archive, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI,
+        (Role::Immutable, _) => base | OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI,
         (Role::Writer, false) => base | OpenFlags::SQLITE_OPEN_READ_WRITE,
         (Role::Writer, true) => base | OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
     }
 }
 
-/// `path` is absolute, so that SQLite takes it for the name of a file and nothing else.
+/// Opens a connection without settings. `path` must be absolute: then SQLite takes it for the name of a file.
 pub(crate) fn open(path: &Path, role: Role, create: bool, timeout: Duration) -> Result<Connection> {
     let flags = flags(role, create);
     let opened = match role {
-        Role::Archive => Connection::open_with_flags(immutable(path), flags),
+        Role::Immutable => Connection::open_with_flags(immutable(path), flags),
         Role::Writer | Role::Reader => Connection::open_with_flags(path, flags),
     };
     let connection = opened.map_err(|error| explain(error.into(), path))?;
@@ -76,16 +75,16 @@ pub(crate) fn open(path: &Path, role: Role, create: bool, timeout: Duration) -> 
     Ok(connection)
 }
 
-/// A connection with all its settings, which has read from the file and so has all its files open.
-pub(crate) fn ready(path: &Path, role: Role, create: bool, settings: &Settings) -> Result<Connection> {
+/// Opens a connection with all its settings. It has read from the file, so all its files are open.
+pub(crate) fn configured(path: &Path, role: Role, create: bool, settings: &Settings) -> Result<Connection> {
     let connection = open(path, role, create, settings.busy_timeout)?;
-    let settled = settle(&connection, role, settings.durability);
-    settled.map_err(|error| explain(error.into(), path))?;
+    let configured = configure(&connection, role, settings.durability);
+    configured.map_err(|error| explain(error.into(), path))?;
     Ok(connection)
 }
 
-/// SQLite says "cannot open" also where the process has no descriptor left. Asked while those that it has are still
-/// open; by the folder, since closing a second handle to the file would drop the locks that SQLite holds.
+/// SQLite reports "cannot open" also if the process has too many files open. This must be called while its files are
+/// still open. It tries to open the folder, because closing a second handle to the file would drop SQLite's locks.
 pub(crate) fn explain(error: SqliteError, path: &Path) -> SqliteError {
     match error {
         SqliteError::Sqlite(error) if error::cannot_open(&error) && has_no_descriptor(path) => {
@@ -96,9 +95,9 @@ pub(crate) fn explain(error: SqliteError, path: &Path) -> SqliteError {
 }
 
 fn has_no_descriptor(path: &Path) -> bool {
-    /// ENFILE and EMFILE, which have these numbers on every Unix.
+    /// ENFILE and EMFILE, with these numbers on every Unix.
     const NONE_LEFT: [i32; 2] = [23, 24];
-    /// Where SQLite gets one file open and not the next, it closes the one again.
+    /// If SQLite can open one file but not the next, it closes the first again.
     const FILES: usize = 4;
     let folder = path.parent().unwrap_or(Path::new("/"));
     let opened: Result<Vec<_>, _> = (0..FILES).map(|_| std::fs::File::open(folder)).collect();
@@ -106,7 +105,7 @@ fn has_no_descriptor(path: &Path) -> bool {
         && opened.is_err_and(|error| error.raw_os_error().is_some_and(|code| NONE_LEFT.contains(&code)))
 }
 
-/// The name by which SQLite takes a file for one that nobody changes.
+/// The URI that tells SQLite that nobody changes the file.
 fn immutable(path: &Path) -> String {
     use std::fmt::Write;
     let mut name = "file:".to_owned();
@@ -121,15 +120,15 @@ fn immutable(path: &Path) -> String {
     name + "?immutable=1"
 }
 
-/// How long this connection waits for a lock that another one holds.
+/// Sets how long this connection waits for a lock of another connection.
 pub(crate) fn wait_for_locks(connection: &Connection, busy_timeout: Duration) -> rusqlite::Result<()> {
     connection.busy_timeout(busy_timeout)?;
     let found: i64 = connection.pragma_query_value(None, "busy_timeout", |row| row.get(0))?;
     expect("busy_timeout", found, i64::try_from(busy_timeout.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// Makes every setting that a connection has of its own, and looks whether SQLite took it.
-pub(crate) fn settle(connection: &Connection, role: Role, durability: Durability) -> rusqlite::Result<()> {
+/// Makes all settings of a connection, and checks that SQLite has taken them.
+pub(crate) fn configure(connection: &Connection, role: Role, durability: Durability) -> rusqlite::Result<()> {
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     set(connection, "synchronous", durability.synchronous())?;
     set(connection, "foreign_keys", 1)?;
@@ -138,7 +137,7 @@ pub(crate) fn settle(connection: &Connection, role: Role, durability: Durability
     set(connection, "journal_size_limit", JOURNAL_SIZE_LIMIT)?;
     set(connection, "cache_size", -role.cache_kib())?;
     set(connection, "query_only", i64::from(role != Role::Writer))?;
-    // A disk error under mmap is a signal, not an error code. A build without mmap answers nothing.
+    // With mmap a disk error is a signal, not an error code. A build without mmap returns no row.
     match connection.pragma_update_and_check(None, "mmap_size", 0, |row| row.get(0)) {
         Err(rusqlite::Error::QueryReturnedNoRows) => Ok(()),
         found => expect("mmap_size", found?, 0),
@@ -152,8 +151,8 @@ fn set(connection: &Connection, pragma: &str, value: i64) -> rusqlite::Result<()
 
 fn expect(pragma: &str, found: i64, value: i64) -> rusqlite::Result<()> {
     if found != value {
-        let message = format!("SQLite has {pragma} = {found}, asked for {value}");
-        // The pool's connections can only say it as an error of rusqlite; this one carries any.
+        let message = format!("SQLite has {pragma} = {found} instead of {value}");
+        // The one error of rusqlite that can carry any other.
         return Err(rusqlite::Error::ToSqlConversionFailure(message.into()));
     }
     Ok(())

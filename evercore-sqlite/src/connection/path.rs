@@ -4,31 +4,30 @@ use std::path::{Path, PathBuf};
 
 use evercore_core::{Error, ErrorKind, Result};
 
-/// The file that is meant: absolute, since the engine outlives a change of the working directory, and behind all links,
-/// since SQLite puts its files beside that one.
+/// The absolute path, because the working directory may change while the engine is open. Links are followed, because
+/// SQLite puts its other files beside the target.
 pub(crate) fn checked(path: &Path) -> Result<PathBuf> {
     let text = path.as_os_str().as_encoded_bytes();
-    // SQLite gives some names a meaning of their own, in which several connections would not be one store.
+    // SQLite gives these names a special meaning: each connection would open another database.
     if text.is_empty() || text == b":memory:" || text.starts_with(b"file:") {
-        return Err(Error::invalid(format!("\"{}\" is no path of a file", path.display())));
+        return Err(Error::invalid(format!("\"{}\" is not the path of a file", path.display())));
     }
     let resolved = std::path::absolute(path).and_then(|path| resolved(path, 0));
-    resolved.map_err(|error| {
-        let message = format!("\"{}\" cannot be resolved", path.display());
-        Error::new(ErrorKind::Backend, message).with_source(error)
-    })
+    resolved.map_err(|error| unresolved(path, error))
 }
 
-/// A file that is to be made. What is there by this name is not looked behind, so that a link is found to be there.
+/// The absolute path of a file that does not exist yet. Links are not followed: a link with this name counts as a file.
 pub(crate) fn checked_new(path: &Path) -> Result<PathBuf> {
     checked(path)?;
-    std::path::absolute(path).map_err(|error| {
-        let message = format!("\"{}\" cannot be resolved", path.display());
-        Error::new(ErrorKind::Backend, message).with_source(error)
-    })
+    std::path::absolute(path).map_err(|error| unresolved(path, error))
 }
 
-/// Also of a file that is not there yet, and of a link to one.
+fn unresolved(path: &Path, error: std::io::Error) -> Error {
+    let message = format!("the path \"{}\" cannot be resolved", path.display());
+    Error::new(ErrorKind::Backend, message).with_source(error)
+}
+
+/// Also resolves a file that does not exist yet, and a link to one.
 fn resolved(path: PathBuf, links: u32) -> std::io::Result<PathBuf> {
     const MOST_LINKS: u32 = 40;
     match std::fs::canonicalize(&path) {
@@ -38,10 +37,17 @@ fn resolved(path: PathBuf, links: u32) -> std::io::Result<PathBuf> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     match std::fs::read_link(&path) {
         Ok(target) if links < MOST_LINKS => resolved(folder.join(target), links + 1),
-        // No link: there is nothing by this name.
+        // Neither a file nor a link has this name.
         _ => match (std::fs::canonicalize(folder), path.file_name()) {
             (Ok(folder), Some(name)) => Ok(folder.join(name)),
             _ => Ok(path),
         },
     }
+}
+
+/// The path with something added to the file's name.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }

@@ -1,4 +1,4 @@
-//! The read connections: each is opened when it is first needed, and kept until the store is closed.
+//! The read connections. Each is opened when it is first needed, and stays open until the store is closed.
 
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,16 +17,16 @@ pub(crate) struct Readers {
     path: PathBuf,
     settings: Settings,
     state: Mutex<State>,
-    /// Rung when a connection comes back.
+    /// Rung when a connection is returned.
     returned: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     idle: Vec<Connection>,
-    lent: u32,
-    /// Connections of their own for long work, which are not counted against the bound.
-    apart: u32,
+    in_use: u32,
+    /// Connections for long work, which the limit does not count.
+    separate: u32,
     is_closed: bool,
 }
 
@@ -35,38 +35,38 @@ impl Readers {
         Self { path, settings, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Reads on one of the shared connections, once one is free.
-    pub(crate) fn with<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
-        let mut lent = self.lend()?;
-        let connection = match lent.connection.take() {
+    /// Reads on one of the shared connections, as soon as one is free.
+    pub(crate) fn read<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+        let mut checkout = self.check_out()?;
+        let connection = match checkout.connection.take() {
             Some(idle) => idle,
             None => self.open()?,
         };
-        work(lent.connection.insert(connection))
+        work(checkout.connection.insert(connection))
     }
 
-    /// Reads for long on a connection of its own, which is closed afterwards.
-    pub(crate) fn apart<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    /// Reads on a separate connection, which is closed afterwards. For long work.
+    pub(crate) fn read_separately<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
         let mut state = self.lock();
         if state.is_closed {
             return Err(closed().into());
         }
-        state.apart += 1;
+        state.separate += 1;
         drop(state);
-        let mut lent = Lent { readers: self, connection: None, is_apart: true };
-        work(lent.connection.insert(self.open()?))
+        let mut checkout = Checkout { readers: self, connection: None, is_separate: true };
+        work(checkout.connection.insert(self.open()?))
     }
 
-    /// Closes all connections, after the reads under way have ended.
+    /// Closes all connections, after running reads have ended.
     pub(crate) fn close(&self) {
         self.abandon();
         let mut state = self.lock();
-        while state.lent + state.apart > 0 {
+        while state.in_use + state.separate > 0 {
             state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Closes what is idle now; what is in use is closed when it comes back.
+    /// Closes idle connections now, and the others when they are returned.
     pub(crate) fn abandon(&self) {
         let mut state = self.lock();
         state.is_closed = true;
@@ -77,7 +77,7 @@ impl Readers {
     }
 
     /// An idle connection, or the right to open one.
-    fn lend(&self) -> Result<Lent<'_>> {
+    fn check_out(&self) -> Result<Checkout<'_>> {
         let mut until = None;
         let mut state = self.lock();
         loop {
@@ -85,12 +85,12 @@ impl Readers {
                 return Err(closed().into());
             }
             if let Some(connection) = state.idle.pop() {
-                state.lent += 1;
-                return Ok(Lent { readers: self, connection: Some(connection), is_apart: false });
+                state.in_use += 1;
+                return Ok(Checkout { readers: self, connection: Some(connection), is_separate: false });
             }
-            if state.lent < self.settings.read_connections {
-                state.lent += 1;
-                return Ok(Lent { readers: self, connection: None, is_apart: false });
+            if state.in_use < self.settings.read_connections {
+                state.in_use += 1;
+                return Ok(Checkout { readers: self, connection: None, is_separate: false });
             }
             let now = Instant::now();
             let until = *until.get_or_insert(now + self.settings.busy_timeout);
@@ -103,8 +103,8 @@ impl Readers {
     }
 
     fn open(&self) -> Result<Connection> {
-        let role = if self.settings.immutable { Role::Archive } else { Role::Reader };
-        open::ready(&self.path, role, false, &self.settings)
+        let role = if self.settings.immutable { Role::Immutable } else { Role::Reader };
+        open::configured(&self.path, role, false, &self.settings)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -117,28 +117,28 @@ pub(crate) fn none_free() -> Error {
     Error::new(ErrorKind::Unavailable, "no read connection became free within the busy time-out")
 }
 
-/// A connection in use; it goes back when this is dropped.
-struct Lent<'a> {
+/// A connection in use. It is returned when this is dropped.
+struct Checkout<'a> {
     readers: &'a Readers,
     /// None until it is opened.
     connection: Option<Connection>,
-    is_apart: bool,
+    is_separate: bool,
 }
 
-impl Drop for Lent<'_> {
+impl Drop for Checkout<'_> {
     fn drop(&mut self) {
         let mut state = self.readers.lock();
-        if self.is_apart || state.is_closed {
-            // Closed before it is counted as gone: after the last one the file is free.
+        if self.is_separate || state.is_closed {
+            // Closed before it is no longer counted: when the count is 0, the file must be free.
             drop(state);
             drop(self.connection.take());
             state = self.readers.lock();
         }
         state.idle.extend(self.connection.take());
-        if self.is_apart {
-            state.apart -= 1;
+        if self.is_separate {
+            state.separate -= 1;
         } else {
-            state.lent -= 1;
+            state.in_use -= 1;
         }
         drop(state);
         self.readers.returned.notify_all();

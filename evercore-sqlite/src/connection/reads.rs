@@ -35,8 +35,8 @@ impl Reads {
         Self { at_once, busy_timeout, waiting: Mutex::default() }
     }
 
-    /// Runs a read on a thread that may block. It waits for its turn at most for the busy time-out. After that it may take
-    /// any time.
+    /// Runs a read on a thread that may block. It waits for its turn at most for the busy time-out. After that it may
+    /// take any time.
     pub(crate) async fn run<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce() -> Result<T> + Send + 'static,

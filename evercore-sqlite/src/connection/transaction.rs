@@ -1,15 +1,15 @@
-//! A writing transaction, and the two ways in which it can fail.
+//! A transaction that writes, and the two ways in which it can fail.
 
 use rusqlite::Connection;
 
-use crate::error::{Result, is_io};
+use crate::error::{Result, SqliteError, is_io};
 
 /// Why a transaction did not commit.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// Nothing was written, for sure.
-    RolledBack(crate::error::SqliteError),
-    /// The disk failed in the midst of the commit: what was written may come to light again after a restart.
+    /// Nothing was written.
+    RolledBack(SqliteError),
+    /// The disk failed during the commit. After a restart the transaction may be there or not.
     Unknown,
 }
 
@@ -19,9 +19,9 @@ impl From<rusqlite::Error> for Failure {
     }
 }
 
-/// Runs `work` between BEGIN IMMEDIATE and COMMIT; whatever fails, the connection is free again afterwards.
+/// Runs `work` between BEGIN IMMEDIATE and COMMIT. After any failure the connection can be used again.
 ///
-/// IMMEDIATE: a transaction that reads first and writes later would fail as soon as another process writes between.
+/// IMMEDIATE, because a transaction that reads first and writes later fails if another process writes in between.
 pub(crate) fn write<T>(
     connection: &Connection,
     work: impl FnOnce(&Connection) -> Result<T>,
@@ -45,8 +45,8 @@ fn commit(connection: &Connection) -> Result<(), Failure> {
     }
 }
 
-/// Some errors (a full disk among them) roll back by themselves. Where the rollback fails the connection is of no use
-/// any more: the next BEGIN says so.
+/// Some errors, such as a full disk, roll back by themselves. If the rollback fails, the connection cannot be used any
+/// more, and the next BEGIN reports that.
 pub(crate) fn roll_back(connection: &Connection) {
     if !connection.is_autocommit() {
         let _ = connection.execute_batch("ROLLBACK");

@@ -1,8 +1,8 @@
-//! Whether the write-ahead log that lies beside a file is its own.
+//! Checks that the write-ahead log beside a file belongs to it.
 //!
-//! SQLite applies any log that it finds beside a file. If somebody has put a copy in the place of a store and left the
-//! store's log there, pages of two moments are mixed: the store is damaged, and goes on. So before a store is opened,
-//! the file alone is compared with what it is together with the log.
+//! SQLite applies any log that it finds beside a file. If somebody has replaced a store by a copy and left the store's
+//! log there, SQLite mixes pages of two moments, and the store is damaged without an error. So before a store is
+//! opened, the file without its log is compared with the file with its log.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,13 +14,14 @@ use evercore_core::Position;
 use rusqlite::Connection;
 
 use crate::connection::open::{self, Role};
+use crate::connection::path;
 use crate::error::Result;
 use crate::log_end::LogEnd;
 
 const STORE: &str = "SELECT store_id, is_backup FROM store";
 
-/// The events behind a position that have all that belongs to them: what refers to them, what they refer to, and the event before.
-const WHOLE: &str = "
+/// Counts the events after a position whose rows, index entries and previous event are all there.
+const WHOLE_EVENTS: &str = "
     SELECT count(*) FROM events e
     JOIN aggregates a  ON a.id = e.aggregate_id
     JOIN event_types t ON t.id = e.event_type_id
@@ -30,38 +31,31 @@ const WHOLE: &str = "
         SELECT 1 FROM events p INDEXED BY events_aggregate_sequence
         WHERE p.aggregate_id = e.aggregate_id AND p.sequence = e.sequence - 1))";
 
-/// Where SQLite keeps the write-ahead log of a database.
+/// The write-ahead log of a database.
 pub(crate) fn path_of(path: &Path) -> PathBuf {
-    beside(path, "-wal")
+    path::with_suffix(path, "-wal")
 }
 
-/// A file that lies beside another.
-pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// How long the write-ahead log is; 0 if there is none.
+/// The length of the write-ahead log; 0 if there is none.
 pub(crate) fn bytes(path: &Path) -> u64 {
     std::fs::metadata(path_of(path)).map_or(0, |wal| wal.len())
 }
 
-/// What a file says without its write-ahead log. A checkpoint that is under way, or was cut short, may make it unreadable:
-/// then nothing is known.
+/// A file without its write-ahead log. While a checkpoint runs, or after it was interrupted, the file may be
+/// unreadable. Then nothing is known.
 #[derive(Debug, Default)]
-pub(crate) struct Alone {
+pub(crate) struct WithoutWal {
     store_id: Option<String>,
     is_backup: bool,
     head: Option<Position>,
     has_all_pages: bool,
 }
 
-impl Alone {
+impl WithoutWal {
     pub(crate) fn read(path: &Path) -> Self {
-        // What cannot be read now is SQLite's to judge.
+        // If the log cannot be read, SQLite will report why.
         let has_all_pages = has_all_pages(path).unwrap_or(true);
-        let Ok(file) = open::open(path, Role::Archive, false, Duration::ZERO) else {
+        let Ok(file) = open::open(path, Role::Immutable, false, Duration::ZERO) else {
             return Self { has_all_pages, ..Self::default() };
         };
         let store = file.query_row(STORE, [], |row| Ok((row.get(0)?, row.get(1)?)));
@@ -69,14 +63,14 @@ impl Alone {
         Self { store_id, is_backup, head: LogEnd::read(&file).ok().map(|head| head.position), has_all_pages }
     }
 
-    /// Whether this connection, which sees the file with its log, sees a later moment of the same store.
+    /// Whether this connection, which reads the file with its log, sees a later moment of the same store.
     pub(crate) fn belongs_to(&self, connection: &Connection) -> Result<bool> {
         let store_id: String = connection.query_row("SELECT store_id FROM store", [], |row| row.get(0))?;
-        // A backup had no log when it was made, and is marked as used before it gets one.
+        // A backup was made without a log, and loses its mark before it gets one.
         if self.is_backup || self.store_id.as_ref().is_some_and(|alone| *alone != store_id) {
             return Ok(false);
         }
-        // Rare, so the whole database may be looked through.
+        // This is rare, so checking the whole database is not too slow.
         if !self.has_all_pages {
             let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
             if verdict != "ok" {
@@ -84,13 +78,13 @@ impl Alone {
             }
         }
         let (from, head) = (self.head.unwrap_or_default().get(), LogEnd::read(connection)?.position.get());
-        let whole: i64 = connection.query_row(WHOLE, [from], |row| row.get(0))?;
+        let whole: i64 = connection.query_row(WHOLE_EVENTS, [from], |row| row.get(0))?;
         Ok(from <= head && whole == head - from)
     }
 }
 
-/// Whether each page of the database that is past the end of the file is in its log. The log's commits say how many
-/// pages the database has.
+/// Whether the log has every page past the end of the file. The commits in the log contain the number of pages of the
+/// database.
 fn has_all_pages(path: &Path) -> std::io::Result<bool> {
     const HEADER: usize = 32;
     const FRAME_HEADER: usize = 24;
@@ -106,7 +100,7 @@ fn has_all_pages(path: &Path) -> std::io::Result<bool> {
     }
     let (mut pages, mut size) = (HashSet::new(), 0);
     let mut frame = vec![0; FRAME_HEADER + usize::try_from(page_size).unwrap_or(0)];
-    // Frames of an earlier round of the log have other salts.
+    // Frames that are left from an earlier use of the log have other salts.
     while log.read_exact(&mut frame).is_ok() && frame[8..16] == header[16..24] {
         pages.insert(number(&frame, 0));
         if number(&frame, 4) > 0 {

@@ -1,8 +1,8 @@
 //! Loading one aggregate.
 
 use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, PageLimit, Payload,
-    Sequence, Snapshot, Target,
+    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, Payload, Sequence,
+    Snapshot, Target,
 };
 use rusqlite::{Connection, Row};
 
@@ -10,7 +10,7 @@ use crate::error::{Result, damaged};
 use crate::names::Names;
 use crate::read::rows::{Page, select_events};
 
-/// What there is to know of an aggregate, as of one moment: one statement sees one state of the store.
+/// Selects an aggregate with its snapshot in one statement, so that the result is consistent.
 macro_rules! select_aggregate {
     ($which:literal) => {
         concat!(
@@ -32,7 +32,7 @@ const FORWARD: &str =
 const BACKWARD: &str =
     select_events!("WHERE aggregate_id = ?1 AND sequence < ?2 AND sequence >= ?3 ORDER BY sequence DESC");
 
-/// The first statement stays open until the events are read: so both see the store as of one moment, and SQLite takes
+/// The first statement stays open until the events are read. So both see the same state of the store, and SQLite takes
 /// its locks once.
 pub(crate) fn load(connection: &Connection, names: &Names, request: &LoadRequest) -> Result<Option<History>> {
     let (version, up_to) = (request.snapshot, request.up_to.get());
@@ -49,49 +49,45 @@ pub(crate) fn load(connection: &Connection, names: &Names, request: &LoadRequest
         }
     };
     match rows.next()? {
-        Some(row) => history(connection, names, request, Found::of(row)?).map(Some),
+        Some(row) => history(connection, names, request, AggregateRow::of(row)?).map(Some),
         None => Ok(None),
     }
 }
 
-fn history(connection: &Connection, names: &Names, request: &LoadRequest, found: Found) -> Result<History> {
-    let end = found.sequence.min(request.up_to);
-    let snapshot = found.snapshot.filter(|snapshot| snapshot.sequence <= found.sequence);
+fn history(
+    connection: &Connection,
+    names: &Names,
+    request: &LoadRequest,
+    row: AggregateRow,
+) -> Result<History> {
+    let AggregateRow { id, type_id, key, sequence, snapshot } = row;
+    let snapshot = snapshot.filter(|snapshot| snapshot.sequence <= sequence);
     let from = snapshot.as_ref().map_or(Sequence::ZERO, |snapshot| snapshot.sequence);
-    let events = if from < end {
-        events(connection, names, FORWARD, (found.id, from, end), request.limit)?
+    let (to, direction, limit) = (sequence.min(request.up_to), Direction::Forward, request.limit);
+    let events = if from < to {
+        read(connection, names, &AggregateQuery { aggregate: id, direction, from, to, limit })?
     } else {
         Events::default()
     };
-    let aggregate_type = names.aggregate_type(connection, found.type_id)?;
-    let (sequence, mark) = (found.sequence, (found.sequence > Sequence::ZERO).then_some(Mark::ALWAYS));
-    Ok(History { id: found.id, aggregate_type, key: found.key, sequence, mark, snapshot, events })
+    let aggregate_type = names.aggregate_type(connection, type_id)?;
+    let mark = (sequence > Sequence::ZERO).then_some(Mark::ALWAYS);
+    Ok(History { id, aggregate_type, key, sequence, mark, snapshot, events })
 }
 
-/// A page of one aggregate's events.
+/// Reads a page of one aggregate's events.
 pub(crate) fn read(connection: &Connection, names: &Names, query: &AggregateQuery) -> Result<Events> {
     let sql = match query.direction {
         Direction::Forward => FORWARD,
         Direction::Backward => BACKWARD,
     };
-    events(connection, names, sql, (query.aggregate, query.from, query.to), query.limit)
-}
-
-fn events(
-    connection: &Connection,
-    names: &Names,
-    sql: &str,
-    (aggregate, from, to): (AggregateId, Sequence, Sequence),
-    limit: PageLimit,
-) -> Result<Events> {
     let mut statement = connection.prepare_cached(sql)?;
-    let mut page = Page::new(connection, names, limit);
-    page.fill(statement.query((aggregate.get(), from.get(), to.get()))?, None)?;
-    Ok(page.finish().0)
+    let mut page = Page::new(connection, names, query.limit);
+    page.fill(statement.query((query.aggregate.get(), query.from.get(), query.to.get()))?, None)?;
+    Ok(page.finish())
 }
 
 /// An aggregate without its events.
-struct Found {
+struct AggregateRow {
     id: AggregateId,
     type_id: u32,
     key: Option<Key>,
@@ -99,7 +95,7 @@ struct Found {
     snapshot: Option<Snapshot>,
 }
 
-impl Found {
+impl AggregateRow {
     fn of(row: &Row<'_>) -> Result<Self> {
         let key = row.get_ref(2)?.as_str_or_null().map_err(damaged)?;
         Ok(Self {

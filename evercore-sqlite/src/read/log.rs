@@ -1,4 +1,6 @@
-//! Reading the log of the whole store.
+//! Reads the log of the whole store.
+
+use std::ops::RangeInclusive;
 
 use evercore_core::{
     AggregateId, Direction, Error, Events, LogPage, LogQuery, PageLimit, Position, Timestamp,
@@ -13,7 +15,7 @@ use crate::read::rows::{Page, select_events};
 const ALL_FORWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position");
 const ALL_BACKWARD: &str = select_events!("WHERE position BETWEEN ?1 AND ?2 ORDER BY position DESC");
 
-/// An aggregate's sequences grow as its positions do, so its index gives both orders.
+/// The sequences of an aggregate grow with its positions, so its index serves for both orders.
 macro_rules! of_aggregate {
     ($order:literal) => {
         select_events!(
@@ -26,7 +28,7 @@ macro_rules! of_aggregate {
 const AGGREGATE_FORWARD: &str = of_aggregate!("");
 const AGGREGATE_BACKWARD: &str = of_aggregate!(" DESC");
 
-/// A reference's part of the log, and a correlation id's: a range of an index that ends with the position.
+/// The events with a reference, and those with a correlation id, are a range of an index that ends with the position.
 macro_rules! of_reference {
     ($order:literal) => {
         select_events!(
@@ -50,64 +52,65 @@ const REFERENCE_BACKWARD: &str = of_reference!(" DESC");
 const CORRELATION_FORWARD: &str = of_correlation!("");
 const CORRELATION_BACKWARD: &str = of_correlation!(" DESC");
 
-/// One event type's part of the log: a range of an index that ends with the position.
+/// The events of one type are a range of an index that ends with the position.
 macro_rules! of_type {
     () => {
         select_events!("INDEXED BY events_event_type WHERE event_type_id = ? AND position BETWEEN ? AND ?")
     };
 }
 
-/// Up to this many event types are read from their index each and merged; with more of them the log itself is read.
+/// Up to this many event types are read from their index and merged. With more types the log itself is read.
 const MERGED_TYPES: usize = 24;
 
 const LAST_SEQUENCE: &str = "SELECT max(sequence) FROM events WHERE aggregate_id = ?1";
 const POSITION_OF: &str = "SELECT position FROM events WHERE aggregate_id = ?1 AND sequence = ?2";
 const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
 
-/// A page of the log, as of the head that is read first: what commits meanwhile is for the next page.
+/// Reads a page of the log up to the head, which is read first. Events that are committed meanwhile come on the next
+/// page.
 pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> Result<LogPage> {
     let head = LogEnd::read(connection)?.position;
     if query.direction == Direction::Forward && query.from > head {
         return Err(Error::cursor_ahead(query.from, head).into());
     }
-    let (events, is_full) = match query.limit.max_events() {
-        0 => (Events::default(), true),
-        _ => matching(connection, names, query, range(query, head))?,
-    };
-    Ok(LogPage::new(query, events, is_full, head))
+    let page = matching(connection, names, query, head)?;
+    let is_full = page.is_full();
+    Ok(LogPage::new(query, page.finish(), is_full, head))
 }
 
-/// The first and the last position to read, whichever way.
-fn range(query: &LogQuery, head: Position) -> (i64, i64) {
+/// The positions to read, in both directions from the lowest to the highest.
+fn range(query: &LogQuery, head: Position) -> RangeInclusive<i64> {
     match query.direction {
-        Direction::Forward => (query.from.next().get(), query.to.min(head).get()),
-        Direction::Backward => (query.to.get().max(1), (query.from.get() - 1).min(head.get())),
+        Direction::Forward => query.from.next().get()..=query.to.min(head).get(),
+        Direction::Backward => query.to.get().max(1)..=(query.from.get() - 1).min(head.get()),
     }
 }
 
-fn matching(
-    connection: &Connection,
-    names: &Names,
+fn matching<'a>(
+    connection: &'a Connection,
+    names: &'a Names,
     query: &LogQuery,
-    (first, last): (i64, i64),
-) -> Result<(Events, bool)> {
-    if first > last {
-        return Ok((Events::default(), false));
+    head: Position,
+) -> Result<Page<'a>> {
+    let range = range(query, head);
+    let mut page = Page::new(connection, names, query.limit);
+    if page.is_full() || range.is_empty() {
+        return Ok(page);
     }
+    let (first, last) = (*range.start(), *range.end());
     let filter = &query.filter;
     let passing = match filter.is_by_type() {
         true => names.complete(connection)?.passing(filter),
         false => None,
     };
     let (reference, correlation) = (filter.reference(), filter.correlation_id());
-    let mut page = Page::new(connection, names, query.limit);
     match (filter.aggregate(), passing.as_deref()) {
         (_, Some([])) => {}
         (Some(aggregate), passing) => {
-            let range = sequences(connection, aggregate, (first, last))?;
+            let sequences = sequences(connection, aggregate, range)?;
             let sql = either(query, AGGREGATE_FORWARD, AGGREGATE_BACKWARD);
             let mut statement = connection.prepare_cached(sql)?;
-            let values = (range.0, range.1, aggregate.get(), reference, correlation);
+            let values = (sequences.start(), sequences.end(), aggregate.get(), reference, correlation);
             page.fill(statement.query(values)?, passing)?;
         }
         (None, passing) if reference.is_some() => {
@@ -130,19 +133,20 @@ fn matching(
             page.fill(statement.query((first, last))?, passing)?;
         }
     }
-    Ok(page.finish())
+    Ok(page)
 }
 
-/// Every event behind the first position, up to the second, as many as the limit allows.
+/// Reads events after the first position up to the second, as many as the limit allows.
 pub(crate) fn between(
     connection: &Connection,
     names: &Names,
-    (after, to): (Position, Position),
+    after: Position,
+    to: Position,
     limit: PageLimit,
 ) -> Result<Events> {
     let mut page = Page::new(connection, names, limit);
     page.fill(connection.prepare_cached(ALL_FORWARD)?.query((after.next().get(), to.get()))?, None)?;
-    Ok(page.finish().0)
+    Ok(page.finish())
 }
 
 fn either<'a>(query: &LogQuery, forward: &'a str, backward: &'a str) -> &'a str {
@@ -152,7 +156,7 @@ fn either<'a>(query: &LogQuery, forward: &'a str, backward: &'a str) -> &'a str 
     }
 }
 
-/// SQLite merges the parts as it goes, since each comes from its index in this order.
+/// SQLite merges the parts while it reads them, because each index returns them in this order.
 fn merged(types: usize, direction: Direction) -> String {
     let order = match direction {
         Direction::Forward => " ORDER BY position",
@@ -161,12 +165,12 @@ fn merged(types: usize, direction: Direction) -> String {
     vec![of_type!(); types].join(" UNION ALL ") + order
 }
 
-/// The sequences of the aggregate's events between two positions.
+/// The sequences of the aggregate's events at these positions.
 fn sequences(
     connection: &Connection,
     aggregate: AggregateId,
-    (first, last): (i64, i64),
-) -> Result<(i64, i64)> {
+    positions: RangeInclusive<i64>,
+) -> Result<RangeInclusive<i64>> {
     let mut last_sequence = connection.prepare_cached(LAST_SEQUENCE)?;
     let count: Option<i64> = last_sequence.query_row([aggregate.get()], |row| row.get(0))?;
     let mut position_of = connection.prepare_cached(POSITION_OF)?;
@@ -176,10 +180,10 @@ fn sequences(
             Ok(found <= position)
         })
     };
-    Ok((up_to(first - 1)? + 1, up_to(last)?))
+    Ok(up_to(positions.start() - 1)? + 1..=up_to(*positions.end())?)
 }
 
-/// The last position recorded at this time or before. `recorded_at` never goes back along the log.
+/// The last position that was recorded at this time or before. `recorded_at` never decreases along the log.
 pub(crate) fn position_at(connection: &Connection, time: Timestamp) -> Result<Position> {
     let head = LogEnd::read(connection)?.position;
     let mut recorded_at = connection.prepare_cached(RECORDED_AT)?;
@@ -189,7 +193,7 @@ pub(crate) fn position_at(connection: &Connection, time: Timestamp) -> Result<Po
     Position::new(last).map_err(damaged)
 }
 
-/// How many of the numbers 1 to `last` come before the first that is not `within`, found by halving.
+/// How many of the numbers 1 to `last` come before the first that is not `within`. Uses binary search.
 fn partition_point(last: i64, mut within: impl FnMut(i64) -> Result<bool>) -> Result<i64> {
     let (mut below, mut above) = (0, last);
     while below < above {
@@ -203,7 +207,7 @@ fn partition_point(last: i64, mut within: impl FnMut(i64) -> Result<bool>) -> Re
 mod tests {
     use super::*;
 
-    /// What SQLite plans to do, step by step.
+    /// The steps of SQLite's query plan.
     fn plan(sql: &str) -> Vec<String> {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(include_str!("../../migrations/V1__event_store.sql")).unwrap();

@@ -1,4 +1,4 @@
-//! From rows of the log to a page of events, without a copy in between.
+//! Turns rows of the log into a page of events, without an intermediate copy.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use rusqlite::{Connection, Row, Rows};
 use crate::error::{Result, damaged};
 use crate::names::Names;
 
-/// The columns of an event, in the order in which a page takes them. Most events have none of the last four, and to
-/// ask once for all is cheaper than to ask for each.
+/// The columns of an event, in the order that a page expects. Most events have none of the last four, and one test for
+/// all of them is cheaper than four.
 macro_rules! select_events {
     ($($rest:expr),+) => {
         concat!(
@@ -28,7 +28,7 @@ pub(crate) use select_events;
 
 const EVENT_TYPE: usize = 3;
 
-/// A page as it fills.
+/// A page that is being filled.
 pub(crate) struct Page<'a> {
     names: &'a Names,
     table: Arc<NameTable>,
@@ -44,7 +44,7 @@ impl<'a> Page<'a> {
         Self { names, table: names.table(), connection, limit, events: EventsBuilder::new(), is_full }
     }
 
-    /// Takes rows until the limit is met; SQLite reads no further than it is asked to. `passing` is sorted.
+    /// Takes rows until the page is full; SQLite reads no further rows. `passing` are the event types to take, sorted.
     pub(crate) fn fill(&mut self, mut rows: Rows<'_>, passing: Option<&[u32]>) -> Result<()> {
         while !self.is_full {
             let Some(row) = rows.next()? else { break };
@@ -62,13 +62,13 @@ impl<'a> Page<'a> {
         let payload = row.get_ref(6)?.as_blob().map_err(damaged)?;
         let event_type_id: u32 = row.get(EVENT_TYPE)?;
         if self.table.event_type(event_type_id).is_none() {
-            // Another process has given a name since.
+            // Another process has registered a name meanwhile.
             self.table = self.names.reload(self.connection)?;
         }
         let (aggregate_type, event_type) = self
             .table
             .event_type(event_type_id)
-            .ok_or_else(|| damaged(format!("an event has the unknown type {event_type_id}")))?;
+            .ok_or_else(|| damaged(format!("an event has the unknown type id {event_type_id}")))?;
         let has_more = row.get(7)?;
         let more = |column| if has_more { text(row.get_ref(column)?) } else { Ok(None) };
         let headers: Option<Headers> =
@@ -96,9 +96,13 @@ impl<'a> Page<'a> {
         Ok(())
     }
 
-    /// The events, and whether the limit ended them.
-    pub(crate) fn finish(self) -> (Events, bool) {
-        (self.events.finish(), self.is_full)
+    /// Whether the limit has ended the page.
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full
+    }
+
+    pub(crate) fn finish(self) -> Events {
+        self.events.finish()
     }
 }
 

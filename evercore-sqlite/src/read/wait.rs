@@ -31,7 +31,7 @@ where
         // Listens before it looks at the head, so that a commit in between is not missed.
         let committed = store.committed.listen();
         store.check_open()?;
-        head = head.max(store.seen());
+        head = head.max(store.known_head());
         if head > after {
             return Ok(head);
         }

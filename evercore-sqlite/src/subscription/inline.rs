@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use evercore_core::{BoxError, CursorId, Error, Event, PageLimit, Position, Result, Step, SubscriptionName};
 use rusqlite::{Connection, OptionalExtension};
 
-use crate::connection::guard;
+use crate::connection::user_sql;
 use crate::error::{self, damaged};
 use crate::log_end::LogEnd;
 use crate::names::Names;
@@ -78,13 +78,13 @@ impl InlineProjection {
         head: Position,
     ) -> error::Result<bool> {
         let Some(at) = self.position(connection)?.filter(|at| *at < head) else { return Ok(false) };
-        let events = log::between(connection, names, (at, head), PageLimit::events(PAGE)?)?;
+        let events = log::between(connection, names, at, head, PageLimit::events(PAGE)?)?;
         let events: Vec<Event> = events.iter().collect();
         let Some(last) = events.last().map(Event::position) else {
             return Err(damaged("the log has a gap"));
         };
         let sql = |connection: &Connection| (self.handle)(connection, &events);
-        guard::run(connection, store.settings.sql_timeout, &self.title, sql)?;
+        user_sql::run(connection, store.settings.sql_timeout, &self.title, sql)?;
         let (subscription, version) = self.key();
         connection.prepare_cached(MOVE)?.execute((subscription, version, last.get()))?;
         Ok(last < head)
@@ -135,11 +135,11 @@ pub(crate) fn catch_up_before_commit(
     if inline.is_empty() {
         return Ok(());
     }
-    // Read once, so that other writers cannot keep this going for ever.
-    let head = store.ask(LogEnd::read)?.position;
+    // Read once, so that other writers cannot keep this going endlessly.
+    let head = store.read_on_writer(LogEnd::read)?.position;
     let mut shift = Shift::begin(store);
     for projection in inline {
-        while store.ask(|connection| projection.is_far(connection, head))? {
+        while store.read_on_writer(|connection| projection.is_far(connection, head))? {
             store.write(|connection| projection.next_page(connection, store))?;
             between();
             shift.rest();

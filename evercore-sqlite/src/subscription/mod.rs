@@ -1,4 +1,4 @@
-//! Cursors, and the tables that subscriptions and commits fill.
+//! Cursors of subscriptions, and the tables that subscriptions and commits fill.
 
 pub(crate) mod inline;
 pub(crate) mod projection;

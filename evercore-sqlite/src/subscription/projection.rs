@@ -1,4 +1,4 @@
-//! Projections into tables of the store's own file: the tables and the cursor change together or not at all.
+//! Exactly-once projections: the handler writes in the transaction that moves the cursor.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,8 +6,8 @@ use std::sync::Arc;
 use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Result, Sink, Step};
 use rusqlite::Connection;
 
-use crate::connection::guard;
 use crate::connection::transaction::{self, Failure};
+use crate::connection::user_sql;
 use crate::engine::SqliteEngine;
 use crate::error::{self, Panicked, SqliteError};
 use crate::store::Store;
@@ -15,7 +15,7 @@ use crate::subscription::subscriptions;
 
 type Handle = dyn Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync;
 
-/// A read model in tables beside the log, which a subscription keeps up to date, exactly once.
+/// A read model in the store's file that a subscription keeps up to date, exactly once per event.
 ///
 /// Made by [`SqliteEngine::projection`].
 #[derive(Clone)]
@@ -25,9 +25,9 @@ pub struct Projection {
 }
 
 impl SqliteEngine {
-    /// A projection into tables of this store's file, to be run by `Subscription::run_sink`. The handler writes in the
-    /// transaction that moves the cursor, and only if the lease is still held: after an error, a panic, a crash or a lost
-    /// lease the tables are as they were, and the events come again.
+    /// A projection into tables of this store's file, for a subscription's `run_sink`. The handler writes in the
+    /// transaction that moves the cursor, and only if the lease is still held. After an error, a panic, a crash or a
+    /// lost lease the tables are unchanged, and the events come again.
     ///
     /// ```
     /// # use evercore_sqlite::{EventStore, Result, SqliteEngine};
@@ -50,10 +50,10 @@ impl SqliteEngine {
     /// # Ok(()) }) }
     /// ```
     ///
-    /// While it runs, nobody else writes. It is held to what SQL in [`commit_with`](Self::commit_with) is held to: the
-    /// [`sql_timeout`](crate::Builder::sql_timeout), which is for one delivery, no COMMIT and no ROLLBACK, and nothing
-    /// but SQL on tables of its own. What breaks these rules has failed, as has a constraint that is looked at in the
-    /// end. A panic goes on in whoever delivers, and is a failure to a subscription.
+    /// While it runs, nobody else can write. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a
+    /// delivery. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. If it breaks them, the
+    /// delivery has failed, and also if a deferred constraint fails at the end. A panic continues in the caller of
+    /// `deliver`; a subscription counts it as a failure.
     pub fn projection<F>(&self, handle: F) -> Projection
     where
         F: Fn(&Connection, &Delivery) -> Result<(), BoxError> + Send + Sync + 'static,
@@ -72,20 +72,20 @@ impl Sink for Projection {
             if let Outcome::Failed { error, .. } = &outcome
                 && let Some(panic) = error.downcast_ref::<Panicked>()
             {
-                panic.go_on();
+                panic.resume();
             }
             outcome
         })
     }
 }
 
-/// The cursor goes first: whoever has lost the lease writes nothing.
+/// The cursor moves first, so a runner that has lost its lease writes nothing.
 fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> Result<Outcome> {
     let mut writer = store.lock()?;
     let moved = transaction::write(&writer.get()?.connection, |connection| {
         let cursor = subscriptions::take(connection, delivery.cursor(), step)?;
         let sql = |connection: &Connection| handle(connection, delivery);
-        guard::run(connection, store.settings.sql_timeout, "the projection", sql)?;
+        user_sql::run(connection, store.settings.sql_timeout, "the projection", sql)?;
         Ok(cursor)
     });
     Ok(match moved {
@@ -94,11 +94,11 @@ fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> 
         Err(Failure::RolledBack(SqliteError::User(fault))) => {
             Outcome::Failed { handled: 0, error: fault.into_source() }
         }
-        // Only a constraint of the user's can be broken by then.
+        // Only a deferred constraint of the user's tables can fail here.
         Err(Failure::RolledBack(SqliteError::Sqlite(error))) if error::is_constraint(&error) => {
             Outcome::Failed { handled: 0, error: error.into() }
         }
-        Err(failure) => Outcome::Refused(store.told(&mut writer, failure)),
+        Err(failure) => Outcome::Refused(store.to_error(&mut writer, failure)),
     })
 }
 

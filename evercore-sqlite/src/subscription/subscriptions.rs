@@ -1,4 +1,4 @@
-//! The cursors of subscriptions, and the events that were parked.
+//! The cursors of subscriptions, and their parked events.
 
 use evercore_core::{
     AggregateId, Cursor, CursorId, CursorStatus, Failure, Mark, OwnerId, Parked, ParkedChange, Position,
@@ -53,8 +53,8 @@ const PARKED_IS_DUE: &str = "
     UPDATE parked_events SET is_due = 1
     WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND (?4 IS NULL OR position = ?4)";
 
-/// Takes a step in the open transaction; gives the cursor as it is afterwards. Nothing is written where nothing changes,
-/// and then there is nothing to flush.
+/// Takes a step in the open transaction, and returns the cursor after it. If nothing changes, nothing is written, and
+/// the commit needs no flush.
 pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
     let before = cursor(connection, id)?;
     let taken = outcome(connection, id, step, before.clone())?;
@@ -70,7 +70,7 @@ pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Resul
     Ok(taken.cursor)
 }
 
-/// What comes of it, not yet written.
+/// Works out the result of a step. Changes nothing yet.
 pub(crate) fn outcome(
     connection: &Connection,
     id: &CursorId,
@@ -232,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_query_sorts_or_looks_at_cursors_it_is_not_about() {
+    fn no_query_sorts_or_reads_other_cursors() {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(include_str!("../../migrations/V1__event_store.sql")).unwrap();
         let plan = |sql: &str| {
@@ -245,8 +245,8 @@ mod tests {
         assert_eq!(plan(CURSOR), [format!("SEARCH cursors USING PRIMARY KEY {whole}")]);
         assert_eq!(plan(CURSORS), ["SCAN cursors"]);
         assert_eq!(plan(CURSORS_OF), ["SEARCH cursors USING PRIMARY KEY (subscription=?)"]);
-        let behind = "(subscription=? AND version=? AND partition=? AND position>?)";
-        assert_eq!(plan(PARKED), [format!("SEARCH parked_events USING PRIMARY KEY {behind}")]);
+        let after = "(subscription=? AND version=? AND partition=? AND position>?)";
+        assert_eq!(plan(PARKED), [format!("SEARCH parked_events USING PRIMARY KEY {after}")]);
         for sql in [PARKED_IS_DUE, REMOVE_ALL_PARKED] {
             assert_eq!(plan(sql), [format!("SEARCH parked_events USING PRIMARY KEY {whole}")]);
         }

@@ -181,7 +181,7 @@ fn in_a_flight_only_the_unit_at_which_it_fails_is_refused() {
                 match (*name, outcome) {
                     ("Poison", Ok(Err(error))) => {
                         assert_eq!(error.kind(), &ErrorKind::Rejected);
-                        assert_eq!(error.to_string(), "the inline projection \"copy\" said no");
+                        assert_eq!(error.to_string(), "the inline projection \"copy\" failed");
                         assert!(error.cause::<Poisoned>().is_some());
                     }
                     ("Panic", Err(panic)) => {

@@ -141,7 +141,7 @@ fn an_error_shows_its_cause_and_no_value() {
         ] {
             let sql = move |sql: &Connection| Ok(sql.execute_batch(statements)?);
             let error = engine.commit_with(store.begin(), sql).await.unwrap_err();
-            assert_eq!(error.to_string(), "the SQL beside the commit said no");
+            assert_eq!(error.to_string(), "the SQL of `commit_with` failed");
             let debug = format!("{error:?}");
             assert!(debug.contains(shown), "{debug}");
             assert!(!debug.contains("sesame"), "{debug}");
@@ -302,7 +302,7 @@ fn a_statement_that_runs_too_long_is_interrupted_and_others_go_on() {
         .await;
         let error = slow.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Rejected);
-        assert_eq!(error.to_string(), "the SQL beside the commit took longer than 300ms");
+        assert_eq!(error.to_string(), "the SQL of `commit_with` took longer than 300ms");
         assert!(error.cause::<rusqlite::Error>().is_some());
         other.unwrap();
         let took = began.elapsed();

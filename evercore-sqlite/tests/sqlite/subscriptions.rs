@@ -458,7 +458,10 @@ fn a_projection_that_fails_leaves_everything_as_it_was() {
                     Ok(())
                 });
                 let error = failed(deliver(&engine, &ends, &lease).await);
-                assert_eq!(error.to_string(), "the projection ended the transaction, which is not its own");
+                assert_eq!(
+                    error.to_string(),
+                    "the projection ended the transaction, which only the engine may end"
+                );
             }
             let orphan = engine.projection(|sql, delivery| {
                 note(sql, delivery.events())?;
