@@ -1,4 +1,4 @@
-//! What a store remembers of a durable subscription: its cursors, each with its lease, and the events that were parked.
+//! The stored state of a durable subscription: its cursors, each with its lease, and its parked events.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{AggregateId, Position};
@@ -6,7 +6,7 @@ use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
 use crate::time::Timestamp;
 
-/// Which cursor: a subscription has one per version and partition.
+/// The id of a cursor. A subscription has one cursor per version and partition.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CursorId {
     /// The name of the subscription.
@@ -17,44 +17,46 @@ pub struct CursorId {
     pub partition: u32,
 }
 
-/// A right to move a cursor: the owner, and the epoch, which grows at every claim. Both are named in every move.
+/// The right to move a cursor: the owner, and the epoch, which grows with every claim. Every move names both.
 ///
-/// For a sink that is not in the store, the epoch serves as a fencing token: let it refuse a smaller one for the same
-/// [`CursorId`]. Another version counts anew, and so does a cursor that was removed.
+/// For a sink outside of the store the epoch is a fencing token: let the sink refuse an epoch smaller than the last one for
+/// the same [`CursorId`]. Epochs of another version, and of a cursor that was removed and made again, start from the
+/// beginning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// Who holds it.
+    /// The holder of the lease.
     pub owner: OwnerId,
-    /// How often the cursor had been claimed by then.
+    /// How often the cursor had been claimed at this claim.
     pub epoch: i64,
 }
 
-/// How far one partition of one version of a subscription has come, and who moves it.
+/// The position of one partition of one version of a subscription, and its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cursor {
-    /// Which one.
+    /// Subscription, version and partition.
     pub id: CursorId,
     /// How many partitions there are.
     pub partitions: u32,
-    /// Everything up to here is done, passed over or parked.
+    /// Every event up to here was handled, passed over or parked.
     pub position: Position,
     /// How often it was claimed or reset.
     pub epoch: i64,
-    /// Who holds the lease; `None`: nobody.
+    /// The holder of the lease, if there is one.
     pub owner: Option<OwnerId>,
-    /// Until when, by the engine's clock; without an owner, until when nobody may claim it.
+    /// When the lease expires, by the engine's clock; if unowned, the earliest time it can be claimed.
     pub expires_at: Timestamp,
-    /// Who would like to have it, because others have more than they do.
+    /// An owner that asks for this cursor because it has fewer than others.
     pub wanted_by: Option<OwnerId>,
-    /// Until when that holds.
+    /// When that request expires.
     pub wanted_until: Timestamp,
-    /// Events behind this are live, those up to it are a replay; `None`: all are, while the version is being built.
+    /// Events after this position are live, events up to it are replay. `None` while the version is being built: then all
+    /// are replay.
     pub live_from: Option<Position>,
     /// Whether it may be moved.
     pub status: CursorStatus,
-    /// Where it stopped, if it did and has not come further since.
+    /// The event at which the subscription stopped, until it gets past that event.
     pub failure: Option<Failure>,
-    /// Grows whenever parked events are resumed or dropped by hand.
+    /// Grows whenever an operator resumes or drops parked events.
     pub parked_changes: i64,
 }
 
@@ -62,16 +64,16 @@ pub struct Cursor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CursorStatus {
-    /// It may.
+    /// It may be moved.
     Active,
-    /// Somebody has paused the subscription.
+    /// An operator has paused the subscription.
     Paused,
     /// A newer version has taken over, for good.
     Retired,
 }
 
 impl CursorStatus {
-    /// A number for it, to be stored.
+    /// The number that engines store.
     pub const fn code(self) -> i32 {
         match self {
             Self::Active => 0,
@@ -83,12 +85,19 @@ impl CursorStatus {
     /// The status with this number.
     ///
     /// # Errors
-    /// [`Backend`](ErrorKind::Backend) if there is none.
+    /// [`Backend`](ErrorKind::Backend) if no status has this number.
     pub fn from_code(code: i32) -> Result<Self> {
         [Self::Active, Self::Paused, Self::Retired]
             .into_iter()
             .find(|status| status.code() == code)
-            .ok_or_else(|| Error::new(ErrorKind::Backend, format!("there is no status {code} of a cursor")))
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Backend,
+                    format!(
+                        "the stored status {code} of a cursor is unknown; a newer version may have written it"
+                    ),
+                )
+            })
     }
 }
 
@@ -99,8 +108,8 @@ pub struct Failure {
     pub position: Position,
     /// How often it was tried.
     pub attempts: u32,
-    /// What the handler said the last time, and what caused it, cut to [`limits::STORED_ERROR_BYTES`]. It is the user's own
-    /// text, or that of a database: show it to those who may see the data.
+    /// The handler's last error with its causes, cut to [`limits::STORED_ERROR_BYTES`]. The text comes from the application
+    /// or a database and may contain data: show it only to people who may see the data.
     pub error: String,
 }
 
@@ -115,29 +124,29 @@ pub struct Parked {
     pub holds_back: bool,
     /// How often it was tried.
     pub attempts: u32,
-    /// What the handler said the last time, cut to [`limits::STORED_ERROR_BYTES`].
+    /// The handler's last error, cut to [`limits::STORED_ERROR_BYTES`].
     pub error: String,
     /// When it was parked, by the engine's clock.
     pub parked_at: Timestamp,
-    /// Whether somebody wants it to be tried again; the owner of the cursor does so.
+    /// Whether an operator has asked for another try. The owner of the cursor makes it.
     pub is_due: bool,
 }
 
-/// What becomes of a cursor's parked events in one [`Step`](crate::Step).
+/// A change of a cursor's parked events, made by a [`Step`](crate::Step).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ParkedChange {
-    /// Keeps this one, in place of the one at the same position if there is one.
+    /// Stores this parked event. It replaces one at the same position.
     Keep(Parked),
-    /// Forgets the one at this position.
+    /// Removes the parked event at this position.
     Remove(Position),
-    /// Forgets all.
+    /// Removes all parked events of the cursor.
     RemoveAll,
-    /// Marks the one at this position, or all, as due.
+    /// Marks the parked event at this position, or all of them, as due.
     Due(Option<Position>),
 }
 
-/// As much of an error as is stored.
+/// The text of an error with its causes, cut to the stored length.
 pub(crate) fn stored_error(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,4 +1,4 @@
-//! What a handler is given, and the one who hands it over.
+//! The input of a handler, and the trait that calls handlers.
 
 use std::fmt;
 use std::ops::Deref;
@@ -12,18 +12,19 @@ use crate::error::{BoxError, Error};
 use crate::event::Event;
 use crate::ids::Position;
 
-/// Events that are delivered together, in the order of the log; one at least. Cheap to clone.
+/// One or more events that are delivered together, in the order of the log. Cheap to clone.
 #[derive(Clone)]
 pub struct Delivery {
     pub(crate) events: Arc<[Event]>,
     pub(crate) context: Arc<Context>,
     pub(crate) attempt: u32,
     pub(crate) is_replay: bool,
-    /// Where the cursor stands when all of it is done: the last event, or further if nothing is to come between.
+    /// The position of the cursor after this delivery: the last event, or later if no event in between is for this
+    /// subscription.
     pub(crate) end: Position,
 }
 
-/// What all deliveries of one lease share.
+/// Shared by all deliveries of one lease.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) id: CursorId,
@@ -44,44 +45,45 @@ impl Delivery {
         &self.events
     }
 
-    /// Where the cursor stands when all of it is done: at the last event, or further if what follows concerns nobody.
+    /// The position of the cursor after this delivery: the last event, or later if the events in between are not for this
+    /// subscription.
     pub fn end(&self) -> Position {
         self.end
     }
 
-    /// 1 the first time, 2 when it is tried again, and so on. An owner that takes over begins with 1 again.
+    /// The number of this try: 1 for the first. A new owner begins with 1 again.
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
 
-    /// Whether these events were handled before by another version of the subscription, or before it was reset: what
-    /// cannot be taken back, such as a mail, is not to be done again.
+    /// Whether these events were handled before, by another version of the subscription or before a reset. Do not repeat
+    /// effects that cannot be taken back, such as a mail.
     pub fn is_replay(&self) -> bool {
         self.is_replay
     }
 
-    /// The cursor to which it belongs.
+    /// The cursor of this delivery.
     pub fn cursor(&self) -> &CursorId {
         &self.context.id
     }
 
-    /// The lease under which it is delivered: its epoch is a fencing token.
+    /// The lease of this delivery. Its epoch is a fencing token.
     pub fn lease(&self) -> &Lease {
         &self.context.lease
     }
 
-    /// Whether the runner wants to stop: a handler that goes through many events may end early, with an error.
+    /// Whether the runner wants to stop. A handler of many events may then return early, with an error.
     pub fn is_stopping(&self) -> bool {
         self.context.is_stopping.load(Ordering::Acquire)
     }
 
-    /// One of its events, to be given up alone.
+    /// One event of this delivery, to be skipped or parked alone.
     pub(crate) fn only(&self, index: usize) -> Option<Self> {
         let event = self.events.get(index)?.clone();
         Some(Self { end: event.position(), events: Arc::new([event]), ..self.clone() })
     }
 
-    /// Each event with what the delivery says about it.
+    /// Each event, with the data of this delivery.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Delivered> + '_ {
         (0..self.events.len()).map(|index| Delivered { delivery: self.clone(), index })
     }
@@ -98,7 +100,7 @@ impl fmt::Debug for Delivery {
     }
 }
 
-/// One event that is delivered; it is the [`Event`], and knows how it is delivered.
+/// A delivered event: derefs to [`Event`], and has the data of its delivery.
 #[derive(Clone)]
 pub struct Delivered {
     delivery: Delivery,
@@ -159,20 +161,20 @@ pub trait Sink: Send + Sync {
     }
 }
 
-/// What became of a delivery.
+/// The result of a delivery.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Outcome {
-    /// So many of its events were handled, from the first on; the cursor is still to be moved, and the rest comes next. To
-    /// have handled none is to have failed.
+    /// The first events, this many, were handled. The runner moves the cursor and delivers the rest next. Zero counts as a
+    /// failure.
     Handled(usize),
-    /// All were handled, and the cursor was moved together with what the handler wrote: it is like this now.
+    /// All events were handled, and the cursor was moved together with the handler's writes. This is the cursor now.
     Advanced(Cursor),
-    /// The handler failed after so many events, on the next or on one of those behind it; the cursor did not move.
+    /// The handler failed. The cursor did not move.
     Failed {
-        /// How many events were handled, from the first on.
+        /// How many events were handled, from the first on. The failure is at the next event or at a later one.
         handled: usize,
-        /// What the handler said.
+        /// The handler's error.
         error: BoxError,
     },
     /// The engine failed, or refused to move the cursor.

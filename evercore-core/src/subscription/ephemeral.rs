@@ -1,4 +1,4 @@
-//! Subscriptions of a process, for as long as it lives: nothing is written.
+//! Ephemeral subscriptions: they live as long as their process and store nothing.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use crate::event::Events;
 use crate::ids::Position;
 use crate::store::EventStore;
 
-/// How long one wait for the log lasts at most; then comes the next.
+/// The longest single wait for the log. Another one follows it.
 const WAIT: Duration = Duration::from_secs(60);
 
 impl EventStore {
-    /// Follows the log from `start` on, for as long as the subscription is held; no row is written. For caches, live
-    /// views, anything that begins anew with its process.
+    /// Follows the log from `start` on, as long as the returned value lives. No cursor is stored. Use it for caches, live
+    /// views, and anything else that a process builds again when it starts.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Filter, Result, Start};
@@ -30,8 +30,7 @@ impl EventStore {
     /// ```
     ///
     /// # Errors
-    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start lies behind the end of the log; what the engine says
-    /// when it is out of reach.
+    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start is past the end of the log; those of the engine.
     pub async fn subscribe(&self, filter: Filter, start: Start) -> Result<EphemeralSubscription> {
         let from = start.resolve(self).await?;
         let query = LogQuery::after(from).with_filter(filter);
@@ -52,7 +51,7 @@ pub struct EphemeralSubscription {
 }
 
 impl EphemeralSubscription {
-    /// The same with at most so much at once; to be said before the first [`next`](Self::next). 0 events count as 1.
+    /// Limits the events and bytes of one batch; 0 events count as 1. Call it before the first [`next`](Self::next).
     #[must_use]
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
         self.query = self.query.with_limit(limit.at_least_one());
@@ -61,12 +60,12 @@ impl EphemeralSubscription {
         self
     }
 
-    /// The next events, one at least, as soon as there are some. The future may be dropped and `next` called again:
-    /// nothing is lost by that. After an error the same events are asked for again.
+    /// Waits for the next events and returns at least one. The future may be dropped: the next call returns the same events.
+    /// So does the next call after an error.
     ///
     /// # Errors
-    /// [`TailLost`](crate::ErrorKind::TailLost) if the log has lost what was handed out last: subscribe anew, from where
-    /// you are sure of. What the engine says when it is out of reach.
+    /// [`TailLost`](crate::ErrorKind::TailLost) if the log has lost the last events that were returned: subscribe again,
+    /// from a position that you trust. Those of the engine.
     pub async fn next(&mut self) -> Result<Events> {
         loop {
             let events = self.next_page().await?.events;
@@ -76,8 +75,8 @@ impl EphemeralSubscription {
         }
     }
 
-    /// The next page of the log, as soon as it has grown: also one without events, in which nothing passed the filter. For
-    /// those who want to know how far they are.
+    /// Waits for the log to grow and returns the next page. A page may be empty, if no event in it passed the filter. With
+    /// it the caller can follow its [`position`](Self::position).
     ///
     /// # Errors
     /// As [`next`](Self::next).
@@ -89,7 +88,7 @@ impl EphemeralSubscription {
         }
     }
 
-    /// Everything up to here was handed out or did not pass the filter.
+    /// Every event up to here was returned or did not pass the filter.
     pub fn position(&self) -> Position {
         self.tail.position()
     }

@@ -1,5 +1,5 @@
-//! Handlers that are plain functions: the cursor is moved after them, so they see each event at least once. And what
-//! becomes of a handler's panic, whoever calls it.
+//! Handlers that are plain functions. The cursor moves after them, so they see each event at least once. A panic of any
+//! handler becomes an error here.
 
 use std::any::Any;
 use std::future::{Future, poll_fn};
@@ -65,12 +65,12 @@ where
     }
 }
 
-/// Does the work; a panic in it is an error like any other, and what it left behind is dropped. A handler that cannot
-/// bear one event must not stop all others for good.
+/// Runs the work and turns a panic into an error, so that a handler which panics at one event does not stop all others for
+/// good.
 pub(super) async fn caught<T>(work: impl Future<Output = T>) -> Result<T, BoxError> {
     let mut work = pin!(work);
     poll_fn(|context| {
-        // What the handler shares with others is as safe from its panics as in a task of a runtime.
+        // The state that a handler shares is as safe after its panic as it would be in a task of a runtime.
         match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
             Ok(polled) => polled.map(Ok),
             Err(panic) => Poll::Ready(Err(panicked(&*panic).into())),

@@ -1,4 +1,4 @@
-//! What operators and readers ask of subscriptions: how far they are, to pause, to begin again, to wait for them.
+//! The calls of operators and readers: how far a subscription is, pause, resume, reset, remove, wait, parked events.
 
 use std::time::{Duration, Instant};
 
@@ -13,39 +13,39 @@ use crate::name::SubscriptionName;
 use crate::race::race;
 use crate::store::EventStore;
 
-/// How often to look for cursors that others move; those moved through clones of this store ring a bell.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often to query cursors that other processes move. Clones of this store announce their own moves.
+const POLL: Duration = Duration::from_millis(20);
 
 /// How many parked events are read at once.
 const PARKED_PAGE: usize = 1_000;
 
-/// A cursor, and how far it is behind.
+/// A cursor, and how far it is from the end of the log.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CursorState {
     /// The cursor.
     pub cursor: Cursor,
-    /// Whether somebody holds its lease at the moment.
+    /// Whether an owner holds its lease at the moment.
     pub is_owned: bool,
-    /// Whether it stands behind the end of the log, which then has lost its tail, or is another one.
+    /// Whether the cursor is past the end of the log. Then the log has lost its tail, or it is another log.
     pub is_ahead: bool,
-    /// How many events of the log lie behind it, whether they concern it or not. It grows for ever where nobody moves the
-    /// cursor any more: where a newer version has taken over ([`Retired`](CursorStatus::Retired)), or no program has that
-    /// inline projection. [`EventStore::remove_subscription`] removes those.
+    /// How many events of the log come after the cursor, also those that its filter leaves out. It grows for ever if the
+    /// cursor never moves again: if a newer version has taken over ([`Retired`](CursorStatus::Retired)), or if no program
+    /// has that inline projection any more. [`EventStore::remove_subscription`] removes such cursors.
     pub lag_events: u64,
     /// How long ago the oldest of those was recorded, by the engine's clock; zero if there is none.
     pub lag_time: Duration,
-    /// For how long nobody may claim it yet, because it has failed a moment ago; zero otherwise.
-    /// [`EventStore::resume_subscription`] ends it.
+    /// How long until the cursor can be claimed again, if its handler has just failed; zero otherwise.
+    /// [`EventStore::resume_subscription`] ends this rest.
     pub rest: Duration,
 }
 
 impl EventStore {
     /// All durable subscriptions: a state for each of their cursors, in order of name, version and partition. Inline
-    /// projections are among them; nobody owns their cursors.
+    /// projections are among them; their cursors have no owner.
     ///
     /// # Errors
-    /// What the engine says when it is out of reach.
+    /// Those of the engine, such as [`Unavailable`](ErrorKind::Unavailable).
     pub async fn subscriptions(&self) -> Result<Vec<CursorState>> {
         self.states(None).await
     }
@@ -77,16 +77,16 @@ impl EventStore {
     /// The states of one subscription's cursors, of all its versions.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is none; [`InvalidName`](ErrorKind::InvalidName); what the engine says
-    /// when it is out of reach.
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such subscription; [`InvalidName`](ErrorKind::InvalidName); those
+    /// of the engine.
     pub async fn subscription_states(&self, name: impl AsRef<str>) -> Result<Vec<CursorState>> {
         let name = SubscriptionName::new(name)?;
         let states = self.states(Some(&name)).await?;
         if states.is_empty() { Err(no_subscription(&name)) } else { Ok(states) }
     }
 
-    /// The version of a projection that readers should use: the newest that is built and has taken over; the oldest that
-    /// is not over if there is none.
+    /// The version of a projection that readers should use: the newest that has caught up and taken over. If there is
+    /// none, the oldest that is not retired.
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).
@@ -100,13 +100,13 @@ impl EventStore {
         if cursors.is_empty() { Err(no_subscription(name)) } else { Ok(cursors) }
     }
 
-    /// Waits until a projection has seen what a commit wrote, so that who wrote it can read it there. At once for a commit
-    /// that wrote no event. It is the live version that counts. A cursor that is moved through a clone of this store is
-    /// noticed at once, others within 20 ms.
+    /// Waits until a projection has handled the events of a commit, so that a writer can read its own write there. Returns
+    /// at once for a commit without events. The [live version](Self::live_version) counts. A move of the cursor is noticed
+    /// at once if it is made through a clone of this store, and within 20 ms otherwise.
     ///
-    /// An event that was parked or skipped counts as seen. Where a cursor has only to pass events that its filter leaves
-    /// out, or that belong to other partitions, it does so up to 50 ms after its last move; with several partitions all of
-    /// them have to come that far.
+    /// An event that was parked or skipped counts as handled. If a cursor only has to pass events that its filter leaves
+    /// out, or that belong to other partitions, it does so up to 50 ms after its last move. With several partitions, all
+    /// of them must come that far.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -118,14 +118,14 @@ impl EventStore {
     /// ```
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) if it has not come that far in time; [`NotFound`](ErrorKind::NotFound) if
-    /// there is no such subscription (yet: see [`declare`](super::Subscription::declare));
-    /// [`InvalidName`](ErrorKind::InvalidName); what the engine says.
+    /// [`Unavailable`](ErrorKind::Unavailable) if the cursor is not there in time; [`NotFound`](ErrorKind::NotFound) if
+    /// there is no such subscription yet (see [`declare`](super::Subscription::declare));
+    /// [`InvalidName`](ErrorKind::InvalidName); those of the engine.
     pub async fn wait_for(&self, receipt: &Receipt, name: impl AsRef<str>, at_most: Duration) -> Result<()> {
         self.wait_for_position(receipt.last, name, at_most).await
     }
 
-    /// The same for a position, such as one that came with a request.
+    /// Like [`wait_for`](Self::wait_for) for a position, for instance one that came with a request.
     ///
     /// # Errors
     /// As [`wait_for`](Self::wait_for).
@@ -146,16 +146,16 @@ impl EventStore {
                 let message = format!("subscription \"{name}\" has not reached position {position} in time");
                 return Err(Error::new(ErrorKind::Unavailable, message));
             }
-            race(self.rings().rings_after(rung), self.engine().pause(LOOK.min(left))).await;
+            race(self.rings().rings_after(rung), self.engine().pause(POLL.min(left))).await;
         }
     }
 
-    /// Has all owners of a subscription end what they are about and stop; nobody can claim it until it is resumed. Those
-    /// who [run](super::Subscription::run) it wait, and go on then.
+    /// Pauses a subscription. Its owners finish the event at hand and stop, and it cannot be claimed until it is resumed.
+    /// Callers of [`run`](super::Subscription::run) wait and then go on.
     ///
-    /// An owner that works through a clone of this store learns of it at once, others with their next step, at the latest
-    /// when a third of the lease is over. So it is with all calls here. This does not wait for it: an owner may still write
-    /// when it has returned.
+    /// An owner that works through a clone of this store learns of it at once. Other owners learn of it with their next
+    /// step, at the latest after a third of the lease. This holds for all calls here. The call does not wait for the
+    /// owners: one may still write after it has returned.
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).
@@ -171,13 +171,13 @@ impl EventStore {
         self.step_on_all(name, &Step::Resume).await
     }
 
-    /// Has a subscription begin elsewhere. Its owners lose their leases. What lies before the old cursor comes as
-    /// [replay](super::Delivery::is_replay); so parked events, which were not handled, have to be resumed or dropped first.
+    /// Moves a subscription to another place of the log. Its owners lose their leases. Events up to the old position are
+    /// delivered as [replay](super::Delivery::is_replay). Parked events were not handled, so resume or drop them first.
     ///
-    /// What the handler wrote stays. To fill the tables of a projection anew in their place: pause, reset, empty them,
-    /// resume. In another order something may be written in between that then is there twice or missing: until it is reset
-    /// an owner may still write, and while it is paused no other comes. A new
-    /// [version](super::Subscription::with_version) spares readers the time without a table.
+    /// The handler's earlier effects stay. To fill the tables of a projection again: pause, reset, empty the tables, resume,
+    /// in this order. Before the reset an owner may still write, and during the pause no new owner comes; in another order
+    /// a row may be written twice or be missing. With a new [version](super::Subscription::with_version) readers need not
+    /// do without the tables meanwhile.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if there are parked events; [`CursorAhead`](ErrorKind::CursorAhead) past the end of
@@ -195,19 +195,21 @@ impl EventStore {
         self.step_on_all(name, &Step::reset(position)).await
     }
 
-    /// Forgets one version of a subscription, its cursors and parked events. A runner of it loses its lease. What the
-    /// handler wrote stays. Run again, it begins anew, and unless an older version is there, all of it is live.
+    /// Removes one version of a subscription with its cursors and parked events. Its runners lose their leases. The
+    /// handler's effects stay. If the version is run again, it begins from its start, and unless an older version exists,
+    /// all events are live.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is none; [`Invalid`](ErrorKind::Invalid) while a newer one is being built,
-    /// which would take what this one has handled for live: remove that one first, or let it take over; what the engine says.
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) while a newer version
+    /// is being built, since it would take events that this one has handled for live: remove the newer one first, or let
+    /// it take over; those of the engine.
     pub async fn remove_subscription(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
         let name = SubscriptionName::new(name)?;
         let known = self.known(&name).await?;
         let is_built_upon = |newer: &Cursor| newer.id.version > version && newer.live_from.is_none();
         if let Some(newer) = known.iter().find(|cursor| is_built_upon(cursor)) {
             let message = format!(
-                "version {} of subscription \"{name}\" is being built beside version {version}",
+                "version {} of subscription \"{name}\" is being built from version {version}; remove it first, or let it take over",
                 newer.id.version
             );
             return Err(Error::invalid(message));
@@ -224,7 +226,7 @@ impl EventStore {
         Ok(())
     }
 
-    /// On all cursors that are not retired.
+    /// Takes a step on each cursor that is not retired.
     async fn step_on_all(&self, name: impl AsRef<str>, step: &Step) -> Result<()> {
         let name = SubscriptionName::new(name)?;
         for cursor in self.known(&name).await? {
@@ -256,24 +258,24 @@ impl EventStore {
         Ok(all)
     }
 
-    /// Has a parked event tried again, once, by whoever [runs](super::Subscription::run) the subscription; `None`: all of
-    /// them. Events that waited behind it follow in order. If it fails, it is parked as before, with the new error. That
-    /// nothing is parked at this position is no error.
+    /// Marks a parked event to be tried once more by the [runner](super::Subscription::run) of the subscription; `None` marks
+    /// all of them. Events that waited for it follow in order. If it fails, it is parked as before, with the new error. It
+    /// is no error if no event is parked at this position.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; [`Superseded`](ErrorKind::Superseded) if nobody will
-    /// do so any more, since a newer version has taken over; what the engine says.
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; [`Superseded`](ErrorKind::Superseded) if a newer version
+    /// has taken over, so that this one has no runner any more; those of the engine.
     pub async fn resume_parked(&self, cursor: &CursorId, position: Option<Position>) -> Result<()> {
         self.engine().step(cursor, &Step::ResumeParked { position }).await?;
         self.operated().ring();
         Ok(())
     }
 
-    /// Forgets a parked event, `None`: all of them. Events of its aggregate that have waited behind it until now are
-    /// passed over with it; those that come later are delivered again.
+    /// Drops a parked event; `None` drops all of them. Events of its aggregate that have waited for it are dropped with it.
+    /// Later ones are delivered.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; what the engine says.
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; those of the engine.
     pub async fn drop_parked(&self, cursor: &CursorId, position: Option<Position>) -> Result<()> {
         self.engine().step(cursor, &Step::DropParked { position }).await?;
         self.operated().ring();
@@ -281,7 +283,7 @@ impl EventStore {
     }
 }
 
-/// The version that counts, and how far all its partitions have come.
+/// The live version, and the position that all its partitions have reached.
 fn live(mut cursors: Vec<Cursor>) -> Result<(u32, Position)> {
     let is_over = |cursor: &Cursor| cursor.status == CursorStatus::Retired;
     let going: Vec<u32> = cursors.iter().filter(|it| !is_over(it)).map(|it| it.id.version).collect();
@@ -299,7 +301,7 @@ fn live(mut cursors: Vec<Cursor>) -> Result<(u32, Position)> {
             _ => versions.push((cursor.id.version, is_built, cursor.position)),
         }
     }
-    // A version that was reset is behind its beginning for a while: better that than one not yet built.
+    // After a reset a version is before its start for a while. It still serves readers better than one that is being built.
     let newest_built = versions.iter().rev().find(|(_, is_built, _)| *is_built);
     let found = newest_built.or(versions.first());
     found

@@ -1,4 +1,4 @@
-//! A subscription whose events are asked for, batch by batch.
+//! A durable subscription from which the caller pulls batches and acknowledges them.
 
 use std::future::Future;
 use std::time::Duration;
@@ -13,9 +13,9 @@ use crate::ids::Position;
 use crate::race::{First, race};
 
 impl Subscription {
-    /// Claims the first partition that is free and reads from its cursor on. Waits while another owner has it, it is
-    /// paused, or rests after a failure, unless it is [not to](Self::without_standby). The failure policy is for those who
-    /// [run](Self::run) the subscription; here an event that cannot be handled is yours to deal with.
+    /// Claims the first partition that is free, to read from its cursor on. Waits while another owner holds it, while it is
+    /// paused, and while it rests after a failure; [`without_standby`](Self::without_standby) it does not wait. The failure
+    /// policy applies to [`run`](Self::run) only. Here the caller decides about an event that cannot be handled.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result};
@@ -32,7 +32,7 @@ impl Subscription {
     /// ```
     ///
     /// # Errors
-    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is not to wait;
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) without standby;
     /// [`Superseded`](ErrorKind::Superseded) if a newer version has taken over; otherwise as [`run`](Self::run).
     pub async fn claim(&self) -> Result<OwnedSubscription> {
         self.declare().await?;
@@ -56,25 +56,25 @@ impl Subscription {
     }
 }
 
-/// A cursor whose lease is held. Made by [`Subscription::claim`].
+/// A claimed cursor. Made by [`Subscription::claim`].
 ///
-/// The lease is renewed by [`next`](Self::next) and [`ack`](Self::ack), and by [`keep`](Self::keep) while something takes
-/// long. Dropped, it acknowledges nothing, and the lease ends by itself; [`release`](Self::release) ends it at once.
+/// [`next`](Self::next) and [`ack`](Self::ack) renew the lease. Use [`keep`](Self::keep) while something takes long. A drop
+/// acknowledges nothing, and the lease expires; [`release`](Self::release) ends it at once.
 #[derive(Debug)]
 pub struct OwnedSubscription {
     held: Held,
 }
 
 impl OwnedSubscription {
-    /// The next events, one at least, as soon as there are some. Each comes once, acknowledged or not, until somebody
-    /// claims the cursor again: then all come again that were not acknowledged. The future may be dropped and `next`
-    /// called again: nothing is lost by that.
+    /// Waits for the next events and returns at least one. Each event comes once under this lease, acknowledged or not. After
+    /// the next claim, all events that were not acknowledged come again. The future may be dropped: the next call returns
+    /// the same events.
     ///
     /// # Errors
-    /// [`LeaseLost`](ErrorKind::LeaseLost) if another has claimed the cursor, or it was reset;
+    /// [`LeaseLost`](ErrorKind::LeaseLost) if another owner has claimed the cursor, or it was reset;
     /// [`Paused`](ErrorKind::Paused) if the subscription was paused; [`Superseded`](ErrorKind::Superseded) if a newer
-    /// version has taken over; [`TailLost`](ErrorKind::TailLost) if the log has lost what was handed out last: claim the
-    /// cursor again; what the engine says.
+    /// version has taken over; [`TailLost`](ErrorKind::TailLost) if the log has lost the last events that were returned:
+    /// claim the cursor again; those of the engine.
     pub async fn next(&mut self) -> Result<Delivery> {
         loop {
             self.held.renew_if_due().await?;
@@ -104,16 +104,20 @@ impl OwnedSubscription {
         }
     }
 
-    /// Acknowledges a delivery and all that came before it: the cursor moves behind it. One from before the cursor is
-    /// acknowledged already, and that is no error.
+    /// Acknowledges a delivery and all before it: the cursor moves past them. It is no error to acknowledge a delivery
+    /// twice.
     ///
     /// # Errors
-    /// [`LeaseLost`](ErrorKind::LeaseLost) if another has claimed the cursor, or it was reset: then nothing has moved, and
-    /// the events come again, to that owner. [`TailLost`](ErrorKind::TailLost) if the log has lost its tail since they were
-    /// read, and the events that came in their place are still to be handled: claim the cursor again. [`Superseded`](ErrorKind::Superseded); what the engine says.
+    /// [`LeaseLost`](ErrorKind::LeaseLost) if another owner has claimed the cursor, or it was reset: the cursor did not move,
+    /// and that owner gets the events again. [`TailLost`](ErrorKind::TailLost) if the log has lost its tail since the events
+    /// were read: other events have taken their place and must be handled, so claim the cursor again.
+    /// [`Superseded`](ErrorKind::Superseded); those of the engine.
     pub async fn ack(&mut self, delivery: &Delivery) -> Result<()> {
         if delivery.context.lease != self.held.context.lease || delivery.cursor() != &self.held.context.id {
-            return Err(Error::new(ErrorKind::LeaseLost, "the delivery is of another lease"));
+            return Err(Error::new(
+                ErrorKind::LeaseLost,
+                "the delivery belongs to another lease; acknowledge it by the subscription that returned it",
+            ));
         }
         if delivery.end() <= self.held.cursor.position {
             return Ok(());
@@ -121,18 +125,18 @@ impl OwnedSubscription {
         self.held.advance(self.held.advance_to(delivery.end(), Vec::new())).await
     }
 
-    /// Runs something and renews the lease meanwhile.
+    /// Runs this work and renews the lease meanwhile.
     ///
     /// # Errors
-    /// [`LeaseLost`](ErrorKind::LeaseLost) if the lease was lost; then the work was dropped.
+    /// [`LeaseLost`](ErrorKind::LeaseLost) if the lease was lost; the work is then dropped.
     pub async fn keep<T>(&mut self, work: impl Future<Output = T> + Send) -> Result<T> {
         self.held.keeping(work).await
     }
 
-    /// Ends the lease, so that others need not wait for its end.
+    /// Ends the lease, so that other owners need not wait until it expires.
     ///
     /// # Errors
-    /// What the engine says; the lease then ends by itself.
+    /// Those of the engine; the lease then expires by itself.
     pub async fn release(mut self) -> Result<()> {
         self.held.release().await
     }
@@ -142,12 +146,12 @@ impl OwnedSubscription {
         &self.held.context.lease
     }
 
-    /// The cursor, as it was at the last call.
+    /// The cursor after the last call.
     pub fn cursor(&self) -> &Cursor {
         &self.held.cursor
     }
 
-    /// Everything up to here is acknowledged.
+    /// Every event up to here is acknowledged.
     pub fn position(&self) -> Position {
         self.held.cursor.position
     }

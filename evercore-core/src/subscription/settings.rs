@@ -1,4 +1,4 @@
-//! A durable subscription as it is described, before anybody claims it.
+//! The description of a durable subscription, before it is claimed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::retry::random_bits;
 use crate::store::EventStore;
 use crate::time::Timestamp;
 
-/// Where a subscription begins. Resolved once, when its cursor is made; after that the cursor counts.
+/// Where a subscription begins. It is resolved once, when the cursor is made. From then on the cursor counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Start {
@@ -27,13 +27,13 @@ pub enum Start {
     /// With the event after this position. A position past the end of the log is
     /// [`CursorAhead`](crate::ErrorKind::CursorAhead) when the subscription is declared, run or claimed for the first time.
     After(Position),
-    /// With the first event that was recorded at this time or later, by the engine's clock, not by the time that the event's
-    /// writer gave it. A time to come is the end of the log.
+    /// With the first event that was recorded at this time or later. That is the time of the engine's clock, not the
+    /// event time that the writer gave. A time in the future means the end of the log.
     At(Timestamp),
 }
 
 impl Start {
-    /// The position behind which it begins.
+    /// The subscription begins after this position.
     pub(crate) async fn resolve(self, store: &EventStore) -> Result<Position> {
         match self {
             Self::Beginning => Ok(Position::ZERO),
@@ -50,11 +50,11 @@ impl Start {
     }
 }
 
-/// A durable subscription: a name, under which its cursor lies in the store, and how it is to be run. Made by
+/// A durable subscription: a name under which the store keeps its cursor, and settings for running it. Made by
 /// [`EventStore::subscription`].
 ///
-/// Whoever runs it needs the lease of its cursor, so one owner has it at a time; others wait and take over. Events come
-/// in the order of the log, each at least once; together with an engine's projection, exactly once.
+/// A runner needs the lease of the cursor, so one owner runs it at a time. Others wait and take over. Events come in the
+/// order of the log, each at least once; together with an engine's projection, exactly once.
 ///
 /// ```
 /// # use evercore_core::{EventStore, Filter, Result, Start, AggregateType};
@@ -73,8 +73,8 @@ impl Start {
 /// # Ok(()) }
 /// ```
 ///
-/// The filter, the batch, the lease and the policy are those of whoever runs it: a changed one takes effect, whole, with
-/// the next claim.
+/// The filter, the batch, the lease and the policy are not stored. Each runner brings its own, so a change takes effect
+/// with the next claim.
 #[derive(Clone, Debug)]
 pub struct Subscription {
     pub(crate) store: EventStore,
@@ -122,79 +122,79 @@ impl EventStore {
 }
 
 impl Subscription {
-    /// Only what passes this filter; all events unless said otherwise. The cursor moves past the rest, which does not come
-    /// again when the filter is widened.
+    /// Delivers only events that pass this filter. The default is all events. The cursor moves past the others: a wider
+    /// filter later does not bring them back.
     #[must_use]
     pub fn with_filter(mut self, filter: Filter) -> Self {
         self.settings.filter = filter;
         self
     }
 
-    /// Where to begin if there is no cursor yet; with the first event unless said otherwise.
+    /// Where to begin if there is no cursor yet. The default is the first event.
     #[must_use]
     pub fn starting(mut self, start: Start) -> Self {
         self.settings.start = start;
         self
     }
 
-    /// At most so many events and bytes at once; 0 events count as 1.
+    /// The most events and bytes in one batch; 0 events count as 1.
     #[must_use]
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
         self.settings.batch = limit.at_least_one();
         self
     }
 
-    /// How long a lease lasts unless it is renewed, which happens when a third of it is over, also while a handler is at
-    /// work; 30 s unless said otherwise, from 10 ms to a day. So long others wait for an owner that died.
+    /// How long a lease lasts without a renewal, from 10 ms to a day. The default is 30 s. It is renewed after a third of
+    /// that time, also while a handler works. If the owner dies, others wait up to this long.
     #[must_use]
     pub fn with_lease(mut self, time: Duration) -> Self {
         self.settings.lease = time.clamp(Duration::from_millis(10), Duration::from_secs(86_400));
         self
     }
 
-    /// How long a handler may go on after the shutdown; then it is dropped. 30 s unless said otherwise.
+    /// How long a handler may go on after the shutdown before it is dropped. The default is 30 s.
     #[must_use]
     pub fn with_grace(mut self, time: Duration) -> Self {
         self.settings.grace = time;
         self
     }
 
-    /// What becomes of events that cannot be handled.
+    /// What happens when an event cannot be handled.
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.settings.failure = policy;
         self
     }
 
-    /// The version of the projection; 1 unless said otherwise. A new version has a cursor of its own: it is built from
-    /// its start beside the version before, all of it [replay](super::Delivery::is_replay), and takes over when it has
-    /// caught up. It should write elsewhere than the old one. What the old one has parked is replay too: resume or drop it
-    /// before. It does not take over from one that is paused. The cursors of the old one stay, retired, until they are
-    /// [removed](EventStore::remove_subscription).
+    /// The version of the projection. The default is 1. A new version has a cursor of its own. It is built from its start
+    /// while the old version goes on, takes over when it has caught up, and gets all events before that as
+    /// [replay](super::Delivery::is_replay). It should write to another place than the old version. Events that the old
+    /// version has parked are replay for the new one too, so resume or drop them first. A new version does not take over
+    /// from a paused one. The old cursors stay, retired, until they are [removed](EventStore::remove_subscription).
     #[must_use]
     pub fn with_version(mut self, version: u32) -> Self {
         self.settings.version = version;
         self
     }
 
-    /// Shares the work among this many cursors, each with a lease of its own: those who run the subscription get
-    /// about as many each. All events of one aggregate belong to one partition, and stay in order. The number is
-    /// fixed once the cursors are made, for later versions too.
+    /// Divides the work among this many cursors, each with a lease of its own. The running processes share them about
+    /// equally. All events of one aggregate belong to one partition and stay in order. The number is fixed once the
+    /// cursors are made, for later versions too.
     #[must_use]
     pub fn with_partitions(mut self, partitions: u32) -> Self {
         self.settings.partitions = partitions;
         self
     }
 
-    /// Refuses to wait for a lease that another has: running or claiming is then
-    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), or [`Paused`](crate::ErrorKind::Paused).
+    /// Does not wait for a lease that another owner holds: running or claiming then fails with
+    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), or with [`Paused`](crate::ErrorKind::Paused).
     #[must_use]
     pub fn without_standby(mut self) -> Self {
         self.settings.is_standby = false;
         self
     }
 
-    /// A word by which people recognise the owner in a list of cursors, such as the name of the host.
+    /// A word that names the owner in a list of cursors, such as the host's name.
     #[must_use]
     pub fn labelled(mut self, label: &str) -> Self {
         self.settings.label = Some(Arc::from(label));
@@ -210,23 +210,23 @@ impl Subscription {
         CursorId { subscription: self.name.clone(), version: self.settings.version, partition }
     }
 
-    /// Another one at each call.
+    /// A new owner at each call.
     pub(crate) fn new_owner(&self) -> Result<OwnerId> {
         let label = self.settings.label.as_deref().unwrap_or("runner");
         OwnerId::new(format!("{label} {} {:016x}{:016x}", std::process::id(), random_bits(), random_bits()))
     }
 
-    /// Makes the cursors if there are none, and resolves the start then; whoever runs or claims the subscription does so
-    /// too. Done before, nobody who [waits for it](EventStore::wait_for) can come too early.
+    /// Makes the cursors if there are none, and resolves the start. Running or claiming the subscription does this too.
+    /// Call it early if a caller may [wait for the subscription](EventStore::wait_for) before the first run.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the version is 0, or the number of partitions is another than before;
     /// [`Superseded`](crate::ErrorKind::Superseded) if it has no cursors and a newer version has;
-    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start lies behind the end of the log; what the engine says.
+    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start is past the end of the log; and the engine's errors.
     pub async fn declare(&self) -> Result<()> {
         let Settings { version, partitions, start, .. } = self.settings;
         if version == 0 {
-            return Err(Error::invalid("the version of a subscription is 1 at least"));
+            return Err(Error::invalid("the version of a subscription must be at least 1"));
         }
         if !(1..=limits::PARTITIONS).contains(&partitions) {
             let most = limits::PARTITIONS;
@@ -250,12 +250,12 @@ impl Subscription {
                 format!("version {version} of subscription \"{}\" comes after a newer one", self.name);
             return Err(Error::new(ErrorKind::Superseded, message));
         }
-        // Whoever began to make them and got no further has resolved the start already.
+        // An earlier call that was cut short has resolved the start already.
         let start = match own.first().and_then(|begun| begun.live_from) {
             Some(resolved) => resolved,
             None => start.resolve(&self.store).await?,
         };
-        // What an older version has still before it is for this one, wherever this one would begin by itself.
+        // Events that an older version has not handled yet belong to this version, even if its own start is later.
         let others = known.iter().filter(|it| it.id.version < version && it.status != CursorStatus::Retired);
         let position = others.map(|older| older.position).fold(start, Position::min);
         let is_first = known.iter().all(|cursor| cursor.id.version >= version);

@@ -1,4 +1,4 @@
-//! Every way in which a cursor changes, as one pure function that all engines run in a transaction of theirs.
+//! The rule of a cursor: every change of it, as one pure function that all engines call inside a transaction.
 
 use std::time::Duration;
 
@@ -9,64 +9,64 @@ use crate::mark::{Mark, Witness};
 use crate::name::OwnerId;
 use crate::time::Timestamp;
 
-/// One change of one cursor. An engine reads the cursor, [takes](Self::take) the step, and writes what came of it, all
-/// in one transaction, by its own clock.
+/// One change of one cursor. An engine reads the cursor, [takes](Self::take) the step, and writes the result, all in one
+/// transaction and by its own clock.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Step {
-    /// Makes the cursor if there is none; one that is there stays as it is.
+    /// Makes the cursor if there is none. An existing cursor stays as it is.
     #[non_exhaustive]
     Declare {
         /// How many partitions the subscription has.
         partitions: u32,
         /// Where to begin.
         position: Position,
-        /// From where on events are live; `None`: the version is to be built beside an older one.
+        /// Events after this position are live; `None` if the version is built while an older one goes on.
         live_from: Option<Position>,
     },
-    /// Gets the lease if nobody else has it; the epoch grows, also for the same owner.
+    /// Takes the lease if no other owner holds it. The epoch grows, also for the same owner.
     #[non_exhaustive]
     Claim {
-        /// Who wants it.
+        /// The new owner.
         owner: OwnerId,
-        /// For how long.
+        /// How long the lease lasts.
         time: Duration,
     },
-    /// Keeps the lease for longer.
+    /// Prolongs the lease.
     #[non_exhaustive]
     Renew {
         /// The lease.
         lease: Lease,
-        /// For how long from now.
+        /// How long the lease lasts from now.
         time: Duration,
     },
     /// Moves the cursor, and renews the lease.
     Advance(Advance),
-    /// Notes why the owner stops, and ends the lease.
+    /// Stores why the owner stops, and ends the lease.
     #[non_exhaustive]
     Fail {
         /// The lease.
         lease: Lease,
-        /// Why.
+        /// The reason.
         failure: Failure,
-        /// How long nobody may claim the cursor, so that a poison event is not tried at full speed.
+        /// How long the cursor cannot be claimed, so that a poison event is not tried at full speed.
         rest: Duration,
     },
-    /// Ends the lease, so that another can begin at once. One that is lost already is no error.
+    /// Ends the lease, so that another owner can begin at once. It is no error if the lease is lost already.
     #[non_exhaustive]
     Release {
         /// The lease.
         lease: Lease,
     },
-    /// Asks the owner, who has more cursors than this one, to let go.
+    /// Asks the owner to release the cursor, because the asking owner has fewer cursors.
     #[non_exhaustive]
     Want {
-        /// Who asks.
+        /// The owner that asks.
         owner: OwnerId,
-        /// For how long the wish holds.
+        /// How long the request stands.
         time: Duration,
     },
-    /// Events behind this position are live from now on.
+    /// Makes events after this position live.
     #[non_exhaustive]
     GoLive {
         /// The lease.
@@ -74,31 +74,31 @@ pub enum Step {
         /// The position.
         from: Position,
     },
-    /// Lets nobody claim the cursor; the owner ends what it is about and stops.
+    /// Forbids further claims. The owner finishes the event at hand and stops.
     Pause,
-    /// The opposite of `Pause`.
+    /// Ends a pause.
     Resume,
-    /// Puts the cursor elsewhere and takes the lease from whoever has it. Parked events are forgotten.
+    /// Moves the cursor to another position, ends the lease of its owner, and removes parked events.
     #[non_exhaustive]
     Reset {
-        /// Where.
+        /// The new position.
         position: Position,
     },
-    /// Ends it for good and takes the lease from whoever has it: a newer version has taken over.
+    /// Ends the cursor for good, with the lease of its owner, because a newer version has taken over.
     Retire,
-    /// Has the parked event at this position, or all of them, tried again.
+    /// Marks parked events to be tried again.
     #[non_exhaustive]
     ResumeParked {
-        /// Which; `None`: all.
+        /// The position of the parked event; `None` for all.
         position: Option<Position>,
     },
-    /// Forgets the parked event at this position, or all of them.
+    /// Removes parked events.
     #[non_exhaustive]
     DropParked {
-        /// Which; `None`: all.
+        /// The position of the parked event; `None` for all.
         position: Option<Position>,
     },
-    /// Forgets the cursor and its parked events. Whoever holds the lease has lost it.
+    /// Removes the cursor and its parked events. Its owner has lost the lease.
     Remove,
 }
 
@@ -108,19 +108,20 @@ pub enum Step {
 pub struct Advance {
     /// The lease.
     pub lease: Lease,
-    /// Where the cursor stands.
+    /// The position of the cursor before the move.
     pub from: Position,
-    /// Where it goes.
+    /// The position after it.
     pub to: Position,
-    /// For how long the lease is renewed.
+    /// How long the renewed lease lasts.
     pub time: Duration,
-    /// What becomes of parked events.
+    /// Changes of parked events.
     pub parked: Vec<ParkedChange>,
-    /// The [`parked_changes`](Cursor::parked_changes) of the cursor when those were looked at: if operators have changed
-    /// something since, the move is refused. `None`: that is no matter.
+    /// The [`parked_changes`](Cursor::parked_changes) of the cursor when the parked events were read. The move is refused
+    /// if operators have changed some since. `None` skips this check.
     pub parked_seen: Option<i64>,
-    /// The event that proves what was read: at `to` or after it. If the log has lost it since, the move is refused: other
-    /// events may have come in the place of those that were handled. `None`: that there is an event at `to` will do.
+    /// An event, at `to` or after it, that was read together with the handled events. If the log has lost it since, the move
+    /// is refused, because other events may have taken the place of the handled ones. With `None`, any event at `to` will
+    /// do.
     pub read: Option<Witness>,
 }
 
@@ -130,14 +131,14 @@ impl Advance {
         Self { lease, from, to, time, parked: Vec::new(), parked_seen: None, read: None }
     }
 
-    /// The same, refused if this event is not in the log any more.
+    /// The same move, refused if this event is no longer in the log.
     #[must_use]
     pub fn having_read(mut self, read: Witness) -> Self {
         self.read = Some(read);
         self
     }
 
-    /// Whether what was handled is in the log; `found` is the mark of the event that was to be looked at.
+    /// Checks that the handled events are still in the log. `found` is the mark of the event that proves it.
     fn check_read(&self, found: Option<Mark>) -> Result<()> {
         let Some(read) = self.read else {
             let is_there = self.to == Position::ZERO || found.is_some();
@@ -150,14 +151,14 @@ impl Advance {
         if read.stands(found) { Ok(()) } else { Err(Error::tail_lost(read.position)) }
     }
 
-    /// The same, with what becomes of parked events.
+    /// The same move with these changes of parked events.
     #[must_use]
     pub fn with_parked(mut self, parked: Vec<ParkedChange>) -> Self {
         self.parked = parked;
         self
     }
 
-    /// The same, refused if operators have changed something about parked events since then.
+    /// The same move, refused if operators have changed parked events since.
     #[must_use]
     pub fn with_parked_seen(mut self, changes: i64) -> Self {
         self.parked_seen = Some(changes);
@@ -165,69 +166,68 @@ impl Advance {
     }
 }
 
-/// What an engine writes after a step.
+/// The result of a step, which the engine writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Taken {
-    /// The cursor as it is now; `None`: there is none any more.
+    /// The cursor after the step; `None` if it is removed.
     pub cursor: Option<Cursor>,
-    /// What becomes of its parked events, in this order.
+    /// The changes of its parked events, in this order.
     pub parked: Vec<ParkedChange>,
 }
 
 impl Step {
-    /// To make a cursor, unless there is one.
+    /// The step that makes a cursor unless there is one.
     pub const fn declare(partitions: u32, position: Position, live_from: Option<Position>) -> Self {
         Self::Declare { partitions, position, live_from }
     }
 
-    /// To get the lease.
+    /// The step that takes the lease.
     pub const fn claim(owner: OwnerId, time: Duration) -> Self {
         Self::Claim { owner, time }
     }
 
-    /// To keep the lease.
+    /// The step that prolongs the lease.
     pub const fn renew(lease: Lease, time: Duration) -> Self {
         Self::Renew { lease, time }
     }
 
-    /// To end the lease.
+    /// The step that ends the lease.
     pub const fn release(lease: Lease) -> Self {
         Self::Release { lease }
     }
 
-    /// To note why the owner stops.
+    /// The step that stores why the owner stops.
     pub const fn fail(lease: Lease, failure: Failure, rest: Duration) -> Self {
         Self::Fail { lease, failure, rest }
     }
 
-    /// To ask the owner to let go.
+    /// The step that asks the owner to release the cursor.
     pub const fn want(owner: OwnerId, time: Duration) -> Self {
         Self::Want { owner, time }
     }
 
-    /// To have what comes behind this position be live.
+    /// The step that makes events after this position live.
     pub const fn go_live(lease: Lease, from: Position) -> Self {
         Self::GoLive { lease, from }
     }
 
-    /// To have parked events tried again.
+    /// The step that marks parked events to be tried again; `None` for all.
     pub const fn resume_parked(position: Option<Position>) -> Self {
         Self::ResumeParked { position }
     }
 
-    /// To forget parked events.
+    /// The step that removes parked events; `None` for all.
     pub const fn drop_parked(position: Option<Position>) -> Self {
         Self::DropParked { position }
     }
 
-    /// To put the cursor elsewhere.
+    /// The step that moves the cursor to another position.
     pub const fn reset(position: Position) -> Self {
         Self::Reset { position }
     }
 
-    /// The position of the event on which this step depends, whose mark [`take`](Self::take) is to be told; zero if there is
-    /// none.
+    /// The position of the event on which this step depends; zero if there is none. [`take`](Self::take) needs its mark.
     pub fn looks_at(&self) -> Position {
         match self {
             Self::Advance(advance) => advance.read.map_or(advance.to, |read| read.position),
@@ -235,15 +235,16 @@ impl Step {
         }
     }
 
-    /// What comes of this step on a cursor that is as given, or is not there, at this time of the engine's clock. `found` is
-    /// the mark of the event at the position that the step [looks at](Self::looks_at); `None` if there is none.
+    /// Applies this step to a cursor, which may be missing, at this time of the engine's clock. `found` is the mark of the
+    /// event at the position that the step [looks at](Self::looks_at); `None` if there is no such event.
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost), [`AlreadyOwned`](ErrorKind::AlreadyOwned), [`Paused`](ErrorKind::Paused),
     /// [`Superseded`](ErrorKind::Superseded); [`NotFound`](ErrorKind::NotFound) if there is no such cursor;
-    /// [`TailLost`](ErrorKind::TailLost) for a move past the end of the log, or if another event is where the last one was
-    /// read: the log has lost its tail since;
-    /// [`Invalid`](ErrorKind::Invalid) if it has another number of partitions. Then nothing is written.
+    /// [`TailLost`](ErrorKind::TailLost) for a move past the end of the log, or if another event has taken the place of the
+    /// last one that was read: the log has lost its tail since;
+    /// [`Invalid`](ErrorKind::Invalid) if the subscription has another number of partitions. After an error nothing is
+    /// written.
     pub fn take(
         &self,
         id: &CursorId,
@@ -318,7 +319,7 @@ impl Step {
         Ok(Taken { cursor: Some(cursor), parked })
     }
 
-    /// Whether it is no harm to pass the cursor by while another transaction holds it: a claim then finds it owned.
+    /// Whether this is a claim. A claim need not wait for another transaction that holds the cursor: it counts as owned.
     pub const fn is_claim(&self) -> bool {
         matches!(self, Self::Claim { .. })
     }
@@ -357,7 +358,7 @@ fn declare(
 }
 
 impl Cursor {
-    /// Whether somebody holds the lease at this time of the engine's clock.
+    /// Whether an owner holds the lease at this time of the engine's clock.
     pub fn is_owned(&self, now: Timestamp) -> bool {
         self.owner.is_some() && self.expires_at > now
     }
@@ -384,7 +385,7 @@ impl Cursor {
         Ok(())
     }
 
-    /// Whether this lease still is the one: nobody has claimed, reset or retired the cursor since.
+    /// Checks that this is still the lease: the cursor was not claimed, reset or retired since.
     fn check(&self, lease: &Lease) -> Result<()> {
         if self.status == CursorStatus::Retired {
             return Err(self.is_superseded());
@@ -400,12 +401,13 @@ impl Cursor {
         self.check(&advance.lease)?;
         advance.check_read(found)?;
         if self.position != advance.from || advance.to < advance.from {
-            let message = format!("the cursor of subscription \"{}\" stands elsewhere", self.id.subscription);
+            let message =
+                format!("another call has moved the cursor of subscription \"{}\"", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
         }
         if advance.parked_seen.is_some_and(|seen| seen != self.parked_changes) {
             let message =
-                format!("parked events of subscription \"{}\" were changed by hand", self.id.subscription);
+                format!("an operator has changed parked events of subscription \"{}\"", self.id.subscription);
             return Err(Error::new(ErrorKind::LeaseLost, message));
         }
         self.position = advance.to;

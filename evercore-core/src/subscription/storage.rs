@@ -1,4 +1,4 @@
-//! What an engine does for subscriptions: three calls on the cursors, nothing else.
+//! The part of an engine that subscriptions need: three calls on cursors.
 
 use super::cursor::{Cursor, CursorId, Parked};
 use super::step::Step;
@@ -8,12 +8,11 @@ use crate::ids::Position;
 use crate::name::SubscriptionName;
 use crate::time::Timestamp;
 
-/// The room of an engine in which the cursors of durable subscriptions lie; a part of
-/// [`StorageEngine`](crate::StorageEngine).
+/// The part of a [`StorageEngine`](crate::StorageEngine) that keeps the cursors of durable subscriptions.
 ///
-/// What a step means is said once, by [`Step::take`]; an engine sees to it that no two steps on one cursor cross.
+/// [`Step::take`] is the rule of a step. The engine only makes sure that steps on one cursor run one after the other.
 pub trait SubscriptionStorage {
-    /// Takes a step on a cursor; gives it as it is afterwards, `None` if it was removed.
+    /// Takes a step on a cursor and returns the cursor after it; `None` if it was removed.
     ///
     /// * the cursor is read, [the step taken](Step::take) and all of its outcome written, or nothing, in one
     ///   transaction, which no other step on the same cursor crosses;
@@ -31,7 +30,7 @@ pub trait SubscriptionStorage {
     /// * cursors are listed by the whole name.
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>>;
 
-    /// Parked events of a cursor behind a position, in order, at most `limit`.
+    /// Parked events of a cursor after a position, in order, at most `limit`.
     ///
     /// * each cursor has its own parked events; one that is removed takes them along.
     fn parked<'a>(
