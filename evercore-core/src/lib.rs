@@ -72,8 +72,8 @@ pub use store::EventStore;
 pub use store_id::StoreId;
 pub use subscription::{
     Advance, Cursor, CursorId, CursorState, CursorStatus, Cursors, Delivered, Delivery,
-    EphemeralSubscription, Failure, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked, ParkedChange,
-    RunEnd, Sink, Start, Step, Subscription, SubscriptionStorage, Taken, Then,
+    EphemeralSubscription, Failure, FailureAction, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked,
+    ParkedChange, RunEnd, Sink, Start, Step, Subscription, SubscriptionStorage, Taken,
 };
 pub use target::IntoTarget;
 pub use time::Timestamp;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_memory::{
-    Aggregate, AsOf, EventStore, FailurePolicy, Json, MemoryEngine, Sequence, Then, Timestamp,
+    Aggregate, AsOf, EventStore, FailureAction, FailurePolicy, Json, MemoryEngine, Sequence, Timestamp,
 };
 use futures_lite::future::block_on;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
@@ -77,7 +77,8 @@ async fn work(store: &EventStore) {
         work.record(&mut patient, PatientEvent::Admitted("secret again".to_owned())).unwrap();
         assert_eq!(work.commit().await.is_err(), is_stale);
     }
-    let policy = FailurePolicy::then(Then::Park).with_attempts(2).with_pauses(Duration::ZERO, Duration::ZERO);
+    let policy =
+        FailurePolicy::new(FailureAction::Park).with_attempts(2).with_pauses(Duration::ZERO, Duration::ZERO);
     let of = store.subscription("wards").unwrap().on_failure(policy);
     let shutdown = async {
         while store.subscription_states("wards").await.map_or(5, |states| states[0].lag_events) > 0 {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::evercore::{Delivered, FailurePolicy, Position, Start, Subscription, Then};
+use crate::evercore::{Delivered, FailureAction, FailurePolicy, Position, Start, Subscription};
 use crate::ground::{Ground, Place, alone};
 use crate::runners::{NAME, reached};
 use crate::tally::write;
@@ -69,8 +69,9 @@ fn a_parked_event_is_still_parked_after_a_restart_and_comes_when_it_is_resumed()
     const POISON: i64 = 20;
     let Some(place) = Place::fresh() else { return };
     alone(async {
-        let policy =
-            FailurePolicy::then(Then::Park).with_attempts(2).with_pauses(Duration::ZERO, Duration::ZERO);
+        let policy = FailurePolicy::new(FailureAction::Park)
+            .with_attempts(2)
+            .with_pauses(Duration::ZERO, Duration::ZERO);
         let parks = |subscription: Subscription| subscription.on_failure(policy);
         write_anew(&place, 200).await;
         // Of four aggregates with fifty events each, the first waits.

@@ -17,13 +17,13 @@ pub struct FailurePolicy {
     /// program that starts its subscription again at once does not fail at full speed.
     pub longest_pause: Duration,
     /// What to do after the last try.
-    pub then: Then,
+    pub action: FailureAction,
 }
 
 /// What to do with an event after the last try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Then {
+pub enum FailureAction {
     /// The subscription stops with the handler's error, which is stored with the cursor. The next owner begins with this
     /// event, after a rest of [`longest_pause`](FailurePolicy::longest_pause), which is 10 s by default. Until then a run
     /// waits, or fails with [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned) without standby.
@@ -40,9 +40,9 @@ pub enum Then {
 
 impl FailurePolicy {
     /// The default attempts and pauses, and then this action.
-    pub const fn then(then: Then) -> Self {
+    pub const fn new(action: FailureAction) -> Self {
         let (first_pause, longest_pause) = (Duration::from_millis(100), Duration::from_secs(10));
-        Self { attempts: 5, first_pause, longest_pause, then }
+        Self { attempts: 5, first_pause, longest_pause, action }
     }
 
     /// The same policy with this number of attempts.
@@ -63,6 +63,6 @@ impl FailurePolicy {
 
 impl Default for FailurePolicy {
     fn default() -> Self {
-        Self::then(Then::Stop)
+        Self::new(FailureAction::Stop)
     }
 }

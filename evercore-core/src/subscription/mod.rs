@@ -22,7 +22,7 @@ mod worker;
 pub use cursor::{Cursor, CursorId, CursorStatus, Failure, Lease, Parked, ParkedChange};
 pub use delivery::{Delivered, Delivery, Outcome, Sink};
 pub use ephemeral::EphemeralSubscription;
-pub use failure::{FailurePolicy, Then};
+pub use failure::{FailureAction, FailurePolicy};
 pub use manage::CursorState;
 pub use owned::OwnedSubscription;
 pub use settings::{Start, Subscription};

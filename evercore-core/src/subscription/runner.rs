@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::cursor::{Failure, Parked, ParkedChange, stored_error};
 use super::delivery::{Delivery, Outcome, Sink};
-use super::failure::Then;
+use super::failure::FailureAction;
 use super::handler::caught;
 use super::held::{Held, is_passing};
 use super::worker::Stop;
@@ -246,14 +246,14 @@ impl Runner<'_> {
             parked_at: Timestamp::now(),
             is_due: false,
         };
-        let kept = match self.held.subscription.settings.failure.then {
-            Then::Stop => return Err(self.stop_at(position, attempts, error).await?),
-            Then::Skip => {
+        let kept = match self.held.subscription.settings.failure.action {
+            FailureAction::Stop => return Err(self.stop_at(position, attempts, error).await?),
+            FailureAction::Skip => {
                 observe::skipped(delivery.cursor(), position);
                 return self.held.advance(self.held.advance_to(delivery.end(), Vec::new())).await;
             }
-            Then::Park => parked(true),
-            Then::ParkAlone => parked(false),
+            FailureAction::Park => parked(true),
+            FailureAction::ParkAlone => parked(false),
         };
         let changes = vec![ParkedChange::Keep(kept.clone())];
         self.held.advance(self.held.advance_to(delivery.end(), changes.clone())).await?;

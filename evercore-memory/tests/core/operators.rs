@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use evercore_memory::{
-    Advance, Aggregate, CursorId, Delivery, ErrorKind, EventStore, FailurePolicy, Filter, Json, MemoryEngine,
-    Parked, Position, Step, Subscription, Then,
+    Advance, Aggregate, CursorId, Delivery, ErrorKind, EventStore, FailureAction, FailurePolicy, Filter,
+    Json, MemoryEngine, Parked, Position, Step, Subscription,
 };
 use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};
@@ -51,7 +51,8 @@ async fn until(mut is_so: impl AsyncFnMut() -> bool) {
 }
 
 fn subscription(store: &EventStore) -> Subscription {
-    let policy = FailurePolicy::then(Then::Park).with_attempts(1).with_pauses(Duration::ZERO, Duration::ZERO);
+    let policy =
+        FailurePolicy::new(FailureAction::Park).with_attempts(1).with_pauses(Duration::ZERO, Duration::ZERO);
     store.subscription("s").unwrap().on_failure(policy)
 }
 
@@ -238,11 +239,11 @@ fn a_pause_is_heeded_between_two_attempts() {
 #[test]
 fn a_parked_event_that_the_filter_does_not_let_through_any_more_is_done() {
     block_on(async {
-        for then in [Then::Park, Then::ParkAlone] {
+        for then in [FailureAction::Park, FailureAction::ParkAlone] {
             let store = EventStore::new(MemoryEngine::new());
             say(&store, "a").await;
             say(&store, "b").await;
-            let policy = FailurePolicy::then(then).with_attempts(1);
+            let policy = FailurePolicy::new(then).with_attempts(1);
             let of = subscription(&store).on_failure(policy);
             let two = number_parked(&store, 2);
             of.run(two, async |_| Err("poison".into())).await.unwrap();

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use evercore_memory::{
-    Aggregate, AggregateId, ErrorKind, EventStore, FailurePolicy, Json, MemoryEngine, PageLimit, RunEnd, Then,
+    Aggregate, AggregateId, ErrorKind, EventStore, FailureAction, FailurePolicy, Json, MemoryEngine,
+    PageLimit, RunEnd,
 };
 use futures_lite::future::block_on;
 use serde::{Deserialize, Serialize};
@@ -67,7 +68,7 @@ fn a_projection_counts_each_event_once_though_its_handler_fails_and_panics() {
             }
             Ok(())
         });
-        let policy = FailurePolicy::then(Then::Stop).with_pauses(Duration::ZERO, Duration::ZERO);
+        let policy = FailurePolicy::new(FailureAction::Stop).with_pauses(Duration::ZERO, Duration::ZERO);
         let of =
             store.subscription("sums").unwrap().with_batch(PageLimit::events(10).unwrap()).on_failure(policy);
         let total = || sums.lock().unwrap().values().sum::<i64>();

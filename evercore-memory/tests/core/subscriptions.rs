@@ -33,7 +33,7 @@ async fn say(store: &EventStore, key: &str, len: usize) {
     work.commit().await.unwrap();
 }
 fn policy() -> FailurePolicy {
-    FailurePolicy::then(Then::Park)
+    FailurePolicy::new(FailureAction::Park)
         .with_attempts(2)
         .with_pauses(Duration::from_millis(1), Duration::from_millis(1))
 }
@@ -324,8 +324,10 @@ fn a_shutdown_skips_nothing() {
     block_on(async {
         let store = EventStore::new(MemoryEngine::new());
         say(&store, "b", 1).await;
-        let sub =
-            store.subscription("s").unwrap().on_failure(FailurePolicy::then(Then::Skip).with_attempts(1));
+        let sub = store
+            .subscription("s")
+            .unwrap()
+            .on_failure(FailurePolicy::new(FailureAction::Skip).with_attempts(1));
         sub.run_batches(pause(50), |d: Delivery| async move {
             while !d.is_stopping() {
                 pause(5).await;
@@ -431,7 +433,7 @@ fn each_event_has_its_attempts_and_its_pauses() {
         }
         let began = Instant::now();
         let pauses = (Duration::from_millis(40), Duration::from_millis(40));
-        let policy = FailurePolicy::then(Then::Park).with_attempts(2).with_pauses(pauses.0, pauses.1);
+        let policy = FailurePolicy::new(FailureAction::Park).with_attempts(2).with_pauses(pauses.0, pauses.1);
         let tries: Arc<Mutex<Vec<(i64, u32)>>> = Arc::default();
         let handler = Arc::clone(&tries);
         let of = store.subscription("s").unwrap().on_failure(policy);

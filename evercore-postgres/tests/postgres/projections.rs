@@ -3,7 +3,9 @@
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use evercore_postgres::{ErrorKind, EventStore, FailurePolicy, Outcome, Step, SubscriptionStorage, Then};
+use evercore_postgres::{
+    ErrorKind, EventStore, FailureAction, FailurePolicy, Outcome, Step, SubscriptionStorage,
+};
 use futures_lite::FutureExt;
 
 use crate::common::block_on;
@@ -25,7 +27,8 @@ fn a_projection_that_panics_at_one_event_goes_on_with_the_others() {
                 })
             });
             let store = EventStore::new(engine.clone());
-            let policy = FailurePolicy::then(Then::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
+            let policy =
+                FailurePolicy::new(FailureAction::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
             let of = store.subscription("seen").unwrap().on_failure(policy.with_attempts(2));
             of.declare().await.unwrap();
             let done = async { store.wait_for_position(at(6), "seen", TIME).await.unwrap() };

@@ -12,9 +12,9 @@ use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
     Advance, AggregateId, Batch, BoxError, Cursor, CursorId, CursorStatus, Delivery, ErrorKind, Event,
-    EventStore, Failure, FailurePolicy, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, ParkedChange,
-    Position, Projection, Result, Sink, SqliteEngine, Step, StorageEngine, SubscriptionName,
-    SubscriptionStorage, Then, Timestamp,
+    EventStore, Failure, FailureAction, FailurePolicy, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked,
+    ParkedChange, Position, Projection, Result, Sink, SqliteEngine, Step, StorageEngine, SubscriptionName,
+    SubscriptionStorage, Timestamp,
 };
 
 use crate::common::{Folder, append, as_child, block_on, child, create, event, kind};
@@ -531,7 +531,8 @@ fn a_projection_that_panics_at_one_event_goes_on_with_the_others() {
                 Ok(())
             });
             let store = EventStore::new(engine.clone());
-            let policy = FailurePolicy::then(Then::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
+            let policy =
+                FailurePolicy::new(FailureAction::ParkAlone).with_pauses(Duration::ZERO, Duration::ZERO);
             let of = store.subscription("seen").unwrap().on_failure(policy.with_attempts(2));
             let done = async { store.wait_for_position(at(6), "seen", HOUR).await.unwrap() };
             of.declare().await.unwrap();

@@ -10,8 +10,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_core::{
-    Cursor, CursorId, Delivery, Event, EventStore, FailurePolicy, Filter, Lease, LogQuery, Outcome, Position,
-    Sink, Step, Subscription, Then,
+    Cursor, CursorId, Delivery, Event, EventStore, FailureAction, FailurePolicy, Filter, Lease, LogQuery,
+    Outcome, Position, Sink, Step, Subscription,
 };
 
 use super::ProjectionUnderTest;
@@ -186,8 +186,9 @@ impl World {
 
     /// A subscription that stands still nowhere: no pause takes time, no lease ends by itself.
     pub(crate) fn subscription(&self, id: &CursorId, batch: usize) -> Subscription {
-        let policy =
-            FailurePolicy::then(Then::Stop).with_attempts(10).with_pauses(Duration::ZERO, Duration::ZERO);
+        let policy = FailurePolicy::new(FailureAction::Stop)
+            .with_attempts(10)
+            .with_pauses(Duration::ZERO, Duration::ZERO);
         let named = self.store.subscription(&id.subscription).unwrap().with_version(id.version);
         named.with_filter(self.filter.clone()).with_batch(tools::events_per_page(batch)).on_failure(policy)
     }

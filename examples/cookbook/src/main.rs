@@ -10,8 +10,8 @@ use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
     Aggregate, AggregateQuery, AsOf, BoxError, Command, CommandId, Durability, Error, EventStore,
-    FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result, RunEnd, Sequence,
-    SqliteEngine, Start, StateAggregate, StorageEngine, Then, Timestamp,
+    FailureAction, FailurePolicy, Filter, Json, LogQuery, Metadata, PageLimit, Patch, Position, Result,
+    RunEnd, Sequence, SqliteEngine, Start, StateAggregate, StorageEngine, Timestamp,
 };
 use evercore_testkit::Given;
 use serde::{Deserialize, Serialize};
@@ -213,7 +213,7 @@ async fn subscriptions(store: &EventStore) -> Result<()> {
     store
         .subscription("mails")?
         .with_filter(Filter::of::<Account>()?)
-        .on_failure(FailurePolicy::then(Then::Park).with_attempts(3)) // then set aside: see `store.parked`
+        .on_failure(FailurePolicy::new(FailureAction::Park).with_attempts(3)) // then set aside: see `store.parked`
         .run(shutdown, |event| async move {
             let AccountEvent::Withdrawn { amount } = event.decode::<Account>()? else { return Ok(()) };
             if !event.is_replay() {

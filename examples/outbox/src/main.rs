@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_sqlite::{
-    Aggregate, AggregateId, BoxError, Error, Event, EventStore, FailurePolicy, Json, Lease, Position, Result,
-    RunEnd, SqliteEngine, Start, Subscription, Then,
+    Aggregate, AggregateId, BoxError, Error, Event, EventStore, FailureAction, FailurePolicy, Json, Lease,
+    Position, Result, RunEnd, SqliteEngine, Start, Subscription,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -124,7 +124,7 @@ fn send(service: &MailService, event: &Event, lease: &Lease) -> Result<(), BoxEr
 fn letters(store: &EventStore) -> Result<Subscription> {
     // Four attempts, with growing pauses. Then the event is parked, and later events of its order wait for it.
     // The owner looks for resumed events after each third of its lease. The lease is short, so you need not wait long.
-    let policy = FailurePolicy::then(Then::Park)
+    let policy = FailurePolicy::new(FailureAction::Park)
         .with_attempts(4)
         .with_pauses(Duration::from_millis(5), Duration::from_millis(50));
     Ok(store.subscription(NAME)?.with_lease(Duration::from_secs(1)).on_failure(policy))

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use evercore_core::{ErrorKind, Event, FailurePolicy, RunEnd, Start, Subscription, Then};
+use evercore_core::{ErrorKind, Event, FailureAction, FailurePolicy, RunEnd, Start, Subscription};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -17,7 +17,7 @@ pub(crate) async fn a_failing_handler_is_tried_again(fixture: &mut Fixture) {
     grown(&engine, "user", 5).await;
     let (seen, tries) = (Seen::default(), Arc::new(Mutex::new(Vec::new())));
     let (handler_seen, handler_tries) = (seen.clone(), Arc::clone(&tries));
-    let of = subscription(&store, "mails").on_failure(no_pause(Then::Stop));
+    let of = subscription(&store, "mails").on_failure(no_pause(FailureAction::Stop));
     let run = of.run(until(&engine, || seen.len() >= 5), move |event| {
         let (seen, tries) = (handler_seen.clone(), Arc::clone(&handler_tries));
         async move {
@@ -61,7 +61,8 @@ async fn run_with_poison(
 pub(crate) async fn then_it_stops_and_says_where(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 5).await;
-    let (of, seen) = (subscription(&store, "mails").on_failure(no_pause(Then::Stop)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "mails").on_failure(no_pause(FailureAction::Stop)), Seen::default());
     let stopped = run_with_poison(&engine, &of, &seen, 3, 5).await;
     let error = stopped.unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Rejected), "{error:?}");
@@ -80,7 +81,7 @@ pub(crate) async fn after_a_stop_nobody_tries_at_full_speed(fixture: &mut Fixtur
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 1).await;
     let rest = Duration::from_secs(600);
-    let policy = FailurePolicy::then(Then::Stop).with_attempts(1).with_pauses(NO_PAUSE, rest);
+    let policy = FailurePolicy::new(FailureAction::Stop).with_attempts(1).with_pauses(NO_PAUSE, rest);
     let (of, seen) = (subscription(&store, "mails").on_failure(policy), Seen::default());
     assert_kind!(run_with_poison(&engine, &of, &seen, 1, 1).await, ErrorKind::Rejected);
     assert_kind!(of.clone().without_standby().claim().await, ErrorKind::AlreadyOwned);
@@ -94,7 +95,8 @@ pub(crate) async fn after_a_stop_nobody_tries_at_full_speed(fixture: &mut Fixtur
 pub(crate) async fn then_it_skips(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 5).await;
-    let (of, seen) = (subscription(&store, "mails").on_failure(no_pause(Then::Skip)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "mails").on_failure(no_pause(FailureAction::Skip)), Seen::default());
     run_with_poison(&engine, &of, &seen, 3, 4).await.unwrap();
     assert_eq!(seen.numbers(), [1, 2, 4, 5]);
     assert_eq!(state(&store, "mails").await.cursor.position, place(5));
@@ -112,7 +114,8 @@ async fn two_in_turn(engine: &Engine, events: i64) {
 pub(crate) async fn then_it_parks_and_later_events_of_the_aggregate_wait(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     two_in_turn(&engine, 10).await;
-    let (of, seen) = (subscription(&store, "mails").on_failure(no_pause(Then::Park)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "mails").on_failure(no_pause(FailureAction::Park)), Seen::default());
     run_with_poison(&engine, &of, &seen, 3, 6).await.unwrap();
     assert_eq!(seen.numbers(), [1, 2, 4, 6, 8, 10]);
     let parked = store.parked("mails").await.unwrap();
@@ -140,7 +143,8 @@ pub(crate) async fn then_it_parks_and_later_events_of_the_aggregate_wait(fixture
 pub(crate) async fn then_it_parks_alone_and_all_others_go_on(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     two_in_turn(&engine, 10).await;
-    let (of, seen) = (subscription(&store, "mails").on_failure(no_pause(Then::ParkAlone)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "mails").on_failure(no_pause(FailureAction::ParkAlone)), Seen::default());
     run_with_poison(&engine, &of, &seen, 3, 9).await.unwrap();
     assert_eq!(seen.numbers(), [1, 2, 4, 5, 6, 7, 8, 9, 10]);
     let parked = store.parked("mails").await.unwrap();
@@ -153,8 +157,9 @@ pub(crate) async fn a_parked_event_is_resumed_and_dropped_while_it_runs(fixture:
     let (engine, store) = (fixture.engine(), fixture.store());
     two_in_turn(&engine, 8).await;
     let (seen, is_mended) = (Seen::default(), Arc::new(AtomicBool::new(false)));
-    let of =
-        subscription(&store, "mails").on_failure(no_pause(Then::Park)).with_lease(Duration::from_millis(30));
+    let of = subscription(&store, "mails")
+        .on_failure(no_pause(FailureAction::Park))
+        .with_lease(Duration::from_millis(30));
     let (handler_seen, handler_mended) = (seen.clone(), Arc::clone(&is_mended));
     let run = of.run(until(&engine, || seen.len() >= 10), move |event| {
         let (seen, is_mended) = (handler_seen.clone(), Arc::clone(&handler_mended));
@@ -205,7 +210,8 @@ async fn ids_of(engine: &Engine) -> Vec<evercore_core::AggregateId> {
 pub(crate) async fn what_was_parked_is_not_forgotten_by_a_reset_nor_resumed_in_vain(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     two_in_turn(&engine, 4).await;
-    let (of, seen) = (subscription(&store, "mails").on_failure(no_pause(Then::Park)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "mails").on_failure(no_pause(FailureAction::Park)), Seen::default());
     run_with_poison(&engine, &of, &seen, 3, 3).await.unwrap();
     assert_kind!(store.reset_subscription("mails", Start::Beginning).await, ErrorKind::Invalid);
     let (cursor, _) = store.parked("mails").await.unwrap().remove(0);
@@ -229,7 +235,8 @@ pub(crate) async fn an_event_that_does_not_decode_is_a_failure_too(fixture: &mut
         .commit(&engine)
         .await
         .unwrap();
-    let (of, seen) = (subscription(&store, "sums").on_failure(no_pause(Then::Skip)), Seen::default());
+    let (of, seen) =
+        (subscription(&store, "sums").on_failure(no_pause(FailureAction::Skip)), Seen::default());
     let handler = seen.clone();
     let run = of.run(until(&engine, || seen.len() >= 2), move |event| {
         let seen = handler.clone();
@@ -253,7 +260,7 @@ pub(crate) async fn a_handler_that_panics_has_failed(fixture: &mut Fixture) {
     };
     let (each, batches) = (Seen::default(), Seen::default());
     let seen = each.clone();
-    let of = subscription(&store, "mails").on_failure(no_pause(Then::ParkAlone));
+    let of = subscription(&store, "mails").on_failure(no_pause(FailureAction::ParkAlone));
     let run = of.run(until(&engine, || each.len() >= 5), move |event| {
         // One panics when it is called, or when it is polled: here at the first attempt, there at the others.
         if event.attempt() == 1 {
@@ -268,7 +275,7 @@ pub(crate) async fn a_handler_that_panics_has_failed(fixture: &mut Fixture) {
     });
     assert_eq!(run.await.unwrap(), RunEnd::ShutDown);
     let seen = batches.clone();
-    let of = subscription(&store, "sums").on_failure(no_pause(Then::ParkAlone));
+    let of = subscription(&store, "sums").on_failure(no_pause(FailureAction::ParkAlone));
     let run = of.run_batches(until(&engine, || batches.len() >= 5), move |delivery| {
         let seen = seen.clone();
         async move {
@@ -292,7 +299,9 @@ pub(crate) async fn a_batch_that_fails_is_tried_one_by_one(fixture: &mut Fixture
     grown(&engine, "user", 10).await;
     let (sizes, seen) = (Arc::new(Mutex::new(Vec::new())), Seen::default());
     let (handler_sizes, handler_seen) = (Arc::clone(&sizes), seen.clone());
-    let of = subscription(&store, "mails").with_batch(events_per_page(5)).on_failure(no_pause(Then::Skip));
+    let of = subscription(&store, "mails")
+        .with_batch(events_per_page(5))
+        .on_failure(no_pause(FailureAction::Skip));
     let run = of.run_batches(until(&engine, || seen.len() >= 9), move |delivery| {
         let (sizes, seen) = (Arc::clone(&handler_sizes), handler_seen.clone());
         async move {

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use evercore_core::{ErrorKind, Event, EventStore, OwnerId, RunEnd, Subscription, SubscriptionName, Then};
+use evercore_core::{
+    ErrorKind, Event, EventStore, FailureAction, OwnerId, RunEnd, Subscription, SubscriptionName,
+};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -98,7 +100,7 @@ pub(crate) async fn runners_that_come_and_go_miss_nothing(fixture: &mut Fixture)
         }
         let mut random = Random(number as u64);
         let lease = Duration::from_millis(40);
-        let of = subscription(&store, "mails").with_lease(lease).on_failure(no_pause(Then::Stop));
+        let of = subscription(&store, "mails").with_lease(lease).on_failure(no_pause(FailureAction::Stop));
         let began = Instant::now();
         while seen.lock().unwrap().len() < EVENTS {
             assert!(began.elapsed() < Duration::from_secs(60), "not all events came");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use evercore_core::{CursorState, EventStore, FailurePolicy, Position, RunEnd, Subscription, Then};
+use evercore_core::{CursorState, EventStore, FailureAction, FailurePolicy, Position, RunEnd, Subscription};
 
 use crate::tools::*;
 
@@ -35,8 +35,8 @@ pub(super) async fn events_seen(engine: &Engine, of: &Subscription, count: usize
     seen.numbers()
 }
 
-pub(super) fn no_pause(then: Then) -> FailurePolicy {
-    FailurePolicy::then(then).with_attempts(3).with_pauses(NO_PAUSE, NO_PAUSE)
+pub(super) fn no_pause(action: FailureAction) -> FailurePolicy {
+    FailurePolicy::new(action).with_attempts(3).with_pauses(NO_PAUSE, NO_PAUSE)
 }
 
 pub(super) async fn state_or_none(store: &EventStore, name: &str) -> Option<Position> {
