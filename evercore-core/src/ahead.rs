@@ -1,4 +1,4 @@
-//! A future that is begun before its outcome is needed, so that two can be at work at once without a runtime.
+//! A future that starts before its result is needed, so that two can work at the same time without a runtime.
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -6,19 +6,19 @@ use std::task::{Context, Poll};
 
 use crate::engine::BoxFuture;
 
-/// A future on its way; dropping it is as harmless as dropping the future.
+/// A future that may have started. Dropping it drops the future.
 pub(crate) struct Ahead<'a, T> {
     future: BoxFuture<'a, T>,
     outcome: Option<T>,
 }
 
 impl<'a, T> Ahead<'a, T> {
-    /// Not begun yet.
+    /// A future that has not started.
     pub(crate) fn new(future: BoxFuture<'a, T>) -> Self {
         Self { future, outcome: None }
     }
 
-    /// The same, begun: polled once, which never waits.
+    /// Starts it by polling it once, which does not wait.
     pub(crate) async fn begun(mut self) -> Self {
         let first = poll_fn(|context| match self.future.as_mut().poll(context) {
             Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
@@ -28,8 +28,8 @@ impl<'a, T> Ahead<'a, T> {
         self
     }
 
-    /// Whether the outcome is there already: right after the beginning it tells that all the work was done in the
-    /// caller's time, so that nothing is won by beginning early.
+    /// Whether the result is there. If it is there right after the start, the future did all its work on the caller's
+    /// thread, and starting it early gains nothing.
     pub(crate) fn is_done(&self) -> bool {
         self.outcome.is_some()
     }

@@ -1,4 +1,4 @@
-//! Commands: what takes effect once, and how a command that comes again is told from another one.
+//! Commands that take effect once, and how a repeated command is told from another one with the same id.
 
 use crate::batch::{Batch, Receipt};
 use crate::engine::Target;
@@ -6,25 +6,25 @@ use crate::error::{Error, Result};
 use crate::hash::{Fnv, hash};
 use crate::name::{AggregateType, CommandId, Key};
 
-/// A command: the id under which it takes effect once and, if the caller says so, what it asks for.
+/// A command: an id under which it takes effect once, and optionally a word that says what it asks for.
 ///
-/// A store remembers the id of each command that took effect, its receipt, and a *fingerprint*, by which it finds an id
-/// that is used again for something else. The fingerprint is of what the caller says about the command, never of the
-/// events that came of it: a decision that is made again may well give other bytes (it reads a clock, it walks a
-/// `HashMap`), and is the same command all the same. It has two parts:
+/// A store remembers the id of each command that took effect, its receipt, and a *fingerprint*, so that it notices when
+/// an id is used again for something else. The fingerprint covers what the caller says about the command, never the
+/// events: a decision that is made again may give other bytes (it reads a clock, it walks a `HashMap`), and is still the
+/// same command. The fingerprint has two parts:
 ///
 /// * the word that the command was [made with](Self::new), for instance the body of the request;
-/// * the aggregates that it is for, each by its type and by the natural key or id by which the caller named it: the
-///   target of [`update_once`](crate::EventStore::update_once) and
-///   [`update_or_create_once`](crate::EventStore::update_or_create_once), and those that a unit of work with a
+/// * its aggregates, each by its type and by the natural key or id that the caller gave: the target of
+///   [`update_once`](crate::EventStore::update_once) and
+///   [`update_or_create_once`](crate::EventStore::update_or_create_once), and the aggregates that a unit of work with a
 ///   [command](crate::UnitOfWork::set_command) makes, adds events to or gives a key to.
-///   [`once`](crate::EventStore::once) knows no targets before it runs, so there the word says it all.
+///   [`once`](crate::EventStore::once) knows no targets before it runs, so only the word counts there.
 ///
-/// Two commands with the same id differ only where both say something in the same part and it differs. So a command that
-/// wrote nothing the first time, and would write something now, is the same command; with a word, the words decide.
-/// The fingerprint holds 32 bits of each part, the word in the upper half, and 0 where nothing is said.
+/// Two commands with the same id differ if both have the same part and it differs. A command that wrote nothing the first
+/// time, and would write something now, is therefore the same command, unless it has a word and the words differ.
+/// The fingerprint holds 32 bits of each part, the word in the upper half. A missing part is 0.
 ///
-/// A command id alone is a command too, one without a word.
+/// A command id alone is a command too, without a word.
 ///
 /// ```
 /// use evercore_core::{Command, CommandId};
@@ -42,8 +42,8 @@ pub struct Command {
 }
 
 impl Command {
-    /// The command with this id that asks for this: any text or bytes that are the same whenever the command is sent
-    /// again, and differ from those of another command. Only a hash of them is kept.
+    /// A command with this id and this word: any text or bytes that stay the same when the command is sent again, and that
+    /// differ from those of other commands. Only a hash of the word is stored.
     pub fn new(id: CommandId, word: impl AsRef<[u8]>) -> Self {
         Self { id, word: Some(hash([word.as_ref()])) }
     }
@@ -53,7 +53,7 @@ impl Command {
         &self.id
     }
 
-    /// What tells this command from others with the same id; `None` if nothing is said about it.
+    /// The fingerprint; `None` if the command has neither word nor aggregates.
     pub(crate) fn fingerprint<'a>(
         &self,
         targets: impl IntoIterator<Item = CommandTarget<'a>>,
@@ -62,7 +62,7 @@ impl Command {
         if self.word.is_none() && targets.is_empty() {
             return None;
         }
-        // The order in which a decision comes to its aggregates may differ when it is made again.
+        // A decision that is made again may touch its aggregates in another order.
         targets.sort_unstable();
         let mut hash = Fnv::new();
         targets.iter().for_each(|target| hash.part(&target.to_le_bytes()));
@@ -72,13 +72,13 @@ impl Command {
     }
 }
 
-/// A hash in 32 bits; never 0, which means that nothing is said.
+/// A hash in 32 bits. It is never 0, which stands for a missing part.
 fn half(hash: u64) -> u32 {
     let folded = (hash >> 32) ^ (hash & u64::from(u32::MAX));
     u32::try_from(folded).unwrap_or(u32::MAX).max(1)
 }
 
-/// Whether two fingerprints are of different commands: both say something in the same half, and it differs.
+/// Whether two fingerprints belong to different commands: a half that both have differs.
 fn differ(one: i64, other: i64) -> bool {
     let halves = |it: i64| [it.cast_unsigned() >> 32, it.cast_unsigned() & u64::from(u32::MAX)];
     halves(one).into_iter().zip(halves(other)).any(|(one, other)| one != 0 && other != 0 && one != other)
@@ -96,12 +96,12 @@ impl From<&CommandId> for Command {
     }
 }
 
-/// An aggregate that a command is for, as its caller named it.
+/// An aggregate of a command, as the caller named it.
 #[derive(Clone, Copy)]
 pub(crate) enum CommandTarget<'a> {
     Id(&'a AggregateType, i64),
     Key(&'a AggregateType, &'a Key),
-    /// One that is made without a natural key: it has another id each time.
+    /// A new aggregate without a natural key: it gets another id each time.
     New(&'a AggregateType),
 }
 
@@ -126,7 +126,7 @@ impl<'a> CommandTarget<'a> {
     }
 }
 
-/// What a store remembers of a command id that was used.
+/// The stored state of a command id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KnownCommand {
     /// It took effect.
@@ -141,10 +141,10 @@ pub enum KnownCommand {
 }
 
 impl KnownCommand {
-    /// From the columns in which engines keep it; a command without a receipt was settled as never committed.
+    /// From the columns in which engines store it. A command without a receipt was settled as never committed.
     ///
     /// # Errors
-    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the receipt does not read.
+    /// [`NotAStore`](crate::ErrorKind::NotAStore) if the text is no receipt.
     pub fn stored(fingerprint: Option<i64>, receipt: Option<&str>) -> Result<Self> {
         Ok(match receipt {
             None => Self::Abandoned,
@@ -152,7 +152,7 @@ impl KnownCommand {
         })
     }
 
-    /// What a batch with this id is answered, whatever else is in it: the one meaning that all engines share.
+    /// The answer to a batch with this id, whatever else is in the batch.
     ///
     /// # Errors
     /// [`CommandReused`](crate::ErrorKind::CommandReused), [`CommandAbandoned`](crate::ErrorKind::CommandAbandoned).
@@ -160,7 +160,7 @@ impl KnownCommand {
         self.answer_to(batch.fingerprint())
     }
 
-    /// A fingerprint of `None` says nothing, as 0 does.
+    /// `None` is a fingerprint without parts, as 0 is.
     pub(crate) fn answer_to(&self, asked: Option<i64>) -> Result<Receipt> {
         match self {
             Self::Committed { fingerprint, .. }

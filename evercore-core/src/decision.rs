@@ -1,4 +1,4 @@
-//! Decisions: pure functions from a state to events, and how the store carries them out.
+//! Decisions: pure functions from a state to events, and the calls that carry them out.
 
 use crate::aggregate::{Aggregate, aggregate_type};
 use crate::batch::Receipt;
@@ -10,9 +10,9 @@ use crate::retry::{Attempts, Once};
 use crate::store::EventStore;
 use crate::target::IntoTarget;
 
-/// What a decision may return: no event, one or several, or a refusal.
+/// The result of a decision: no event, one or several, or a refusal.
 ///
-/// Implemented for `Vec`, arrays and `Option` of events, and for a `Result` of these with an error of the user's.
+/// Implemented for `Vec`, arrays and `Option` of events, and for a `Result` of these with the user's error.
 pub trait Decision<E> {
     /// The events, in order.
     ///
@@ -46,23 +46,23 @@ impl<E, D: Decision<E>, R: Into<BoxError>> Decision<E> for Result<D, R> {
 }
 
 impl EventStore {
-    /// Loads, decides, commits; and again on fresh state if somebody was faster.
+    /// Loads the aggregate, decides, and commits. After a conflict it does so again with the new state.
     ///
-    /// The decision sees the state and returns what is to happen: events, none, or an error of its own. It must have
-    /// no effects, since it may run several times.
+    /// The decision sees the state and returns events, no events, or an error of its own. It must have no effects,
+    /// since it may run several times.
     ///
-    /// Updates of one aggregate through one store and its clones go one after the other, in the order in which they
-    /// came, so that they do not race; other processes are met by conflicts alone. Nobody waits longer than a second
-    /// for an update that does not end: the next one passes it. An update of the same aggregate from inside the
-    /// decision waits that long.
+    /// Updates of one aggregate through one store and its clones run one after the other, in the order of the calls, so
+    /// they do not conflict with each other. Updates of other processes can conflict. If an update does not end, the next
+    /// one waits for a second and then passes it. An update of the same aggregate from inside the decision waits that long
+    /// too.
     ///
-    /// Updates by natural key and updates by id queue apart, since a key is not looked up before. They meet at the first
-    /// conflict, and queue together from there. Name an aggregate that is often written in one way.
+    /// Updates by natural key and updates by id have different queues, since the key is not looked up first. After a first
+    /// conflict they share one. So name an aggregate that is written often always in the same way.
     ///
     /// # Errors
-    /// [`Rejected`](crate::ErrorKind::Rejected) with the decision's own error as its source, not tried again; otherwise as
-    /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), the
-    /// conflict only after the last attempt.
+    /// [`Rejected`](crate::ErrorKind::Rejected) with the decision's error as its source, without another attempt; those of
+    /// [`load`](Self::load), [`record`](crate::UnitOfWork::record) and [`commit`](crate::UnitOfWork::commit), a conflict
+    /// only after the last attempt.
     pub async fn update<T, F, D>(&self, target: impl IntoTarget, decide: F) -> Result<Receipt>
     where
         T: Aggregate,
@@ -73,7 +73,7 @@ impl EventStore {
         self.decide(target, false, None, decide).await
     }
 
-    /// As [`update`](Self::update), for an aggregate that is made if there is none with this natural key.
+    /// As [`update`](Self::update), but makes the aggregate if there is none with this natural key.
     ///
     /// # Errors
     /// As [`update`](Self::update), but never [`NotFound`](crate::ErrorKind::NotFound).
@@ -87,11 +87,11 @@ impl EventStore {
         self.decide(target, true, None, decide).await
     }
 
-    /// As [`update`](Self::update), once per command: if it took effect before, its first receipt comes back and
-    /// nothing is decided. So it does if the command comes twice at once, and the decision sees what the other one did.
+    /// As [`update`](Self::update), once per command: if the command took effect before, this returns its first receipt and
+    /// decides nothing. This also holds if the command comes twice at the same time.
     ///
-    /// The same id for another target, or with another word, is a mistake of the caller's and is refused; see
-    /// [`Command`]. A refusal is not remembered: the same command may come again, and is decided again.
+    /// The same id for another target, or with another word, is a mistake and is refused; see [`Command`]. A refusal by the
+    /// decision is not remembered: if the same command comes again, it is decided again.
     ///
     /// # Errors
     /// As [`update`](Self::update), [`CommandReused`](crate::ErrorKind::CommandReused) and
@@ -112,7 +112,7 @@ impl EventStore {
         self.decide(target, false, Some(command.into()), decide).await
     }
 
-    /// As [`update_once`](Self::update_once), for an aggregate that is made if there is none with this natural key.
+    /// As [`update_once`](Self::update_once), but makes the aggregate if there is none with this natural key.
     ///
     /// # Errors
     /// As [`update_once`](Self::update_once), but never [`NotFound`](crate::ErrorKind::NotFound).

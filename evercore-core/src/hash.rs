@@ -1,4 +1,4 @@
-//! A hash that stays the same for ever.
+//! A hash that never changes.
 
 pub(crate) fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     let mut hash = Fnv::new();
@@ -6,8 +6,8 @@ pub(crate) fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     hash.finish()
 }
 
-/// FNV-1a with 64 bits: the same on every machine and in every release, unlike the standard library's hasher. It finds
-/// mistakes, such as an id that is used twice; it is no defence against malice.
+/// FNV-1a with 64 bits. Unlike the standard library's hasher it is the same on every machine and in every release. It finds
+/// mistakes, such as an id that is used twice, but does not protect against attacks.
 pub(crate) struct Fnv(u64);
 
 impl Fnv {
@@ -15,7 +15,7 @@ impl Fnv {
         Self(0xcbf2_9ce4_8422_2325)
     }
 
-    /// The length goes in first, so that no two lists of parts are alike.
+    /// The length goes in first, so that different lists of parts do not collide.
     pub(crate) fn part(&mut self, bytes: &[u8]) {
         for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);

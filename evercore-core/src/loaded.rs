@@ -1,4 +1,4 @@
-//! An aggregate in the hands of the application.
+//! An aggregate that the application has loaded.
 
 use std::fmt;
 use std::ops::Deref;
@@ -12,7 +12,7 @@ use crate::mark::Mark;
 use crate::name::Key;
 use crate::store_id::StoreId;
 
-/// An aggregate with what the store knows of it: id, natural key, sequence. Reads like the state itself.
+/// A handle of an aggregate: its state, id, natural key and sequence. It derefs to the state.
 pub struct Loaded<T> {
     store: StoreId,
     id: AggregateId,
@@ -20,37 +20,37 @@ pub struct Loaded<T> {
     sequence: Sequence,
     state: T,
     is_new: bool,
-    /// The mark of its last event, if that was read.
+    /// The mark of its last event, if that event was read.
     mark: Option<Mark>,
-    /// Set if the state has events of a unit of work in it.
+    /// Set if the state includes events of a unit of work.
     staged_in: Option<Arc<Fate>>,
 }
 
-/// What becomes of a unit of work: once it has committed, the mark of its events.
+/// The fate of a unit of work: the mark of its events once it has committed.
 pub(crate) type Fate = OnceLock<Mark>;
 
 impl<T> Loaded<T> {
-    /// An aggregate of this store, before its first event.
+    /// A handle of an aggregate of this store before its first event.
     pub(crate) fn new(store: StoreId, id: AggregateId, key: Option<Key>, state: T) -> Self {
         Self { store, id, key, sequence: Sequence::ZERO, state, is_new: false, mark: None, staged_in: None }
     }
 
-    /// The same, made by the call that returns it.
+    /// The same, for an aggregate that the current call makes.
     pub(crate) fn created(self) -> Self {
         Self { is_new: true, ..self }
     }
 
-    /// The same aggregate, as a snapshot has it.
+    /// The same aggregate with the state of a snapshot.
     pub(crate) fn at(self, sequence: Sequence, state: T) -> Self {
         Self { sequence, state, ..self }
     }
 
-    /// The same, with the mark of the last event in the state.
+    /// The same with the mark of the last event in the state.
     pub(crate) fn marked(self, mark: Option<Mark>) -> Self {
         Self { mark, ..self }
     }
 
-    /// The mark of the last event in the state, if there is one and it is known.
+    /// The mark of the last event in the state, if it is known.
     pub(crate) fn mark(&self) -> Option<Mark> {
         let mark = self.staged_in.as_ref().map_or(self.mark, |unit| unit.get().copied());
         mark.filter(|_| self.sequence > Sequence::ZERO)
@@ -61,12 +61,12 @@ impl<T> Loaded<T> {
         self
     }
 
-    /// Whether the state has events in it that belong to another unit and are not committed.
+    /// Whether the state includes events of another unit that are not committed.
     pub(crate) fn is_stale(&self, unit: &Arc<Fate>) -> bool {
         self.staged_in.as_ref().is_some_and(|other| !Arc::ptr_eq(other, unit) && other.get().is_none())
     }
 
-    /// The store that it came from.
+    /// The store from which it was loaded.
     pub(crate) fn store(&self) -> StoreId {
         self.store
     }
@@ -85,14 +85,14 @@ impl<T> Loaded<T> {
         self.key.as_ref()
     }
 
-    /// The sequence of the last event in the state, those staged in a unit of work included.
+    /// The sequence of the last event in the state, including events that are staged in a unit of work.
     pub fn sequence(&self) -> Sequence {
         self.sequence
     }
 
-    /// Whether the call that returned this handle made the aggregate, and did not find it: `create` always does,
-    /// `load_or_create` where there was none. It stays so after the commit and with events recorded; a handle that was
-    /// loaded is never new, not even within the unit that made the aggregate.
+    /// Whether the call that returned this handle made the aggregate. `create` always does; `load_or_create` does if there
+    /// was none. It stays true after events are recorded and after the commit. A handle from `load` is never new, not even
+    /// within the unit that made the aggregate.
     ///
     /// ```
     /// # use evercore_core::{Aggregate, Result, UnitOfWork};
@@ -120,7 +120,7 @@ impl<T> Loaded<T> {
 }
 
 impl<T: Aggregate> Loaded<T> {
-    /// Applies the next event. After an error the handle must not be used, except to be thrown away.
+    /// Applies the next event. After an error the handle must not be used again.
     pub(crate) fn advance(&mut self, event: T::Event, context: &EventContext<'_>) -> Result<(), BoxError> {
         self.state.apply_with(event, context)?;
         self.sequence = self.sequence.next();

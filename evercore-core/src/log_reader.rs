@@ -1,4 +1,4 @@
-//! Reading the log from one end to the other, some pages ahead of whoever reads.
+//! Reads the log from one end to the other, some pages ahead of the caller.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,12 +10,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::mark::Witness;
 
-/// How many pages are read at a time: the next one, and the one behind it where it is known where that begins.
+/// How many pages are read at a time: the next one, and the one after it if its start is known.
 const AHEAD: usize = 2;
 
-/// Gives the log page by page; while one page is worked on, the next are already being read.
+/// Returns the log page by page. While the caller works on one page, the next ones are being read.
 ///
-/// No event is skipped and none comes twice. Made by [`EventStore::log_reader`](crate::EventStore::log_reader).
+/// It skips no event and returns none twice. Made by [`EventStore::log_reader`](crate::EventStore::log_reader).
 ///
 /// ```
 /// # use evercore_core::{EventStore, LogQuery, Position, Result};
@@ -31,20 +31,20 @@ const AHEAD: usize = 2;
 /// ```
 pub struct LogReader {
     engine: Arc<dyn StorageEngine>,
-    /// Begins where the pages that were handed out end.
+    /// Begins after the last page that was returned.
     query: LogQuery,
-    /// The pages behind it that are on their way, in order.
+    /// The next pages that are being read, in order.
     reading: VecDeque<Reading>,
-    /// An engine that reads in the caller's time is asked for a page when that page is wanted, and not before.
+    /// Whether to read ahead. It gains nothing with an engine that reads on the caller's thread.
     reads_ahead: bool,
-    /// Whether pages are as long as they may be, so that the one behind the next can be asked for.
+    /// Whether the last page was full. Then the start of the page after the next is known.
     are_full: bool,
     is_at_end: bool,
-    /// The event where the pages end that were handed out.
+    /// The last event of the pages that were returned.
     read: Option<Witness>,
 }
 
-/// A page on its way.
+/// A page that is being read.
 struct Reading {
     from: Position,
     page: Ahead<'static, Result<LogPage>>,
@@ -63,26 +63,26 @@ impl LogReader {
         }
     }
 
-    /// The same, behind an event that was read before.
+    /// The same reader, after an event that was read before.
     pub(crate) fn behind(self, read: Option<Witness>) -> Self {
         Self { read: read.filter(|read| read.position == self.query.from), ..self }
     }
 
-    /// The event where the pages end that were handed out.
+    /// The last event of the pages that were returned.
     pub(crate) fn witness(&self) -> Option<Witness> {
         self.read
     }
 
-    /// The next page; `None` at the end of what there was when the page before was read. After that it looks again:
-    /// a reader may go on for ever, with [`EventStore::wait`](crate::EventStore::wait) in between.
+    /// The next page; `None` at the end of the log, as it was when the page before was read. The next call queries the log
+    /// again, so a reader can go on without end, with [`EventStore::wait`](crate::EventStore::wait) in between.
     ///
-    /// A page without events is one in which nothing passed the filter. The future may be dropped and `next` called
-    /// again: nothing is lost by that. After an error the same page is asked for again.
+    /// A page may be empty, if no event in it passed the filter. The future may be dropped: the next call returns the same
+    /// page. So does the next call after an error.
     ///
     /// # Errors
-    /// As [`EventStore::read_log`](crate::EventStore::read_log), each in the place of the page that it is about;
-    /// [`TailLost`](ErrorKind::TailLost) if the log has lost what was handed out last: make a new reader, from where you
-    /// are sure of.
+    /// As [`EventStore::read_log`](crate::EventStore::read_log), in place of the page that failed;
+    /// [`TailLost`](ErrorKind::TailLost) if the log has lost the last events that were returned: make a new reader, from a
+    /// position that you trust.
     pub async fn next(&mut self) -> Result<Option<LogPage>> {
         if std::mem::take(&mut self.is_at_end) {
             return Ok(None);
@@ -102,7 +102,7 @@ impl LogReader {
         Ok(Some(page))
     }
 
-    /// A page goes on where the last one ended, by the same event.
+    /// A page must continue from the event at which the last one ended.
     fn check(&mut self, page: &LogPage) -> Result<()> {
         if self.query.direction == Direction::Backward {
             return Ok(());
@@ -115,7 +115,7 @@ impl LogReader {
         Ok(())
     }
 
-    /// A reader is ahead of the log that has read to there because the log has lost its tail.
+    /// If the reader is past the end of the log and has read up to there, then the log has lost its tail.
     fn explained(&self, error: Error) -> Error {
         match (error.kind(), self.read) {
             (ErrorKind::CursorAhead { .. }, Some(read)) => Error::tail_lost(read.position).with_source(error),
@@ -123,7 +123,7 @@ impl LogReader {
         }
     }
 
-    /// Begins to read what comes next, unless the engine reads in the caller's time.
+    /// Starts reading the next pages, unless the engine reads on the caller's thread.
     async fn read_ahead(&mut self, head: Position) {
         self.drop_what_does_not_follow();
         while self.reads_ahead && self.reading.len() < AHEAD {
@@ -134,7 +134,7 @@ impl LogReader {
         }
     }
 
-    /// A page that ended early, at its limit of bytes or at the end of the log, has another beginning behind it.
+    /// If a page ended early, at its limit of bytes or at the end of the log, the next page starts elsewhere than assumed.
     fn drop_what_does_not_follow(&mut self) {
         if self.reading.front().is_some_and(|next| next.from != self.query.from) {
             self.reading.clear();
@@ -142,8 +142,8 @@ impl LogReader {
         }
     }
 
-    /// Where to begin behind all that is being read. Positions have no holes, so going forward through all of the log a
-    /// full page ends where it began and the number of its events further; for other pages that cannot be known.
+    /// The start of the page after all that are being read. Positions have no gaps, so a full page that reads the whole log
+    /// forward ends as many positions later as it has events. The end of any other page is not known before it is read.
     fn behind_what_is_read(&self, head: Position) -> Option<Position> {
         let Some(last) = self.reading.back() else { return Some(self.query.from) };
         let is_known = self.are_full
@@ -154,7 +154,7 @@ impl LogReader {
         (is_known && behind < head.min(self.query.to)).then_some(behind)
     }
 
-    /// What is being read stays here until it is there: whoever drops this future can come back for it.
+    /// The page stays here until it is read, so this future may be dropped.
     async fn page(&mut self) -> Result<LogPage> {
         self.drop_what_does_not_follow();
         if self.reading.is_empty() {
@@ -174,7 +174,7 @@ impl LogReader {
         Box::pin(async move { engine.read_log(&query).await })
     }
 
-    /// How far the pages that were handed out go: the cursor to go on from later.
+    /// The end of the pages that were returned: the position to continue from later.
     pub fn position(&self) -> Position {
         self.query.from
     }

@@ -1,4 +1,4 @@
-//! Futures that run beside each other in one task, without a runtime.
+//! Futures that run concurrently in one task, without a runtime.
 
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
@@ -6,13 +6,13 @@ use std::pin::{Pin, pin};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-/// Which of two came first.
+/// The result of the future that finished first.
 pub(crate) enum First<A, B> {
     Left(A),
     Right(B),
 }
 
-/// Whichever is done first; the other is dropped. Where both are, the left one.
+/// Runs both futures until one is done, and drops the other. If both are done, the left one counts.
 pub(crate) async fn race<A, B>(left: impl Future<Output = A>, right: impl Future<Output = B>) -> First<A, B> {
     let (mut left, mut right) = (pin!(left), pin!(right));
     poll_fn(|context| first_of(left.as_mut(), right.as_mut(), context)).await
@@ -29,7 +29,7 @@ fn first_of<A, B>(
     right.poll(context).map(First::Right)
 }
 
-/// Lets others have their turn, in this task and on this thread.
+/// Yields once to other futures of this task and thread.
 pub(crate) async fn others_first() {
     let mut was_their_turn = false;
     poll_fn(|context| {
@@ -42,7 +42,7 @@ pub(crate) async fn others_first() {
     .await;
 }
 
-/// Rings for all who listen.
+/// Wakes all listeners when it rings.
 #[derive(Debug, Default)]
 pub(crate) struct Bell(Mutex<Rung>);
 
@@ -63,12 +63,12 @@ impl Bell {
         listeners.into_values().for_each(Waker::wake);
     }
 
-    /// How often it has rung: listen for what comes after that.
+    /// How often it has rung. Pass this to `rings_after`.
     pub(crate) fn times(&self) -> u64 {
         self.rung().times
     }
 
-    /// Until it has rung more often than that.
+    /// Waits until it has rung more often than this.
     pub(crate) fn rings_after(&self, times: u64) -> Listening<'_> {
         let mut rung = self.rung();
         rung.next_listener += 1;
@@ -80,7 +80,7 @@ impl Bell {
     }
 }
 
-/// Someone who listens; dropped, nothing of it is left.
+/// A listener. A drop removes it.
 #[derive(Debug)]
 pub(crate) struct Listening<'a> {
     bell: &'a Bell,

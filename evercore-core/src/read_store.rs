@@ -1,4 +1,4 @@
-//! A store that is only read, by its type.
+//! A view of a store that can only read.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use crate::subscription::{EphemeralSubscription, Start};
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
 
-/// A view of a store with the methods that read, and none that writes. Made by [`EventStore::read_only`]; cheap to clone.
+/// A view of a store that has only the methods that read. Made by [`EventStore::read_only`]; cheap to clone.
 ///
-/// It keeps code from writing by mistake. What a database allows is said when its engine is opened: SQLite can be opened
-/// read-only, and PostgreSQL has roles.
+/// It keeps code from writing by mistake. To forbid writes in the database itself, open the SQLite engine read-only, or use
+/// a PostgreSQL role without the right to write.
 ///
 /// ```
 /// # use evercore_core::{Aggregate, EventStore, ReadStore, Result};
@@ -37,7 +37,7 @@ use crate::time::Timestamp;
 pub struct ReadStore(EventStore);
 
 impl EventStore {
-    /// The same store, for code that only reads.
+    /// A view of this store for code that only reads.
     pub fn read_only(&self) -> ReadStore {
         ReadStore(self.clone())
     }

@@ -1,16 +1,16 @@
-//! What names an aggregate.
+//! The name by which a call finds an aggregate: an id or a natural key.
 
 use crate::engine::Target;
 use crate::error::Result;
 use crate::ids::AggregateId;
 use crate::name::{AggregateType, Key};
 
-/// What names an aggregate: its id, or its natural key as text or [`Key`].
+/// Anything that names an aggregate: its id, or its natural key as text or [`Key`].
 pub trait IntoTarget: Send {
     /// The target, for an aggregate of this type.
     ///
     /// # Errors
-    /// [`InvalidName`](crate::ErrorKind::InvalidName) if a text is no natural key.
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) if the text breaks a rule of natural keys.
     fn into_target(self, aggregate_type: &AggregateType) -> Result<Target>;
 }
 

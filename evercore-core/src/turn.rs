@@ -1,7 +1,7 @@
-//! Turns: writers of one aggregate go one after the other within a store, instead of racing for the commit.
+//! Queues in which the writers of one aggregate take turns within a store, instead of racing for the commit.
 //!
-//! A turn is a courtesy and no lock: the engine checks every commit as if there were none. So a waiter may pass a holder
-//! that does not move: one that is asleep, was forgotten, or waits for this very waiter.
+//! A turn is not a lock: the engine checks every commit as if there were no queues. So a waiter may pass a holder that does
+//! not go on, because it is asleep, was forgotten, or waits for this very waiter.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
@@ -31,7 +31,7 @@ struct Place {
 }
 
 impl Turns {
-    /// The queue for this aggregate. Two that share one by chance wait for one another, and no harm is done.
+    /// The queue for this aggregate. Two aggregates that share a queue by chance only wait for each other.
     pub(crate) fn queue_of(&self, target: &Target) -> u64 {
         match target {
             Target::Id(id) => self.hasher.hash_one(id),
@@ -75,7 +75,7 @@ fn ahead_of(places: &VecDeque<Place>, ticket: u64) -> Option<usize> {
     places.binary_search_by_key(&ticket, |place| place.ticket).ok()
 }
 
-/// A place in a queue. Dropping it gives the turn to the next one.
+/// A place in a queue. A drop gives the turn to the next place.
 pub(crate) struct Turn<'a> {
     turns: &'a Turns,
     queue: u64,
@@ -83,7 +83,7 @@ pub(crate) struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// The ticket of the writer whose turn it is, if it is not this one's. A place that was passed waits for nobody.
+    /// The ticket of the writer whose turn it is, unless it is this one's turn. A place that was passed does not wait.
     pub(crate) fn holder(&self) -> Option<u64> {
         let queues = self.turns.queues();
         let places = queues.by_aggregate.get(&self.queue)?;
@@ -91,7 +91,7 @@ impl Turn<'_> {
         places.front().map(|first| first.ticket)
     }
 
-    /// Ready when nobody is ahead.
+    /// Waits for the turn.
     pub(crate) async fn comes(&self) {
         poll_fn(|context| {
             let mut queues = self.turns.queues();
@@ -109,7 +109,7 @@ impl Turn<'_> {
         .await;
     }
 
-    /// Takes the turn from this holder, if it still has it. The next in the queue has it then.
+    /// Takes the turn from this holder, if it still has it. The next in the queue gets it.
     pub(crate) fn pass(&self, holder: u64) {
         let holds = {
             let queues = self.turns.queues();
@@ -153,7 +153,7 @@ mod tests {
         }
     }
 
-    /// Whether the turn comes; if not, the waker is kept.
+    /// Whether it is this place's turn; if not, the waker is kept.
     fn comes(turn: &Turn<'_>, wakes: &Arc<Wakes>) -> bool {
         let waker = Waker::from(Arc::clone(wakes));
         pin!(turn.comes()).poll(&mut Context::from_waker(&waker)).is_ready()
