@@ -7,8 +7,8 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 default:
     @just --list --unsorted
 
-# All checks before a change lands: format, lints, docs, core's dependencies, tests on all engines.
-check: fmt lint doc core-tree test integration-test
+# All checks before a change lands: format, lints, features, docs, core's dependencies, tests on all engines.
+check: fmt lint features doc core-tree test integration-test
 
 # Checks that the code is formatted; `cargo fmt --all` formats it.
 fmt:
@@ -30,14 +30,56 @@ core-tree:
     echo "$tree"
     [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
 
+# Each feature of each crate alone, none, and the default ones: builds without warnings.
+features:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for manifest in evercore-*/Cargo.toml; do
+        crate=${manifest%/*}
+        lint() { echo "== $crate $*"; cargo clippy --quiet --locked -p "$crate" "$@" -- -D warnings; }
+        lint
+        lint --no-default-features
+        for feature in $(sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z_]*\) = .*/\1/p' "$manifest"); do
+            [ "$feature" = default ] || lint --no-default-features --features "$feature"
+        done
+    done
+
+# Builds the published crates with the oldest Rust that Cargo.toml allows.
+msrv:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    version=$(sed -n 's/^rust-version = "\([^"]*\)".*/\1/p' Cargo.toml)
+    rustup run "$version" cargo --version >/dev/null 2>&1 || {
+        echo "Rust $version is missing: rustup toolchain install $version --profile minimal" >&2
+        exit 1
+    }
+    RUSTUP_TOOLCHAIN="$version" cargo check --locked -p 'evercore-*' --all-features --target-dir target/msrv
+
+# Licences, sources, known faults and doubles of the dependencies, by deny.toml. Arguments choose: `just deny licenses`.
+deny *args:
+    @scripts/cargo-tool deny
+    cargo deny --locked check {{ args }}
+
+# Compares the public interface with the last release; a break without a new version is an error.
+semver:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    tag=$(git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null) || {
+        echo "there is no tag of a release (v0.1.0) yet: nothing to compare with"
+        exit 0
+    }
+    scripts/cargo-tool semver-checks
+    echo "== compared with $tag"
+    cargo semver-checks --workspace --baseline-rev "$tag"
+
 # Many tests wait more than they compute: two for each core.
 
 # All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`.
 test *args:
     RUST_TEST_THREADS="${RUST_TEST_THREADS:-$((2 * {{ num_cpus() }}))}" cargo test --locked {{ if args == "" { "--workspace --all-features" } else { args } }}
 
-# The conformance suite on every engine of this version, all cases in all ways.
-integration-test: integration-test-memory integration-test-sqlite integration-test-postgres
+# The conformance suite on every engine, all cases in all ways, and the examples.
+integration-test: integration-test-memory integration-test-sqlite integration-test-postgres integration-test-examples
 
 # The conformance suite and the other tests of the memory engine.
 integration-test-memory:
@@ -50,6 +92,15 @@ integration-test-sqlite:
 # The conformance suite and the other tests of the PostgreSQL engine, on servers of its own or on EVERCORE_POSTGRES_URL.
 integration-test-postgres:
     EVERCORE_CASES=all EVERCORE_REQUIRE=postgres cargo test --locked -p evercore-postgres --all-features --tests
+
+# The tests of the packages in examples/.
+integration-test-examples:
+    EVERCORE_REQUIRE=memory,sqlite,postgres cargo test --locked --workspace --exclude 'evercore-*' --exclude benches --all-features --tests
+
+# Builds everything, and tests what needs no PostgreSQL server: what must pass on every operating system.
+test-portable:
+    cargo build --locked --workspace --all-features
+    EVERCORE_REQUIRE=memory,sqlite cargo test --locked -p evercore-memory -p evercore-sqlite -p evercore-testkit --all-features
 
 # Long runs: random walks, a writer killed at random moments, and PostgreSQL under 64 writers, killed, cut off and dropped.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
