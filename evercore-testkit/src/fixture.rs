@@ -1,4 +1,4 @@
-//! A fresh engine for each case: where it comes from, and what stands below it.
+//! The engines that a case works on, and the harness that makes them.
 
 use std::any::Any;
 use std::fmt;
@@ -14,23 +14,23 @@ use crate::cases::{CASES, Case};
 use crate::tools;
 use crate::watchdog;
 
-/// A future that stays on its thread, as cases do.
+/// A future that need not be `Send`; cases run on one thread.
 pub(crate) type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// What some cases need besides a fresh engine. [`Case::needs`] says which.
+/// An ability that some cases need in addition to a fresh engine. [`Case::needs`] lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ability {
     /// [`Harness::further`]: a second engine on the same storage, at the same time.
     Further,
-    /// [`Harness::reopen`]: the storage is opened again after the engine was closed.
+    /// [`Harness::reopen`]: opens the storage again after the engine was closed.
     Reopen,
-    /// [`Harness::crash_image`]: a copy of the storage, as a crash at this moment would leave it.
+    /// [`Harness::crash_image`]: copies the storage as a crash at this moment would leave it.
     CrashImage,
-    /// [`Harness::turn_clock_back`]: the engine's clock goes back.
+    /// [`Harness::turn_clock_back`]: turns the engine's clock back.
     TurnClockBack,
-    /// The engine leaves the executor's thread free while it works. An engine in memory has nothing to wait for, and
-    /// cannot.
+    /// The engine leaves the executor's thread free while it works. An engine in memory works on that thread, so it
+    /// lacks this ability.
     OffThread,
 }
 
@@ -40,56 +40,58 @@ impl Ability {
         &[Self::Further, Self::Reopen, Self::CrashImage, Self::TurnClockBack, Self::OffThread];
 }
 
-/// How the suite comes by an engine.
+/// Gives the suite its engines.
 pub trait Harness: 'static {
     /// The name by which `EVERCORE_REQUIRE` asks for this engine.
     const NAME: &'static str;
 
-    /// What this engine cannot do. The cases that need it are skipped, and listed once in each run. Everything else
-    /// must run: a method below that gives `None` for an ability that is not listed here fails the case.
+    /// The abilities that this engine lacks. The cases that need them are skipped, and listed once in each run. All
+    /// other cases must run: a method below that gives `None` for an ability that is not listed here fails the case.
     const CANNOT: &'static [Ability] = &[];
 
-    /// In an ordinary run only the cases whose names begin with one of these; empty, the default: all cases. With
-    /// `EVERCORE_CASES=all` all cases run. For a second way into an engine that runs all cases by another harness.
+    /// An ordinary run includes only the cases whose names begin with one of these. If the list is empty, which is
+    /// the default, it includes all cases. `EVERCORE_CASES=all` always runs all. Use this for a second way into an
+    /// engine that runs all cases with another harness.
     const ONLY: &'static [&'static str] = &[];
 
     /// The engine.
     type Engine: StorageEngine;
 
-    /// What the engine stands on, such as a folder; dropped after every engine.
+    /// The engine's storage, such as a folder; dropped after the engines.
     type Guard: 'static;
 
-    /// An engine on a fresh, empty storage; `None` if there is none here, after printing why.
+    /// Makes an engine on a fresh, empty storage. Prints the reason and gives `None` if there is none on this
+    /// machine.
     fn engine() -> impl Future<Output = Option<(Self::Guard, Self::Engine)>>;
 
-    /// A second engine on the same storage, while the first is open.
+    /// Opens a second engine on the same storage, while the first is open.
     fn further(guard: &Self::Guard) -> impl Future<Output = Option<Self::Engine>> {
         let _ = guard;
         async { None }
     }
 
-    /// An engine on the same storage, after all others were dropped.
+    /// Opens an engine on the same storage, after all others were dropped.
     fn reopen(guard: &Self::Guard) -> impl Future<Output = Option<Self::Engine>> {
         let _ = guard;
         async { None }
     }
 
-    /// An engine on a copy of the storage, with a guard of its own. The copy is taken while the first engine is open,
-    /// and without its help: a copy of its files, for example. Nothing is under way when this is called.
+    /// Opens an engine on a copy of the storage, with a separate guard. The first engine is open and does not help:
+    /// copy its files, for example. No call is running meanwhile.
     fn crash_image(guard: &Self::Guard) -> impl Future<Output = Option<(Self::Guard, Self::Engine)>> {
         let _ = guard;
         async { None }
     }
 
-    /// Turns the engine's clock back by so much, or makes what is stored seem so much later, which is the same to the
-    /// engine. `false`: this cannot be done.
+    /// Turns the engine's clock back by this much. Making the stored times later has the same effect for the engine.
+    /// Gives `false` if neither is possible.
     fn turn_clock_back(guard: &Self::Guard, by: Duration) -> impl Future<Output = bool> {
         let _ = (guard, by);
         async { false }
     }
 
-    /// Runs a future to its end. The default needs no runtime. An engine that needs one must make progress also while
-    /// the thread of one of these calls is busy, and is called from many threads.
+    /// Runs a future to its end. The default needs no runtime. It is called from many threads. A runtime must make
+    /// progress even if the thread of one of these calls is busy.
     fn block_on<F: Future>(future: F) -> F::Output {
         tools::block_on(future)
     }
@@ -97,10 +99,10 @@ pub trait Harness: 'static {
 
 type BlockOn = fn(LocalFuture<'_, ()>);
 
-/// An engine, with what it stands on if that is new too.
+/// An engine, and its storage if that is new too.
 pub(crate) type Opened = (Option<Box<dyn Any>>, Arc<dyn StorageEngine>);
 
-/// The ways to more engines. A way that is not there gives `None`.
+/// How to get more engines. A way that a harness lacks gives `None`.
 pub(crate) trait Doors {
     fn further(&self) -> LocalFuture<'_, Option<Opened>>;
     fn reopen(&self) -> LocalFuture<'_, Option<Opened>>;
@@ -133,7 +135,7 @@ impl<H: Harness> Doors for DoorsOf<H> {
     }
 }
 
-/// An engine that has no storage but itself.
+/// An engine without a storage outside of itself.
 struct Alone(Arc<dyn StorageEngine>);
 
 impl Doors for Alone {
@@ -154,21 +156,21 @@ impl Doors for Alone {
     }
 }
 
-/// What a case works on: a fresh engine, and perhaps further ones on the same storage.
+/// The engine of a case, and more engines on the same storage if the harness can make them.
 pub struct Fixture {
     name: &'static str,
     engine: Option<Arc<dyn StorageEngine>>,
     block_on: BlockOn,
-    // In this order: what engines stand on goes after them.
+    // In this order: the storage is dropped after the engines.
     doors: Box<dyn Doors>,
     images: Vec<Box<dyn Any>>,
 }
 
 impl Fixture {
-    /// A fixture on an engine that has no storage but itself: further and reopened engines are this one. It cannot give
-    /// a crash image or turn back a clock.
+    /// A fixture on an engine without a storage outside of itself: second and reopened engines are this one. It
+    /// cannot give a crash image or turn a clock back.
     ///
-    /// For engines that are broken on purpose; others have a [`Harness`].
+    /// For engines that are broken on purpose; other engines have a [`Harness`].
     pub fn shared(engine: Arc<dyn StorageEngine>) -> Self {
         Self::with_doors(Arc::clone(&engine), Box::new(Alone(engine)))
     }
@@ -202,7 +204,7 @@ impl Fixture {
         EventStore::shared(self.engine())
     }
 
-    /// A second engine on the same storage. The case needs [`Ability::Further`].
+    /// Gives a second engine on the same storage. The case needs [`Ability::Further`].
     ///
     /// # Panics
     /// If the harness gives none.
@@ -211,8 +213,8 @@ impl Fixture {
         self.keep(opened, Ability::Further)
     }
 
-    /// Drops the engine and opens the storage again. The case needs [`Ability::Reopen`], and must not hold the engine any
-    /// more.
+    /// Drops the engine and opens the storage again. The case needs [`Ability::Reopen`], and must have dropped its
+    /// own handles of the engine.
     ///
     /// # Panics
     /// If the harness cannot do that.
@@ -224,7 +226,8 @@ impl Fixture {
         engine
     }
 
-    /// An engine on what a crash would leave at this moment. The case needs [`Ability::CrashImage`].
+    /// Gives an engine on the storage as a crash at this moment would leave it. The case needs
+    /// [`Ability::CrashImage`].
     ///
     /// # Panics
     /// If the harness gives none.
@@ -256,7 +259,7 @@ impl Fixture {
         )
     }
 
-    /// Runs the work on that many threads at once, each with its number.
+    /// Runs the work on this many threads at once. Each gets its number.
     pub(crate) fn threads<R, F>(&self, count: usize, work: impl Fn(usize) -> F + Sync) -> Vec<R>
     where
         R: Send,
@@ -289,7 +292,8 @@ impl fmt::Debug for Fixture {
 
 /// Runs one case of [`CASES`] on a fresh engine, unless the harness cannot do what it needs or leaves it to long runs.
 ///
-/// A case that hangs is named after a minute, and ends the process after `EVERCORE_CASE_SECONDS`, 300 by default.
+/// After a minute, prints the name of a case that hangs. Ends the process after `EVERCORE_CASE_SECONDS`, 300 by
+/// default.
 ///
 /// # Panics
 /// If the engine breaks the promise, if there is no such case, or if the engine is required and not available.
@@ -308,11 +312,11 @@ pub fn run<H: Harness>(name: &str) {
     });
 }
 
-/// Lists what a harness skips, past the capture of test output: [`conformance!`](crate::conformance) does so once in each
-/// run.
+/// Lists the cases that a harness skips. The capture of test output does not hide the list.
+/// [`conformance!`](crate::conformance) calls it once in each run.
 ///
 /// # Panics
-/// If the harness lists in `ONLY` what is the name of no case, or if the engine is required and not available.
+/// If `ONLY` has an entry that fits no case, or if the engine is required and not available.
 pub fn tell_what_is_skipped<H: Harness>() {
     for only in H::ONLY {
         assert!(CASES.iter().any(|case| case.name.starts_with(only)), "there is no case \"{only}…\"");

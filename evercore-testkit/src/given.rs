@@ -1,4 +1,4 @@
-//! Given, when, then: a decision and the events that follow from it, without a store.
+//! Given, when, then: tests a decision and its events without a store.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -8,10 +8,10 @@ use evercore_core::{
     Timestamp,
 };
 
-/// What has happened to an aggregate before.
+/// The events that have happened to an aggregate.
 ///
-/// Events are written and read with the aggregate's codec, as a store would, and compared in that form: they need no
-/// `PartialEq`.
+/// Events are encoded and decoded with the aggregate's codec, as in a store, and compared in encoded form. They need
+/// no `PartialEq`.
 ///
 /// ```
 /// use evercore_core::{Aggregate, BoxError, Json};
@@ -62,7 +62,7 @@ pub struct Given<T> {
     metadata: Metadata,
 }
 
-/// An event with what it carries.
+/// An event with its metadata and time.
 #[derive(Clone)]
 struct Happened {
     encoded: Encoded,
@@ -75,8 +75,8 @@ impl<T: Aggregate> Given<T> {
         Self { state: T::default(), history: Vec::new(), metadata: Metadata::new() }
     }
 
-    /// All that is told from here on carries this metadata, for an aggregate with an
-    /// [`apply_with`](Aggregate::apply_with). Without a time in it, events happen at the first moment of 1970.
+    /// Gives all later events this metadata, for an aggregate with an [`apply_with`](Aggregate::apply_with). Without
+    /// a time in it, events happen at the first moment of 1970.
     pub fn carrying(mut self, metadata: Metadata) -> Self {
         self.metadata = metadata;
         self
@@ -85,12 +85,12 @@ impl<T: Aggregate> Given<T> {
     /// These events have happened. History is not validated.
     ///
     /// # Panics
-    /// If an event does not go through the codec and back, or does not fit the state.
+    /// If an event does not survive the codec, or does not fit the state.
     pub fn events(events: impl IntoIterator<Item = T::Event>) -> Self {
         Self::nothing().and(events)
     }
 
-    /// These have happened, too.
+    /// These events have happened, too.
     ///
     /// # Panics
     /// As [`events`](Self::events).
@@ -104,11 +104,12 @@ impl<T: Aggregate> Given<T> {
         self
     }
 
-    /// A snapshot taken after any of these events gives the same state as a replay, there and after each later event.
+    /// Checks that a snapshot taken after any of these events gives the same state as a replay, there and after each
+    /// later event.
     ///
-    /// A store keeps no snapshot of a state that does not come back as it was written. What it cannot see is a part of
-    /// the state that is not written at all, for instance a field with `#[serde(skip)]`: that is seen here. Give a
-    /// history in which everything happens that can happen.
+    /// A store keeps no snapshot of a state that decodes to another state. It cannot notice a part of the state that
+    /// is not encoded at all, for instance a field with `#[serde(skip)]`. This check does. Give a history that uses
+    /// every part of the state.
     ///
     /// ```
     /// use evercore_core::{Aggregate, Json};
@@ -139,7 +140,7 @@ impl<T: Aggregate> Given<T> {
     /// ```
     ///
     /// # Panics
-    /// If a state does not go through the codec and back, or a snapshot leads to another state.
+    /// If a state does not survive the codec, or a snapshot leads to another state.
     pub fn then_snapshots_agree(&self)
     where
         T: PartialEq,
@@ -165,10 +166,10 @@ impl<T: Aggregate> Given<T> {
         }
     }
 
-    /// This is decided. What follows is applied and validated, as in a unit of work.
+    /// Makes this decision. Its events are applied and validated, as in a unit of work.
     ///
     /// # Panics
-    /// If an event does not go through the codec and back, or does not fit the state.
+    /// If an event does not survive the codec, or does not fit the state.
     pub fn when<D: Decision<T::Event>>(self, decide: impl FnOnce(&T) -> D) -> When<T> {
         let Self { mut state, history, metadata } = self;
         let outcome = decide(&state).into_events().and_then(|events| {
@@ -189,17 +190,17 @@ impl<T: Aggregate> Given<T> {
     }
 }
 
-/// What came of a decision.
+/// The result of a decision.
 pub struct When<T> {
     state: T,
     outcome: Result<Vec<Encoded>, BoxError>,
 }
 
 impl<T: Aggregate> When<T> {
-    /// Exactly these events happen.
+    /// Asserts that exactly these events happen.
     ///
     /// # Panics
-    /// If others do, or the decision is refused.
+    /// If other events happen, or the decision is refused.
     #[expect(clippy::needless_pass_by_value, reason = "a list of events reads best without a reference")]
     pub fn then<const N: usize>(self, events: [T::Event; N]) -> Self {
         let wanted: Vec<Encoded> = events.iter().map(encode::<T>).collect();
@@ -210,18 +211,18 @@ impl<T: Aggregate> When<T> {
         self
     }
 
-    /// Nothing happens, and nothing is refused.
+    /// Asserts that no event happens and the decision is not refused.
     ///
     /// # Panics
-    /// If something does, or the decision is refused.
+    /// If an event happens, or the decision is refused.
     pub fn then_nothing(self) -> Self {
         self.then([])
     }
 
-    /// It is refused with this error, by the decision itself or by `validate`.
+    /// Asserts that it is refused with this error, by the decision itself or by `validate`.
     ///
     /// # Panics
-    /// If it is not refused, or with another error.
+    /// If it is not refused, or is refused with another error.
     pub fn then_rejected_with<E: StdError + 'static>(self) -> Self {
         let name = std::any::type_name::<E>();
         match &self.outcome {
@@ -231,7 +232,7 @@ impl<T: Aggregate> When<T> {
         self
     }
 
-    /// It is refused, with whatever error.
+    /// Asserts that it is refused, with any error.
     ///
     /// # Panics
     /// If it is not refused.
@@ -242,7 +243,7 @@ impl<T: Aggregate> When<T> {
         self
     }
 
-    /// The state is as these assertions say; after a refusal, as it was before.
+    /// Runs assertions on the state. After a refusal it is the state before the decision.
     pub fn then_state(self, check: impl FnOnce(&T)) -> Self {
         check(&self.state);
         self

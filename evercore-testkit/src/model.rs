@@ -1,4 +1,4 @@
-//! What a store is, as naively as can be said, and a random walk that compares an engine with it.
+//! The simplest possible model of a store, and a random walk that compares an engine with it.
 
 #![allow(clippy::unwrap_used, reason = "a case fails by a panic")]
 
@@ -36,7 +36,7 @@ struct Row {
 }
 
 impl Row {
-    /// What a filter looks at; the times are of no matter.
+    /// The parts that a filter compares; the model ignores times.
     fn as_row(&self, position: i64) -> EventRow<'_> {
         EventRow {
             position: place(position),
@@ -59,12 +59,12 @@ impl Row {
 struct Model {
     aggregates: BTreeMap<AggregateId, Known>,
     log: Vec<Row>,
-    /// With fingerprint and receipt; without: settled as never committed.
+    /// The fingerprint and the receipt; `None` for a command settled as never committed.
     commands: HashMap<CommandId, Option<(Option<i64>, Receipt)>>,
 }
 
 impl Model {
-    /// Everything that is wrong with a batch; an engine may name any of it.
+    /// All faults of a batch. An engine may report any of them.
     fn faults(&self, batch: &Batch) -> Vec<&'static str> {
         let mut faults = Vec::new();
         let mut after = self.aggregates.clone();
@@ -99,7 +99,7 @@ impl Model {
             if !after.contains_key(&id) {
                 faults.push("not found");
             }
-            // Its key may be taken besides: an engine may look at either first.
+            // Its key may be taken as well; an engine may check either first.
             let known = after.entry(id).or_default();
             (known.of_type, known.key) = (of_type.as_str().to_owned(), Some(key.as_str().to_owned()));
         }
@@ -115,7 +115,7 @@ impl Model {
         faults
     }
 
-    /// What a commit must do; the receipt is believed where it tells the time.
+    /// Applies a commit to the model and compares the result. Times are taken from the receipt.
     fn commit(&mut self, batch: &Batch, answer: Result<Receipt>) {
         if let Some(known) = batch.command_id().and_then(|id| self.commands.get(id)) {
             match known {
@@ -179,7 +179,7 @@ impl Model {
         }
     }
 
-    /// The positions that a query finds, all pages together.
+    /// The positions that a query finds, on all pages together.
     fn found(&self, query: &LogQuery) -> Vec<i64> {
         let (from, to) = (query.from.get(), query.to.get());
         let passes =
@@ -214,7 +214,7 @@ fn kind_of<T>(answer: &Result<T>) -> &'static str {
     }
 }
 
-/// Tells the seed if the walk ends in a panic.
+/// Prints the seed if the walk panics.
 struct Seed(u64, u64);
 
 impl Drop for Seed {
@@ -228,7 +228,7 @@ impl Drop for Seed {
     }
 }
 
-/// Walks on an empty store.
+/// Runs the walk on an empty store.
 pub(crate) async fn walk(engine: &Engine, seed: u64, steps: u64) {
     let (mut model, mut random, mut told) = (Model::default(), Random(seed), Seed(seed, 0));
     for step in 0..steps {

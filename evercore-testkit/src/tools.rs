@@ -1,4 +1,4 @@
-//! What the cases share: a small executor, short ways to write and read, and two aggregates.
+//! Shared by the cases: a small executor, short ways to write and read, and two aggregates.
 
 #![allow(clippy::unwrap_used, reason = "a case fails by a panic")]
 
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) type Engine = Arc<dyn StorageEngine>;
 
-/// Demands an error of a kind.
+/// Asserts that a result is an error of this kind.
 macro_rules! assert_kind {
     ($result:expr, $kind:pat) => {
         match $result {
@@ -45,7 +45,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future to its end on this thread, which sleeps while there is nothing to do.
+/// Runs a future to its end on this thread. The thread sleeps while there is nothing to do.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     let unpark = Arc::new(Unpark { thread: thread::current(), woken: AtomicBool::new(false) });
     let waker = Waker::from(Arc::clone(&unpark));
@@ -54,7 +54,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
         if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
             return result;
         }
-        // A flag of our own: what runs inside may park and take the thread's token.
+        // A separate flag, because the future may park the thread and take its token.
         while !unpark.woken.swap(false, Ordering::Acquire) {
             thread::park();
         }
@@ -66,7 +66,7 @@ enum Joined<F: Future> {
     Done(Option<F::Output>),
 }
 
-/// Runs futures side by side; they interleave at every await.
+/// Runs futures side by side in one task; they interleave at every await.
 pub(crate) async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output>
 where
     F::Output: Unpin,
@@ -94,8 +94,8 @@ where
     .await
 }
 
-/// Polls a future this often and then drops it; its result if it ended before. So a future is dropped at each of its
-/// awaits in turn, by polling once, twice, and so on until it ends.
+/// Polls a future at most this often and then drops it. Gives its result if it ended before. Call it with 1, 2, 3, …
+/// to drop a future at each of its awaits in turn.
 pub async fn poll_at_most<F: Future>(times: usize, future: F) -> Option<F::Output> {
     let mut future = Box::pin(future);
     let mut left = times;
@@ -113,7 +113,7 @@ pub async fn poll_at_most<F: Future>(times: usize, future: F) -> Option<F::Outpu
     .await
 }
 
-/// SplitMix64: small, seeded, and the same everywhere.
+/// The SplitMix64 generator: small, and the same numbers for a seed on every machine.
 #[derive(Clone)]
 pub(crate) struct Random(pub(crate) u64);
 
@@ -172,7 +172,7 @@ pub(crate) fn event_with(name: &str, payload: &[u8], time: Timestamp, metadata: 
     NewEvent { time, metadata: Arc::new(metadata), ..event(name, payload) }
 }
 
-/// A batch, written in one line.
+/// A batch, for writing one in a line.
 pub(crate) struct Unit(pub(crate) Batch);
 
 pub(crate) fn unit() -> Unit {
@@ -200,7 +200,7 @@ impl Unit {
         self
     }
 
-    /// Appends as many plain events, each with its sequence as its payload.
+    /// Appends this many plain events. The payload of each is its sequence.
     pub(crate) fn append(self, id: AggregateId, of_type: &str, expected: i64, count: i64) -> Self {
         let events = (1..=count).map(|nth| event("Happened", (expected + nth).to_string().as_bytes()));
         self.events(id, of_type, expected, events.collect())
@@ -235,7 +235,7 @@ impl Unit {
         self
     }
 
-    /// With a command about which nothing more is said.
+    /// Adds a command without a word.
     pub(crate) fn command(mut self, text: &str) -> Self {
         self.0.set_command(command(text), None);
         self
@@ -311,7 +311,7 @@ pub(crate) async fn events_of(engine: &Engine, aggregate: AggregateId) -> Events
     engine.read_aggregate(query).await.unwrap()
 }
 
-/// All that a query finds, page after page.
+/// All events that a query finds, page after page.
 pub(crate) async fn read_all(engine: &Engine, mut query: LogQuery) -> Vec<Event> {
     let mut found = Vec::new();
     loop {
@@ -335,12 +335,12 @@ pub(crate) fn numbers(events: &[Event]) -> Vec<i64> {
     events.iter().map(|event| event.position().get()).collect()
 }
 
-/// The log and the names, to compare before and after.
+/// The log and the names, to compare the store before and after.
 pub(crate) async fn everything(engine: &Engine) -> (Vec<Event>, Vec<KnownType>) {
     (log(engine).await, engine.types().await.unwrap())
 }
 
-/// That positions and, per aggregate, sequences are 1, 2, 3, ….
+/// Asserts that positions, and the sequences of each aggregate, are 1, 2, 3, ….
 pub(crate) fn assert_no_holes(events: &[Event]) {
     let mut sequences = std::collections::HashMap::new();
     for (index, event) in events.iter().enumerate() {
@@ -351,7 +351,7 @@ pub(crate) fn assert_no_holes(events: &[Event]) {
     }
 }
 
-/// An account that must not be overdrawn.
+/// An account whose balance must not be negative.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Account {
     pub(crate) balance: i64,
@@ -387,7 +387,7 @@ impl Aggregate for Account {
     }
 }
 
-/// A total that is kept as a snapshot after so many events, in a shape of this version.
+/// A sum with a snapshot after this many events, in this version.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Tally<const EVERY: u32, const VERSION: u32> {
     pub(crate) total: i64,
@@ -412,7 +412,7 @@ impl<const EVERY: u32, const VERSION: u32> Aggregate for Tally<EVERY, VERSION> {
     }
 }
 
-/// Runs a future for so long at most, and then drops it.
+/// Runs a future for at most this long, and then drops it.
 pub(crate) async fn drop_after<T>(
     engine: &Engine,
     time: Duration,
@@ -426,7 +426,7 @@ pub(crate) async fn drop_after<T>(
     .await
 }
 
-/// Until this is so; it must be within twenty seconds.
+/// Waits until this is true, for at most twenty seconds.
 pub(crate) async fn until(engine: &Engine, mut is_so: impl FnMut() -> bool) {
     for _ in 0..10_000 {
         if is_so() {
@@ -437,7 +437,7 @@ pub(crate) async fn until(engine: &Engine, mut is_so: impl FnMut() -> bool) {
     panic!("it did not come to that within twenty seconds");
 }
 
-/// What a handler was given, in order.
+/// The events that a handler got, in order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Seen(Arc<Mutex<Vec<Event>>>);
 

@@ -1,4 +1,4 @@
-//! Names the case that hangs: a test that never ends says nothing by itself.
+//! Prints the name of a case that hangs, because a test that never ends prints nothing.
 
 use std::io::Write as _;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 const NAMED_AFTER: Duration = Duration::from_secs(60);
 
-/// The cases that run now.
+/// The running cases.
 static RUNNING: Mutex<Vec<Running>> = Mutex::new(Vec::new());
 
 struct Running {
@@ -17,7 +17,7 @@ struct Running {
     is_named: bool,
 }
 
-/// A case under watch, until this is dropped.
+/// Watches a case until this is dropped.
 pub(crate) struct Watched(Instant, &'static str);
 
 pub(crate) fn watch(case: &'static str, harness: &'static str) -> Watched {
@@ -61,7 +61,7 @@ fn look_on() {
     }
 }
 
-/// A long walk may take its time.
+/// A long random walk has more time.
 fn limit() -> Duration {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let steps = number("EVERCORE_STEPS").unwrap_or_default();

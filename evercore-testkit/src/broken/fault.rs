@@ -1,75 +1,76 @@
-//! The faults there are.
+//! All faults of broken engines.
 
-/// Writes the faults and their list from one place.
+/// Writes the enum and its list from one source.
 macro_rules! faults {
     ($($(#[$doc:meta])* $fault:ident,)*) => {
-        /// What is wrong with an engine.
+        /// A fault of an engine.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Fault {
             $($(#[$doc])* $fault,)*
         }
 
         impl Fault {
-            /// All faults there are.
+            /// All faults.
             pub const ALL: &[Self] = &[$(Self::$fault,)*];
         }
     };
 }
 
 faults! {
-    /// A stale append is written behind whatever is there.
+    /// A stale append is written after the events that are there.
     ForgetsConflicts,
     /// The last append of a batch of several is lost.
     CommitsHalf,
-    /// The appends of a batch are written one after the other, and between them anything can happen.
+    /// The appends of a batch are written one by one, and other commits can come between them.
     CommitsInPieces,
-    /// Guards are not looked at.
+    /// Guards are not checked.
     ForgetsGuards,
-    /// Command ids are not looked at.
+    /// Command ids are not checked.
     ForgetsCommands,
-    /// A known command is answered with the first receipt, whatever it is for.
+    /// A known command id gets the first receipt, even if the command is another one.
     ForgetsFingerprints,
-    /// Young commands are forgotten with the old ones.
+    /// Forgetting old commands also forgets young ones.
     ForgetsYoungCommands,
-    /// No command is forgotten.
+    /// Forgetting commands does nothing.
     KeepsCommands,
-    /// Two appends of one batch change places.
+    /// Two appends of one batch are swapped.
     MixesUpAppends,
-    /// Settling a command asks for it, and does not keep the late original out.
+    /// Settling a command looks it up, but a late original can still commit.
     ForgetsToSettle,
-    /// A key that is taken is left out, and the aggregate is made without it.
+    /// A taken key is ignored, and the aggregate is made without it.
     LosesTakenKeys,
-    /// A key is taken for all types when one type has it.
+    /// A key of one type is taken for all types.
     SharesKeysAmongTypes,
     /// Keys are compared without case and spaces.
     FoldsKeys,
     /// Key changes are lost.
     ForgetsKeyChanges,
-    /// Snapshots are never kept.
+    /// Snapshots are not kept.
     LosesSnapshots,
-    /// A snapshot of another version is given out as if it had the one asked for.
+    /// A snapshot of another version is returned as one of the requested version.
     IgnoresSnapshotVersions,
-    /// The first event behind a snapshot is lost.
+    /// The first event after a snapshot is lost.
     SkipsBehindSnapshots,
-    /// Loads do not end where they are asked to.
+    /// A load does not stop where it was asked to.
     LoadsTooMuch,
-    /// Pages hold one event more than asked for.
+    /// Pages hold one event more than the limit.
     OverfillsPages,
-    /// Pages are not bounded in bytes.
+    /// Pages ignore the limit in bytes.
     IgnoresByteLimits,
     /// The page after a full one begins one event too late.
     SkipsBetweenPages,
     /// The page after a full one begins one event too early.
     RepeatsBetweenPages,
-    /// A page that found nothing tells that nothing was searched.
+    /// A page without events reports that nothing was searched.
     ForgetsWhatWasSearched,
-    /// The naive rule: reads on from the last position seen, past a commit that is slower than its position.
+    /// The naive rule: reading goes on after the last position seen, past a commit that has a lower position and ends
+    /// later.
     SkipsSlowCommits,
-    /// A cursor past the head reads as "nothing new".
+    /// Reading after the head gives an empty page and no error.
     IgnoresCursorsAhead,
     /// The log's filter forgets the aggregate type.
     ForgetsTheTypeFilter,
-    /// Of several aggregate types in a filter the last one counts.
+    /// Of several aggregate types in a filter only the last one counts.
     KnowsOneTypeOfFilter,
     /// The log's filter forgets the reference.
     ForgetsTheReferenceFilter,
@@ -81,69 +82,69 @@ faults! {
     LosesReferences,
     /// An aggregate's events come back without headers.
     LosesHeaders,
-    /// Texts that are empty come back as none.
+    /// Empty texts come back as missing.
     LosesEmptyTexts,
-    /// Payloads end at the first NUL.
+    /// Payloads are cut at the first NUL byte.
     CutsPayloads,
-    /// Event times are kept in milliseconds.
+    /// Event times are stored in milliseconds.
     CutsTimes,
-    /// The time of recording is taken from the writer's clock.
+    /// `recorded_at` is taken from the writer's clock.
     BelievesWriters,
-    /// Ids are given out twice.
+    /// Ids are reserved twice.
     RepeatsIds,
-    /// A commit wakes nobody.
+    /// A commit wakes no waiter.
     WakesNobody,
-    /// Names of commits that failed are remembered.
+    /// Type names of failed commits are remembered.
     RemembersLostNames,
     /// `Debug` shows natural keys.
     ShowsKeys,
-    /// A cursor moves for whoever asks, whatever lease he names.
+    /// A cursor moves for every caller, with any lease.
     IgnoresLeases,
-    /// A lease is given to whoever claims it, though another has it.
+    /// A lease that another owner has is given to the next one that claims it.
     GivesLeasesTwice,
-    /// A renewal is answered, and the lease ends as if it had not been.
+    /// A renewal succeeds, but the lease ends at its old time.
     ForgetsRenewals,
-    /// A cursor moves from anywhere.
+    /// A cursor moves, whatever its old position is.
     MovesFromAnywhere,
     /// A cursor moves past the end of the log.
     MovesPastTheEnd,
-    /// A cursor moves and its parked events are forgotten.
+    /// A cursor moves, but its parked events are not written.
     LosesParkedEvents,
-    /// A cursor moves although parked events were changed since its owner looked at them.
+    /// A cursor moves although parked events have changed since its owner read them.
     OverlooksOperators,
     /// A reset leaves the lease with its owner.
     ResetsSoftly,
-    /// A cursor is made anew whenever it is declared.
+    /// Declaring a cursor replaces one that exists.
     DeclaresAgain,
-    /// A pause is forgotten.
+    /// A pause is not stored.
     ForgetsPauses,
-    /// A closed engine goes on.
+    /// A closed engine keeps working.
     ForgetsToClose,
-    /// After it is reopened, cursors that nobody holds are gone.
+    /// After reopening, cursors without an owner are gone.
     LosesReleasedCursors,
-    /// After it is reopened, no cursor knows why it stopped.
+    /// After reopening, the errors that stopped subscriptions are gone.
     ForgetsFailures,
-    /// After it is reopened, no parked event is due.
+    /// After reopening, no parked event is due.
     ForgetsWhatIsDue,
-    /// After it is reopened, a command id is known and its content is not.
+    /// After reopening, a command id is known, but its fingerprint is not.
     ForgetsContents,
-    /// After it is reopened, a commit wakes nobody.
+    /// After reopening, a commit wakes no waiter.
     WakesNobodyLater,
-    /// What was written last reaches the disk with the next write.
+    /// The last write reaches the disk only with the next one.
     LosesTheLast,
-    /// Steps of cursors reach the disk with the next commit.
+    /// Steps of cursors reach the disk only with the next commit.
     LosesSteps,
     /// Settled commands do not reach the disk.
     LosesSettling,
-    /// Of two commits at once one wakes nobody.
+    /// Of two commits at the same time one wakes no waiter.
     LosesWakeUps,
-    /// Each commit gives a wait its whole time again.
+    /// Each commit restarts the time of a wait.
     RestartsWaits,
-    /// A commit without events ends all waits.
+    /// A commit without events ends all waits early.
     EndsWaitsEarly,
-    /// The head is told once more as it was before the last commit.
+    /// After a commit the old head is reported once more.
     TellsOldHeads,
-    /// An aggregate read backward is not bounded in bytes.
+    /// Reading an aggregate backward ignores the limit in bytes.
     IgnoresBytesBackward,
     /// A filtered page that ends at its limit of bytes leaves out the event that did not fit.
     SkipsWhatDoesNotFit,
@@ -151,39 +152,39 @@ faults! {
     LooksAtFewTypes,
     /// Read backward with a filter, the log ends one event too early.
     StopsShortBackward,
-    /// Keys are compared without their last byte, if they are long.
+    /// Long keys are compared without their last byte.
     CutsLongKeys,
-    /// Cursors are listed by how their name begins.
+    /// Listing the cursors of a subscription includes names that begin with its name.
     ListsByPrefix,
-    /// Event types are kept in composed normal form.
+    /// Event types are stored in composed normal form.
     ComposesNames,
-    /// Correlation and causation ids that are empty come back as none.
+    /// Empty correlation and causation ids come back as missing.
     LosesEmptyIds,
-    /// Events of one append that have the same headers' names get the values of the first.
+    /// In one append, events with the same header names get the values of the first event.
     SharesHeaders,
-    /// An aggregate to be made whose id is in use is left as it is.
+    /// Creating an aggregate whose id is in use changes nothing and succeeds.
     TakesIdsInUse,
-    /// A key that a unit wanted which failed stays taken.
+    /// A key that a failed unit wanted stays taken.
     KeepsKeysOfFailures,
-    /// The appends of a batch of more than a thousand events are written one after the other.
+    /// The appends of a batch with more than a thousand events are written one by one.
     CommitsLargeUnitsInPieces,
-    /// A receipt that is asked for has its aggregates in the order of their ids.
+    /// A receipt that is looked up has its aggregates in the order of their ids.
     SortsReceipts,
-    /// A page that was begun and not polled keeps commits waiting.
+    /// A page that was begun and is not polled delays commits.
     HoldsWriters,
-    /// The time of recording goes back with the clock.
+    /// `recorded_at` goes back with the clock.
     BelievesTheClock,
-    /// A lease that seems too long, after the clock went back, is no lease.
+    /// After the clock went back, a lease that seems too long counts as expired.
     EndsLeasesEarly,
-    /// Parked events are listed in the order in which they were parked.
+    /// Parked events are listed in the order of parking.
     ListsParkedAnyhow,
-    /// All versions of a subscription see the parked events of the first.
+    /// All versions of a subscription share the parked events of the first one.
     SharesParked,
-    /// A cursor that is removed and made again finds what was parked before.
+    /// A cursor that is removed and made again has its old parked events.
     LeavesParked,
-    /// A claim looks first and writes later.
+    /// A claim reads and writes in two steps.
     RacesForClaims,
-    /// A type is not registered by a warm-up without event types.
+    /// Warming up does not register a type without event types.
     ForgetsBareTypes,
     /// Of many guards only the first three are checked.
     ChecksFewGuards,

@@ -1,4 +1,4 @@
-//! The faults that came later: each is an engine that passes everything on, but for this.
+//! More faults: each engine passes all calls on and does one thing wrong.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -19,19 +19,19 @@ use super::Fault;
 pub(super) struct Layer {
     pub(super) inner: Arc<dyn StorageEngine>,
     pub(super) fault: Fault,
-    /// What a crash leaves.
+    /// The disk after a crash.
     pub(super) disk: Option<Arc<dyn StorageEngine>>,
     pub(super) is_reopened: bool,
     pub(super) shared: Arc<Shared>,
 }
 
-/// What all engines on one storage know.
+/// The state shared by all engines on one storage.
 #[derive(Default)]
 pub(super) struct Shared {
     notes: Mutex<Notes>,
-    /// How many commits are under way.
+    /// The number of running commits.
     under_way: AtomicUsize,
-    /// How many pages were begun and are not ended.
+    /// The number of pages that were begun and have not ended.
     begun: AtomicUsize,
     /// How often the fault has struck.
     pub(super) strikes: AtomicUsize,
@@ -50,7 +50,7 @@ struct Notes {
     late: Vec<Write>,
 }
 
-/// What is still to be written to the disk.
+/// A write that has not reached the disk.
 enum Write {
     Batch(Box<Batch>),
     Step(CursorId, Step),
@@ -75,7 +75,7 @@ impl Drop for Counted<'_> {
 }
 
 impl Layer {
-    /// Whether the fault is this one and strikes now.
+    /// Whether this is the fault and it strikes now.
     fn strikes(&self, fault: Fault, is_so: bool) -> bool {
         let strikes = self.fault == fault && is_so;
         self.shared.strikes.fetch_add(usize::from(strikes), Ordering::Relaxed);
@@ -90,7 +90,7 @@ impl Layer {
         self.notes().behind += by;
     }
 
-    /// Brings a write to the disk: at once, or not yet, or never.
+    /// Writes to the disk: at once, later or never.
     async fn save(&self, write: Write) -> Result<()> {
         let Some(disk) = &self.disk else { return Ok(()) };
         let is_commit = matches!(write, Write::Batch(_));
@@ -194,7 +194,7 @@ impl Layer {
         if self.fault == Fault::LosesWakeUps {
             self.inner.pause(Duration::from_micros(200)).await;
         }
-        // Not for ever: one who reads ahead and writes meanwhile would hang, and say nothing.
+        // Not for ever: a caller that reads ahead and writes meanwhile would hang without a message.
         let began = Instant::now();
         let is_held =
             || self.shared.begun.load(Ordering::SeqCst) > 0 && began.elapsed() < Duration::from_secs(6);
@@ -316,7 +316,7 @@ impl Layer {
             if !self.strikes(Fault::LosesWakeUps, is_unheard) {
                 return Ok(head);
             }
-            // Not heard of until the next one comes.
+            // Not visible until the next commit.
             let next = self.inner.wait(head, left).await?;
             return Ok(next);
         }

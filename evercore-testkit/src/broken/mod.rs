@@ -1,4 +1,4 @@
-//! Engines that are broken on purpose, one fault each: a suite that lets one of them pass proves nothing.
+//! Engines that are broken on purpose, with one fault each. The suite must catch each of them.
 
 mod fault;
 mod layer;
@@ -22,7 +22,7 @@ use layer::Layer;
 
 use crate::fixture::{Doors, Fixture, LocalFuture, Opened};
 
-/// An engine that passes everything on to another one, with one fault.
+/// An engine that passes all calls on to another one, with one fault.
 pub struct Broken {
     inner: Arc<Layer>,
     fault: Fault,
@@ -44,8 +44,8 @@ impl Broken {
         Self { inner: Arc::new(inner), fault, notes: Mutex::default() }
     }
 
-    /// A fixture on such an engine. `disk`, an empty engine, is what a crash leaves: whatever is written is written to it
-    /// too. The clocks of both should stand still, and then show the same time.
+    /// A fixture on such an engine. `disk` is an empty engine that gets the same writes; it stands for the disk after
+    /// a crash. The clocks of both should stand still and show the same time.
     pub fn fixture(
         inner: Arc<dyn StorageEngine>,
         disk: Option<Arc<dyn StorageEngine>>,
@@ -68,14 +68,14 @@ impl Broken {
         Self { inner: Arc::new(inner), fault: *fault, notes: Mutex::default() }
     }
 
-    /// Whether the fault is this one, where the engine would do wrong.
+    /// Whether this is the fault. Called where the engine then does wrong.
     fn has(&self, fault: Fault) -> bool {
         let strikes = self.fault == fault;
         self.inner.shared.strikes.fetch_add(usize::from(strikes), Ordering::Relaxed);
         strikes
     }
 
-    /// How often the place was reached where the engine does wrong: after none, a case that passed has said nothing.
+    /// How often the engine did wrong. If it is 0, a case that passed proves nothing.
     pub fn strikes(&self) -> usize {
         self.inner.shared.strikes.load(Ordering::Relaxed)
     }
@@ -353,13 +353,13 @@ impl Broken {
         }
     }
 
-    /// An event just behind the head is not yet to be seen when it is first looked for, as if its commit were slow.
+    /// The first look for the event after the head does not find it, as if its commit were slow.
     fn is_missed(&self, event: &Event, head: Position) -> bool {
         let is_young = event.position().next() == head && event.position().get() % 3 == 0;
         self.has(Fault::SkipsSlowCommits) && is_young && self.notes().seen.insert(event.position())
     }
 
-    /// Copies events; `of_aggregate` are those faults that only reads of one aggregate have.
+    /// Copies events. `of_aggregate` turns on the faults of reads of one aggregate.
     fn rewrite(&self, events: impl Iterator<Item = Event>, of_aggregate: bool) -> Events {
         let mut page = EventsBuilder::new();
         for event in events {
@@ -376,7 +376,7 @@ impl Broken {
     }
 }
 
-/// The same batch, with the appends to one aggregate behind what is there.
+/// The same batch, with the appends to one aggregate moved after the events that are there.
 fn rebased(batch: &Batch, aggregate: AggregateId, actual: Sequence) -> Result<Batch> {
     let mut moved = Batch::new();
     let mut next = actual;

@@ -1,4 +1,4 @@
-//! Aggregates: made once, of one type, by an id that nobody else has.
+//! Aggregates: created once, with one type and a unique id.
 
 use std::collections::HashSet;
 
@@ -74,7 +74,7 @@ pub(crate) async fn a_block_has_as_many_ids_as_asked_for(fixture: &mut Fixture) 
 pub(crate) async fn ids_that_are_not_used_are_lost_and_that_is_harmless(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let ids = new_ids(&engine, 100).await;
-    // Any order, any holes.
+    // In any order, with gaps.
     for id in [ids[90], ids[3], ids[42]] {
         unit().create(id, "user").append(id, "user", 0, 1).commit(&engine).await.unwrap();
     }
@@ -187,6 +187,6 @@ pub(crate) async fn an_id_in_use_is_invalid(fixture: &mut Fixture) {
     for id in [grown, keyed, empty] {
         assert_eq!(history(&engine, id).await.aggregate_type.as_str(), "user");
     }
-    // What failed can be made by the next one.
+    // Another commit can create the aggregate that failed.
     unit().create_keyed(other, "user", "new").command("command").commit(&engine).await.unwrap();
 }

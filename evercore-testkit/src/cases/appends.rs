@@ -1,4 +1,4 @@
-//! Appends: numbered by the engine, checked against what the writer expected, all of a batch or nothing.
+//! Appends: numbered by the engine, checked against the expected sequence, all of a batch or nothing.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -48,7 +48,7 @@ pub(crate) async fn a_new_aggregate_is_at_zero(fixture: &mut Fixture) {
     assert!(!exists(&engine, id).await);
 }
 
-/// After a lost tail another event may have the sequence that was read.
+/// After a lost tail, another event may have the same sequence.
 pub(crate) async fn an_append_or_a_guard_that_read_another_event_is_a_conflict(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let (id, other) = (grown(&engine, "user", 3).await, grown(&engine, "user", 1).await);
@@ -299,7 +299,7 @@ pub(crate) async fn what_a_failed_unit_wanted_is_free(fixture: &mut Fixture) {
         assert_kind!(wants().append(stale, "user", 1, 1).commit(&engine).await, ErrorKind::Conflict { .. });
         assert_kind!(wants().guard(stale, 1).commit(&engine).await, ErrorKind::Conflict { .. });
     }
-    // The key that it gave up is still taken, and those that it took are free.
+    // Its old key is still taken, and the keys that it wanted are free.
     let other = new_id(&engine).await;
     let taken = unit().create_keyed(other, "user", "ann").commit(&engine).await;
     assert_kind!(taken, ErrorKind::KeyTaken { .. });
@@ -319,7 +319,7 @@ pub(crate) async fn no_poll_of_a_large_commit_takes_half_its_time(fixture: &mut 
     let engine = fixture.engine();
     let (id, payload) = (grown(&engine, "user", 0).await, vec![b'x'; 1_000]);
     let mut seen = Vec::new();
-    // On a busy machine a poll may be slow for other reasons: one good round of several is enough.
+    // On a busy machine a poll may be slow for other reasons. One good round of several is enough.
     for round in 0..5 {
         let events = vec![event("Large", &payload); 5_000];
         let mut commit = Box::pin(unit().events(id, "user", round * 5_000, events).commit(&engine));

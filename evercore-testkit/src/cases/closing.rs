@@ -1,4 +1,4 @@
-//! Closing an engine: what is called later, what is under way.
+//! Closing an engine: later calls fail, running calls end.
 
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ pub(crate) async fn what_is_called_later_is_closed(fixture: &mut Fixture) {
     assert_kind!(engine.step(&cursor, &Step::Remove).await, ErrorKind::Closed);
     assert_kind!(engine.cursors(None).await, ErrorKind::Closed);
     assert_kind!(engine.parked(&cursor, Position::ZERO, 10).await, ErrorKind::Closed);
-    // Again is harmless, and changes nothing.
+    // Closing again changes nothing.
     engine.close().await.unwrap();
     assert_kind!(engine.head().await, ErrorKind::Closed);
 }
@@ -86,7 +86,7 @@ pub(crate) async fn a_commit_under_way_is_written_or_an_error(fixture: &mut Fixt
     });
     drop(engine);
     let engine = fixture.reopen().await;
-    // Where reopening gives the same engine, it is closed.
+    // If reopening gives the same engine, it is closed.
     if let Ok(head) = engine.head().await {
         assert_eq!(head.get(), written.iter().sum::<i64>());
     }

@@ -1,4 +1,4 @@
-//! Command ids: one effect, however often and however late a command comes.
+//! Command ids: a command takes effect once, however often and however late it comes.
 
 use std::sync::Barrier;
 use std::time::Duration;
@@ -31,7 +31,8 @@ pub(crate) async fn the_command_id_is_looked_at_before_everything_else(fixture: 
     let make = |id| unit().create_keyed(id, "order", "4711").append(id, "order", 0, 1).command("command");
     let first = make(ids[0]).commit(&engine).await.unwrap();
     unit().append(ids[0], "order", 1, 1).commit(&engine).await.unwrap();
-    // The key is taken by now, the id in use and the sequence stale; what it did, it did.
+    // By now the key is taken, the id is in use and the sequence is stale. The command took effect before, so its
+    // receipt comes back.
     assert_eq!(make(ids[0]).commit(&engine).await.unwrap(), first);
     assert_eq!(make(ids[1]).commit(&engine).await.unwrap(), first);
     assert_eq!(make(ids[2]).guard(ids[0], 77).commit(&engine).await.unwrap(), first);
@@ -46,13 +47,14 @@ pub(crate) async fn a_known_id_with_another_fingerprint_is_command_reused(fixtur
     let before = everything(&engine).await;
     assert_eq!(pay("command", 7).commit(&engine).await.unwrap(), first);
     assert_kind!(pay("command", -7).commit(&engine).await, ErrorKind::CommandReused);
-    // Nothing is said about it, so nothing differs.
+    // Without a word, nothing differs.
     assert_eq!(unit().command("command").commit(&engine).await.unwrap(), first);
-    // The first one said nothing of itself, so nothing differs either.
+    // The first one had no word either, so nothing differs.
     let silent = unit().command("silent").commit(&engine).await.unwrap();
     assert_eq!(pay("silent", 7).commit(&engine).await.unwrap(), silent);
     assert_eq!(unit().command("silent").commit(&engine).await.unwrap(), silent);
-    // The word is the upper half, the targets are the lower half: a half that is 0 says nothing.
+    // The upper half of a fingerprint is the word, the lower half the aggregates. A half that is 0 matches
+    // everything.
     let said = |word: i64, targets: i64| word << 32 | targets;
     let word = unit().command_with("word", said(3, 0)).commit(&engine).await.unwrap();
     assert_eq!(pay("word", said(3, 7)).commit(&engine).await.unwrap(), word);
@@ -221,7 +223,7 @@ pub(crate) async fn a_commit_dropped_at_any_await_is_whole_or_absent(fixture: &m
         let batch =
             unit().append(first, "order", expected, 2).append(second, "order", expected, 2).command(&name);
         let answer = poll_at_most(polls, batch.commit(&engine)).await;
-        // Whatever has become of it, it is settled from here on, and the next borrower is clean.
+        // Settled from here on, whether it committed or not. The next borrower starts clean.
         let outcome = engine.settle(&command(&name)).await.unwrap();
         if outcome.is_some() {
             expected += 2;
@@ -278,11 +280,11 @@ pub(crate) async fn an_update_with_a_command_id_decides_once(fixture: &mut Fixtu
 
 pub(crate) async fn without_a_command_id_a_unit_that_is_sent_twice_may_land_twice(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
-    // The sequence protects what was decided on a state...
+    // The sequence protects a decision on a state …
     let id = grown(&engine, "order", 1).await;
     unit().append(id, "order", 1, 1).commit(&engine).await.unwrap();
     assert_kind!(unit().append(id, "order", 1, 1).commit(&engine).await, ErrorKind::Conflict { .. });
-    // ... and nothing does for one who decides again, or makes an aggregate without a key again.
+    // … but nothing protects a repeated decision, or an aggregate that is created again without a key.
     for _ in 0..2 {
         store.update_or_create::<Account, _, _>("ann", |_| [deposited(1)]).await.unwrap();
         grown(&engine, "order", 1).await;
@@ -458,7 +460,7 @@ pub(crate) async fn old_commands_are_forgotten_and_young_ones_kept(fixture: &mut
     assert_eq!(store.receipt(&command("young")).await.unwrap(), Some(young));
     assert_kind!(unit().command("young and settled").commit(&engine).await, ErrorKind::CommandAbandoned);
     assert_eq!(everything(&engine).await, before);
-    // A command that is forgotten takes effect again.
+    // A forgotten command takes effect again.
     assert_ne!(unit().command("old").commit(&engine).await.unwrap(), old);
     unit().command("old and settled").commit(&engine).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! What a store keeps of subscriptions: cursors, leases and parked events, one step after the other.
+//! The stored part of subscriptions: cursors, leases and parked events, step by step.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ async fn step(engine: &Engine, id: &CursorId, step: Step) -> Result<Cursor> {
     engine.step(id, &step).await.map(|cursor| cursor.expect("the cursor is there"))
 }
 
-/// A cursor at the beginning of a log of some length: none moves past the end.
+/// A cursor at the beginning of a log. The log has this length, because no cursor moves past its end.
 async fn declared(engine: &Engine, name: &str) -> CursorId {
     let id = cursor(name, 1, 0);
     grown(engine, "letter", 50).await;
@@ -118,7 +118,7 @@ pub(crate) async fn a_lease_that_has_expired_is_taken_over(fixture: &mut Fixture
     engine.pause(SHORT * 2).await;
     let second = claimed(&engine, &id, "second", LONG).await;
     assert_eq!(second.epoch, first.epoch + 1);
-    // The one who slept comes back.
+    // The owner that slept comes back.
     assert_kind!(step(&engine, &id, advance(&first, 0, 3)).await, ErrorKind::LeaseLost);
     assert_kind!(step(&engine, &id, Step::renew(first.clone(), LONG)).await, ErrorKind::LeaseLost);
     step(&engine, &id, Step::release(first)).await.unwrap();
@@ -160,7 +160,7 @@ pub(crate) async fn a_cursor_moves_from_where_it_stands_and_never_back(fixture: 
     assert_eq!(the(&engine, &id).await.position, place(50));
 }
 
-/// Whoever moves a cursor names what was read: other events may have come in its place.
+/// A step names the event that was read, because other events may have replaced it.
 pub(crate) async fn a_move_that_read_another_event_is_refused(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = declared(&engine, "mails").await;
@@ -181,8 +181,7 @@ pub(crate) async fn a_move_that_read_another_event_is_refused(fixture: &mut Fixt
     assert_eq!(step(&engine, &id, to(10, read)).await.unwrap().position, place(10));
 }
 
-/// A log that has lost its tail, in a failover, must not have a cursor that knows of more: what is written next would be
-/// skipped.
+/// A log that lost its tail in a failover must not have a cursor past its end: the cursor would skip the next events.
 pub(crate) async fn a_cursor_does_not_move_past_the_end_of_the_log(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = declared(&engine, "mails").await;
@@ -228,7 +227,7 @@ async fn race_for_claims(fixture: &Fixture, engines: &[Engine; 2]) {
         let holder = the(engine, &id).await.owner.unwrap();
         step(engine, &id, Step::release(Lease { owner: holder, epoch: round })).await.unwrap();
     }
-    // Side by side on one thread, too.
+    // Also side by side on one thread.
     let claims = (0..8).map(|number| Step::claim(owner(&format!("{number}")), LONG));
     let claims: Vec<Step> = claims.collect();
     let won = join_all(claims.iter().map(|claim| engine.step(&id, claim))).await;
@@ -326,7 +325,7 @@ pub(crate) async fn parked_events_are_kept_listed_and_forgotten(fixture: &mut Fi
     assert_eq!(at(&left), [2, 3, 5]);
     assert_eq!(left[1], changed);
 
-    // A move that is refused takes its parked events with it.
+    // A refused move writes no parked events.
     let refused = Advance::new(lease, place(8), place(10), LONG).with_parked(vec![ParkedChange::RemoveAll]);
     assert_kind!(step(&engine, &id, Step::Advance(refused)).await, ErrorKind::LeaseLost);
     assert_eq!(at(&all_parked(&engine, &id).await), [2, 3, 5]);
@@ -423,8 +422,8 @@ pub(crate) async fn a_step_dropped_at_any_await_is_whole_or_absent(fixture: &mut
     }
 }
 
-/// Position and number of parked events of one moment. A step that was dropped may still be on its way, and lands before
-/// this, in the middle of it or later.
+/// Position and number of parked events at one moment. A step that was dropped may still be running, and end before,
+/// during or after this.
 async fn settled(engine: &Engine, id: &CursorId) -> (i64, i64) {
     let position =
         async || step(engine, id, Step::want(owner("nobody"), SHORT)).await.unwrap().position.get();
@@ -444,7 +443,7 @@ pub(crate) async fn each_cursor_has_its_own_parked_events_in_order(fixture: &mut
     for (number, id) in (1..).zip(&ids) {
         step(&engine, id, Step::declare(2, Position::ZERO, None)).await.unwrap();
         let lease = claimed(&engine, id, "owner", LONG).await;
-        // Not in order, and not all at once.
+        // Not in order, and in several steps.
         for (from, positions) in [(0, [30, 9, 10]), (40, [21, 3, 1])] {
             let keep = |position| {
                 let error = format!("{number} {position}");
@@ -468,7 +467,7 @@ pub(crate) async fn each_cursor_has_its_own_parked_events_in_order(fixture: &mut
         let two = engine.parked(id, place(9), 2).await.unwrap();
         assert_eq!(two.iter().map(|it| it.position.get()).collect::<Vec<_>>(), [10, 21]);
     }
-    // What is done to one is done to no other.
+    // A change of one cursor changes no other.
     step(&engine, &ids[0], Step::resume_parked(None)).await.unwrap();
     step(&engine, &ids[0], Step::drop_parked(Some(place(3)))).await.unwrap();
     step(&engine, &ids[1], Step::drop_parked(None)).await.unwrap();
@@ -479,7 +478,7 @@ pub(crate) async fn each_cursor_has_its_own_parked_events_in_order(fixture: &mut
     assert!(parked(&ids[1]).await.is_empty());
     assert_eq!(parked(&ids[2]).await.len(), 4);
     assert_eq!(parked(&ids[3]).await, of(4));
-    // One that is removed takes them along, and comes back without.
+    // Removing a cursor removes its parked events. Declared again, it has none.
     engine.step(&ids[3], &Step::Remove).await.unwrap();
     step(&engine, &ids[3], Step::declare(2, Position::ZERO, None)).await.unwrap();
     assert!(parked(&ids[3]).await.is_empty());

@@ -1,4 +1,4 @@
-//! Natural keys: unique per aggregate type, bytewise, and free of races.
+//! Natural keys: unique per aggregate type, compared bytewise, without races.
 
 use evercore_core::{ErrorKind, Key, limits};
 
@@ -117,7 +117,7 @@ pub(crate) async fn aggregates_change_keys_with_one_another(fixture: &mut Fixtur
     }
 }
 
-/// Pairs that collations and normal forms take for the same.
+/// Pairs that collations and Unicode normal forms treat as equal.
 const LOOK_ALIKES: &[&str] = &[
     "caf\u{e9}",
     "cafe\u{301}",

@@ -1,4 +1,4 @@
-//! The log: one order without holes, in which a reader misses nothing.
+//! The log: one order without gaps, and a reader misses no event.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -102,7 +102,7 @@ pub(crate) async fn a_commit_of_another_engine_is_never_skipped(fixture: &mut Fi
             let engine = &engines[number % 2];
             let id = grown(engine, "user", 0).await;
             for expected in 0..8 {
-                // Large and small units, so that a later one may be done earlier.
+                // Large and small units, so that a later one may end earlier.
                 let count = if number == 2 { 50 } else { 1 };
                 unit().append(id, "user", expected * count, count).commit(engine).await.unwrap();
             }
@@ -166,7 +166,7 @@ pub(crate) async fn a_page_tells_at_which_events_it_began_and_ended(fixture: &mu
     for _ in 0..3 {
         grown(&engine, "user", 4).await;
     }
-    // It ends at the last event, whatever was committed without events since.
+    // It ends at the last event; commits without events do not count.
     keyed(&engine, "user", "made last").await;
     let mark_at =
         async |position: i64| engine.read_log(&LogQuery::after(place(position))).await.unwrap().began;
@@ -262,7 +262,7 @@ pub(crate) async fn a_commit_wakes_all_who_wait_at_once(fixture: &mut Fixture) {
         assert_eq!(engine.wait(place(1), Duration::from_secs(60)).await.unwrap(), place(2));
     });
     assert!(began.elapsed() < Duration::from_secs(10), "it was the commit that woke them");
-    // Side by side on one thread, too.
+    // Also side by side on one thread.
     let waiters = (0..4).map(|_| engine.wait(place(2), Duration::from_secs(60)));
     let commit = async {
         unit().append(id, "user", 2, 1).commit(&engine).await.unwrap();
@@ -421,7 +421,7 @@ pub(crate) async fn a_begun_page_holds_nothing_that_others_need(fixture: &mut Fi
         assert!(ended.is_some(), "others wait for pages that nobody asks for");
         drop(begun);
     }
-    // One that is asked for late comes all the same, and is a prefix of what there is by then.
+    // A page that is polled late still comes. It contains a prefix of the log at that time.
     let mut begun = engine.read_log(&query);
     if poll_at_most(1, begun.as_mut()).await.is_none() {
         unit().append(id, "user", 315, 1).commit(&engine).await.unwrap();

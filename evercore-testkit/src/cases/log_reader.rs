@@ -1,4 +1,4 @@
-//! Reading the log from one end to the other: a page ahead, and still each event once.
+//! Reading the whole log with one page read ahead: each event comes once.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
-//! The list of all cases, which is at once the table for runners and the macro that makes tests of them.
+//! The list of all cases. It makes the table for runners and the macro that turns cases into tests.
 
-// A case fails by a panic; and all are async, also those that have nothing to wait for.
+// A case fails by a panic. All cases are async, even if they do not await.
 #![allow(clippy::unwrap_used, clippy::unused_async)]
 
 mod aggregates;
@@ -23,22 +23,22 @@ mod values;
 
 use crate::fixture::{Ability, Fixture, LocalFuture};
 
-/// One case: a promise, and a function that panics if an engine breaks it.
+/// One case: it tests a promise and panics if the engine breaks it.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// Module and name, such as `keys::keys_compare_bytewise`.
+    /// The module and the name, such as `keys::keys_compare_bytewise`.
     pub name: &'static str,
-    /// What it needs besides a fresh engine; a harness that cannot do one of these skips the case.
+    /// The abilities it needs in addition to a fresh engine. A harness without one of them skips the case.
     pub needs: &'static [Ability],
-    /// The case itself, for a fixture with a fresh engine.
+    /// The case. The fixture has a fresh engine.
     pub run: for<'a> fn(&'a mut Fixture) -> LocalFuture<'a, ()>,
 }
 
-/// Writes the table and the macro from one list, so that no case is in one of them only. A case that is in neither is
-/// dead code, and the compiler says so.
+/// Makes the table and the macro from one list, so that they contain the same cases. A case outside of the list is
+/// dead code, which the compiler reports.
 macro_rules! cases {
     (($d:tt) $($module:ident { $($case:ident $([$($need:ident),*])?,)* })*) => {
-        /// All cases, for a runner of your own.
+        /// All cases, for other runners.
         pub const CASES: &[Case] = &[$($(
             Case {
                 name: concat!(stringify!($module), "::", stringify!($case)),
@@ -47,8 +47,8 @@ macro_rules! cases {
             },
         )*)*];
 
-        /// Makes a `#[test]` of each case, for the engine of this [`Harness`](crate::Harness), and one that lists what it
-        /// skips.
+        /// Makes a `#[test]` of each case, for the engine of this [`Harness`](crate::Harness), and one test that
+        /// lists the skipped cases.
         #[macro_export]
         macro_rules! conformance {
             ($d harness:ty) => {

@@ -1,9 +1,9 @@
-//! Random walks: many small steps on an engine and on the model, which must agree after each.
+//! Random walks: many small steps on an engine and on the model. Both must agree after each step.
 
 use crate::fixture::Fixture;
 use crate::model::walk;
 
-/// A number from the environment, for those who run a walk again or make it longer.
+/// A number from the environment, to repeat a walk or make it longer.
 fn from_environment(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
 }
@@ -25,7 +25,7 @@ pub(crate) async fn a_fourth_walk_agrees_too(fixture: &mut Fixture) {
     short_walk(fixture, 4).await;
 }
 
-/// On a store of its own, so that `EVERCORE_SEED` does exactly the same again.
+/// On a separate store, so that `EVERCORE_SEED` repeats the walk exactly.
 async fn short_walk(fixture: &Fixture, seed: u64) {
     walk(&fixture.engine(), seed, from_environment("EVERCORE_STEPS", 400) / 4).await;
 }

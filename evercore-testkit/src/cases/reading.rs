@@ -1,4 +1,4 @@
-//! Reading: exact at every boundary, equal on every path, and a prefix while others write.
+//! Reading: exact at every boundary, equal in all ways, and a prefix while others write.
 
 use std::sync::Arc;
 
@@ -134,7 +134,7 @@ pub(crate) async fn a_page_ends_at_its_limit_of_bytes_and_has_one_event_at_least
     }
 }
 
-/// Not the payloads alone: headers may be larger by far.
+/// Not only payloads count: headers may be much larger.
 pub(crate) async fn a_page_counts_the_bytes_of_metadata_too(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = new_id(&engine).await;
@@ -144,7 +144,7 @@ pub(crate) async fn a_page_counts_the_bytes_of_metadata_too(fixture: &mut Fixtur
     let metadata = Arc::new(metadata.with_causation_id("c".repeat(50)).unwrap());
     let events = (0..4).map(|_| NewEvent { metadata: Arc::clone(&metadata), ..event("Sized", b"123456") });
     unit().create(id, "user").events(id, "user", 0, events.collect()).commit(&engine).await.unwrap();
-    // 300 bytes each: of the header 94, of the texts 200, of the payload 6.
+    // 300 bytes each: 94 of the header, 200 of the texts, 6 of the payload.
     for (bytes, first_page) in [(0, 1), (599, 1), (600, 2), (899, 2), (900, 3), (1_200, 4)] {
         let limit = PageLimit::default().and_bytes(bytes).unwrap();
         let query = LogQuery::after(Position::ZERO).with_limit(limit);
@@ -248,7 +248,7 @@ async fn mixed(engine: &Engine) -> [AggregateId; 3] {
     ids
 }
 
-/// What a filter finds, forward and backward, against what it says of each event of the log.
+/// Reads with a filter, forward and backward, and compares with the filter's answer for each event.
 async fn check_filter(engine: &Engine, all: &[Event], filter: Filter) {
     let expected: Vec<Event> = all.iter().filter(|event| filter.matches(event)).cloned().collect();
     let query = LogQuery::after(Position::ZERO).with_filter(filter.clone());
@@ -403,7 +403,7 @@ pub(crate) async fn the_log_is_the_union_of_the_aggregates_events(fixture: &mut 
 pub(crate) async fn an_aggregate_is_loaded_as_of_a_sequence_a_position_and_a_time(fixture: &mut Fixture) {
     let store = fixture.store();
     let time = |micros| Timestamp::from_micros(micros).unwrap();
-    // Event times need not grow: the third event happened before the second.
+    // Event times need not increase: the third event happened before the second.
     for (nth, micros) in [(1, 100), (2, 300), (4, 200), (8, 400)] {
         let mut work = store.begin();
         work.set_metadata(Metadata::new().with_time(time(micros))).unwrap();
@@ -444,7 +444,7 @@ pub(crate) async fn an_event_that_does_not_decode_is_named(fixture: &mut Fixture
     assert_eq!(store.load_as_of::<Account>(id, AsOf::Sequence(at(1))).await.unwrap().balance, 1);
 }
 
-/// What a page must hold, by the words of [`PageLimit`] alone.
+/// The events of a page as the docs of [`PageLimit`] define them.
 fn first_page(events: &[Event], limit: PageLimit) -> usize {
     let mut bytes = 0;
     let fits = |(count, event): (usize, &Event)| {
@@ -562,7 +562,7 @@ pub(crate) async fn a_filter_may_have_many_event_types(fixture: &mut Fixture) {
     let batch = unit().create(first, "a").events(first, "a", 0, events("a"));
     batch.create(second, "b").events(second, "b", 0, events("b")).commit(&engine).await.unwrap();
     for count in [2, 3, 9, 16, 17, 32, 33, 64, 65, 100, 127, 128, 129, 255, 256, 257, 299] {
-        // Not in the order of the log, and from its end: whoever looks at the first few only finds none.
+        // From the end of the log and not in its order. A search of the first few types finds nothing.
         let asked = (0..count).map(|number| NAMES - 1 - (number * 7) % count);
         let filter = asked
             .clone()

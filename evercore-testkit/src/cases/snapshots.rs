@@ -1,4 +1,4 @@
-//! Snapshots: one per aggregate, and never a different answer.
+//! Snapshots: one per aggregate, and they never change a result.
 
 use evercore_core::{AggregateId, AsOf, ErrorKind, Json, Sequence, Snapshot, StateCodec, Target, limits};
 
@@ -9,7 +9,7 @@ async fn kept(engine: &Engine, id: AggregateId, version: u32) -> Option<Snapshot
     load(engine, Target::Id(id), Some(version), Sequence::MAX).await.unwrap().snapshot
 }
 
-/// Sequence and state of the snapshot that is kept.
+/// Sequence and state of the stored snapshot.
 async fn brief(engine: &Engine, id: AggregateId, version: u32) -> Option<(i64, Vec<u8>)> {
     kept(engine, id, version).await.map(|it| (it.sequence.get(), it.state.as_bytes().to_vec()))
 }

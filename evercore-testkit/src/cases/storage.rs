@@ -1,4 +1,4 @@
-//! What stays: all of a store, when it is opened again and when nobody had the time to close it.
+//! Durability: reopening a store and recovering from a crash lose nothing.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,10 @@ use crate::tools::*;
 
 const LONG: Duration = Duration::from_secs(600);
 
-/// One aggregate as it is loaded with a snapshot of some version.
+/// One aggregate, loaded with a snapshot of some version.
 type Loaded = (AggregateId, String, Option<String>, Sequence, Option<Snapshot>, Vec<Event>);
 
-/// All that can be read of a store.
+/// The readable content of a store.
 #[derive(Debug, PartialEq)]
 struct Whole {
     head: Position,
@@ -98,9 +98,9 @@ fn failed(lease: Lease, position: i64, rest: Duration) -> Step {
     Step::fail(lease, failure, rest)
 }
 
-/// What was put into a store.
+/// The content that was written to a store.
 struct Furnished {
-    /// All ids that were reserved, used or not.
+    /// All reserved ids, used or not.
     ids: Vec<AggregateId>,
     mails: Lease,
 }
@@ -134,7 +134,7 @@ fn paid(ann: AggregateId, bob: AggregateId) -> Unit {
     unit().append(bob, "user", 2, 2).append(ann, "user", 5, 1).command_with("paid", 1)
 }
 
-/// One of everything that a store keeps.
+/// Writes one of each kind of data.
 async fn furnish(engine: &Engine) -> Furnished {
     let ids = furnish_aggregates(engine).await;
     let id = cursor("mails", 1, 0);
@@ -168,17 +168,17 @@ async fn furnish(engine: &Engine) -> Furnished {
     Furnished { ids, mails }
 }
 
-/// That a store which is opened again works as if it had never been away.
+/// Checks that a reopened store works as before.
 async fn goes_on(fixture: &Fixture, engine: &Engine, known: &Furnished) {
     let [ann, bob, carl, ..] = known.ids[..] else { unreachable!() };
-    // Commands: with the same content, with another one, and settled.
+    // Commands: the same content, other content, and settled.
     let first = receipt_of(engine, &command("paid")).await.expect("a receipt");
     assert_eq!(paid(ann, bob).commit(engine).await.unwrap(), first);
     let other = unit().append(carl, "order", 0, 1).command_with("paid", 2).commit(engine).await;
     assert_kind!(other, ErrorKind::CommandReused);
     let late = unit().append(carl, "order", 0, 1).command("never").commit(engine).await;
     assert_kind!(late, ErrorKind::CommandAbandoned);
-    // Ids, also those that were reserved and not used; keys; sequences.
+    // Ids, including reserved ones that were not used; keys; sequences.
     assert!(new_ids(engine, 300).await.iter().all(|id| !known.ids.contains(id)), "an id was given out twice");
     let again = unit().create(carl, "order").commit(engine).await;
     assert_kind!(again, ErrorKind::Invalid);
@@ -242,7 +242,7 @@ pub(crate) async fn what_is_acknowledged_is_there_after_a_crash(fixture: &mut Fi
     let id = grown(&engine, "user", 1).await;
     let mails = cursor("mails", 1, 0);
     let lease = claimed(&engine, &mails, 1).await;
-    // One answer after the other: each must be there without the next.
+    // After each answer its data must be on disk, without the next call.
     for answer in 0..8 {
         match answer {
             0 => drop(unit().append(id, "user", 1, 1).commit(&engine).await.unwrap()),

@@ -1,4 +1,4 @@
-//! Type names: interned by the engine, exact, and remembered only once committed.
+//! Type names: interned by the engine, compared exactly, remembered only after the commit.
 
 use std::time::{Duration, Instant};
 
@@ -60,7 +60,7 @@ pub(crate) async fn an_interner_remembers_only_what_has_committed(fixture: &mut 
     assert_kind!(batch.append(id, "old", 7, 1).commit(&engine).await, ErrorKind::Conflict { .. });
     assert_eq!(engine.types().await.unwrap(), [known("old", &["Happened"])]);
 
-    // Names that come now may get the ids that the lost ones had.
+    // New names may get the ids of the lost ones.
     let other = new_id(&engine).await;
     let batch = unit().create(other, "other").events(other, "other", 0, vec![event("Other", b"")]);
     batch.commit(&engine).await.unwrap();
@@ -189,7 +189,7 @@ pub(crate) async fn names_survive_reopening(fixture: &mut Fixture) {
     assert_eq!(sequence_of(&engine, id).await, 2);
 }
 
-/// Texts that collations or normal forms take for the same, as long as a name may be.
+/// Texts that collations or Unicode normal forms treat as equal, as long as a name may be.
 fn look_alikes() -> [String; 6] {
     let long = |last: &str| "n".repeat(limits::NAME_BYTES - last.len()) + last;
     [

@@ -1,4 +1,5 @@
-//! The unit of work: nothing before its commit, all of it or nothing after, and guards for what was only read.
+//! The unit of work: it writes nothing before its commit and all or nothing in it. Guards protect aggregates that it
+//! only read.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -167,7 +168,7 @@ pub(crate) async fn a_guard_on_an_aggregate_that_the_batch_makes_is_at_zero(fixt
     assert_eq!(sequence_of(&engine, id).await, 2);
 }
 
-/// Two doctors are on call; each may leave if the other stays.
+/// Two doctors are on call. Each may leave if the other one stays.
 async fn two_doctors(store: &EventStore, round: usize) -> [String; 2] {
     let names = [format!("doctor {round}a"), format!("doctor {round}b")];
     for name in &names {
@@ -385,7 +386,7 @@ pub(crate) async fn a_handle_of_a_repeated_command_is_not_committed(fixture: &mu
     let mut work = store.begin();
     work.record(&mut handles[0], deposited(100)).unwrap();
     work.commit().await.unwrap();
-    // The second handle has the deposit of 10 twice; now that the sequences agree, only its unit can tell.
+    // The second handle contains the deposit of 10 twice. The sequences agree now, so only its unit can refuse it.
     let mut work = store.begin();
     assert_kind!(work.record(&mut handles[1], deposited(1_000)), ErrorKind::Invalid);
     assert_kind!(work.change_key(&mut handles[1], "another key"), ErrorKind::Invalid);

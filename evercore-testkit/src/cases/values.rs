@@ -1,4 +1,4 @@
-//! Values: every payload, time and text comes back as it was, or is refused where it is born.
+//! Values: every payload, time and text comes back unchanged, or is refused when it is made.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -40,7 +40,7 @@ pub(crate) async fn the_largest_payload_comes_back(fixture: &mut Fixture) {
 pub(crate) async fn a_payload_over_the_limit_is_refused_before_it_is_copied(_: &mut Fixture) {
     assert!(Payload::new(vec![0; limits::PAYLOAD_BYTES]).is_ok());
     assert_kind!(Payload::new(vec![0; limits::PAYLOAD_BYTES + 1]), ErrorKind::Invalid);
-    // Zeroed pages that nobody touches cost nothing; a copy of them would.
+    // Zeroed pages that are not touched cost nothing; a copy of them would.
     let gigabyte = vec![0; 1 << 30];
     assert_kind!(Payload::new(&gigabyte[..]), ErrorKind::Invalid);
 }
@@ -93,7 +93,7 @@ pub(crate) async fn negative_and_zero_numbers_are_refused_where_they_are_born(_:
     assert_eq!(Position::MAX.plus(7), Position::MAX);
 }
 
-/// Texts that break what is not careful: direction, control and zero-width characters, SQL, templates, paths, JSON.
+/// Texts that break careless code: direction, control and zero-width characters, SQL, templates, paths, JSON.
 const HARD_TEXTS: &[&str] = &[
     "\u{202e}gnirts",
     "\u{200b}",
@@ -216,7 +216,7 @@ pub(crate) async fn nothing_shows_a_key_or_a_payload(fixture: &mut Fixture) {
 pub(crate) async fn empty_texts_are_not_none(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = keyed(&engine, "user", "ann").await;
-    // Each of three texts is not there, empty, or a text; with or without an empty header.
+    // Each of three texts is missing, empty or set, with or without an empty header.
     let told = |digit: usize| [None, Some(""), Some("text")][digit % 3];
     let mut written = Vec::new();
     for number in 0..54 {
@@ -259,7 +259,7 @@ pub(crate) async fn each_event_of_a_unit_keeps_its_own_metadata(fixture: &mut Fi
     let engine = fixture.engine();
     let ids = new_ids(&engine, 3).await;
     let mut batch = ids.iter().fold(unit(), |batch, id| batch.create(*id, "user"));
-    // Two events go in each append, with a header of the same name.
+    // Each append has two events, with a header of the same name.
     let text = |nth: i64| format!("{nth} of {}", ids[nth as usize / 2 % 3]);
     let told = |nth: i64| {
         let metadata = Metadata::new().with_reference(text(nth)).unwrap();

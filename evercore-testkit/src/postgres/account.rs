@@ -1,4 +1,5 @@
-//! Who runs a server: ourselves, or another account if we are root, since PostgreSQL refuses to be run by root.
+//! The account that runs servers. It is the current one, or another one for root, because PostgreSQL refuses to run
+//! as root.
 
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
@@ -12,7 +13,7 @@ struct Account {
     group: u32,
 }
 
-/// Lets the command be run by the account of the servers.
+/// Runs the command as the account of the servers.
 pub(super) fn run_as_server(command: &mut Command) -> &mut Command {
     match account() {
         Some(account) => command.gid(account.group).uid(account.user),
@@ -20,7 +21,7 @@ pub(super) fn run_as_server(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Gives the file or folder to the account of the servers.
+/// Makes the account of the servers the owner of the file or folder.
 pub(super) fn give_to_server(path: &Path) -> Result<(), String> {
     let Some(account) = account() else { return Ok(()) };
     chown(path, Some(account.user), Some(account.group)).map_err(|error| {
@@ -28,7 +29,7 @@ pub(super) fn give_to_server(path: &Path) -> Result<(), String> {
     })
 }
 
-/// None if we are not root and run the servers ourselves.
+/// `None` if the current account is not root and runs the servers.
 fn account() -> Option<Account> {
     static ACCOUNT: OnceLock<Option<Account>> = OnceLock::new();
     *ACCOUNT.get_or_init(|| {

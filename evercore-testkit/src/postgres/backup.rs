@@ -11,7 +11,8 @@ use super::server::Server;
 
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
 
-/// The files of a server at one moment, made by `pg_basebackup`. They lie in the server's folder and go with it.
+/// The files of a server at one moment, made by `pg_basebackup`. They are in the server's folder and are removed with
+/// it.
 #[derive(Debug)]
 pub struct BaseBackup {
     files: PathBuf,
@@ -26,10 +27,10 @@ impl Server {
         ("archive_command", "mkdir -p ../archive && cp %p ../archive/%f"),
     ];
 
-    /// Makes a base backup. There is one at a time: an earlier one is replaced.
+    /// Makes a base backup. It replaces an earlier one.
     ///
     /// # Errors
-    /// If the old files cannot be removed, or what `pg_basebackup` says.
+    /// If the old files cannot be removed, or `pg_basebackup` fails; with its message.
     pub fn base_backup(&self) -> Result<BaseBackup, String> {
         let files = self.folder().join("base-backup");
         if files.exists() {

@@ -1,12 +1,12 @@
-//! Where PostgreSQL's programs are.
+//! Finds PostgreSQL's programs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::process::{command, run};
 
-/// The places in which servers are looked for, beside `EVERCORE_POSTGRES_BIN` before them and `PATH` behind them; a star
-/// stands for a version, the newest first.
+/// The places to look in, after `EVERCORE_POSTGRES_BIN` and before `PATH`. A star stands for a version; the newest
+/// comes first.
 const PLACES: [&str; 4] = [
     "/usr/lib/postgresql/*/bin",
     "/usr/local/pgsql/bin",
@@ -17,14 +17,14 @@ const PLACES: [&str; 4] = [
 /// The variable that names the folder of the server's programs.
 const VARIABLE: &str = "EVERCORE_POSTGRES_BIN";
 
-/// A folder with `postgres` and `initdb`, and perhaps PostgreSQL's other programs.
+/// A folder with `postgres` and `initdb`, and perhaps more programs of PostgreSQL.
 #[derive(Clone, Debug)]
 pub(super) struct Binaries {
     folder: PathBuf,
 }
 
 impl Binaries {
-    /// Those of this machine, if there are any.
+    /// The programs on this machine, if there are any.
     pub(super) fn find() -> Result<Option<Self>, String> {
         if let Some(folder) = std::env::var_os(VARIABLE).filter(|folder| !folder.is_empty()) {
             return Self::at(Path::new(&folder)).map(Some).map_err(|error| format!("{VARIABLE}: {error}"));
@@ -34,9 +34,9 @@ impl Binaries {
         Ok(places.map(|folder| Self { folder }).find(Self::are_there))
     }
 
-    /// Those in this folder.
+    /// The programs in this folder.
     pub(super) fn at(folder: &Path) -> Result<Self, String> {
-        // Absolute, since servers run in folders of their own.
+        // An absolute path, because servers run in other folders.
         let folder =
             fs::canonicalize(folder).map_err(|error| format!("\"{}\": {error}", folder.display()))?;
         let binaries = Self { folder };
@@ -51,13 +51,13 @@ impl Binaries {
         ["postgres", "initdb"].iter().all(|name| self.folder.join(name).is_file())
     }
 
-    /// A program of this folder, or else the one on the `PATH`: some packages have the server only.
+    /// A program in this folder, or else on the `PATH`, because some packages contain only the server.
     pub(super) fn program(&self, name: &str) -> PathBuf {
         let ours = self.folder.join(name);
         if ours.is_file() { ours } else { PathBuf::from(name) }
     }
 
-    /// The version as `15.18`, `18beta1`.
+    /// The version, such as `15.18` or `18beta1`.
     pub(super) fn version(&self) -> Result<String, String> {
         // postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)
         let answer = run(command(self.program("postgres")).arg("--version"))?;
@@ -67,7 +67,7 @@ impl Binaries {
     }
 }
 
-/// The folders that fit a pattern with at most one star, the highest number first.
+/// The folders that match a pattern with at most one star, the highest number first.
 fn folders_like(pattern: &str) -> Vec<PathBuf> {
     let Some((before, after)) = pattern.split_once('*') else { return vec![PathBuf::from(pattern)] };
     let (parent, prefix) = before.rsplit_once('/').unwrap_or(("", before));

@@ -1,4 +1,4 @@
-//! What a server is made of, before it runs.
+//! The settings of a server before it starts.
 
 use std::fs;
 use std::net::TcpListener;
@@ -10,9 +10,9 @@ use super::process::{command, run};
 use super::server::Server;
 use super::{announce_missing, tls};
 
-/// Settings of every server. Clients are many and small; times and messages are the same everywhere.
+/// The settings of every server: many small clients, and the same times and messages on every machine.
 ///
-/// With `mmap`, shared memory lies in the data folder: a server that was killed leaves nothing in `/dev/shm`.
+/// With `mmap`, shared memory is in the data folder, so a killed server leaves nothing in `/dev/shm`.
 const ALWAYS: [(&str, &str); 4] = [
     ("max_connections", "200"),
     ("timezone", "UTC"),
@@ -20,13 +20,13 @@ const ALWAYS: [(&str, &str); 4] = [
     ("dynamic_shared_memory_type", "mmap"),
 ];
 
-/// A crash of the machine may lose these servers, a crash of the server may not.
+/// Without flushes. Data survives a crash of the server, but not of the machine.
 const NOT_DURABLE: [(&str, &str); 2] = [("fsync", "off"), ("full_page_writes", "off")];
 
-/// A locale that every system has and that is not `C`, for which nothing is translated.
+/// A locale that every system has. It is not `C`, which would turn translations off.
 const TRANSLATED: [(&str, &str); 1] = [("lc_messages", "C.UTF-8")];
 
-/// A server that is still to be started; made by [`Server::builder`].
+/// A server that has not started; made by [`Server::builder`].
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct Builder {
@@ -39,59 +39,59 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The folder with `postgres`, `initdb` and so on, instead of looking for one.
+    /// Uses the programs in this folder instead of looking for them.
     pub fn binaries(mut self, folder: impl Into<PathBuf>) -> Self {
         self.binaries = Some(folder.into());
         self
     }
 
-    /// Whether it flushes as PostgreSQL does by default. By default it does not, which is faster; what a
-    /// [killed](Server::kill) server has committed is there afterwards in both cases.
+    /// Whether the server flushes, as PostgreSQL does by default. The default here is no, which is faster. The
+    /// commits of a [killed](Server::kill) server survive in both cases.
     pub fn durable(mut self, durable: bool) -> Self {
         self.durable = durable;
         self
     }
 
-    /// A further argument to `initdb`, such as `--locale=de_DE.UTF-8`; by default the locale is `C` and the encoding
+    /// Adds an argument of `initdb`, such as `--locale=de_DE.UTF-8`. The defaults are the locale `C` and the encoding
     /// UTF-8.
     pub fn initdb_arg(mut self, argument: impl Into<String>) -> Self {
         self.initdb_args.push(argument.into());
         self
     }
 
-    /// Lets it say its messages in a language such as `de`, where its package has the translation; otherwise they stay
-    /// English. No locale needs to be installed.
+    /// Sets the language of messages, such as `de`, if the package has translations; otherwise they stay English. No
+    /// locale needs to be installed.
     pub fn language(mut self, code: impl Into<String>) -> Self {
         self.language = Some(code.into());
         self
     }
 
-    /// A line of `postgresql.conf`; it prevails over those written before.
+    /// Adds a setting to `postgresql.conf`. It overrides earlier ones.
     pub fn setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.push((name.into(), value.into()));
         self
     }
 
-    /// Lets it speak TLS too, with a fresh certificate for `localhost` and `127.0.0.1`, signed by a fresh authority:
+    /// Turns TLS on as well, with a new certificate for `localhost` and `127.0.0.1`, signed by a new authority:
     /// [`Server::ca_file`]. Needs the program `openssl`.
     pub fn tls(mut self) -> Self {
         self.tls = true;
         self
     }
 
-    /// Makes the server and starts it; it accepts connections.
+    /// Makes the server and starts it. It accepts connections when this returns.
     ///
     /// # Errors
-    /// In words: no binaries, a program that failed, or a server that did not come up, with the tail of its log.
+    /// A text: no programs were found, a program failed, or the server did not start, with the end of its log.
     pub fn start(self) -> Result<Server, String> {
         let binaries = self.find_binaries()?.ok_or("no PostgreSQL server binaries were found")?;
         self.start_with(binaries)
     }
 
-    /// The same in a test that may be skipped: without server binaries this is announced, and `None`.
+    /// The same for a test that may be skipped. Without the server's programs it prints that and gives `None`.
     ///
     /// # Panics
-    /// If there are none and `EVERCORE_REQUIRE` has `postgres`; if there are and the server cannot be started.
+    /// If there are none and `EVERCORE_REQUIRE` has `postgres`, or if the server cannot be started.
     pub fn start_or_skip(self) -> Option<Server> {
         let found = self.find_binaries().unwrap_or_else(|error| panic!("{error}"));
         let Some(binaries) = found else {
@@ -118,7 +118,7 @@ impl Builder {
     fn init(&self, server: &Server) -> Result<(), String> {
         let data = server.data();
         let mut initdb = command(server.binaries().program("initdb"));
-        // The last of two contradicting arguments holds.
+        // Of two contradicting arguments the last one counts.
         initdb
             .args(["-A", "trust", "-U", "evercore", "--encoding=UTF8", "--locale=C", "--no-sync"])
             .args(&self.initdb_args)
@@ -147,7 +147,7 @@ impl Builder {
     }
 }
 
-/// A new folder for a server, which can be read and written by its account.
+/// Makes a folder for a server. Only its account can read and write it.
 pub(super) fn new_folder() -> Result<PathBuf, String> {
     let folder = tempfile::Builder::new().prefix("evercore-postgres-").disable_cleanup(true).tempdir();
     let folder = folder.map_err(|error| format!("no folder could be made: {error}"))?;
@@ -155,13 +155,13 @@ pub(super) fn new_folder() -> Result<PathBuf, String> {
     Ok(folder.path().to_owned())
 }
 
-/// A port that nobody listens on at the moment.
+/// A port that is free at the moment.
 pub(super) fn free_port() -> Result<u16, String> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
     listener.map(|address| address.port()).map_err(|error| format!("no port is free: {error}"))
 }
 
-/// Whether nobody listens on this port.
+/// Whether this port is free.
 pub(super) fn is_free(port: u16) -> bool {
     TcpListener::bind(("127.0.0.1", port)).is_ok()
 }

@@ -1,4 +1,4 @@
-//! What PostgreSQL's own client programs do for us.
+//! Calls PostgreSQL's client programs.
 
 use std::io::Write;
 use std::path::Path;
@@ -9,52 +9,52 @@ use super::binaries::Binaries;
 use super::process::{command, run};
 use super::server::Server;
 
-/// Runs statements by `psql` on whatever server has this URL; like [`Server::psql`].
+/// Runs statements by `psql` on the server with this URL, like [`Server::psql`].
 ///
 /// # Errors
-/// What `psql` says.
+/// If `psql` fails; with its message.
 pub fn psql(url: &str, sql: &str) -> Result<String, String> {
     let program = Binaries::find()?.map_or_else(|| "psql".into(), |binaries| binaries.program("psql"));
     feed_psql(command(program), url, sql.as_bytes())
 }
 
 impl Server {
-    /// Runs statements by `psql`, each in a transaction of its own, up to the first that fails; gives the rows, with
-    /// `|` between columns.
+    /// Runs statements by `psql`, each in its own transaction, up to the first that fails. Gives the rows, with `|`
+    /// between columns.
     ///
     /// # Errors
-    /// What `psql` says.
+    /// If `psql` fails; with its message.
     pub fn psql(&self, database: &str, sql: &str) -> Result<String, String> {
         feed_psql(self.client("psql"), &self.url_of(database), sql.as_bytes())
     }
 
-    /// Creates a database; the options are those of `CREATE DATABASE`, or nothing.
+    /// Creates a database. `options` are those of `CREATE DATABASE`, or empty.
     ///
     /// # Errors
-    /// What `psql` says.
+    /// If `psql` fails; with its message.
     pub fn create_database(&self, name: &str, options: &str) -> Result<(), String> {
         let name = name.replace('"', "\"\"");
         self.psql("postgres", &format!("CREATE DATABASE \"{name}\" {options}")).map(drop)
     }
 
-    /// All of a database as SQL, by `pg_dump`.
+    /// Dumps a database as SQL, by `pg_dump`.
     ///
     /// # Errors
-    /// What `pg_dump` says, such as that it is older than the server.
+    /// If `pg_dump` fails, for instance because it is older than the server; with its message.
     pub fn dump(&self, database: &str) -> Result<Vec<u8>, String> {
         let mut dump = self.client("pg_dump");
         run(dump.arg("-d").arg(self.url_of(database)))
     }
 
-    /// Plays what [`dump`](Self::dump) gave into a database that is there and empty.
+    /// Restores the text of [`dump`](Self::dump) into an empty database.
     ///
     /// # Errors
-    /// What `psql` says.
+    /// If `psql` fails; with its message.
     pub fn restore(&self, database: &str, dump: &[u8]) -> Result<(), String> {
         feed_psql(self.client("psql"), &self.url_of(database), dump).map(drop)
     }
 
-    /// A client program, which finds this server if it is given no other.
+    /// A client program that connects to this server by default.
     pub(super) fn client(&self, name: &str) -> Command {
         let mut client = command(self.binaries().program(name));
         client.env("PGHOST", "127.0.0.1").env("PGPORT", self.port().to_string()).env("PGUSER", "evercore");
@@ -74,7 +74,7 @@ fn run_with_input(command: &mut Command, input: &[u8]) -> Result<Vec<u8>, String
     let mut child = child.map_err(|error| format!("\"{program}\" could not be run: {error}"))?;
     let pipe = child.stdin.take();
     let output = thread::scope(|scope| {
-        // Beside the reading of its output, since either pipe may be full. What it did not read shows in its status.
+        // In a thread, because either pipe may be full. If the program reads only a part, its status shows it.
         scope.spawn(move || pipe.map(|mut pipe| pipe.write_all(input)));
         child.wait_with_output()
     });

@@ -1,4 +1,4 @@
-//! Real PostgreSQL servers for tests, examples and benchmarks, and what goes wrong on the way to them.
+//! Real PostgreSQL servers for tests, examples and benchmarks, with proxies, poolers and crashes.
 //!
 //! ```no_run
 //! use evercore_testkit::postgres::Server;
@@ -10,9 +10,9 @@
 //! # Ok::<(), String>(())
 //! ```
 //!
-//! The server's programs are looked for in the folder `EVERCORE_POSTGRES_BIN`, then where packages put them, the newest
-//! first, then on the `PATH`. Root runs them as `postgres` or `nobody`. Nothing stays behind when the process ends, in
-//! whatever way: a small shell waits for that, stops the server and removes its folder.
+//! The server's programs are looked for in the folder `EVERCORE_POSTGRES_BIN`, then in the folders of packages, the
+//! newest first, then on the `PATH`. Root runs them as `postgres` or `nobody`. Nothing is left when the process ends,
+//! even if it is killed: a small shell waits for the end, stops the server and removes its folder.
 
 mod account;
 mod backup;
@@ -39,11 +39,11 @@ pub use server::Server;
 
 use crate::fixture::is_required;
 
-/// The variable that names a server to be used instead of starting one.
+/// The variable that names a server to use instead of starting one.
 const URL_VARIABLE: &str = "EVERCORE_POSTGRES_URL";
 
-/// The URL of the server that the tests of this process share: the one named by `EVERCORE_POSTGRES_URL`, or else one
-/// that is started at first use. `None`, after saying so, if there is none.
+/// The URL of the server that the tests of this process share: the one in `EVERCORE_POSTGRES_URL`, or one that is
+/// started at first use. If there is none, prints that and gives `None`.
 ///
 /// # Panics
 /// If there is none and `EVERCORE_REQUIRE` has `postgres`, or if it cannot be started.
@@ -55,7 +55,7 @@ pub fn shared_url() -> Option<String> {
     SHARED.get_or_init(|| Server::builder().start_or_skip()).as_ref().map(Server::url)
 }
 
-/// Says once what is skipped and why, past the capture of test output.
+/// Prints once what is skipped and why. The capture of test output does not hide it.
 fn announce_missing(why: &str) {
     static SAID: Once = Once::new();
     SAID.call_once(|| {

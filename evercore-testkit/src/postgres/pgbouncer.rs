@@ -13,30 +13,30 @@ use super::process::{command, wait_until};
 use super::server::Server;
 use super::watchdog::Watchdog;
 
-/// Where the program is, beside the folders of `PATH`: Debian's place is not on everybody's.
+/// Where to look for the program, in addition to `PATH`, which often lacks Debian's folder.
 const PLACES: [&str; 2] = ["/usr/sbin", "/usr/local/sbin"];
 
-/// A running PgBouncer on `127.0.0.1` and a free port. Dropped, it is stopped and its folder removed.
+/// A running PgBouncer on `127.0.0.1` and a free port. Dropping it stops it and removes its folder.
 #[derive(Debug)]
 pub struct PgBouncer {
     port: u16,
     folder: PathBuf,
     process: Child,
-    // Held for its end: it removes the folder.
+    // Kept until the end: its drop removes the folder.
     _watchdog: Watchdog,
 }
 
 impl PgBouncer {
-    /// Starts one in front of the server, with its defaults; the mode is `session`, `transaction` or `statement`.
-    /// `None` if the program is not there.
+    /// Starts one in front of the server, with its defaults. The mode is `session`, `transaction` or `statement`.
+    /// Gives `None` if the program is not installed.
     ///
     /// # Errors
-    /// If it does not come up; with its log.
+    /// If it does not start; with its log.
     pub fn start(server: &Server, pool_mode: &str) -> Result<Option<Self>, String> {
         Self::start_with(server, pool_mode, &[])
     }
 
-    /// The same with further settings.
+    /// The same with more settings.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -53,7 +53,7 @@ impl PgBouncer {
         fs::write(&ini, configuration(server, port, pool_mode, &folder, settings))
             .map_err(|error| format!("\"{}\": {error}", ini.display()))?;
         give_to_server(&ini)?;
-        // Not by its own setting, which would keep silent about errors in the file.
+        // Not by its own setting, which would hide errors in the file.
         let log = File::create(folder.join("log")).map_err(|error| format!("no log: {error}"))?;
         let mut pgbouncer = command(&program);
         pgbouncer.arg(&ini).current_dir(&folder).stdout(Stdio::null()).stderr(log).process_group(0);
@@ -75,12 +75,12 @@ impl PgBouncer {
         format!("postgres://evercore@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// The port it listens on.
+    /// Its port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// What it has logged.
+    /// Its log.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
@@ -100,7 +100,7 @@ impl PgBouncer {
 
 impl Drop for PgBouncer {
     fn drop(&mut self) {
-        // It has no state that a kill could harm; if it has ended already, that is as well.
+        // A kill cannot harm its state, and it may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
         let _ = fs::remove_file(self.folder.join("pid"));
@@ -122,7 +122,7 @@ fn configuration(
 ) -> String {
     let folder = folder.display();
     let settings: String = settings.iter().map(|(name, value)| format!("{name} = {value}\n")).collect();
-    // `any` wants a user for the server's side, and lets every client in.
+    // `any` needs a user for the server's side, and accepts every client.
     format!(
         "[databases]
 * = host=127.0.0.1 port={server} user=evercore

@@ -1,4 +1,4 @@
-//! Programs and processes: how they are run, signalled and watched.
+//! Runs programs, signals and watches processes.
 
 use std::collections::HashSet;
 use std::fs;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A command that nothing in our surroundings sways: no `PG…` variable, no locale, no input.
+/// A command without influence from the environment: no `PG…` variable, no locale, no input.
 pub(super) fn command(program: impl AsRef<Path>) -> Command {
     let mut command = Command::new(program.as_ref());
     for (name, _) in std::env::vars_os() {
@@ -33,7 +33,7 @@ pub(super) fn run(command: &mut Command) -> Result<Vec<u8>, String> {
     Err(format!("\"{program}\" failed ({}): {}", output.status, said.trim()))
 }
 
-/// Sends a signal to all of them at once; those that are gone are no error.
+/// Sends a signal to all of them at once. A process that has ended is no error.
 pub(super) fn signal(signal: &str, processes: &[u32]) {
     let processes = processes.iter().map(u32::to_string);
     let _ = Command::new("sh")
@@ -45,12 +45,12 @@ pub(super) fn signal(signal: &str, processes: &[u32]) {
         .status();
 }
 
-/// The processes that this one has started and that have not ended.
+/// The running children of this process.
 pub(super) fn children_of(parent: u32) -> Vec<u32> {
     living().into_iter().filter(|process| process.parent == parent).map(|process| process.id).collect()
 }
 
-/// Waits until none of them is there, at most ten seconds.
+/// Waits until all of them have ended, at most ten seconds.
 pub(super) fn wait_until_gone(processes: &[u32]) -> bool {
     wait_until(Duration::from_secs(10), || {
         let living: HashSet<u32> = living().into_iter().map(|process| process.id).collect();
@@ -58,7 +58,7 @@ pub(super) fn wait_until_gone(processes: &[u32]) -> bool {
     })
 }
 
-/// Asks until the answer is yes; false if the time is over before.
+/// Asks until the answer is yes. Gives false after the time-out.
 pub(super) fn wait_until(limit: Duration, mut is_done: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;
     loop {
@@ -77,14 +77,14 @@ struct Process {
     parent: u32,
 }
 
-/// All processes but zombies, which have ended and only wait to be fetched by their parent.
+/// All processes except zombies, which have ended and wait for their parent.
 fn living() -> Vec<Process> {
     let Ok(folder) = fs::read_dir("/proc") else { return living_by_ps() };
     folder
         .filter_map(|entry| {
             let id = entry.ok()?.file_name().to_str()?.parse().ok()?;
             let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-            // "17 (postgres: checkpointer) S 1 …"; the name may have brackets and spaces of its own.
+            // The form is "17 (postgres: checkpointer) S 1 …". The name may contain brackets and spaces.
             let (_, after_name) = stat.rsplit_once(')')?;
             let mut fields = after_name.split_whitespace();
             let is_zombie = matches!(fields.next()?, "Z" | "X");
@@ -94,7 +94,7 @@ fn living() -> Vec<Process> {
         .collect()
 }
 
-/// The same where there is no `/proc`, as on macOS.
+/// The same without `/proc`, as on macOS.
 fn living_by_ps() -> Vec<Process> {
     let output = Command::new("ps").args(["-axo", "pid=,ppid=,stat="]).output();
     let listing = output.map(|output| output.stdout).unwrap_or_default();

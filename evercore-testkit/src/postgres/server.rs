@@ -1,4 +1,4 @@
-//! A running server: its life and its files.
+//! A running server and its files.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -14,17 +14,17 @@ use super::process::{children_of, command, signal, wait_until, wait_until_gone};
 use super::tls::CA_FILE;
 use super::watchdog::Watchdog;
 
-/// The line of `postmaster.pid` that names the shared memory, and the one that says how far the server is.
+/// The lines of `postmaster.pid` with the shared memory and with the state of the server.
 const SHARED_MEMORY_LINE: usize = 6;
 const STATUS_LINE: usize = 7;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
-/// A PostgreSQL server of our own, on `127.0.0.1` and a free port, with its files in a folder of its own.
+/// A PostgreSQL server on `127.0.0.1` and a free port, with its own folder.
 ///
-/// The superuser is `evercore`, without a password. When this is dropped, or when the process ends in whatever way, the
-/// server is stopped at once and its folder removed.
+/// The superuser is `evercore`, without a password. When this is dropped, or the process ends in any way, the server
+/// is stopped at once and its folder is removed.
 #[derive(Debug)]
 pub struct Server {
     binaries: Binaries,
@@ -32,12 +32,12 @@ pub struct Server {
     port: u16,
     pub(super) language: Option<String>,
     process: Mutex<Option<Child>>,
-    // Held for its end: it removes the folder.
+    // Kept until the end: its drop removes the folder.
     _watchdog: Watchdog,
 }
 
 impl Server {
-    /// Starts a server that is fast and not durable; see [`Builder`].
+    /// Starts a fast server without durability; see [`Builder`].
     ///
     /// # Errors
     /// As for [`Builder::start`].
@@ -45,7 +45,7 @@ impl Server {
         Self::builder().start()
     }
 
-    /// A server that is still to be started.
+    /// Settings of a server before it starts.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -67,22 +67,22 @@ impl Server {
         format!("postgres://evercore@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// The port it listens on; stays the same when it is started again.
+    /// Its port. It stays the same when the server is started again.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The folder with everything that is its own: data, log and the socket.
+    /// Its folder, with data, log and socket.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The certificate of the authority that signed the server's, if it has [TLS](Builder::tls).
+    /// The certificate of the authority that signed its certificate, if it has [TLS](Builder::tls).
     pub fn ca_file(&self) -> PathBuf {
         self.data().join(CA_FILE)
     }
 
-    /// What it has logged.
+    /// Its log.
     pub fn log(&self) -> String {
         let log = fs::read(self.log_file()).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
@@ -96,23 +96,23 @@ impl Server {
         self.binaries.version().unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// Crashes it: the server and all its processes are killed at the same moment. Returns when they are gone.
+    /// Crashes it: kills all its processes at the same moment. Returns when they have ended.
     ///
     /// # Panics
-    /// If they do not go.
+    /// If they do not end.
     pub fn kill(&self) {
         let Some(mut postmaster) = self.process().take() else { return };
-        // Not if it has ended by itself: its process id may be another's.
+        // Not if it ended by itself: another process may have its id.
         if matches!(postmaster.try_wait(), Ok(None)) {
             kill_all(&mut postmaster);
         }
         self.clean_up();
     }
 
-    /// Stops it in order; clients are disconnected, and what they had not committed is rolled back.
+    /// Shuts it down. Clients are disconnected, and open transactions are rolled back.
     ///
     /// # Errors
-    /// If it has not stopped within thirty seconds; with the tail of its log.
+    /// If it has not stopped within thirty seconds; with the end of its log.
     pub fn stop(&self) -> Result<(), String> {
         self.end("INT", STOP_LIMIT)
     }
@@ -120,17 +120,17 @@ impl Server {
     /// Starts it again after [`kill`](Self::kill) or [`stop`](Self::stop), with the same data and the same port.
     ///
     /// # Errors
-    /// If it runs, or does not come up; with the tail of its log.
+    /// If it runs, or does not start; with the end of its log.
     pub fn start_again(&self) -> Result<(), String> {
         if self.runs() {
             return Err("the server runs already".to_owned());
         }
-        // The port may have been lent to somebody's connection meanwhile.
+        // A connection may have got the port meanwhile.
         wait_until(START_LIMIT, || is_free(self.port));
         self.launch()
     }
 
-    /// Stops it and starts it again.
+    /// Restarts it.
     ///
     /// # Errors
     /// As for [`stop`](Self::stop) and [`start_again`](Self::start_again).
@@ -147,14 +147,14 @@ impl Server {
         data(&self.folder)
     }
 
-    /// Starts it where initdb or a backup has made its data.
+    /// Starts it on the data that initdb or a backup has made.
     pub(super) fn launch_on_free_port(mut self) -> Result<Self, String> {
         let mut tries = 0;
         loop {
             self.port = free_port()?;
             match self.launch() {
                 Ok(()) => return Ok(self),
-                // Somebody was quicker.
+                // Another process took the port.
                 Err(_) if !is_free(self.port) && tries < 5 => tries += 1,
                 Err(error) => return Err(error),
             }
@@ -200,13 +200,13 @@ impl Server {
             .stdout(output)
             .stderr(errors)
             .stdin(Stdio::null())
-            // Ctrl-C is for us; the watchdog stops the server afterwards.
+            // Ctrl-C ends this process; the watchdog then stops the server.
             .process_group(0);
         let started = run_as_server(&mut postgres).spawn();
         started.map_err(|error| format!("\"{}\" could not be started: {error}", program.display()))
     }
 
-    /// As pg_ctl does: the server writes into its file when it accepts connections.
+    /// As pg_ctl does: the server writes to its file when it accepts connections.
     fn is_ready(&self) -> bool {
         let lines = fs::read_to_string(pid_file(&self.folder)).unwrap_or_default();
         lines.lines().nth(STATUS_LINE).is_some_and(|status| status.trim() == "ready")
@@ -223,14 +223,14 @@ impl Server {
         Ok(())
     }
 
-    /// Removes what a killed server leaves behind, since its process id may soon be another's.
+    /// Removes what a killed server leaves, because another process may soon get its id.
     fn clean_up(&self) {
         let file = pid_file(&self.folder);
         let lines = fs::read_to_string(&file).unwrap_or_default();
         let key_and_id = lines.lines().nth(SHARED_MEMORY_LINE).unwrap_or_default();
         if let Some(id) = key_and_id.split_whitespace().nth(1) {
             let mut ipcrm = Command::new("ipcrm");
-            // Only to be tidy: it is a few bytes, and there may be no such program.
+            // Optional: it is a few bytes, and the program may be missing.
             let _ = ipcrm.args(["-m", id]).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
         let _ = fs::remove_file(file);
@@ -261,12 +261,12 @@ impl Drop for Server {
 }
 
 fn kill_all(postmaster: &mut Child) {
-    // Stopped first, so that it starts no other while we look for them.
+    // Stopped first, so that it starts no other process while we look for them.
     signal("STOP", &[postmaster.id()]);
     let mut all = children_of(postmaster.id());
     all.push(postmaster.id());
     signal("KILL", &all);
-    // It cannot be killed and not end.
+    // A killed process ends.
     let _ = postmaster.wait();
     assert!(wait_until_gone(&all), "the server's processes were killed and are still there: {all:?}");
 }

@@ -7,10 +7,10 @@ use super::process::run;
 use super::server::Server;
 
 impl Server {
-    /// A server that follows this one and may be read; what is committed here appears there a little later.
+    /// Starts a server that follows this one and can be read. Commits appear there a little later.
     ///
     /// # Errors
-    /// If the backup fails or the standby does not come up.
+    /// If the backup fails or the standby does not start.
     pub fn standby(&self) -> Result<Self, String> {
         let mut standby = Self::in_new_folder(self.binaries().clone())?;
         standby.language.clone_from(&self.language);
@@ -23,10 +23,10 @@ impl Server {
         standby.launch_on_free_port()
     }
 
-    /// Lets a standby go its own way; it accepts writes when this returns.
+    /// Promotes a standby. It accepts writes when this returns.
     ///
     /// # Errors
-    /// If it is none, or if it takes longer than thirty seconds.
+    /// If this is not a standby, or if it takes longer than thirty seconds.
     pub fn promote(&self) -> Result<(), String> {
         self.psql("postgres", "SELECT pg_promote(false)")?;
         self.wait_until_primary(Duration::from_secs(30))

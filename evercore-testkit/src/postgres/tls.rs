@@ -6,7 +6,7 @@ use std::path::Path;
 use super::account::{give_to_server, run_as_server};
 use super::process::{command, run};
 
-/// The settings that go with the certificates; paths are relative to the data folder, so that they hold in a copy too.
+/// The settings for the certificates. Paths are relative to the data folder, so they are also right in a copy.
 pub(super) const SETTINGS: [(&str, &str); 3] =
     [("ssl", "on"), ("ssl_cert_file", "server.crt"), ("ssl_key_file", "server.key")];
 
@@ -15,14 +15,14 @@ pub(super) const CA_FILE: &str = "ca.crt";
 
 const NEW_KEY: [&str; 5] = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
 
-/// What the server's certificate is good for, in the words of openssl's configuration.
+/// The extensions of the server's certificate, in openssl's configuration language.
 const EXTENSIONS: &str = "basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
 subjectAltName = DNS:localhost, IP:127.0.0.1
 ";
 
-/// Makes an authority and a certificate of the server in its data folder.
+/// Makes an authority and a server certificate in the data folder.
 pub(super) fn make_certificates(data: &Path) -> Result<(), String> {
     let extensions = data.join("server.ext");
     fs::write(&extensions, EXTENSIONS).map_err(|error| format!("\"{}\": {error}", extensions.display()))?;

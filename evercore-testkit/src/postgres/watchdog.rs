@@ -1,4 +1,4 @@
-//! Sees to it that no server and no folder stays behind, however the process that started it ends.
+//! Stops the server and removes its folder, however the process that started it ends.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 /// A shell that waits for the end of a pipe from this process, then stops the server and removes its folder.
 ///
-/// Panics that abort, statics that are never dropped and `kill -9` all end the pipe, since nobody else holds it.
+/// Panics that abort, statics that are never dropped, and `kill -9` all end the pipe, because no other process holds
+/// it.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     shell: Child,
@@ -19,10 +20,10 @@ impl Watchdog {
             .args([folder, pid_file])
             .current_dir("/")
             .stdin(Stdio::piped())
-            // Nothing of ours: who waits for the end of our output should not wait for the shell.
+            // It inherits no output: a program that waits for the end of our output must not wait for the shell.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // A group of its own, since Ctrl-C and timeouts go to all of ours.
+            // A separate process group, because Ctrl-C and time-outs reach all processes of our group.
             .process_group(0)
             .spawn()
             .map_err(|error| format!("the watchdog \"sh\" could not be started: {error}"))?;
@@ -33,7 +34,7 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         drop(self.shell.stdin.take());
-        // It ends within seconds; if it cannot be waited for, nothing is left to do.
+        // It ends within seconds. If waiting fails, nothing is left to do.
         let _ = self.shell.wait();
     }
 }

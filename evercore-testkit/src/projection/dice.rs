@@ -1,4 +1,4 @@
-//! Where decisions come from.
+//! Seeded random numbers.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
@@ -8,12 +8,12 @@ use evercore_core::{AggregateId, EventStore};
 
 use crate::tools::{self, Random};
 
-/// Seeded dice: the same seed, the same numbers, everywhere.
+/// Seeded dice: the same seed gives the same numbers on every machine.
 #[derive(Clone)]
 pub struct Dice(Random);
 
 impl Dice {
-    /// Dice of this seed.
+    /// Dice with this seed.
     pub fn new(seed: u64) -> Self {
         Self(Random(seed))
     }
@@ -26,7 +26,7 @@ impl Dice {
         self.0.below(bound)
     }
 
-    /// True once in so many times.
+    /// True once in `bound` calls, on average.
     ///
     /// # Panics
     /// If the bound is 0.
@@ -34,7 +34,7 @@ impl Dice {
         self.0.one_in(bound)
     }
 
-    /// Further dice, whose numbers do not depend on how often these are thrown from now on.
+    /// Makes more dice. Their numbers do not depend on how often these are thrown later.
     pub(crate) fn fork(&mut self) -> Self {
         Self::new(self.0.below(usize::MAX) as u64)
     }
@@ -61,7 +61,7 @@ pub async fn plain_events(store: &EventStore, dice: &mut Dice) {
         tools::event(name, dice.below(100).to_string().as_bytes())
     });
     let events = events.collect();
-    // As often an old one as a new one.
+    // An old aggregate as often as a new one.
     let old = tools::log(&engine).await.into_iter().find(|event| event.position() == chosen);
     let old: Option<AggregateId> = old.filter(is_plain).map(|event| event.aggregate());
     let batch = match old {

@@ -1,41 +1,41 @@
-//! All that may happen to a projection.
+//! The faults that a projection must survive.
 
-/// What is done to a projection.
+/// A fault that a projection is exposed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Fault {
     /// The process dies before its handler is called.
     CrashBefore,
-    /// The process dies at an await of its handler, between two events for instance.
+    /// The process dies at an await inside its handler, for instance between two events.
     CrashInside,
-    /// The process dies when its handler is done, before the acknowledgement.
+    /// The process dies after its handler has ended, before the acknowledgement.
     CrashAfter,
-    /// The delivery fails before the handler is called, and comes again.
+    /// The delivery fails before the handler is called, and is repeated.
     FailBefore,
-    /// The handler does its work, but that is not heard: it counts as failed, or nobody knows.
+    /// The handler ends its work, but its result is lost: it counts as failed, or the outcome is not known.
     FailAfter,
-    /// The process stands still, before its handler, at an await of it or behind it; its lease ends, another process goes
-    /// on, and then the handler does what it has begun. So it is where a process is stopped for longer than its lease, or
-    /// what it has sent is long on its way. A sink that holds its cursor stands still before or behind only.
+    /// The process stops before, inside or after its handler. Its lease ends, and another process goes on. Then the
+    /// handler finishes. This happens when a process is paused for longer than its lease, or when its requests are
+    /// delayed. A sink that holds its cursor stops only before or after the handler.
     LeaseLost,
-    /// A handler of at-least-once gets several deliveries before the first is acknowledged: a crash brings all of them
-    /// again.
+    /// An at-least-once handler gets several deliveries before the first is acknowledged. A crash then repeats all of
+    /// them.
     LateAck,
-    /// The cursor is put back to an older place, and the projection stays as it is. Only for handlers of at-least-once: no
-    /// sink can know what it has written for a cursor that was elsewhere.
+    /// The cursor is set to an earlier position, and the projection stays as it is. Only for at-least-once handlers:
+    /// a sink that holds its cursor cannot know about it.
     OlderCursor,
-    /// The subscription is reset to the beginning and the projection emptied, while a process runs.
+    /// The subscription is reset to the beginning and the projection is emptied, while a process runs.
     Reset,
-    /// A new version is built beside the old one, on a fresh storage, and takes over.
+    /// A new version is built on a fresh storage while the old one runs, and takes over.
     NewVersion,
-    /// The process is told to stop, and another starts.
+    /// The process is asked to stop, and another one starts.
     ShutDown,
-    /// Something happens while the handler is at work.
+    /// An event is committed while the handler runs.
     Arrival,
 }
 
 impl Fault {
-    /// All of them.
+    /// All faults.
     pub const ALL: &[Self] = &[
         Self::CrashBefore,
         Self::CrashInside,
@@ -51,17 +51,17 @@ impl Fault {
         Self::Arrival,
     ];
 
-    /// Those that happen to a delivery; the others happen to a life as a whole.
+    /// The faults of a single delivery; the others concern the whole life of a process.
     pub(crate) fn is_of_delivery(self) -> bool {
         !matches!(self, Self::LateAck | Self::NewVersion)
     }
 
-    /// Whether the projection is built again by it, so that what was wrong before is not seen any more.
+    /// Whether the projection is built again, which hides earlier damage.
     pub(crate) fn builds_again(self) -> bool {
         matches!(self, Self::Reset | Self::NewVersion)
     }
 
-    /// Whether a sink that moves the cursor together with what it writes has to bear it, too.
+    /// Whether it also concerns a sink that moves the cursor together with its writes.
     pub(crate) fn is_for_sinks(self) -> bool {
         !matches!(self, Self::LateAck | Self::OlderCursor)
     }

@@ -1,11 +1,11 @@
-//! What came of it.
+//! The results of a run.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use super::fault::Fault;
 
-/// What is wrong with a projection: the seed, what differs, and all that was done to it until then.
+/// A failed comparison: the seed, the difference, and all faults up to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     pub(crate) seed: u64,
@@ -14,12 +14,12 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// The seed that shows it.
+    /// The seed that reproduces it.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// What was done to the projection, in order.
+    /// The faults up to it, in order.
     pub fn story(&self) -> &[String] {
         &self.story
     }
@@ -38,7 +38,7 @@ impl fmt::Display for Finding {
 
 impl std::error::Error for Finding {}
 
-/// What a projection has borne.
+/// Counts of the faults that a projection survived.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     pub(crate) seeds: u64,
@@ -48,22 +48,22 @@ pub struct Report {
 }
 
 impl Report {
-    /// How many seeds were run.
+    /// The number of seeds.
     pub fn seeds(&self) -> u64 {
         self.seeds
     }
 
-    /// How often this was done to it.
+    /// How often this fault happened.
     pub fn times(&self, fault: Fault) -> usize {
         self.faults.get(&fault).copied().unwrap_or(0)
     }
 
-    /// How often it was compared.
+    /// The number of comparisons.
     pub fn checks(&self) -> usize {
         self.checks
     }
 
-    /// What was done to it, in order; of the last seed.
+    /// The faults of the last seed, in order.
     pub fn story(&self) -> &[String] {
         &self.story
     }

@@ -1,4 +1,5 @@
-//! Handlers of production as sinks, as `Subscription::run` and `run_batches` make them, but with an await between two events.
+//! Turns handlers of production into sinks, as `Subscription::run` and `run_batches` do, with an additional await
+//! between two events.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -24,7 +25,7 @@ where
     Whole(handler)
 }
 
-/// An await at which the process may die or stand still: for a storage in memory, which has none. Ready the second time.
+/// An await at which the process may die or stop; a storage in memory has none. It is ready at the second poll.
 pub async fn may_crash_here() {
     let mut was_here = false;
     poll_fn(|context| {

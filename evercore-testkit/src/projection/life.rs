@@ -1,4 +1,4 @@
-//! One seed: process after process keeps the projection, until it has caught up; then it is compared.
+//! One seed: processes run the projection one after another until it has caught up; then it is compared.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
@@ -19,10 +19,10 @@ use super::fault::Fault;
 use super::process::Process;
 use super::world::{World, either, until};
 
-/// So many lives without an end are no life.
+/// More lives than this mean that the projection makes no progress.
 const LIVES: usize = 1_000;
 
-/// How often the handler is called again by a process that asks for deliveries itself.
+/// How often a process that asks for deliveries itself repeats a failed one.
 const ATTEMPTS: usize = 10;
 
 pub(crate) struct Life<P: ProjectionUnderTest> {
@@ -33,7 +33,7 @@ pub(crate) struct Life<P: ProjectionUnderTest> {
     pub(crate) checks: usize,
 }
 
-/// What went wrong, in words.
+/// A text that says what went wrong.
 type Checked = std::result::Result<(), String>;
 
 impl<P: ProjectionUnderTest> Life<P> {
@@ -76,7 +76,7 @@ impl<P: ProjectionUnderTest> Life<P> {
         Err(format!("{LIVES} processes have not caught up"))
     }
 
-    /// One process, until it stops or dies.
+    /// Runs one process until it stops or dies.
     async fn keep(&self, process: Process<P>) -> Checked {
         let (world, batch) = (Arc::clone(&self.world), self.world.any_batch());
         world.forget_the_last_process();
@@ -103,7 +103,7 @@ impl<P: ProjectionUnderTest> Life<P> {
         }
     }
 
-    /// Until there is nothing to do, and nothing more happens.
+    /// Runs processes until the projection has caught up and no fault is left.
     async fn until_idle(&self) {
         loop {
             self.world.caught_up(&self.id, 0).await;
@@ -152,11 +152,11 @@ impl<P: ProjectionUnderTest> Life<P> {
         differs(&[("incremental", &kept), ("rebuilt", &rebuilt), ("fold", &folded)])
     }
 
-    /// A sink that moves the cursor together with what it writes is never ahead of it nor behind it.
+    /// A sink that moves the cursor together with its writes must always equal the fold up to the cursor.
     async fn compare_with_cursor(&mut self) -> Checked {
         self.checks += 1;
         loop {
-            // What was on its way when a process died may come to its end only now.
+            // A write of a dead process may end only now.
             let Some(before) = self.world.cursor(&self.id).await else { return Ok(()) };
             let kept = self.projection.model().await;
             if self.world.cursor(&self.id).await.is_some_and(|after| after.position == before.position) {
@@ -167,7 +167,7 @@ impl<P: ProjectionUnderTest> Life<P> {
         }
     }
 
-    /// A projection that nothing was done to.
+    /// A projection that is built without faults.
     async fn rebuilt(&self) -> std::result::Result<P::Model, String> {
         let (id, projection) = (cursor_named("rebuilt"), P::empty(&self.engine).await);
         let subscription = self.world.subscription(&id, 100);
@@ -178,7 +178,7 @@ impl<P: ProjectionUnderTest> Life<P> {
     }
 }
 
-/// Has a delivery handled, again and again if need be.
+/// Lets the handler work on a delivery until it succeeds.
 async fn handle<P: ProjectionUnderTest>(
     process: &Process<P>,
     owned: &OwnedSubscription,
@@ -191,7 +191,7 @@ async fn handle<P: ProjectionUnderTest>(
         match process.deliver(delivery, &advance).await {
             Outcome::Failed { error, .. } => drop(failed.insert(error)),
             Outcome::Refused(error) => return Err(error),
-            // There is no acknowledging a part.
+            // A delivery cannot be acknowledged in part.
             Outcome::Handled(count) if count < delivery.events().len() => {}
             _ => return Ok(()),
         }
@@ -203,7 +203,7 @@ async fn handle<P: ProjectionUnderTest>(
     })
 }
 
-/// Polls until the end, or until a crash; then all of it is dropped.
+/// Polls until the end or until a crash, and then drops everything.
 async fn unless_crashed<T>(world: &World, work: impl Future<Output = T>) -> Option<T> {
     let mut work = pin!(work);
     poll_fn(|context| match work.as_mut().poll(context) {
@@ -214,7 +214,7 @@ async fn unless_crashed<T>(world: &World, work: impl Future<Output = T>) -> Opti
     .await
 }
 
-/// Compares all with the last.
+/// Compares every model with the last one.
 fn differs<M: PartialEq + fmt::Debug>(models: &[(&str, &M)]) -> Checked {
     let Some(((right, truth), others)) = models.split_last() else { return Ok(()) };
     let wrong: Vec<_> = others.iter().filter(|(_, model)| model != truth).map(|(name, _)| *name).collect();

@@ -1,16 +1,16 @@
-//! Torture for projections: seeded crashes, redeliveries and lost leases, after which a projection must be what it would be
-//! without.
+//! Crash tests for projections. They crash processes, repeat deliveries and lose leases, from a seed. In the end the
+//! projection must be as if nothing had happened.
 //!
-//! You say by [`ProjectionUnderTest`] where your projection lies, which handler keeps it, and what it should be: a pure fold
-//! of all events. [`Torture`] writes a seeded history, runs the handler by the subscriptions of core, has everything happen
-//! that [`Fault`] names, and demands each time the handler has caught up that
+//! [`ProjectionUnderTest`] describes your projection: its storage, its handler, and its expected content as a pure
+//! fold of all events. [`Torture`] writes a seeded history, runs the handler in the subscriptions of core, and
+//! injects each [`Fault`]. Each time the handler has caught up, these must be equal:
 //!
-//! * the projection as it was kept,
-//! * one that was built from the first event without any fault, and
-//! * the fold
+//! * the projection that went through the faults,
+//! * a projection that was built from the first event without faults, and
+//! * the fold.
 //!
-//! are equal. An exactly-once sink, one that [holds its cursor](evercore_core::Sink::holds_cursor), must be equal to the fold
-//! up to its cursor even after a crash.
+//! A sink that [holds its cursor](evercore_core::Sink::holds_cursor) delivers exactly once. It must equal the fold up
+//! to its cursor even after a crash.
 //!
 //! ```
 //! use std::collections::BTreeMap;
@@ -94,9 +94,9 @@
 //! block_on(Torture::<Balances>::on(async || MemoryEngine::new()).seeds(20).run());
 //! ```
 //!
-//! Where it fails it tells the seed, what differs and all that was done to the projection until then; `EVERCORE_SEED`, or
-//! [`Torture::seed`], does the same again. Where an engine works in threads of its own, events may come in other batches the
-//! second time; on the memory engine all is the same.
+//! A failure names the seed, the difference, and all faults up to it. `EVERCORE_SEED`, or [`Torture::seed`], repeats
+//! it. If an engine has threads of its own, the repeated run may cut the events into other batches. On the memory
+//! engine everything is the same.
 
 mod dice;
 mod fault;
@@ -119,34 +119,33 @@ pub use finding::{Finding, Report};
 pub use handlers::{each, may_crash_here, whole};
 pub use torture::Torture;
 
-/// A projection, as [`Torture`] meets it: a value is the storage that outlives crashes; what a handler keeps in memory does
-/// not. All of these may panic, as a test does.
+/// A projection under test. A value stands for the storage, which survives crashes. A handler's memory does not
+/// survive. All methods may panic, as in a test.
 pub trait ProjectionUnderTest: Sized + Send + Sync + 'static {
-    /// The engine on which the events lie.
+    /// The engine that stores the events.
     type Engine: StorageEngine;
 
-    /// What the projection says, to be compared.
+    /// The content of the projection, which is compared.
     type Model: PartialEq + fmt::Debug + Send;
 
-    /// A fresh one, empty, on a storage that no other has: a value in memory, tables with names of their own. There are
-    /// several at a time.
+    /// Makes a new, empty projection that shares nothing with others: a value in memory, or tables with new names.
+    /// There are several at a time.
     fn empty(engine: &Arc<Self::Engine>) -> impl Future<Output = Self> + Send;
 
-    /// What a process makes when it starts, and takes into its grave: the very handler of production, as [`each`] or
-    /// [`whole`] make it a sink, or a sink of an engine.
+    /// Makes the handler when a process starts; it is lost when the process ends. Use the handler of production,
+    /// turned into a sink by [`each`] or [`whole`], or a sink of an engine.
     fn handler(&self) -> impl Sink + 'static;
 
-    /// Empties the storage, as is done when a projection is to be built again in its place.
+    /// Empties the storage, before the projection is built again in the same place.
     fn clear(&self) -> impl Future<Output = ()> + Send;
 
-    /// Reads the model back.
+    /// Reads the content.
     fn model(&self) -> impl Future<Output = Self::Model> + Send;
 
-    /// Has something happen: commits a unit of work, which one is up to the dice. Where the handler looks at positions only,
-    /// [`plain_events`] will do.
+    /// Commits one unit of work, chosen by the dice. If the handler uses only positions, [`plain_events`] is enough.
     fn happen(store: &EventStore, dice: &mut Dice) -> impl Future<Output = ()> + Send;
 
-    /// What the model is after these events, which are all that pass the filter, from the first on. Let it share as little
-    /// with the handler as may be.
+    /// The expected content after these events: all events that pass the filter, from the first one on. It should
+    /// share as little code with the handler as possible.
     fn fold(events: &[Event]) -> Self::Model;
 }

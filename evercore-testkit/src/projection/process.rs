@@ -1,4 +1,4 @@
-//! A process with the handler under test in it, and what happens to it at each delivery.
+//! A process that runs the handler under test, and the faults at each delivery.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
@@ -15,7 +15,7 @@ use super::handlers::may_crash_here;
 use super::world::{World, either, until};
 use crate::tools::poll_at_most;
 
-/// How many awaits of a handler are within reach of a crash.
+/// A crash happens at one of this many awaits.
 const POLLS: usize = 6;
 
 pub(crate) struct Process<P> {
@@ -34,8 +34,8 @@ impl<P: ProjectionUnderTest> Process<P> {
         Self { world, projection, id, handler, is_asking: false }
     }
 
-    /// Who asks does not learn of a reset before it acknowledges, and would write into what was emptied. In production, too:
-    /// there it is paused first.
+    /// A process that asks for deliveries notices a reset only when it acknowledges. It would write into the emptied
+    /// projection. In production it must be paused first, too.
     fn is_borne(&self, fault: Fault) -> bool {
         match fault {
             Fault::Reset => !self.is_asking,
@@ -47,7 +47,7 @@ impl<P: ProjectionUnderTest> Process<P> {
         let (world, is_exactly_once) = (&self.world, self.handler.holds_cursor());
         let in_hand = world.take_in_hand();
         let fault = world.draw(delivery, |fault| self.is_borne(fault));
-        // Not called before it is polled.
+        // The handler is called at the first poll.
         let work: BoxFuture<'_, Outcome> = Box::pin(async { self.handler.deliver(delivery, advance).await });
         match fault {
             None | Some(Fault::LateAck | Fault::NewVersion) => work.await,
@@ -65,7 +65,8 @@ impl<P: ProjectionUnderTest> Process<P> {
             }
             Some(Fault::FailAfter) => unheard(work.await),
             Some(Fault::LeaseLost) => self.stand_still(work).await,
-            // Before, as a sink that holds its cursor must refuse then; a late handler would write into what was emptied.
+            // Before the handler, because a sink that holds its cursor must refuse then, and a late handler would
+            // write into the emptied projection.
             Some(Fault::Reset) if is_exactly_once => {
                 self.reset().await;
                 work.await
@@ -94,14 +95,14 @@ impl<P: ProjectionUnderTest> Process<P> {
         }
     }
 
-    /// Nothing of this process happens any more: whoever polls it drops it.
+    /// This process does nothing any more. The caller that polls this future drops it.
     async fn crash(&self) -> Outcome {
         self.world.state().has_crashed = true;
         self.world.bury(Arc::clone(&self.handler));
         std::future::pending().await
     }
 
-    /// Polls the handler some times, has another process go on, and then has the handler end what it began.
+    /// Polls the handler a few times, lets another process go on, and then lets the handler finish.
     async fn stand_still(&self, mut work: BoxFuture<'_, Outcome>) -> Outcome {
         let world = &self.world;
         let polls = match self.handler.holds_cursor() {
@@ -117,7 +118,7 @@ impl<P: ProjectionUnderTest> Process<P> {
         }
     }
 
-    /// Another process, to which nothing is done, for some deliveries.
+    /// Another process without faults, for a few deliveries.
     async fn have_another_go_on(&self) {
         let (world, is_done) = (&self.world, Arc::new(AtomicBool::new(false)));
         let (batch, deliveries) = (world.any_batch(), 1 + world.below(3));
@@ -166,7 +167,7 @@ impl<P: ProjectionUnderTest> Sink for Process<P> {
     }
 }
 
-/// What is told of a delivery whose outcome is lost on the way.
+/// The error of a delivery whose outcome is lost.
 fn unheard(outcome: Outcome) -> Outcome {
     match outcome {
         Outcome::Advanced(_) => {

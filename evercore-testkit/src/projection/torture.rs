@@ -1,4 +1,4 @@
-//! The torture, as users order it.
+//! The builder that users call.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -12,7 +12,7 @@ use super::finding::{Finding, Report};
 use super::life::Life;
 use super::world::World;
 
-/// Runs a projection through everything that [`Fault`] names, seed after seed.
+/// Runs a projection through each [`Fault`], seed after seed.
 #[must_use = "nothing is tested before `run`"]
 pub struct Torture<P, F = ()> {
     engines: F,
@@ -24,10 +24,10 @@ pub struct Torture<P, F = ()> {
 }
 
 impl<P: ProjectionUnderTest> Torture<P, ()> {
-    /// On these engines, one for each seed. One with events on it is as good as an empty one; nothing must be subscribed to
-    /// it by the names `tortured` and `rebuilt`.
+    /// Uses these engines, one for each seed. An engine may contain events already, but no subscription with the name
+    /// `tortured` or `rebuilt`.
     ///
-    /// 100 seeds, and in each something happens 40 times, unless said otherwise.
+    /// The default is 100 seeds, with 40 commits each.
     pub fn on<F: AsyncFn() -> P::Engine>(engines: F) -> Torture<P, F> {
         Torture {
             engines,
@@ -41,40 +41,41 @@ impl<P: ProjectionUnderTest> Torture<P, ()> {
 }
 
 impl<P: ProjectionUnderTest, F: AsyncFn() -> P::Engine> Torture<P, F> {
-    /// So many seeds, from 0 on.
+    /// Runs this many seeds, from 0 on.
     pub fn seeds(mut self, count: u64) -> Self {
         self.seeds = 0..count;
         self
     }
 
-    /// This seed alone.
+    /// Runs this seed alone.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seeds = seed..seed.saturating_add(1);
         self
     }
 
-    /// How often [`happen`](ProjectionUnderTest::happen) is called for each seed; 0 if the events are there already.
+    /// How often [`happen`](ProjectionUnderTest::happen) is called for each seed. 0 if the events are there already.
     pub fn happenings(mut self, count: usize) -> Self {
         self.happenings = count;
         self
     }
 
-    /// The filter of the subscription; all events unless said otherwise.
+    /// The filter of the subscription. The default is all events.
     pub fn with_filter(mut self, filter: Filter) -> Self {
         self.filter = filter;
         self
     }
 
-    /// Spares the projection one fault: one that it need not bear, or one whose part in a failure is to be seen.
+    /// Leaves out a fault: one that the projection need not survive, or one whose part in a failure you want to see.
     pub fn without(mut self, fault: Fault) -> Self {
         self.without.push(fault);
         self
     }
 
-    /// Runs all seeds, or the one that `EVERCORE_SEED` names. No time limits it: a handler that never ends is waited for.
+    /// Runs all seeds, or the one in `EVERCORE_SEED`. There is no time limit: it waits even for a handler that never
+    /// ends.
     ///
     /// # Panics
-    /// If the projection is wrong, with the [`Finding`]; as [`try_seed`](Self::try_seed).
+    /// If the projection is wrong, with the [`Finding`]; see also [`try_seed`](Self::try_seed).
     pub async fn run(&self) -> Report {
         let named = std::env::var("EVERCORE_SEED").ok().and_then(|text| text.parse().ok());
         let seeds = named.map_or(self.seeds.clone(), |seed| seed..seed + 1);
@@ -88,7 +89,7 @@ impl<P: ProjectionUnderTest, F: AsyncFn() -> P::Engine> Torture<P, F> {
     /// Runs one seed.
     ///
     /// # Errors
-    /// What is wrong with the projection.
+    /// Gives a [`Finding`] if the projection is wrong.
     ///
     /// # Panics
     /// If the engine fails, or a method of the projection panics; the seed is then printed.
@@ -120,7 +121,7 @@ impl<P, F> fmt::Debug for Torture<P, F> {
     }
 }
 
-/// Tells the seed and the story if something panics on the way.
+/// Prints the seed and the faults so far if something panics.
 struct Told {
     seed: u64,
     world: Arc<World>,

@@ -1,4 +1,4 @@
-//! What all processes of one seed share: the store, the dice, what was done so far.
+//! The state that all processes of a seed share: the store, the dice, the faults so far.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
@@ -20,10 +20,10 @@ use super::fault::Fault;
 use super::handlers::may_crash_here;
 use crate::tools;
 
-/// How long a wait lasts that nobody ends; nothing depends on it.
+/// The time-out of a wait; no result depends on it.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How many looks, a millisecond apart, another try may take to come.
+/// How often to look for another try, once a millisecond.
 const PATIENCE: usize = 30;
 
 pub(crate) struct World {
@@ -33,32 +33,32 @@ pub(crate) struct World {
 }
 
 pub(crate) struct State {
-    /// For what is done to the projection.
+    /// The dice for faults.
     pub(crate) dice: Dice,
-    /// For what happens in the log.
+    /// The dice for commits.
     writer: Dice,
-    /// How often something may still happen in the log.
+    /// How many commits are left.
     left: usize,
-    /// How many faults may still be.
+    /// How many faults are left.
     budget: usize,
-    /// Whether there is damage perhaps that nobody has looked for yet.
+    /// Whether there may be damage that no comparison has looked for yet.
     is_unchecked: bool,
     without: Vec<Fault>,
     pub(crate) story: Vec<String>,
     pub(crate) faults: BTreeMap<Fault, usize>,
     pub(crate) has_crashed: bool,
     pub(crate) must_stop: bool,
-    /// How many handlers are at work.
+    /// How many handlers are running.
     in_hand: usize,
-    /// Whether a delivery has failed that will come again by itself, a moment later.
+    /// Whether a failed delivery will be repeated after a moment.
     owes_another_try: bool,
-    /// Why another process stopped, if one did.
+    /// The error of another process that stopped.
     pub(crate) stopped: Option<String>,
-    /// A crash runs no destructor: what a process had in memory stays there, unseen, until all is over.
+    /// A crash runs no destructor. So the memory of a dead process is kept here until the end.
     graves: Vec<Arc<dyn Sink>>,
 }
 
-/// A handler is at work as long as this lives.
+/// Counts a handler as running until this is dropped.
 pub(crate) struct InHand<'a>(&'a World);
 
 impl Drop for InHand<'_> {
@@ -89,7 +89,7 @@ impl World {
         Self { store, filter, state: Mutex::new(state) }
     }
 
-    /// Held for a moment, never across an await.
+    /// Locked for a moment, never across an await.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,13 +106,13 @@ impl World {
         self.state().dice.one_in(bound)
     }
 
-    /// From now on so many faults; what was before has been looked at.
+    /// Allows this many more faults. Earlier damage has been looked for.
     pub(crate) fn allow(&self, faults: usize) {
         let mut state = self.state();
         (state.budget, state.is_unchecked) = (faults, false);
     }
 
-    /// Whether this fault is to be now; its place in the story is the caller's to tell.
+    /// Whether this fault happens now. The caller adds it to the story.
     pub(crate) fn draws(&self, fault: Fault, one_in: usize) -> bool {
         let mut state = self.state();
         let is_drawn = state.may_have(fault) && state.dice.one_in(one_in);
@@ -122,7 +122,7 @@ impl World {
         is_drawn
     }
 
-    /// What is to be done to this delivery, if anything.
+    /// The fault of this delivery, if any.
     pub(crate) fn draw(&self, delivery: &Delivery, is_borne: impl Fn(Fault) -> bool) -> Option<Fault> {
         let mut state = self.state();
         if state.dice.one_in(2) {
@@ -155,7 +155,7 @@ impl World {
         self.state().owes_another_try = matches!(outcome, Outcome::Failed { .. });
     }
 
-    /// Before a process starts.
+    /// Called before a process starts.
     pub(crate) fn forget_the_last_process(&self) {
         let mut state = self.state();
         (state.has_crashed, state.must_stop, state.owes_another_try) = (false, false, false);
@@ -169,7 +169,7 @@ impl World {
         self.state().left > 0
     }
 
-    /// Has something happen, if there is something left.
+    /// Commits once, if commits are left.
     pub(crate) async fn happen<P: ProjectionUnderTest>(&self) {
         let mut dice = {
             let mut state = self.state();
@@ -184,7 +184,7 @@ impl World {
         self.tell(format!("something happened: the log ends at {head}"));
     }
 
-    /// A subscription that stands still nowhere: no pause takes time, no lease ends by itself.
+    /// A subscription without pauses, whose lease does not end by itself.
     pub(crate) fn subscription(&self, id: &CursorId, batch: usize) -> Subscription {
         let policy = FailurePolicy::new(FailureAction::Stop)
             .with_attempts(10)
@@ -193,18 +193,18 @@ impl World {
         named.with_filter(self.filter.clone()).with_batch(tools::events_per_page(batch)).on_failure(policy)
     }
 
-    /// From one event to more than there are.
+    /// A batch size from one event to more events than there are.
     pub(crate) fn any_batch(&self) -> usize {
         [1, 1, 2, 3, 5, 8, 10_000][self.below(7)]
     }
 
-    /// All events that concern the projection, up to a position.
+    /// The events of the projection up to a position.
     pub(crate) async fn events(&self, to: Position) -> Vec<Event> {
         let query = LogQuery::after(Position::ZERO).up_to(to).with_filter(self.filter.clone());
         tools::read_all(self.store.engine(), query).await
     }
 
-    /// Where a cursor stands when all is done that concerns the projection.
+    /// The position of a cursor that has caught up.
     pub(crate) async fn target(&self) -> Position {
         let last = LogQuery::before(Position::MAX)
             .with_filter(self.filter.clone())
@@ -218,7 +218,7 @@ impl World {
         cursors.into_iter().find(|cursor| cursor.id == *id)
     }
 
-    /// As if its time were over: whoever holds the lease has it no more, and does not know.
+    /// Lets the lease expire: its holder has lost it and does not know.
     pub(crate) async fn end_lease(&self, id: &CursorId) {
         let Some(cursor) = self.cursor(id).await else { return };
         if let Some(owner) = cursor.owner {
@@ -227,23 +227,24 @@ impl World {
         }
     }
 
-    /// Whether the cursor is behind all that concerns the projection.
+    /// Whether the cursor has passed all events of the projection.
     pub(crate) async fn has_caught_up(&self, id: &CursorId) -> bool {
         let (target, cursor) = (self.target().await, self.cursor(id).await);
         cursor.is_some_and(|cursor| cursor.live_from.is_some() && cursor.position >= target)
     }
 
-    /// However long the pause before another try takes: what is done must not depend on it. Who has lost the lease
-    /// meanwhile owes none.
+    /// Waits for another try, however long the pause before it is, because no result may depend on it. A process that
+    /// lost its lease meanwhile does not try again.
     fn is_idle(&self, in_hand: usize, looks: usize) -> bool {
         let state = self.state();
         state.in_hand <= in_hand && (!state.owes_another_try || looks > PATIENCE)
     }
 
-    /// Until the cursor is behind all that concerns the projection. `in_hand` is how many handlers stand still meanwhile.
+    /// Waits until the cursor has passed all events of the projection. `in_hand` is how many handlers are stopped
+    /// meanwhile.
     pub(crate) async fn caught_up(&self, id: &CursorId, in_hand: usize) {
         for looks in 0_usize.. {
-            // Woken when a cursor moves. Of an older version perhaps, or there is no cursor yet.
+            // Wakes when a cursor moves. It may belong to an older version, or there may be no cursor yet.
             let _ = self.store.wait_for_position(self.target().await, &id.subscription, LOOK).await;
             if self.is_idle(in_hand, looks) && self.has_caught_up(id).await {
                 return;
@@ -278,7 +279,7 @@ fn shown(delivery: &Delivery) -> String {
     format!("positions {first} to {last}, attempt {}{replay}", delivery.attempt())
 }
 
-/// Whichever is done first.
+/// Gives the result of the future that ends first.
 pub(crate) async fn either(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
     let (mut one, mut other) = (pin!(one), pin!(other));
     poll_fn(|context| {
@@ -290,7 +291,7 @@ pub(crate) async fn either(one: impl Future<Output = ()>, other: impl Future<Out
     .await;
 }
 
-/// Until it is so; looked at whenever the task is polled.
+/// Waits until this is true. It is checked whenever the task is polled.
 pub(crate) async fn until(is_so: impl Fn() -> bool) {
     poll_fn(|_| if is_so() { Poll::Ready(()) } else { Poll::Pending }).await;
 }

@@ -1,4 +1,4 @@
-//! A handler that fails: again, stop, skip, or park.
+//! A failing handler: the event is repeated, the subscription stops, or the event is skipped or parked.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +36,7 @@ pub(crate) async fn a_failing_handler_is_tried_again(fixture: &mut Fixture) {
     assert_eq!(*tries.lock().unwrap(), [1, 2, 3]);
 }
 
-/// A handler that cannot handle this position.
+/// Runs with a handler that fails at this position.
 async fn run_with_poison(
     engine: &Engine,
     of: &Subscription,
@@ -72,7 +72,7 @@ pub(crate) async fn then_it_stops_and_says_where(fixture: &mut Fixture) {
     assert_eq!((failure.position, failure.attempts, failure.error.as_str()), (place(3), 3, "poison"));
     assert_eq!((failed.cursor.position, failed.is_owned, failed.lag_events), (place(2), false, 3));
     assert_eq!(seen.numbers(), [1, 2]);
-    // Mended, it goes on where it stopped, and the failure is forgotten.
+    // The handler is repaired: the subscription goes on where it stopped, and the error is gone.
     assert_eq!(events_seen(&engine, &of, 3).await, [3, 4, 5]);
     assert_eq!(state(&store, "mails").await.cursor.failure, None);
 }
@@ -102,7 +102,7 @@ pub(crate) async fn then_it_skips(fixture: &mut Fixture) {
     assert_eq!(state(&store, "mails").await.cursor.position, place(5));
 }
 
-/// Two aggregates, whose events take turns: odd positions and even ones.
+/// Two aggregates with alternating events: odd positions and even positions.
 async fn two_in_turn(engine: &Engine, events: i64) {
     let (odd, even) = (grown(engine, "user", 0).await, grown(engine, "user", 0).await);
     for nth in 0..events {
@@ -125,7 +125,7 @@ pub(crate) async fn then_it_parks_and_later_events_of_the_aggregate_wait(fixture
         (1, place(3), 3, "poison")
     );
 
-    // It still waits after a restart; tried again in vain, it stays.
+    // It is still parked after a restart, and after another failed attempt.
     store.resume_parked(cursor, None).await.unwrap();
     let (again, later) = (Seen::default(), grown(&engine, "user", 1));
     later.await;
@@ -133,7 +133,7 @@ pub(crate) async fn then_it_parks_and_later_events_of_the_aggregate_wait(fixture
     assert_eq!(again.numbers(), [11]);
     assert_eq!(store.parked("mails").await.unwrap()[0].1.attempts, 4);
 
-    // Mended, it and those that waited come in order.
+    // The handler is repaired: the parked event and the waiting ones come in order.
     store.resume_parked(cursor, Some(place(3))).await.unwrap();
     assert_eq!(events_seen(&engine, &of, 4).await, [3, 5, 7, 9]);
     assert!(store.parked("mails").await.unwrap().is_empty());
@@ -179,7 +179,7 @@ pub(crate) async fn a_parked_event_is_resumed_and_dropped_while_it_runs(fixture:
             }
             engine.pause(Duration::from_millis(5)).await;
         };
-        // All the others wait behind them by then; what comes later would be delivered.
+        // By then all other events of the aggregate wait for it. A later one would be delivered.
         while state(&store, "mails").await.cursor.position < place(8) {
             engine.pause(Duration::from_millis(5)).await;
         }
@@ -188,7 +188,7 @@ pub(crate) async fn a_parked_event_is_resumed_and_dropped_while_it_runs(fixture:
         store.resume_parked(&parked[0].0, Some(place(1))).await.unwrap();
         until(&engine, || seen.len() >= 4).await;
         let (odd, even) = (ids_of(&engine).await[0], ids_of(&engine).await[1]);
-        // Both are free again.
+        // Nothing waits for either of them any more.
         unit().append(odd, "user", 4, 3).append(even, "user", 4, 3).commit(&engine).await.unwrap();
         RunEnd::ShutDown
     };
@@ -262,7 +262,7 @@ pub(crate) async fn a_handler_that_panics_has_failed(fixture: &mut Fixture) {
     let seen = each.clone();
     let of = subscription(&store, "mails").on_failure(no_pause(FailureAction::ParkAlone));
     let run = of.run(until(&engine, || each.len() >= 5), move |event| {
-        // One panics when it is called, or when it is polled: here at the first attempt, there at the others.
+        // The handler panics when it is called in the first attempt, and when it is polled in the others.
         if event.attempt() == 1 {
             panic_at(event.position().get());
         }

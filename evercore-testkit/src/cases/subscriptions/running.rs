@@ -1,4 +1,4 @@
-//! What a subscription delivers: from its start, through its filter, until its shutdown.
+//! The deliveries of a subscription: from its start, through its filter, until its shutdown.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -94,7 +94,7 @@ pub(crate) async fn a_filter_that_matches_rarely_still_moves_the_cursor(fixture:
         while state_or_none(&store, "rare").await != Some(place(50)) {
             engine.pause(Duration::from_millis(2)).await;
         }
-        // A name that nobody has used yet matches as soon as somebody does.
+        // A new name matches from its first use on.
         unit()
             .events(id, "user", 50, vec![event("Rare", b"1"), event("Other", b"2")])
             .commit(&engine)
@@ -238,7 +238,7 @@ pub(crate) async fn dropping_a_runner_acknowledges_nothing(fixture: &mut Fixture
             if event.position() == place(1) { std::future::pending().await } else { Ok(()) }
         });
         poll_at_most(polls, run).await;
-        // What is still on its way, and the lease.
+        // Requests that are still running, and the lease.
         engine.pause(Duration::from_millis(10)).await;
     }
     assert_eq!(state(&store, "mails").await.cursor.position, Position::ZERO);
@@ -305,7 +305,7 @@ pub(crate) async fn who_wrote_it_can_wait_until_a_projection_has_it(fixture: &mu
     let receipt = unit().append(id, "user", 1, 2).commit(&engine).await.unwrap();
     assert_kind!(store.wait_for(&receipt, "totals", NO_PAUSE).await, ErrorKind::NotFound);
     let seen = Seen::default();
-    // A filter that does not let it through is no reason to wait longer.
+    // An event that the filter leaves out does not delay the end.
     let of =
         subscription(&store, "totals").with_filter(Filter::all().with_aggregate_type(type_named("order")));
     of.claim().await.unwrap().release().await.unwrap();

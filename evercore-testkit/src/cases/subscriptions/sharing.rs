@@ -1,4 +1,4 @@
-//! Who owns a cursor: leases, versions and partitions.
+//! The owner of a cursor: leases, versions and partitions.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -44,7 +44,7 @@ pub(crate) async fn an_owner_that_dies_is_replaced_and_nothing_is_missed(fixture
     first.ack(&delivery).await.unwrap();
     let unacknowledged = first.next().await.unwrap();
     assert_eq!(numbers(unacknowledged.events())[0], 8);
-    // It does nothing for longer than its lease, and another comes.
+    // It does nothing for longer than its lease, and another one takes over.
     let seen = events_seen(&engine, &of, 13).await;
     assert_eq!(seen, (8..=20).collect::<Vec<_>>(), "what was not acknowledged comes again");
     assert_kind!(first.ack(&unacknowledged).await, ErrorKind::LeaseLost);
@@ -115,7 +115,7 @@ pub(crate) async fn runners_that_come_and_go_miss_nothing(fixture: &mut Fixture)
                 deliveries.fetch_add(1, Ordering::Relaxed);
                 seen.lock().unwrap().extend(numbers(delivery.events()));
                 if random.one_in(20) {
-                    engine.pause(lease * 2).await; // sleeps, and does not know it
+                    engine.pause(lease * 2).await; // as if the process was asleep
                 }
                 if random.one_in(10) || owned.ack(&delivery).await.is_err() {
                     break;
@@ -142,7 +142,7 @@ pub(crate) async fn a_new_version_is_built_beside_the_old_one_and_takes_over(fix
     assert_eq!(store.live_version("totals").await.unwrap(), 1);
     unit().append(id, "user", 30, 5).commit(&engine).await.unwrap();
 
-    // The old one has not seen five events: for the new one they are live.
+    // The old version has not handled five events. They are live for the new one.
     let new = subscription(&store, "totals").with_version(2);
     let all = Arc::new(Mutex::new(Vec::new()));
     let handler = Arc::clone(&all);
@@ -163,7 +163,7 @@ pub(crate) async fn a_new_version_is_built_beside_the_old_one_and_takes_over(fix
 pub(crate) async fn versions_that_run_side_by_side_change_over_without_a_gap(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     let id = grown(&engine, "user", 50).await;
-    // As mails would be: an event is live in one version, or in both if the old one was about to acknowledge it.
+    // An event is live in one version. It is live in both if the old one was about to acknowledge it.
     let live: Arc<Mutex<BTreeSet<i64>>> = Arc::default();
     let run = |version: u32, stop_at: usize| {
         let (engine, live, of) =
@@ -239,7 +239,7 @@ pub(crate) async fn partitions_share_the_work_and_keep_each_aggregates_order(fix
     let mut last: HashMap<_, i64> = HashMap::new();
     let mut unique = BTreeSet::new();
     for (_, event) in &all {
-        // One that comes again does so with all that follow it.
+        // A repeated event is followed by all later ones.
         let before = last.insert(event.aggregate(), event.sequence().get()).unwrap_or(0);
         assert!(event.sequence().get() <= before + 1, "an event came before the one before it");
         unique.insert(event.position());

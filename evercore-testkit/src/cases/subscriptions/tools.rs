@@ -1,4 +1,4 @@
-//! Helpers of these cases.
+//! Helpers of the cases of subscriptions.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(super) fn subscription(store: &EventStore, name: &str) -> Subscription {
     store.subscription(name).unwrap().with_lease(LEASE).with_batch(events_per_page(7))
 }
 
-/// Runs until so many events were seen.
+/// Runs until the handler has got this many events.
 pub(super) async fn run_until(engine: &Engine, of: &Subscription, seen: &Seen, count: usize) -> RunEnd {
     let handler = seen.clone();
     let shutdown = until(engine, || seen.len() >= count);

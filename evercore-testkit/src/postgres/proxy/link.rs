@@ -1,4 +1,4 @@
-//! One connection through the proxy: its two ends, and what both directions must know.
+//! One connection through the proxy: both ends, and the state that both directions share.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,14 +8,14 @@ pub(super) struct Link {
     pub(super) client: TcpStream,
     pub(super) server: TcpStream,
     pub(super) is_closed: AtomicBool,
-    /// The cut that was armed has happened here.
+    /// The armed cut has happened on this connection.
     pub(super) is_cut: AtomicBool,
-    /// The client has asked for encryption, and the server's next byte is its answer.
+    /// The client has asked for encryption. The next byte of the server is the answer.
     pub(super) asked_to_encrypt: AtomicBool,
-    /// What passes from now on cannot be read.
+    /// The stream is encrypted from here on and cannot be read.
     pub(super) is_encrypted: AtomicBool,
-    /// The reply to this request, counted from 1, is kept from the client, and the connection ends behind it; 0 if there
-    /// is none.
+    /// The number of the request whose reply the client must not get, counted from 1. The connection ends there. 0
+    /// means none.
     pub(super) last_reply: AtomicU64,
 }
 
@@ -32,10 +32,10 @@ impl Link {
         }
     }
 
-    /// Ends all reading and writing on both ends. What was sent before still arrives.
+    /// Closes both ends in both directions. Data that was sent before still arrives.
     pub(super) fn close(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
-        // An end that is closed already is no error.
+        // An end may be closed already.
         let _ = self.client.shutdown(Shutdown::Both);
         let _ = self.server.shutdown(Shutdown::Both);
     }

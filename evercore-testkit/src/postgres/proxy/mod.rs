@@ -1,4 +1,4 @@
-//! A proxy on the way to a server, which makes the way long or cuts it.
+//! A proxy in front of a server. It delays data, or cuts connections.
 
 mod link;
 mod pump;
@@ -15,41 +15,41 @@ use std::time::Duration;
 
 use link::Link;
 
-/// Where a connection is cut, seen from a request of the client and its reply.
+/// Where a connection is cut: before or after a request or its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// The request does not reach the server.
     Before,
-    /// The request is sent to the server whole, and nobody waits for its reply. Most often it takes effect; the server
+    /// The whole request is sent to the server, and nothing waits for its reply. Usually it takes effect; the server
     /// may notice the cut before.
     During,
-    /// The server has replied to the whole request, and the client does not learn it. What it sent behind the request does
-    /// not reach the server.
+    /// The server has replied to the whole request, and the client does not get the reply. Messages that the client
+    /// sent after the request do not reach the server.
     AfterReply,
 }
 
-/// Which message of a client is meant.
+/// Describes a message of a client.
 #[derive(Clone, Debug)]
 pub struct Trigger {
     kinds: Option<&'static [u8]>,
     bytes: Vec<u8>,
 }
 
-/// Query, Bind and Execute: what makes the server do something.
+/// Query, Bind and Execute: the messages that make the server work.
 const REQUESTS: &[u8] = b"QBE";
 
 impl Trigger {
-    /// The next message that has statements run: Query, Bind or Execute.
+    /// The next message that runs statements: Query, Bind or Execute.
     pub fn request() -> Self {
         Self::request_with("")
     }
 
-    /// The next such message with these bytes in it, such as a text parameter or a part of a simple query.
+    /// The next such message that contains these bytes, such as a text parameter or a part of a simple query.
     pub fn request_with(bytes: impl Into<Vec<u8>>) -> Self {
         Self { kinds: Some(REQUESTS), bytes: bytes.into() }
     }
 
-    /// The next message of any kind with these bytes in it; where a statement is prepared too.
+    /// The next message of any kind that contains these bytes, for instance one that prepares a statement.
     pub fn bytes(bytes: impl Into<Vec<u8>>) -> Self {
         Self { kinds: None, bytes: bytes.into() }
     }
@@ -62,8 +62,8 @@ impl Trigger {
 
 /// A proxy on `127.0.0.1` and a free port, in front of a server on `127.0.0.1`.
 ///
-/// It reads PostgreSQL's messages as they pass, so that it can cut around one of them. What is encrypted passes as it
-/// is, and no trigger fits it. When this is dropped all connections are closed.
+/// It reads PostgreSQL's messages, so that it can cut before or after one of them. It passes encrypted data on
+/// unread, and no trigger matches there. Dropping it closes all connections.
 ///
 /// ```no_run
 /// use evercore_testkit::postgres::{Cut, Proxy, Server, Trigger};
@@ -81,7 +81,7 @@ pub struct Proxy {
     acceptor: Option<JoinHandle<()>>,
 }
 
-/// What the threads of a proxy have in common.
+/// The state that the threads of a proxy share.
 #[derive(Debug, Default)]
 struct Shared {
     target: u16,
@@ -113,12 +113,12 @@ impl Proxy {
         Ok(Self { port, shared, acceptor })
     }
 
-    /// The port it listens on.
+    /// Its port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The server's URL with this proxy in the place of its host and port.
+    /// The server's URL with the proxy's host and port.
     pub fn url(&self, of: &str) -> String {
         let (scheme, rest) = of.split_once("://").unwrap_or(("postgres", of));
         let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
@@ -126,29 +126,29 @@ impl Proxy {
         format!("{scheme}://{user}127.0.0.1:{}{path}", self.port)
     }
 
-    /// From now on every byte arrives this much later, in both directions. No less passes in a second for that: what is
-    /// under way waits side by side.
+    /// Delays every byte by this time from now on, in both directions. The throughput stays the same, because delayed
+    /// data waits side by side.
     pub fn set_delay(&self, one_way: Duration) {
         let nanos = u64::try_from(one_way.as_nanos()).unwrap_or(u64::MAX);
         self.shared.delay.store(nanos, Ordering::SeqCst);
     }
 
-    /// Cuts the connection of the next message that fits, once. What was armed before and has not happened is forgotten.
+    /// Cuts the connection of the next message that matches, once. This replaces an armed cut that has not happened.
     pub fn cut_next(&self, cut: Cut, trigger: Trigger) {
         *self.shared.armed() = Some((cut, trigger));
     }
 
-    /// How many cuts that were [armed](Self::cut_next) have happened.
+    /// How many [armed](Self::cut_next) cuts have happened.
     pub fn cuts(&self) -> usize {
         self.shared.cuts.load(Ordering::SeqCst)
     }
 
-    /// Cuts all connections that are there, at once.
+    /// Cuts all open connections at once.
     pub fn cut_all(&self) {
         self.shared.close_links(&self.shared.links());
     }
 
-    /// Whether new connections are closed at once, as if the server were down.
+    /// Sets whether new connections are closed at once, as if the server were down.
     pub fn refuse(&self, new_connections: bool) {
         self.shared.is_refusing.store(new_connections, Ordering::SeqCst);
     }
@@ -160,7 +160,7 @@ impl Drop for Proxy {
         links.is_over = true;
         self.shared.close_links(&links);
         drop(links);
-        // Wakes the acceptor, which then sees that it is over.
+        // Wakes the thread that accepts connections, so that it sees the end.
         let _ = TcpStream::connect(("127.0.0.1", self.port));
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
@@ -169,13 +169,13 @@ impl Drop for Proxy {
 }
 
 impl Shared {
-    /// Ends when the proxy is dropped, after all threads of its connections.
+    /// Ends after the proxy was dropped and the threads of its connections have ended.
     fn accept(&self, listener: &TcpListener) {
         thread::scope(|scope| {
             while !self.links().is_over {
                 match listener.accept() {
                     Ok((client, _)) => drop(scope.spawn(|| self.serve(client))),
-                    // Too many open files, or a client that is gone already.
+                    // Too many open files, or a client that has gone.
                     Err(_) => thread::sleep(Duration::from_millis(1)),
                 }
             }
@@ -186,7 +186,7 @@ impl Shared {
         if self.is_refusing.load(Ordering::SeqCst) {
             return;
         }
-        // Without a server the client's connection ends here.
+        // Without a server the client's connection is closed.
         let Ok(link) = self.connect(client) else { return };
         let link = Arc::new(link);
         if self.enter(&link) {
@@ -212,7 +212,7 @@ impl Shared {
         links.present.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
     }
 
-    /// The cut that is armed, if the message fits; it happens once.
+    /// Takes the armed cut, if the message matches.
     fn cut_at(&self, message: &[u8]) -> Option<Cut> {
         let mut armed = self.armed();
         let (cut, trigger) = armed.as_ref()?;

@@ -1,4 +1,4 @@
-//! Moves bytes from one end to the other, each direction by a thread that reads and one that writes.
+//! Copies bytes from one end to the other. Each direction has a thread that reads and one that writes.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,9 +12,9 @@ use super::link::Link;
 use super::replies::Replies;
 use super::requests::Requests;
 
-/// Decides what passes in one direction.
+/// Decides which bytes pass in one direction.
 pub(super) trait Filter {
-    /// Takes what has arrived; gives what is to be passed on now, and what then.
+    /// Takes the bytes that arrived. Gives the bytes to pass on now, and the next action.
     fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then);
 }
 
@@ -24,7 +24,8 @@ pub(super) enum Then {
     Cut,
 }
 
-/// What is under way, and when it is to arrive. The queue has no bound: a reader that waited would lessen what passes.
+/// The delayed bytes, each with its time of arrival. The queue has no bound, because a waiting reader would reduce
+/// the throughput.
 enum Item {
     Bytes(Vec<u8>),
     Cut,
@@ -33,7 +34,7 @@ enum Item {
 
 type Due = (Instant, Item);
 
-/// Until both ends are closed.
+/// Runs until both ends are closed.
 pub(super) fn run(shared: &Shared, link: &Link) {
     thread::scope(|scope| {
         let (requests, requests_due) = channel();
@@ -46,7 +47,7 @@ pub(super) fn run(shared: &Shared, link: &Link) {
 }
 
 fn read(shared: &Shared, mut from: &TcpStream, mut filter: impl Filter, queue: &Sender<Due>) {
-    // If the writer has gone, so has the connection.
+    // If the writer has ended, the connection is closed.
     let send = |item| drop(queue.send((Instant::now() + shared.delay(), item)));
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -73,7 +74,8 @@ fn write(shared: &Shared, link: &Link, mut to: &TcpStream, queue: &Receiver<Due>
             Item::Bytes(bytes) if to.write_all(&bytes).is_ok() => {}
             Item::Bytes(_) | Item::End => break,
             Item::Cut => {
-                // Counted first: who sees the connection end sees the count. Both directions may come to this.
+                // Counted first, so that a test that sees the connection end also sees the count. Both directions may
+                // get here.
                 let is_first = !link.is_cut.swap(true, Ordering::SeqCst);
                 shared.cuts.fetch_add(usize::from(is_first), Ordering::SeqCst);
                 break;
@@ -83,7 +85,7 @@ fn write(shared: &Shared, link: &Link, mut to: &TcpStream, queue: &Receiver<Due>
     link.close();
 }
 
-/// False if the connection was closed meanwhile.
+/// Gives false if the connection was closed meanwhile.
 fn sleep_until(due: Instant, link: &Link) -> bool {
     loop {
         if link.is_closed.load(Ordering::SeqCst) {

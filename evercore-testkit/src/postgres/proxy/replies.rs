@@ -1,4 +1,4 @@
-//! What the server sends: found message by message, so that the reply which the client must not see is known.
+//! The data from the server, split into messages, to find the reply that the client must not get.
 
 use std::sync::atomic::Ordering;
 
@@ -6,13 +6,13 @@ use super::link::Link;
 use super::pump::{Filter, Then};
 use super::wire;
 
-/// ReadyForQuery, the end of each reply.
+/// ReadyForQuery, which ends each reply.
 const READY: u8 = b'Z';
 
 pub(super) struct Replies<'a> {
     link: &'a Link,
     arrived: Vec<u8>,
-    /// The replies that have ended.
+    /// The number of replies that have ended.
     ended: u64,
 }
 
@@ -21,7 +21,7 @@ impl<'a> Replies<'a> {
         Self { link, arrived: Vec::new(), ended: 0 }
     }
 
-    /// Whether the reply that has begun is the one to be kept from the client.
+    /// Whether the current reply must not reach the client.
     fn is_last(&self) -> bool {
         self.ended + 1 == self.link.last_reply.load(Ordering::SeqCst)
     }
@@ -31,7 +31,7 @@ impl Filter for Replies<'_> {
     fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then) {
         self.arrived.extend_from_slice(arrived);
         if self.link.asked_to_encrypt.swap(false, Ordering::SeqCst) {
-            // A single byte, and nothing behind it before the client goes on.
+            // A single byte. Nothing follows it until the client goes on.
             self.link.is_encrypted.store(self.arrived.first() != Some(&b'N'), Ordering::SeqCst);
             return (std::mem::take(&mut self.arrived), Then::GoOn);
         }

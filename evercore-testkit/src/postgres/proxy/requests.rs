@@ -1,4 +1,4 @@
-//! What the client sends: found message by message, so that the one which triggers a cut is seen.
+//! The data from the client, split into messages, to find the one that triggers a cut.
 
 use std::sync::atomic::Ordering;
 
@@ -6,7 +6,7 @@ use super::link::Link;
 use super::pump::{Filter, Then};
 use super::{Cut, Shared, wire};
 
-/// What a client may send in the place of a protocol version.
+/// The codes that a client may send instead of a protocol version.
 const CANCEL_REQUEST: u32 = 80_877_102;
 const ENCRYPTION_REQUESTS: [u32; 2] = [80_877_103, 80_877_104];
 
@@ -18,11 +18,11 @@ pub(super) struct Requests<'a> {
     link: &'a Link,
     arrived: Vec<u8>,
     has_started: bool,
-    /// The requests that were passed on; the start counts as one, since it is answered like one.
+    /// The number of requests that were passed on. The start-up counts as one, because it is answered like one.
     passed: u64,
-    /// A cut that waits for the end of its request.
+    /// A cut that happens at the end of the current request.
     cut: Option<Cut>,
-    /// The last request has passed, and the connection ends with its reply.
+    /// The last request has passed on, and the connection ends with its reply.
     is_over: bool,
 }
 
@@ -58,7 +58,7 @@ impl<'a> Requests<'a> {
         }
         self.passed += 1;
         let Some(cut) = self.cut.take() else { return Verdict::Pass };
-        // Before the request is sent: the reply may be quick.
+        // Set before the request is sent, because the reply may be quick.
         self.link.last_reply.store(self.passed, Ordering::SeqCst);
         if cut == Cut::During {
             return Verdict::CutBehind;
@@ -71,7 +71,7 @@ impl<'a> Requests<'a> {
 impl Filter for Requests<'_> {
     fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then) {
         self.arrived.extend_from_slice(arrived);
-        // A message without a kind begins with a zero, a handshake of TLS does not.
+        // A message without a kind begins with a zero; a TLS handshake does not.
         if !self.has_started && self.arrived.first().is_some_and(|byte| *byte != 0) {
             self.link.is_encrypted.store(true, Ordering::SeqCst);
         }
@@ -97,7 +97,7 @@ impl Filter for Requests<'_> {
 }
 
 impl Link {
-    /// Whether this message starts a session: no request for encryption, which comes before, and no cancellation.
+    /// Whether this message starts a session. A request for encryption or for cancellation does not.
     fn starts_with(&self, message: &[u8]) -> bool {
         let code = message.get(4..).and_then(<[u8]>::first_chunk).map_or(0, |code| u32::from_be_bytes(*code));
         if ENCRYPTION_REQUESTS.contains(&code) {
