@@ -16,7 +16,7 @@ use rusqlite::Connection;
 
 use crate::backup;
 use crate::commit::commands;
-use crate::commit::own_sql::OwnSql;
+use crate::commit::flight::OwnSql;
 use crate::commit::queue::Queue;
 use crate::connection::path;
 use crate::connection::reads::Reads;
@@ -199,8 +199,7 @@ impl SqliteEngine {
         if !engine.downcast_ref::<Self>().is_some_and(|other| Arc::ptr_eq(&self.store, &other.store)) {
             return Err(Error::invalid("the unit of work belongs to another engine"));
         }
-        let sql = OwnSql::new(sql);
-        work.commit_by(|batch| self.commit_batch(batch, Some(sql))).await
+        work.commit_by(|batch| self.commit_batch(batch, Some(Box::new(sql)))).await
     }
 
     /// The head. Reads the file only if the head that this engine knows is not past `after`.

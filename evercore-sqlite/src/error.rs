@@ -1,7 +1,6 @@
 //! Maps errors of SQLite, the file system and the migrations to evercore's error kinds.
 
 use std::any::Any;
-use std::fmt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -118,6 +117,8 @@ pub(crate) fn resume_panic<T>(outcome: Result<T, Error>) -> Result<T, Error> {
 }
 
 /// A panic of the user's SQL, carried as an error.
+#[derive(Debug, thiserror::Error)]
+#[error("a panic")]
 pub(crate) struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
 
 impl Panicked {
@@ -133,20 +134,6 @@ impl Panicked {
         }
     }
 }
-
-impl fmt::Debug for Panicked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Panicked")
-    }
-}
-
-impl fmt::Display for Panicked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a panic")
-    }
-}
-
-impl std::error::Error for Panicked {}
 
 /// Adds a source to an error, and the parts of the source's text that cannot contain a stored value.
 pub(crate) trait Because {

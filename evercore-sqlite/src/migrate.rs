@@ -188,7 +188,11 @@ pub(crate) fn migrate(connection: &mut Connection, path: Option<&Path>, timeout:
         Ok(())
     });
     // Another process may have migrated the store meanwhile. Only the result matters.
-    if is_current(connection)? { Ok(()) } else { migrated.and_then(|()| Err(not_current())) }
+    if is_current(connection)? {
+        return Ok(());
+    }
+    migrated?;
+    Err(not_a_store("the migrations did not bring the schema to its newest version"))
 }
 
 fn is_current(connection: &Connection) -> Result<bool> {
@@ -205,10 +209,6 @@ fn begin_use(connection: &Connection) -> Result<()> {
         connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     }
     Ok(())
-}
-
-fn not_current() -> SqliteError {
-    not_a_store("the migrations did not bring the schema to its newest version")
 }
 
 fn switch_to_wal(connection: &Connection, path: Option<&Path>, until: Instant) -> Result<()> {

@@ -138,7 +138,7 @@ impl<'a> Registrar<'a> {
     }
 
     /// The id of this aggregate type, if it is registered.
-    pub(crate) fn find(&mut self, name: &AggregateType) -> Result<Option<u32>> {
+    pub(crate) fn known_aggregate_type_id(&mut self, name: &AggregateType) -> Result<Option<u32>> {
         if let Some(id) =
             self.known.aggregate_type_number(name).or_else(|| self.fresh.aggregate_type_number(name))
         {
@@ -149,7 +149,7 @@ impl<'a> Registrar<'a> {
         Ok(found)
     }
 
-    pub(crate) fn name_of(&mut self, id: u32) -> Result<AggregateType> {
+    pub(crate) fn aggregate_type(&mut self, id: u32) -> Result<AggregateType> {
         if let Some(name) = self.known.aggregate_type(id).or_else(|| self.fresh.aggregate_type(id)) {
             return Ok(name.clone());
         }
@@ -161,8 +161,8 @@ impl<'a> Registrar<'a> {
     }
 
     /// The id of this aggregate type, which is registered if it is new.
-    pub(crate) fn aggregate_type(&mut self, name: &AggregateType) -> Result<u32> {
-        if let Some(id) = self.find(name)? {
+    pub(crate) fn aggregate_type_id(&mut self, name: &AggregateType) -> Result<u32> {
+        if let Some(id) = self.known_aggregate_type_id(name)? {
             return Ok(id);
         }
         let id = type_id(self.connection.prepare_cached(INSERT_AGGREGATE_TYPE)?.insert([name.as_str()])?)?;
@@ -173,21 +173,21 @@ impl<'a> Registrar<'a> {
     /// Registers all of these names.
     pub(crate) fn all(&mut self, types: &[KnownType]) -> Result<()> {
         for known in types {
-            self.aggregate_type(&known.aggregate_type)?;
+            self.aggregate_type_id(&known.aggregate_type)?;
             for event_type in &known.event_types {
-                self.event_type(&known.aggregate_type, event_type)?;
+                self.event_type_id(&known.aggregate_type, event_type)?;
             }
         }
         Ok(())
     }
 
     /// The id of this event type, which is registered if it is new.
-    pub(crate) fn event_type(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<u32> {
+    pub(crate) fn event_type_id(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<u32> {
         let known = self.known.event_type_number(aggregate_type, name);
         if let Some(id) = known.or_else(|| self.fresh.event_type_number(aggregate_type, name)) {
             return Ok(id);
         }
-        let aggregate_type_id = self.aggregate_type(aggregate_type)?;
+        let aggregate_type_id = self.aggregate_type_id(aggregate_type)?;
         // An event type can be added only to a table that has its aggregate type.
         self.fresh.set_aggregate_type(aggregate_type_id, aggregate_type);
         let key = (aggregate_type_id, name.as_str());

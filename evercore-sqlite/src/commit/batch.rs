@@ -98,7 +98,7 @@ impl<'a> BatchWriter<'a> {
         // All keys that change are freed first, because two aggregates may swap their keys.
         self.set_keys(batch.key_changes(), |_| None)?;
         for made in batch.creates() {
-            let type_id = self.names.aggregate_type(&made.aggregate_type)?;
+            let type_id = self.names.aggregate_type_id(&made.aggregate_type)?;
             let key = made.key.as_ref().map(Key::as_str);
             let inserted =
                 self.connection.prepare_cached(INSERT_AGGREGATE)?.execute((made.id.get(), type_id, key));
@@ -138,7 +138,7 @@ impl<'a> BatchWriter<'a> {
                     self.end.position.get(),
                     append.aggregate.get(),
                     sequence.get(),
-                    self.names.event_type(&append.aggregate_type, &event.event_type)?,
+                    self.names.event_type_id(&append.aggregate_type, &event.event_type)?,
                     event.time.as_micros(),
                     self.end.recorded_at.as_micros(),
                     event.payload.as_bytes(),
@@ -175,14 +175,14 @@ impl Lookup for BatchWriter<'_> {
         let row = statement.query_row([id.get()], |row| Ok((row.get(0)?, row.get::<_, Option<i64>>(1)?)));
         let Some((type_id, sequence)) = row.optional()? else { return Ok(None) };
         Ok(Some(StoredAggregate {
-            aggregate_type: self.names.name_of(type_id)?,
+            aggregate_type: self.names.aggregate_type(type_id)?,
             sequence: Sequence::new(sequence.unwrap_or(0)).map_err(damaged)?,
             mark: Some(Mark::ALWAYS),
         }))
     }
 
     fn holder(&mut self, aggregate_type: &AggregateType, key: &Key) -> Result<Option<AggregateId>> {
-        let Some(type_id) = self.names.find(aggregate_type)? else { return Ok(None) };
+        let Some(type_id) = self.names.known_aggregate_type_id(aggregate_type)? else { return Ok(None) };
         let mut statement = self.connection.prepare_cached(HOLDER)?;
         let id = statement.query_row((type_id, key.as_str()), |row| row.get(0)).optional()?;
         id.map(AggregateId::new).transpose().map_err(damaged)

@@ -3,19 +3,21 @@
 //! The flush is the expensive part. So everything that is queued when a flight begins goes with it, and each batch gets
 //! its own result. The flight is led by the engine's own thread, or by the caller with `commit_on_caller_thread`.
 
-use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
+use evercore_core::{Batch, BoxError, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 use rusqlite::Connection;
 
 use crate::commit::batch::BatchWriter;
-use crate::commit::own_sql::OwnSql;
 use crate::connection::transaction::{self, Failure};
+use crate::connection::user_sql;
 use crate::error::{self, SqliteError, closed, outcome_unknown};
 use crate::store::{LockedWriter, Store};
 use crate::subscription::inline::{self, InlineProjection};
 
+/// The user's own SQL in the transaction of a commit.
+pub(crate) type OwnSql = Box<dyn FnOnce(&Connection) -> Result<(), BoxError> + Send>;
+
 /// A batch that waits to be committed, with the user's own SQL if there is some.
-#[derive(Debug)]
 pub(crate) struct Job {
     batch: Batch,
     sql: Option<OwnSql>,
@@ -91,7 +93,9 @@ impl Flights<'_> {
     /// A batch with SQL has its own transaction, so that no other batch is rolled back with it.
     fn with_sql(self, writer: &mut LockedWriter<'_>, batch: &Batch, sql: OwnSql) -> Result<Receipt> {
         let connection = &writer.get()?.connection;
-        let run = |connection: &Connection| sql.run(connection, self.store.settings.sql_timeout);
+        let timeout = self.store.settings.sql_timeout;
+        let run =
+            |connection: &Connection| user_sql::run(connection, timeout, "the SQL of `commit_with`", sql);
         let outcome = self.transact(connection, |writer| writer.batch_after(run, batch));
         outcome.map_err(|failure| self.store.to_error(writer, failure))
     }

@@ -3,5 +3,4 @@
 pub(crate) mod batch;
 pub(crate) mod commands;
 pub(crate) mod flight;
-pub(crate) mod own_sql;
 pub(crate) mod queue;

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 
-use crate::commit::flight::{Answer, Flights, Job, refuse};
-use crate::commit::own_sql::OwnSql;
+use crate::commit::flight::{Answer, Flights, Job, OwnSql, refuse};
 use crate::error::outcome_unknown;
 use crate::store::Store;
 use crate::subscription::inline::InlineProjection;
