@@ -1,5 +1,5 @@
-//! The values of core for serde: numbers as numbers, names and times as texts, a receipt as an object. Whatever is read is
-//! checked as everywhere.
+//! Core's values for serde: numbers as numbers, names and times as texts, a receipt as an object. Values are checked
+//! when they are read.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -58,20 +58,20 @@ impl<'de> Deserialize<'de> for Timestamp {
     }
 }
 
-/// An aggregate of a receipt.
+/// An aggregate in a receipt, with its sequence after the commit.
 #[derive(Serialize, Deserialize)]
 struct Left {
     id: AggregateId,
     sequence: Sequence,
 }
 
-/// A receipt as it is shown.
+/// A receipt in its serialized form.
 #[derive(Serialize, Deserialize)]
 struct Shown {
     first: Position,
     last: Position,
     recorded_at: Timestamp,
-    /// A text: not every language keeps 64 bits in a number.
+    /// A text, because some languages cannot keep 64 bits in a number.
     mark: String,
     aggregates: Vec<Left>,
 }

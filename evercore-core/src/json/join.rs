@@ -1,4 +1,4 @@
-//! Joins the name of a variant and the JSON of its content to an event again.
+//! Makes an event from the name of a variant and the JSON of its content.
 
 use serde::Deserializer;
 use serde::de::value::StrDeserializer;
@@ -11,13 +11,13 @@ use serde_json::Error;
 use super::NOT_AN_EVENT;
 use super::probe::{UNKNOWN, variant_of};
 
-/// What a variant without content has as its content.
+/// The payload of a variant without content.
 const NOTHING: &[u8] = b"null";
 
-/// The event of that name with that content.
+/// Decodes the event with this name and this content.
 pub(super) fn join<'de, E: Deserialize<'de>>(name: &str, payload: &'de [u8]) -> Result<E, Error> {
     E::deserialize(Named { name, payload }).or_else(|error| {
-        // An event may have the very name of the variant with `#[serde(other)]`: its content is another's business too.
+        // The event may have the same name as the variant with `#[serde(other)]`. Then its content is ignored, too.
         let variant = variant_of::<E>(name);
         if payload == NOTHING || variant.is_none() || variant != variant_of::<E>(UNKNOWN) {
             return Err(error);
@@ -26,7 +26,7 @@ pub(super) fn join<'de, E: Deserialize<'de>>(name: &str, payload: &'de [u8]) -> 
     })
 }
 
-/// Gives an enum and nothing else.
+/// A deserializer that only an enum can read.
 struct Named<'n, 'de> {
     name: &'n str,
     payload: &'de [u8],
@@ -74,7 +74,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, 'de> {
     type Error = Error;
 
     fn unit_variant(self) -> Result<(), Error> {
-        // A name that is not known got here through `#[serde(other)]`: its content is another's business.
+        // Unknown names get here through `#[serde(other)]`, which ignores the content.
         if self.payload == NOTHING || !self.known.contains(&self.name) {
             return Ok(());
         }
@@ -94,7 +94,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, 'de> {
         fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
-        // The variant had no content when the event was written; its fields have come since.
+        // The variant had no fields when the event was written.
         let payload = if self.payload == NOTHING { b"{}" } else { self.payload };
         read(payload, |json| json.deserialize_struct("", fields, visitor))
     }
@@ -102,7 +102,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, 'de> {
 
 type Reader<'de> = serde_json::Deserializer<serde_json::de::SliceRead<'de>>;
 
-/// Reads the payload to its end; what follows the value is an error.
+/// Reads the whole payload. More text after the value is an error.
 fn read<'de, T>(
     payload: &'de [u8],
     value: impl FnOnce(&mut Reader<'de>) -> Result<T, Error>,

@@ -1,4 +1,4 @@
-//! Plain serde enums as events, plain serde types as snapshots, both as JSON.
+//! The codec that stores plain serde enums as events and plain serde types as snapshots, both as JSON.
 
 mod join;
 mod probe;
@@ -22,20 +22,17 @@ use self::probe::{UNKNOWN, variant_of};
 pub(crate) use self::refuse::refuse;
 pub(crate) use self::write::to_json;
 
-/// What is said to every type that is no event.
+/// The error for every type that cannot be an event.
 const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
      not a struct, an option, or an enum with `tag` or `untagged`";
 
 /// The codec for events that are plain serde enums, and for states that are plain serde types.
 ///
-/// An event is split in two: the name of its variant is its event type, the content of the variant is its payload.
+/// The name of the variant is the event type, and the content of the variant is the payload.
 ///
-/// | variant                | event type | payload       |
-/// |------------------------|------------|---------------|
-/// | `Moved { x: 1, y: 2 }` | `Moved`    | `{"x":1,"y":2}` |
-/// | `Renamed("b".into())`  | `Renamed`  | `"b"`         |
-/// | `Resized(3, 4)`        | `Resized`  | `[3,4]`       |
-/// | `Removed`              | `Removed`  | `null`        |
+/// | variant                | event type | payload       | |------------------------|------------|---------------| |
+/// `Moved { x: 1, y: 2 }` | `Moved`    | `{"x":1,"y":2}` | | `Renamed("b".into())`  | `Renamed`  | `"b"`         | |
+/// `Resized(3, 4)`        | `Resized`  | `[3,4]`       | | `Removed`              | `Removed`  | `null`        |
 ///
 /// ```
 /// use evercore_core::{EventCodec, Json};
@@ -60,39 +57,40 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 ///
 /// # Events that change with time
 ///
-/// Serde's attributes work as ever. Old events need no conversion if
+/// Serde's attributes work as usual. Old events need no conversion if
 /// * a renamed variant or field keeps its old name as `#[serde(alias = "…")]`,
-/// * a new field has a `#[serde(default)]` or is an `Option`; a variant without content may become one with such fields,
-/// * a reader that knows only some of the events has a last variant `#[serde(other)] Other`, which takes all others,
-///   whatever their content is.
+/// * a new field has a `#[serde(default)]` or is an `Option`. A variant without content can get such fields,
+/// * a reader that knows only some of the events has a last variant `#[serde(other)] Other`, which accepts all other
+///   events with any content.
 ///
-/// A name that the enum does not know is otherwise an error.
+/// Without such a variant an unknown name is an error.
 ///
 /// # What is refused
 ///
-/// Enums with `tag` or `untagged` (also on a single variant), structs and options are refused with one sentence, both
-/// when encoding and when decoding. So is what could be written but not read again: a variant whose name the enum does
-/// not read, content nested deeper than 127 levels, and content of more than
-/// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), which is noticed while it is written.
+/// Enums with `tag` or `untagged` (also on a single variant), structs and options are refused with the same error, when
+/// encoding and when decoding. Events that could be written but not read are refused too: a variant whose name the enum
+/// does not read, content nested deeper than 127 levels, and content of more than
+/// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES). Encoding stops at that limit.
 ///
-/// `record` also [reads back](EventCodec::read_back) what was written. It refuses an event whose JSON does not decode,
-/// or whose decoded value is other JSON. The order of maps, sets and lists is not compared. Usual causes are
-/// * `NaN` and the infinities: JSON has no word for them, and `serde_json` writes `null`;
-/// * `skip_serializing_if` without a `default`, or with another one; `rename(serialize = "…")` on a field;
-/// * 128-bit numbers and integer keys in what serde buffers: `flatten`, and enums with `tag` or `untagged`;
+/// `record` also [reads back](EventCodec::read_back) the encoded event. It refuses an event whose JSON does not decode,
+/// or whose decoded value encodes to different JSON. The order of maps, sets and lists is not compared. Usual causes
+/// are
+/// * `NaN` and the infinities, which JSON cannot express: `serde_json` writes `null`;
+/// * `skip_serializing_if` without a `default`, or with a different one; `rename(serialize = "…")` on a field;
+/// * 128-bit numbers and integer keys in values that serde buffers: `flatten`, and enums with `tag` or `untagged`;
 /// * a flattened map with a key that is also the name of a field.
 ///
-/// Some values are written and read without a fault, but come back as others: `Some(None)` and `Some(())` as `None`, a
-/// field with `#[serde(skip)]` as its default. `record` applies the event as it comes back, so the state in hand is
-/// the state that a load finds.
+/// Some values are written and read without an error, but change: `Some(None)` and `Some(())` become `None`, and a
+/// field with `#[serde(skip)]` gets its default. `record` applies the decoded event, so the state in memory is the same
+/// as after a load.
 ///
-/// A state that does not come back is not refused, for the events tell it: no snapshot is kept, and that is counted by
-/// [`EventStore::snapshots_skipped`](crate::EventStore::snapshots_skipped).
+/// A state that changes in this way is not refused, because the events still have the truth. No snapshot of it is kept,
+/// and [`EventStore::snapshots_skipped`](crate::EventStore::snapshots_skipped) counts that.
 ///
 /// # Errors and their content
 ///
-/// The errors of this codec are those of serde, and these may quote a value: `invalid type: string "…", expected u32`.
-/// They are only ever the source of an [`Error`]; its own `Display` and `Debug` show none of the payload.
+/// The errors of this codec come from serde and may quote a value: `invalid type: string "…", expected u32`. They
+/// appear only as the source of an [`Error`], whose own `Display` and `Debug` show nothing of the payload.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Json;
 
@@ -125,8 +123,8 @@ impl<E: Serialize + DeserializeOwned> EventCodec<E> for Json {
         }
     }
 
-    /// The names of the variants. Serde does not tell a name from its aliases, so a variant with an alias is left out;
-    /// so is one with `other`.
+    /// The names of the variants. A variant with an alias is left out, because serde does not tell which is its name,
+    /// and so is the variant with `other`.
     fn event_types() -> Vec<&'static str> {
         let Shape::Enum(known) = shape_of::<E>() else { return Vec::new() };
         let variants: Vec<_> = known.iter().map(|name| variant_of::<E>(name)).collect();
@@ -159,11 +157,11 @@ impl<S: Serialize + DeserializeOwned> StateCodec<S> for Json {
 }
 
 impl Event {
-    /// The event as a variant of `E`, written by [`Json`].
+    /// Decodes an event that was written by [`Json`].
     ///
-    /// `E` need not be the enum that the event was written from: a reader may know fewer events, with fewer fields.
-    /// A `Cow` borrows a text from the page where it can. A `&str` always would have to, and fails on a text with an
-    /// escape in it, such as a quote or a new line.
+    /// `E` can be another enum than the one that wrote the event, with fewer variants and fewer fields. A `Cow` borrows
+    /// a text from the page if possible. A `&str` must borrow, and fails if the text contains an escape, such as a
+    /// quote or a new line.
     ///
     /// ```
     /// # use evercore_core::Event;

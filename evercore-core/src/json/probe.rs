@@ -1,4 +1,4 @@
-//! Asks a type what it wants to be read from, without reading anything.
+//! Finds out the shape of a type from its `Deserialize`, without reading anything.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -10,7 +10,7 @@ use serde::forward_to_deserialize_any;
 
 type Names = &'static [&'static str];
 
-/// What a type wants to be read from.
+/// The kind of value that a type is read from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shape {
     /// An externally tagged enum, with the names of its variants.
@@ -21,7 +21,7 @@ pub(crate) enum Shape {
     Other,
 }
 
-/// What `T` wants to be read from. Costs next to nothing: derived code asks for its shape first, and gets no further.
+/// The shape of `T`. This is cheap: derived code first asks for its shape, and stops there.
 #[inline]
 pub(crate) fn shape_of<'de, T: Deserialize<'de>>() -> Shape {
     let mut shape = Shape::Other;
@@ -29,7 +29,7 @@ pub(crate) fn shape_of<'de, T: Deserialize<'de>>() -> Shape {
     shape
 }
 
-/// Notes the first thing it is asked for, and stops.
+/// Notes the first request, and stops.
 struct Probe<'a>(&'a mut Shape);
 
 impl<'de> de::Deserializer<'de> for Probe<'_> {
@@ -68,15 +68,15 @@ impl<'de> de::Deserializer<'de> for Probe<'_> {
 /// A name that no variant has.
 pub(super) const UNKNOWN: &str = "\0";
 
-/// A mark of the variant that the enum `T` takes for this name: the same for a name and its aliases, and for all names
-/// that `#[serde(other)]` takes. `None` if it takes none.
+/// Identifies the variant that the enum `T` chooses for this name. A name and its aliases give the same value, and so
+/// do all names that `#[serde(other)]` accepts. `None` if `T` has no variant for it.
 pub(super) fn variant_of<'de, T: Deserialize<'de>>(name: &str) -> Option<u64> {
     let mut variant = None;
     let _: Result<T, Stop> = T::deserialize(Chooser { name, variant: &mut variant });
     variant
 }
 
-/// Gives the name of a variant, and stops once the enum has chosen.
+/// Gives the name of a variant, and stops when the enum has chosen.
 struct Chooser<'a> {
     name: &'a str,
     variant: &'a mut Option<u64>,
@@ -108,7 +108,7 @@ impl<'de> EnumAccess<'de> for Chooser<'_> {
     type Error = Stop;
     type Variant = Self;
 
-    /// What derived code makes of a name is an enum with a case per variant.
+    /// Derived code turns the name into an enum with one case per variant.
     fn variant_seed<S: DeserializeSeed<'de>>(self, seed: S) -> Result<(S::Value, Self), Stop> {
         let name: StrDeserializer<'_, Stop> = self.name.into_deserializer();
         let mut hasher = DefaultHasher::new();

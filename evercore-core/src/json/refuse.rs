@@ -1,6 +1,6 @@
-//! The methods of a [`Serializer`](serde::Serializer) that takes few things: all the others, each refusing.
+//! The methods with which a [`Serializer`](serde::Serializer) refuses what it does not accept.
 
-/// Writes, inside an `impl Serializer`, the methods of the named groups; each returns `Err(Self::refusal())`.
+/// Inside an `impl Serializer`, defines the methods of the named groups. Each returns `Err(Self::refusal())`.
 macro_rules! refuse {
     ($($group:ident)*) => { $($crate::json::refuse!(@$group);)* };
 

@@ -1,4 +1,4 @@
-//! Whether two texts of JSON say the same, where the order of parts says nothing.
+//! Compares two JSON texts without regard to the order of their parts.
 
 use std::fmt;
 
@@ -6,10 +6,10 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Error;
 use serde_json::value::RawValue;
 
-/// Whether both say the same. They come from one writer, so equal scalars are equal texts, and numbers are compared to
-/// the last digit.
+/// Whether both are equal except for the order. Both come from the same writer, so equal scalars have equal texts, and
+/// numbers are compared to the last digit.
 ///
-/// A `HashMap` is written as an object and a `HashSet` as a list, each in an order of its own.
+/// The order is ignored because a `HashMap` is written as an object and a `HashSet` as a list, each in any order.
 pub(super) fn same(one: &[u8], other: &[u8]) -> bool {
     one == other || (one.len() == other.len() && same_parts(one, other).unwrap_or(false))
 }
@@ -19,7 +19,7 @@ fn same_parts(one: &[u8], other: &[u8]) -> Result<bool, Error> {
     Ok(Tree::of(serde_json::from_slice(one)?)? == Tree::of(serde_json::from_slice(other)?)?)
 }
 
-/// A value of JSON with its parts sorted.
+/// A JSON value with its parts sorted.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Tree<'a> {
     Scalar(&'a str),
@@ -52,7 +52,7 @@ fn sorted<T: Ord>(parts: impl Iterator<Item = Result<T, Error>>) -> Result<Vec<T
     Ok(parts)
 }
 
-/// The entries of an object, also those with the same name.
+/// The entries of an object, including those with the same name.
 struct Entries<'a>(Vec<(&'a RawValue, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Entries<'de> {

@@ -11,14 +11,14 @@ use super::{NOT_AN_EVENT, refuse};
 
 type Name = &'static str;
 
-/// The name of the variant, and its content.
+/// The name of the variant, and the JSON of its content.
 pub(super) fn split<E: Serialize>(event: &E) -> Result<(Name, Vec<u8>), Error> {
     let mut content = writer();
     let name = event.serialize(Variant(&mut content))?;
     Ok((name, written(content)))
 }
 
-/// Takes an enum's variant and nothing else; writes the content, returns the name.
+/// Accepts only a variant of an enum. Writes the content and returns the name.
 struct Variant<'a>(&'a mut Writer);
 
 impl Variant<'_> {
@@ -72,7 +72,7 @@ impl<'a> Serializer for Variant<'a> {
     refuse!(scalars options collections structs);
 }
 
-/// The content of a variant, part by part.
+/// Writes the content of a variant, part by part.
 struct Content<P> {
     name: Name,
     parts: P,

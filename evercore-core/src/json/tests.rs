@@ -24,7 +24,7 @@ fn round_trip<E: Serialize + DeserializeOwned + PartialEq + Debug>(event: &E, na
     assert_eq!(decode::<E>(name, payload).as_ref(), Ok(event));
 }
 
-/// Neither written nor read, with the one sentence.
+/// Refused when written and when read, with the same error.
 #[track_caller]
 fn refused<E: Serialize + DeserializeOwned + Debug>(event: &E) {
     let written = Json::encode(event).err().expect("must not be written");
@@ -155,7 +155,7 @@ fn content_that_a_variant_does_not_have_is_an_error() {
 fn an_unknown_name_is_serdes_own_error() {
     let message = decode::<Inner>("gone", "null").unwrap_err();
     assert!(message.starts_with("unknown variant `gone`, expected `A` or `B`"), "{message}");
-    // Names are compared as they are: no trimming, no case folding, no index.
+    // Names are compared exactly: no trimming, no case folding, no index.
     for name in ["a", "A ", "0", "", "\"A\""] {
         assert!(decode::<Inner>(name, "null").is_err(), "{name:?}");
     }
@@ -442,7 +442,7 @@ fn a_payload_may_be_as_long_as_the_limit_and_no_longer() {
 
     let too_long = Deep::Bytes("x".repeat(limits::PAYLOAD_BYTES - quotes + 1));
     let error = Json::encode(&too_long).err().unwrap().to_string();
-    assert_eq!(error, "the content has more than 16777216 bytes, the limit");
+    assert_eq!(error, "the content has more than the allowed 16777216 bytes");
     assert!(Json::encode(&Deep::List(vec![0; limits::PAYLOAD_BYTES / 2 + 1])).is_err());
     assert!(Json::encode_state(&"x".repeat(limits::PAYLOAD_BYTES)).is_err());
 }

@@ -1,4 +1,4 @@
-//! Writes JSON that can be read again: not too long, not too deep.
+//! Writes JSON, not longer and not deeper nested than can be read again.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use serde_json::{Error, Serializer};
 
 use crate::limits;
 
-/// Reading stops at 128 levels: the recursion limit of `serde_json`, which keeps a hostile payload off the stack.
+/// Reading stops at 128 levels, the recursion limit of `serde_json`. It protects the stack against hostile payloads.
 const LEVELS: u8 = 127;
 
 /// A serializer into memory that stops at the limits.
@@ -19,7 +19,7 @@ pub(crate) fn writer() -> Writer {
     Serializer::with_formatter(Limited(Vec::with_capacity(128)), Shallow(0))
 }
 
-/// What was written.
+/// The written bytes.
 pub(crate) fn written(writer: Writer) -> Vec<u8> {
     writer.into_inner().0
 }
@@ -31,7 +31,7 @@ pub(crate) fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, Error
     Ok(written(writer))
 }
 
-/// A buffer of at most [`limits::PAYLOAD_BYTES`]: what is too long is refused before it is there.
+/// A buffer that refuses bytes beyond [`limits::PAYLOAD_BYTES`].
 pub(crate) struct Limited(Vec<u8>);
 
 impl io::Write for Limited {
@@ -57,10 +57,10 @@ impl io::Write for Limited {
 
 #[cold]
 fn too_long() -> io::Error {
-    io::Error::other(format!("the content has more than {} bytes, the limit", limits::PAYLOAD_BYTES))
+    io::Error::other(format!("the content has more than the allowed {} bytes", limits::PAYLOAD_BYTES))
 }
 
-/// Compact JSON that counts how deep it is.
+/// Formats compact JSON, and refuses deep nesting.
 pub(crate) struct Shallow(u8);
 
 impl Shallow {

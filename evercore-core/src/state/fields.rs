@@ -9,7 +9,7 @@ use crate::json::{refuse, to_json};
 
 type Name = &'static str;
 
-/// Fields by name, in the order in which serde wrote them. One that was skipped says "keep".
+/// Fields by name, in the order in which serde wrote them. A skipped field is [`Patch::Keep`].
 #[derive(Default)]
 pub(super) struct Fields(Vec<(Name, Patch<Vec<u8>>)>);
 
@@ -26,12 +26,12 @@ impl Fields {
         self.0.iter().map(|(name, _)| *name)
     }
 
-    /// Whether every field says "keep".
+    /// Whether every field is [`Patch::Keep`].
     pub(super) fn are_none(&self) -> bool {
         self.0.iter().all(|(_, patch)| patch.is_keep())
     }
 
-    /// These fields of a state after the changes of an event; `cleared` gives the fields of a state without history.
+    /// These fields of a state after the changes of an event. `cleared` returns the fields of the default state.
     pub(super) fn overwritten_by(
         mut self,
         changes: Self,
@@ -76,7 +76,7 @@ impl Fields {
         }
     }
 
-    /// The value of the field; "keep" if serde did not write it.
+    /// The value of the field; [`Patch::Keep`] if serde did not write it.
     fn take(&mut self, name: Name) -> Patch<Vec<u8>> {
         self.0
             .iter_mut()
@@ -86,18 +86,18 @@ impl Fields {
     }
 }
 
-/// What is being collected.
+/// The source of the fields.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum From {
-    /// A struct; `null` is a value like others.
+    /// A struct, in which `null` is a value.
     State,
     /// An enum's variant.
     Event,
-    /// The struct within a newtype variant; as in all events, `null` means "keep".
+    /// The struct in a newtype variant. As in all events, `null` means keep.
     Content,
 }
 
-/// Takes structs, or variants, and nothing else.
+/// Accepts only structs, or only variants.
 struct Collector {
     from: From,
     fields: Fields,
@@ -105,9 +105,7 @@ struct Collector {
 
 impl Collector {
     fn refusal() -> Error {
-        Error::custom(
-            "a state has named fields; so has the content of its events, if there is any; no `flatten`",
-        )
+        Error::custom("a state and the content of its events must have named fields, without `flatten`")
     }
 
     fn start(self, allowed: bool) -> Result<Self, Error> {

@@ -1,4 +1,4 @@
-//! Aggregates whose state is simply overwritten by what the events say.
+//! Aggregates whose events overwrite fields of the state.
 
 mod fields;
 mod patch;
@@ -16,13 +16,13 @@ use crate::context::EventContext;
 use crate::error::BoxError;
 use crate::json::{Json, Shape, shape_of};
 
-/// An aggregate whose events overwrite fields of its state, so that no `apply` need be written.
+/// An aggregate whose events overwrite fields of its state, so that you write no `apply`.
 ///
 /// The fields of an event's variant are copied to the fields of the state that have the same name:
-/// * A missing field, `None` or `null` leaves the state's field alone. So does a variant without content.
-/// * [`Patch`] lets an event also clear a field, which brings back its value in the state's `Default`.
-/// * A field that the state does not have, or whose value the state's field cannot hold, is an error; the state is
-///   then as it was before.
+/// * A missing field, `None` or `null` does not change the state's field. A variant without content changes nothing.
+/// * With [`Patch`] an event can also clear a field, which then gets its value from the state's `Default`.
+/// * If the state does not have a field, or the field cannot hold the value, that is an error, and the state is not
+///   changed.
 ///
 /// ```
 /// use evercore_core::{Aggregate, BoxError, Patch, StateAggregate};
@@ -54,17 +54,17 @@ use crate::json::{Json, Shape, shape_of};
 ///
 /// # What the state must be
 ///
-/// A struct with named fields that serde can write to JSON and read again, for that is what happens at each event.
-/// Names are those that serde writes (`rename`, `rename_all`), an `alias` is none of them. `skip_serializing_if` needs
-/// its `default`, as ever. A field with `skip` cannot be set by an event and comes back as serde fills it;
-/// `flatten` and tuple structs are refused.
+/// A struct with named fields that serde can write to JSON and read again, because each event does both. A field has
+/// the name that serde writes (`rename`, `rename_all`); an `alias` does not count. `skip_serializing_if` needs a
+/// `default`, as always. An event cannot set a field with `skip`, and serde gives it its default. `flatten` and tuple
+/// structs are refused.
 ///
-/// A field is overwritten as a whole. What lies within it, such as a nested struct, is read by serde's rules: put
-/// `#[serde(deny_unknown_fields)]` on a nested struct that shall not overlook anything.
+/// A field is overwritten as a whole. Serde's rules apply to a nested struct: with `#[serde(deny_unknown_fields)]` it
+/// refuses fields that it does not know.
 ///
 /// # What an event must be
 ///
-/// What [`Json`] takes; the variants have named fields, one struct with named fields, or no content.
+/// An enum that [`Json`] accepts. Its variants have named fields, one struct with named fields, or no content.
 pub trait StateAggregate: Default + Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
     /// As [`Aggregate::TYPE`].
     const TYPE: &'static str;
@@ -78,7 +78,7 @@ pub trait StateAggregate: Default + Clone + Serialize + DeserializeOwned + Send 
     /// As [`Aggregate::TRUSTS_CODEC`].
     const TRUSTS_CODEC: bool = false;
 
-    /// What can happen to it: an enum that serde can write and read.
+    /// Its events: an enum that serde can write and read.
     type Event: Serialize + DeserializeOwned + Send + Sync + 'static;
 
     /// As [`Aggregate::validate`].
@@ -99,7 +99,7 @@ impl<S: StateAggregate> Aggregate for S {
     type Event = S::Event;
     type Codec = Json;
 
-    /// Overwrites the fields; an event that does not fit changes nothing. A store tells of such an event instead.
+    /// Overwrites the fields. An event that does not fit changes nothing; a store reports it as an error.
     fn apply(&mut self, event: S::Event) {
         if let Ok(changed) = overwritten(self, &event) {
             *self = changed;
@@ -116,14 +116,14 @@ impl<S: StateAggregate> Aggregate for S {
     }
 }
 
-/// The state with the event's fields written over its own.
+/// The state after the event has overwritten its fields.
 fn overwritten<S: StateAggregate>(state: &S, event: &S::Event) -> Result<S, BoxError> {
     let Shape::Struct(known) = shape_of::<S>() else {
         return Err("the state must be a struct with named fields, without `flatten`".into());
     };
     let changes = Fields::of_event(event)?;
-    if let Some(stranger) = changes.names().find(|name| !known.contains(name)) {
-        return Err(format!("the state has no field \"{stranger}\"").into());
+    if let Some(unknown) = changes.names().find(|name| !known.contains(name)) {
+        return Err(format!("the state has no field \"{unknown}\"").into());
     }
     if changes.are_none() {
         return Ok(state.clone());

@@ -1,4 +1,4 @@
-//! What an event says about one field: keep, set or clear.
+//! The change of one field by an event: keep, set or clear.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,16 +8,16 @@ use serde::ser::{Impossible, Serialize, Serializer};
 
 use crate::json::{refuse, to_json};
 
-/// What an event of a [`StateAggregate`](crate::StateAggregate) says about one field.
+/// How an event of a [`StateAggregate`](crate::StateAggregate) changes one field.
 ///
-/// As JSON, `null` or nothing at all means keep, `{"set":…}` set, `"clear"` clear.
+/// In JSON, `null` and a missing field mean keep, `{"set":…}` means set, and `"clear"` means clear.
 ///
 /// ```
 /// # use evercore_core::Patch;
 /// #[derive(serde::Serialize, serde::Deserialize)]
 /// enum CustomerEvent {
 ///     Changed {
-///         #[serde(default, skip_serializing_if = "Patch::is_keep")] // optional: spares the payload a `null`
+///         #[serde(default, skip_serializing_if = "Patch::is_keep")] // optional: leaves out a `null`
 ///         phone: Patch<String>,
 ///     },
 /// }
@@ -40,10 +40,10 @@ impl<T> Patch<T> {
     }
 }
 
-/// The name under which a [`Change`] meets [`PatchReader`]; nobody else's type has it, and JSON does not show it.
+/// By this name [`PatchReader`] recognises a [`Change`]. No other type has it, and it does not appear in JSON.
 const CHANGE: &str = "$evercore::Change";
 
-/// What is written of a patch that is not "keep".
+/// The form in which set and clear are written.
 #[derive(serde::Serialize, serde::Deserialize)]
 #[serde(rename = "$evercore::Change", rename_all = "lowercase")]
 enum Change<T> {
@@ -63,7 +63,7 @@ impl<T: Serialize> Serialize for Patch<T> {
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patch<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // As an option, so that a missing field means "keep" without further attributes.
+        // Read as an option, so that a missing field means keep without further attributes.
         deserializer.deserialize_option(PatchVisitor(PhantomData))
     }
 }
@@ -93,7 +93,8 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for PatchVisitor<T> {
     }
 }
 
-/// What an event's field says, as JSON. A field that is no [`Patch`] says "set", or "keep" if it is `null`.
+/// The change by an event's field, with JSON as the value. A field that is not a [`Patch`] means set, or keep if it is
+/// `null`.
 pub(super) fn patch_of<T: Serialize + ?Sized>(value: &T) -> Result<Patch<Vec<u8>>, serde_json::Error> {
     if let Ok(patch) = value.serialize(PatchReader) {
         return patch;
@@ -102,7 +103,7 @@ pub(super) fn patch_of<T: Serialize + ?Sized>(value: &T) -> Result<Patch<Vec<u8>
     Ok(if json == b"null" { Patch::Keep } else { Patch::Set(json) })
 }
 
-/// Takes a [`Patch`] and nothing else.
+/// Accepts only a [`Patch`].
 struct PatchReader;
 
 impl PatchReader {
@@ -145,7 +146,7 @@ impl Serializer for PatchReader {
     refuse!(scalars collections structs tuple_variants struct_variants);
 }
 
-/// The value is no [`Patch`].
+/// The value is not a [`Patch`].
 #[derive(Debug)]
 struct NotAPatch;
 

@@ -114,7 +114,7 @@ enum ThingEvent {
     Nulled {
         nickname: Patch<Option<String>>,
     },
-    // What does not fit.
+    // Events that do not fit.
     Strange {
         unknown: Option<u8>,
     },
