@@ -1,4 +1,4 @@
-//! What a user writes: the aggregate, and how its events and its state become bytes.
+//! The traits that users implement: aggregates, and codecs for events and states.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -7,7 +7,7 @@ use crate::context::EventContext;
 use crate::error::{BoxError, Result};
 use crate::name::AggregateType;
 
-/// An aggregate: a state that changes by events, and by nothing else.
+/// An aggregate: a state that only events change.
 ///
 /// ```
 /// use evercore_core::{Aggregate, BoxError, Json};
@@ -40,38 +40,38 @@ use crate::name::AggregateType;
 /// }
 /// ```
 pub trait Aggregate: Default + Clone + Send + Sync + 'static {
-    /// The name of the type, as it is stored; see [`AggregateType`](crate::AggregateType) for what a name may be.
+    /// The stored name of the type. [`AggregateType`](crate::AggregateType) has the rules for names.
     const TYPE: &'static str;
 
-    /// After how many events the state is kept as a snapshot; 0, the default: never.
+    /// After how many events a snapshot of the state is kept. The default is 0: never.
     const SNAPSHOT_EVERY: u32 = 0;
 
-    /// The version of the state's shape. Raise it whenever the state changes its shape or its meaning: snapshots of
-    /// another version are not read, the events are.
+    /// The version of the state's type. Raise it whenever the type changes its fields or its meaning: snapshots of
+    /// another version are ignored, and the events are replayed.
     const SNAPSHOT_VERSION: u32 = 1;
 
-    /// Whether events and snapshots are written without reading them back first; `false`, the default: they are read.
+    /// Whether events and snapshots are written without reading them back first. The default is `false`: they are read.
     ///
-    /// By default `record` decodes what the codec has written, refuses an event that does not come back, and applies
-    /// the decoded event. So the state in hand is the state that a load will find. That costs a decoding and a second
-    /// encoding per event. Set this to `true` only if you have measured that cost and tests show that every event and
-    /// state comes back: an event that cannot be decoded makes its aggregate unreadable.
+    /// By default `record` decodes the encoded event, refuses it if the result differs, and applies the decoded event.
+    /// So the state in memory is the same as after a load. That costs a decoding and a second encoding per event. Set
+    /// this to `true` only if you have measured that cost, and tests show that every event and state can be decoded: an
+    /// event that cannot be decoded makes its aggregate unreadable.
     const TRUSTS_CODEC: bool = false;
 
-    /// What can happen to it; most often an enum.
+    /// The events of the aggregate, usually an enum.
     type Event: Send + Sync + 'static;
 
-    /// How events and state become bytes; most often [`Json`](crate::Json). A state that is never kept as a snapshot
-    /// needs no serde: see [`EventsOnly`].
+    /// Encodes events and the state, usually [`Json`](crate::Json). A state without snapshots needs no serde: see
+    /// [`EventsOnly`].
     type Codec: EventCodec<Self::Event> + StateCodec<Self>;
 
-    /// Changes the state by what has happened. It is history: it cannot be refused.
+    /// Changes the state. The event has already happened, so it cannot be refused.
     fn apply(&mut self, event: Self::Event);
 
     /// As [`apply`](Self::apply), for a state that also depends on the event's time or metadata, or that an event may
-    /// not fit. A store calls this method wherever it applies an event; by default it calls `apply`.
+    /// not fit. A store always calls this method to apply an event; by default it calls `apply`.
     ///
-    /// The context is the same when the event is recorded and whenever it is replayed.
+    /// The context is the same when the event is recorded and when it is replayed.
     ///
     /// ```
     /// use evercore_core::{Aggregate, BoxError, EventContext, Json, Timestamp};
@@ -116,16 +116,16 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Refuses a state that must not be. Asked after each newly recorded event, never when history is replayed.
+    /// Refuses a state that is not allowed. Called after each newly recorded event, and never during a replay.
     ///
     /// # Errors
-    /// Any error or sentence; it comes back as the source of [`InvalidState`](crate::ErrorKind::InvalidState).
+    /// Any error or text. It becomes the source of [`InvalidState`](crate::ErrorKind::InvalidState).
     fn validate(&self) -> Result<(), BoxError> {
         Ok(())
     }
 }
 
-/// An event as bytes, under the name by which it is stored.
+/// An encoded event, with the name of its type.
 #[derive(Clone, PartialEq, Eq)]
 #[expect(missing_debug_implementations, reason = "it is all content, and content is not shown")]
 pub struct Encoded {
@@ -135,11 +135,11 @@ pub struct Encoded {
     pub payload: Vec<u8>,
 }
 
-/// How the events of one aggregate become bytes and come back. [`Json`](crate::Json) serves most; encryption,
-/// protobuf, CBOR are others. Without state: what a codec needs, such as keys, it finds by itself.
+/// Encodes and decodes the events of an aggregate. [`Json`](crate::Json) is enough for most. Others can use encryption,
+/// protobuf or CBOR. A codec has no state, so it must find its keys by itself.
 ///
-/// A codec that wraps another one passes each method on. A codec that does not always write the same bytes, for instance
-/// since it encrypts with a nonce, writes [`read_back`](Self::read_back) itself:
+/// A codec that wraps another one passes each method on. A codec that does not always write the same bytes, for example
+/// because it encrypts with a nonce, implements [`read_back`](Self::read_back) itself:
 ///
 /// ```
 /// use evercore_core::{BoxError, Encoded, EventCodec, Json};
@@ -172,57 +172,58 @@ pub struct Encoded {
 /// }
 /// ```
 pub trait EventCodec<E> {
-    /// The event as bytes.
+    /// Encodes an event.
     ///
     /// # Errors
-    /// Any; it comes back as the source of [`Codec`](crate::ErrorKind::Codec).
+    /// Any. It becomes the source of [`Codec`](crate::ErrorKind::Codec).
     fn encode(event: &E) -> Result<Encoded, BoxError>;
 
-    /// The event from bytes, by the name under which it was stored.
+    /// Decodes an event from its stored name and bytes.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
     fn decode(event_type: &str, payload: &[u8]) -> Result<E, BoxError>;
 
-    /// Decodes what [`encode`](Self::encode) has just written, and refuses it if the decoded event is written in another
-    /// way. `record` calls this, stages `encoded`, and applies what comes back.
+    /// Decodes the result of [`encode`](Self::encode), and refuses it if the decoded event is encoded differently.
+    /// `record` calls this, stages `encoded`, and applies the decoded event.
     ///
-    /// By default the bytes must be the same. A codec for which different bytes can say the same compares what they say.
+    /// By default the bytes must be the same. A codec that can write the same event in different bytes must compare the
+    /// meaning.
     ///
     /// # Errors
-    /// Any; it comes back as the source of [`Codec`](crate::ErrorKind::Codec), and the event is not recorded.
+    /// Any. It becomes the source of [`Codec`](crate::ErrorKind::Codec), and the event is not recorded.
     fn read_back(encoded: &Encoded) -> Result<E, BoxError> {
         let event = Self::decode(&encoded.event_type, &encoded.payload)?;
         if Self::encode(&event)? == *encoded { Ok(event) } else { Err(COMES_BACK_CHANGED.into()) }
     }
 
-    /// The names under which events are written, as far as the codec knows them: what a warm-up registers. A name that
-    /// is only read, such as an alias, is not one of them.
+    /// The names of event types that a warm-up registers: those that the codec knows and writes. A name that is only
+    /// read, such as an alias, is not one of them.
     fn event_types() -> Vec<&'static str>;
 }
 
-/// Said of an event or state that is written in another way once it was read.
+/// The error for an event or state that is encoded differently after it was decoded.
 pub(crate) const COMES_BACK_CHANGED: &str = "what was written is read as another value";
 
-/// How the state of an aggregate becomes the bytes of a snapshot and comes back.
+/// Encodes and decodes the states of an aggregate for snapshots.
 pub trait StateCodec<S> {
-    /// Whether there is a codec for states at all. Without one, an aggregate with snapshots does not compile.
+    /// Whether there is a codec for states. Without one, an aggregate with snapshots does not compile.
     const KEEPS_STATES: bool = true;
 
-    /// The state as bytes.
+    /// Encodes a state.
     ///
     /// # Errors
-    /// Any; no snapshot is then kept, which is counted, and the unit of work goes on.
+    /// Any. Then no snapshot is kept, which is counted, and the unit of work continues.
     fn encode_state(state: &S) -> Result<Vec<u8>, BoxError>;
 
-    /// The state from bytes.
+    /// Decodes a state.
     ///
     /// # Errors
-    /// Any; the snapshot is then ignored, counted, and the events are replayed.
+    /// Any. Then the snapshot is ignored, which is counted, and the events are replayed.
     fn decode_state(bytes: &[u8]) -> Result<S, BoxError>;
 
-    /// Decodes what [`encode_state`](Self::encode_state) has just written, and refuses it if the decoded state is
-    /// written in another way. Called before a snapshot is staged.
+    /// Decodes the result of [`encode_state`](Self::encode_state), and refuses it if the decoded state is encoded
+    /// differently. Called before a snapshot is staged.
     ///
     /// By default the bytes must be the same, as with [`EventCodec::read_back`].
     ///
@@ -234,7 +235,7 @@ pub trait StateCodec<S> {
     }
 }
 
-/// The codec `C` for events, and none for the state: for an aggregate that keeps no snapshots.
+/// The codec `C` for events, and no codec for the state. For an aggregate without snapshots.
 ///
 /// ```
 /// use std::collections::HashMap;
@@ -243,7 +244,7 @@ pub trait StateCodec<S> {
 /// use evercore_core::{Aggregate, EventsOnly, Json};
 /// use serde::{Deserialize, Serialize};
 ///
-/// /// JSON has no such keys, and serde no such values.
+/// /// JSON has no such keys, and serde has no such values.
 /// #[derive(Clone, Default)]
 /// struct Grid { cells: HashMap<(u8, u8), Instant> }
 ///
@@ -309,7 +310,7 @@ impl<S, C> StateCodec<S> for EventsOnly<C> {
 
 const NO_STATES: &str = "the codec is for events only";
 
-/// The name of this type, checked.
+/// The checked name of this type.
 pub(crate) fn aggregate_type<T: Aggregate>() -> Result<AggregateType> {
     AggregateType::from_static(T::TYPE)
 }

@@ -1,4 +1,4 @@
-//! What an aggregate may know of an event beside its content.
+//! The data of an event that an aggregate may use besides its content.
 
 use std::fmt;
 
@@ -7,12 +7,11 @@ use crate::ids::Sequence;
 use crate::metadata::{Headers, Metadata};
 use crate::time::Timestamp;
 
-/// What is known of an event beside its content when it is applied; see
-/// [`Aggregate::apply_with`](crate::Aggregate::apply_with).
+/// The data of an event besides its content, for [`Aggregate::apply_with`](crate::Aggregate::apply_with).
 ///
-/// It holds only what is fixed when the event is recorded, and so is the same whenever the event is applied. Position
-/// and time of recording are given by the commit and are not in it: a state that had them would differ from one that is
-/// replayed.
+/// It contains only data that is fixed when the event is recorded, so it is the same whenever the event is applied. The
+/// position and the time of recording are missing, because they are known only after the commit: a state that used them
+/// would be different after a replay.
 #[derive(Clone, Copy)]
 pub struct EventContext<'a> {
     sequence: Sequence,
@@ -24,12 +23,12 @@ pub struct EventContext<'a> {
 enum Beside<'a> {
     /// The event is being recorded.
     Metadata(&'a Metadata),
-    /// The event is read.
+    /// The event is replayed.
     Event(&'a Event),
 }
 
 impl<'a> EventContext<'a> {
-    /// The context of an event that is not stored, for tests of an aggregate. A time in `metadata` is not looked at.
+    /// The context of an event that is not stored, for tests of an aggregate. A time in `metadata` is ignored.
     pub fn new(sequence: Sequence, time: Timestamp, metadata: &'a Metadata) -> Self {
         Self { sequence, time, beside: Beside::Metadata(metadata) }
     }
@@ -44,12 +43,12 @@ impl<'a> EventContext<'a> {
         self.sequence
     }
 
-    /// When it happened, as the writer said.
+    /// When it happened, according to the writer.
     pub fn time(&self) -> Timestamp {
         self.time
     }
 
-    /// The application's own word.
+    /// The application's reference.
     pub fn reference(&self) -> Option<&'a str> {
         match self.beside {
             Beside::Metadata(metadata) => metadata.reference(),
@@ -82,7 +81,7 @@ impl<'a> EventContext<'a> {
     }
 }
 
-/// Shows sequence and time, not what else is set.
+/// Shows the sequence and the time, and nothing else.
 impl fmt::Debug for EventContext<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EventContext")

@@ -1,4 +1,4 @@
-//! Events: as they go into a commit, and as they come back, a page at a time.
+//! Events: new ones for a commit, and pages of recorded ones.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,17 +10,17 @@ use crate::metadata::{Headers, Metadata};
 use crate::name::{AggregateType, EventType};
 use crate::time::Timestamp;
 
-/// The content of an event or of a snapshot: bytes, of at most [`limits::PAYLOAD_BYTES`].
+/// The content of an event or of a snapshot, at most [`limits::PAYLOAD_BYTES`] bytes.
 ///
-/// `Debug` shows the length only.
+/// `Debug` shows only the length.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Payload(Vec<u8>);
 
 impl Payload {
-    /// Takes bytes; they are checked before anything is copied.
+    /// Checks the length, and then copies the bytes.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAYLOAD_BYTES`].
+    /// [`Invalid`](crate::ErrorKind::Invalid) if there are more than [`limits::PAYLOAD_BYTES`].
     pub fn new(bytes: impl AsRef<[u8]> + Into<Vec<u8>>) -> Result<Self> {
         let (length, limit) = (bytes.as_ref().len(), limits::PAYLOAD_BYTES);
         if length > limit {
@@ -41,21 +41,20 @@ impl fmt::Debug for Payload {
     }
 }
 
-/// An event on its way into a commit; the engine numbers it.
+/// An event that will be committed. The engine gives it its numbers.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
-    /// What happened.
+    /// The type of the event.
     pub event_type: EventType,
     /// The content.
     pub payload: Payload,
     /// When it happened.
     pub time: Timestamp,
-    /// What it carries beside its content, often shared by all events of a unit. Its `time` is not looked at: the
-    /// field above is the one that counts.
+    /// Its metadata, often shared by all events of a unit. The `time` in it is ignored: the field above counts.
     pub metadata: Arc<Metadata>,
 }
 
-/// One event as an engine hands it to an [`EventsBuilder`], borrowed from the row it was read from.
+/// One event, borrowed from a row. An engine gives it to an [`EventsBuilder`].
 #[derive(Clone, Copy)]
 #[expect(missing_debug_implementations, reason = "it is all content, and content is not shown")]
 pub struct EventRow<'a> {
@@ -67,15 +66,15 @@ pub struct EventRow<'a> {
     pub aggregate_type: &'a AggregateType,
     /// Its number within the aggregate.
     pub sequence: Sequence,
-    /// What happened.
+    /// The type of the event.
     pub event_type: &'a EventType,
     /// When it happened.
     pub time: Timestamp,
-    /// When it was committed, by the engine's clock; never goes back along the log.
+    /// When it was committed, by the engine's clock. It never decreases along the log.
     pub recorded_at: Timestamp,
     /// The content.
     pub payload: &'a [u8],
-    /// The application's own word.
+    /// The application's reference.
     pub reference: Option<&'a str>,
     /// The id of the conversation.
     pub correlation_id: Option<&'a str>,
@@ -86,7 +85,7 @@ pub struct EventRow<'a> {
 }
 
 impl EventRow<'_> {
-    /// How many bytes it adds to a page: its payload, its texts and its headers.
+    /// How many bytes it adds to a page, for its payload, texts and headers.
     pub fn bytes(&self) -> usize {
         let texts = [self.reference, self.correlation_id, self.causation_id];
         let texts: usize = texts.into_iter().flatten().map(str::len).sum();
@@ -96,7 +95,7 @@ impl EventRow<'_> {
     }
 }
 
-/// Collects a page of events without an allocation per event: contents and texts lie end to end in one buffer each.
+/// Collects a page of events without an allocation per event: one buffer has all payloads, and one has all texts.
 #[derive(Default)]
 #[expect(missing_debug_implementations, reason = "lives for one read")]
 pub struct EventsBuilder {
@@ -132,17 +131,17 @@ impl EventsBuilder {
         page.rows.push(stored);
     }
 
-    /// How many events there are by now.
+    /// How many events the page has so far.
     pub fn len(&self) -> usize {
         self.page.rows.len()
     }
 
-    /// Whether there is no event yet.
+    /// Whether the page has no event yet.
     pub fn is_empty(&self) -> bool {
         self.page.rows.is_empty()
     }
 
-    /// How many bytes there are by now: payloads, references, ids and headers.
+    /// How many bytes the page has so far: payloads, references, ids and headers.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -153,19 +152,19 @@ impl EventsBuilder {
     }
 }
 
-/// Events in the order in which they were read; cheap to clone.
+/// Events in the order in which they were read. Cheap to clone.
 ///
-/// An [`Event`] taken from it keeps the page in memory.
+/// Each [`Event`] of a page keeps the whole page in memory.
 #[derive(Clone, Default)]
 pub struct Events(Arc<Page>);
 
 impl Events {
-    /// How many there are.
+    /// How many events the page has.
     pub fn len(&self) -> usize {
         self.0.rows.len()
     }
 
-    /// Whether there is none.
+    /// Whether the page has no events.
     pub fn is_empty(&self) -> bool {
         self.0.rows.is_empty()
     }
@@ -215,7 +214,7 @@ impl IntoIterator for &Events {
     }
 }
 
-/// The events of a page, one after the other.
+/// The events of a page, one after another.
 #[derive(Clone, Debug)]
 pub struct EventsIter {
     page: Events,
@@ -239,9 +238,9 @@ impl Iterator for EventsIter {
 
 impl ExactSizeIterator for EventsIter {}
 
-/// A recorded event: what happened, to which aggregate, when, and where it stands in the log.
+/// A recorded event, with its aggregate, its time and its place in the log.
 ///
-/// Cheap to clone. Equal are two events of which every field is equal. `Debug` shows no content.
+/// Cheap to clone. Two events are equal if all their fields are equal. `Debug` shows no content.
 #[derive(Clone)]
 pub struct Event {
     page: Events,
@@ -253,7 +252,7 @@ impl Event {
         &self.page.0.rows[self.row]
     }
 
-    /// The event as a row, borrowed: for engines that pass events on, and for [`Filter`](crate::Filter).
+    /// The event as a borrowed row, for engines that copy events, and for [`Filter`](crate::Filter).
     pub fn as_row(&self) -> EventRow<'_> {
         EventRow {
             position: self.position(),
@@ -291,27 +290,27 @@ impl Event {
         self.row().sequence
     }
 
-    /// What happened.
+    /// The type of the event.
     pub fn event_type(&self) -> &EventType {
         &self.page.0.event_types[self.row().event_type as usize]
     }
 
-    /// When it happened, as the writer said.
+    /// When it happened, according to the writer.
     pub fn time(&self) -> Timestamp {
         self.row().time
     }
 
-    /// When it was committed, by the engine's clock; never goes back along the log.
+    /// When it was committed, by the engine's clock. It never decreases along the log.
     pub fn recorded_at(&self) -> Timestamp {
         self.row().recorded_at
     }
 
-    /// The content, as its codec wrote it.
+    /// The content, in the encoding of its codec.
     pub fn payload(&self) -> &[u8] {
         &self.page.0.bytes[self.row().payload.range()]
     }
 
-    /// The application's own word.
+    /// The application's reference.
     pub fn reference(&self) -> Option<&str> {
         self.page.0.text(self.row().reference)
     }
@@ -377,7 +376,7 @@ struct Page {
     event_types: Vec<EventType>,
 }
 
-/// Kept small: a page holds up to [`limits::PAGE_EVENTS`] of them, and its buffers stay far below 4 GiB.
+/// Small, because a page has up to [`limits::PAGE_EVENTS`] of them. The buffers of a page are far below 4 GiB.
 struct Row {
     position: Position,
     aggregate: AggregateId,
@@ -393,14 +392,14 @@ struct Row {
     headers: u32,
 }
 
-/// A piece of a page's buffer.
+/// A range of a page's buffer.
 #[derive(Clone, Copy)]
 struct Span {
     start: u32,
     length: u32,
 }
 
-/// An index that stands for "there is none".
+/// The index that means "none".
 const NONE: u32 = u32::MAX;
 
 impl Span {
@@ -419,7 +418,7 @@ impl Span {
 /// A length or index within a page.
 ///
 /// # Panics
-/// From 4 GiB on, which is beyond what the limits of a page and of an event leave room for.
+/// 4 GiB or more, which the limits of pages and events exclude.
 fn small(number: usize) -> u32 {
     match u32::try_from(number) {
         Ok(small) if small != NONE => small,
@@ -445,8 +444,8 @@ impl Page {
     }
 }
 
-/// The place of a name in a page's table. Names come from an engine's interner, so the same name is the same memory;
-/// where it is not, or lies far back, the name is simply noted once more.
+/// The index of a name in a page's table. Engines intern their names, so equal names are usually the same allocation.
+/// If not, or if the name was added long ago, it is added again.
 fn index_of<T: Clone>(table: &mut Vec<T>, name: &T, is_same: fn(&T, &T) -> bool) -> u32 {
     let looked_at = table.len().saturating_sub(32);
     if let Some(back) = table[looked_at..].iter().rev().position(|known| is_same(known, name)) {

@@ -1,4 +1,4 @@
-//! The numbers of the log: an aggregate's id, a sequence within it, a position in the whole.
+//! The numbers of the log: aggregate ids, sequences and positions.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// What a number of ours shares with a plain one: it is read from text, made from `i64` and turned into it.
+/// Conversions of a number from text, and from and to `i64`.
 macro_rules! impl_number {
     ($name:ident, $what:literal) => {
         impl From<$name> for i64 {
@@ -27,19 +27,20 @@ macro_rules! impl_number {
             type Err = Error;
 
             fn from_str(text: &str) -> Result<Self> {
-                let number = text.parse().map_err(|_| Error::invalid(concat!("the text is no ", $what)))?;
+                let number =
+                    text.parse().map_err(|_| Error::invalid(concat!("the text is not a valid ", $what)))?;
                 Self::new(number)
             }
         }
     };
 }
 
-/// Identifies an aggregate within one store; 1 or more, never used again.
+/// Identifies an aggregate within one store. It is at least 1, and never used again.
 ///
-/// Ids are reserved in blocks before the commit, so there are holes between them. They mean nothing.
+/// Ids are reserved in blocks before the commit, so some are never used.
 ///
-/// Ids, sequences and positions are read from text, and with the feature `json` they are numbers to serde. A database
-/// driver takes them as `i64`:
+/// Ids, sequences and positions can be parsed from text. With the feature `json`, serde uses numbers. For a database
+/// driver they convert to `i64`:
 ///
 /// ```
 /// # use evercore_core::{AggregateId, Position};
@@ -53,7 +54,7 @@ macro_rules! impl_number {
 pub struct AggregateId(i64);
 
 impl AggregateId {
-    /// Takes an id that came from elsewhere, for instance from a URL.
+    /// Makes an id from a number, for example from a URL.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if it is zero or negative.
@@ -84,15 +85,16 @@ impl fmt::Display for AggregateId {
 
 impl_number!(AggregateId, "aggregate id");
 
-/// A block of ids that one store may give to new aggregates, and nobody else.
+/// A block of ids that is reserved for the new aggregates of one `EventStore`.
 #[derive(Debug, Default)]
 pub struct IdBlock(Range<i64>);
 
 impl IdBlock {
-    /// The block that begins with `first` and has `count` ids.
+    /// A block of `count` ids that begins with `first`.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) if `first` is not positive or the block passes the largest number.
+    /// [`Invalid`](crate::ErrorKind::Invalid) if `first` is not positive, or if the block would exceed the largest
+    /// number.
     pub fn new(first: i64, count: u32) -> Result<Self> {
         match first.checked_add(i64::from(count)) {
             Some(end) if first >= 1 => Ok(Self(first..end)),
@@ -170,14 +172,14 @@ macro_rules! counter {
 counter! {
     /// The number of an event within its aggregate: 1, 2, 3, … without holes.
     ///
-    /// [`Sequence::ZERO`] is an aggregate that has no event yet.
+    /// [`Sequence::ZERO`] means that the aggregate has no event yet.
     Sequence, "sequence"
 }
 
 counter! {
     /// The place of an event in the log of the whole store: 1, 2, 3, … in commit order, without holes.
     ///
-    /// A reader that has seen position p never meets an unseen event at or below p. [`Position::ZERO`] is the
-    /// beginning, before the first event.
+    /// After a reader has seen position p, no new event appears at or below p. [`Position::ZERO`] is the beginning,
+    /// before the first event.
     Position, "position"
 }

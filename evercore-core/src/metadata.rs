@@ -1,4 +1,4 @@
-//! What an event carries beside its content: time, reference, correlation and causation ids, headers.
+//! Metadata of an event: time, reference, correlation and causation ids, headers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,14 +9,14 @@ use crate::event::Event;
 use crate::limits;
 use crate::time::Timestamp;
 
-/// Free names and values beside an event, in the order of their names.
+/// Names and values of your choice, in the order of the names.
 pub type Headers = BTreeMap<String, String>;
 
-/// What a unit of work, or one event of it, carries beside its content.
+/// Data about a unit of work or about one of its events.
 ///
-/// Set on a whole unit with [`UnitOfWork::set_metadata`](crate::UnitOfWork::set_metadata), on one event with
-/// [`UnitOfWork::record_with`](crate::UnitOfWork::record_with); what an event sets goes before what its unit sets.
-/// All of it comes back on every read path, equal on all engines.
+/// Set it for a whole unit with [`UnitOfWork::set_metadata`](crate::UnitOfWork::set_metadata), and for one event with
+/// [`UnitOfWork::record_with`](crate::UnitOfWork::record_with). The values of an event replace those of its unit. Every
+/// read returns all of it, on all engines.
 ///
 /// ```
 /// use evercore_core::{Metadata, Timestamp};
@@ -44,19 +44,19 @@ impl Metadata {
         Self::default()
     }
 
-    /// Sets the time at which the event happened; without one it is the time of recording.
+    /// Sets the time at which the event happened. The default is the time of recording.
     ///
-    /// Any time there is: the order of events is their position, never their time.
+    /// Any time is allowed, because events are ordered by position, never by time.
     #[must_use]
     pub fn with_time(mut self, time: Timestamp) -> Self {
         self.time = Some(time);
         self
     }
 
-    /// Sets a word of the application's own: who did it, a document, a request.
+    /// Sets a reference for your application, such as a user, a document or a request.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) with a NUL, or over [`limits::REFERENCE_BYTES`].
+    /// [`Invalid`](crate::ErrorKind::Invalid) if it has a NUL, or more than [`limits::REFERENCE_BYTES`].
     pub fn with_reference(mut self, reference: impl AsRef<str>) -> Result<Self> {
         self.reference = Some(checked("reference", reference.as_ref())?);
         Ok(self)
@@ -80,8 +80,8 @@ impl Metadata {
         Ok(self)
     }
 
-    /// Says that this event caused what is written: its position becomes the causation id, and its correlation id is
-    /// carried on; an event without one begins the conversation, and its position is the correlation id.
+    /// Sets this event as the cause: its position becomes the causation id, and its correlation id is kept. If it has
+    /// no correlation id, it starts the conversation, and its position becomes the correlation id.
     #[must_use]
     pub fn caused_by(mut self, event: &Event) -> Self {
         let position: Arc<str> = event.position().to_string().into();
@@ -90,11 +90,11 @@ impl Metadata {
         self
     }
 
-    /// Adds a header, in place of an earlier one of the same name.
+    /// Adds a header, and replaces one with the same name.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the name is empty, name or value has a NUL, or all headers together
-    /// are over [`limits::HEADERS_BYTES`].
+    /// have more than [`limits::HEADERS_BYTES`].
     pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Result<Self> {
         let (name, value) = (name.into(), value.into());
         if name.is_empty() {
@@ -116,12 +116,12 @@ impl Metadata {
         Ok(self)
     }
 
-    /// When it happened, if set.
+    /// The time at which the event happened, if set.
     pub fn time(&self) -> Option<Timestamp> {
         self.time
     }
 
-    /// The application's own word, if set.
+    /// The application's reference, if set.
     pub fn reference(&self) -> Option<&str> {
         self.reference.as_deref()
     }
@@ -136,7 +136,7 @@ impl Metadata {
         self.causation_id.as_deref()
     }
 
-    /// The headers; empty if none was set.
+    /// The headers; empty if none is set.
     pub fn headers(&self) -> &Headers {
         &self.headers
     }
@@ -149,11 +149,11 @@ impl Metadata {
 
     /// How many bytes the headers have as a JSON object; 0 if there are none.
     pub(crate) fn header_json_bytes(&self) -> usize {
-        // Each name and value has two quotes and what follows it, a colon or a comma.
+        // Each name and value has two quotes, and then a colon or a comma.
         self.headers.iter().map(|(name, value)| json_bytes(name) + json_bytes(value) + 6).sum()
     }
 
-    /// This metadata where it says something, `base` where it does not; headers are joined by name.
+    /// This metadata, with values from `base` if they are missing here. Headers are merged by name.
     pub(crate) fn over(mut self, base: &Self) -> Result<Self> {
         self.time = self.time.or(base.time);
         self.reference = self.reference.or_else(|| base.reference.clone());
@@ -166,7 +166,7 @@ impl Metadata {
     }
 }
 
-/// Shows the time and what else is set, not what it says.
+/// Shows the time, and which other values are set, but not the values.
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Metadata")
@@ -189,7 +189,7 @@ fn json_bytes(text: &str) -> usize {
     text.bytes().map(letter).sum()
 }
 
-/// Checks what reference, correlation id and causation id share.
+/// Checks a reference, correlation id or causation id.
 pub(crate) fn checked(what: &str, text: &str) -> Result<Arc<str>> {
     let limit = limits::REFERENCE_BYTES;
     if text.len() > limit {

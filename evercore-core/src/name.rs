@@ -1,4 +1,4 @@
-//! Names and keys, checked where they are born: aggregate type, event type, natural key, command id.
+//! Names and keys, checked when they are made: aggregate type, event type, natural key, command id.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::text::Text;
 
-/// Checks what all names share: not empty, not longer than `limit` bytes, no NUL (PostgreSQL cannot store one).
+/// The rules of all names: not empty, not longer than `limit` bytes, no NUL (PostgreSQL cannot store one).
 ///
-/// The message never shows the text itself when `what` may be personal data; it names the rule.
+/// The message names the rule and never shows the text, which may be personal data.
 fn check(what: &str, text: &str, limit: usize) -> Result<()> {
     if text.is_empty() {
         return Err(Error::invalid_name(format!("{what} is empty")));
@@ -124,20 +124,20 @@ macro_rules! name {
 }
 
 name! {
-    /// The name of a type of aggregate, such as `user`.
+    /// The name of an aggregate type, such as `user`.
     AggregateType, "aggregate type", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
 }
 
 name! {
-    /// The name of a type of event, such as `UserCreated`; it belongs to one aggregate type.
+    /// The name of an event type, such as `UserCreated`. It belongs to one aggregate type.
     EventType, "event type", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
 }
 
 name! {
     /// A natural key: the name by which users know an aggregate, such as a login or an order number.
     ///
-    /// Unique per aggregate type. Keys are often personal data, so `Debug` shows the length only and there is no `Display`:
-    /// whoever wants the text says [`as_str`](Self::as_str). To serde, with the feature `json`, a key is its text.
+    /// Unique per aggregate type. Keys are often personal data, so `Debug` shows only the length, and there is no
+    /// `Display`: use [`as_str`](Self::as_str) for the text. With the feature `json`, serde uses the text.
     ///
     /// ```
     /// # use evercore_core::Key;
@@ -155,12 +155,12 @@ name! {
 }
 
 name! {
-    /// The name of a subscription, under which its cursors lie in the store.
+    /// The name of a subscription. The store keeps its cursors under this name.
     SubscriptionName, "subscription name", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
 }
 
 name! {
-    /// Names one runner of a subscription, from its start to its end: who holds a lease.
+    /// Names one runner of a subscription, as the holder of a lease.
     OwnerId, "owner id", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
 }
 

@@ -1,6 +1,7 @@
-//! What the library tells about itself, by the optional features `tracing` and `metrics`; without them, nothing.
+//! Spans, events and metrics of the optional features `tracing` and `metrics`.
 //!
-//! Every name is here, and in docs/observability.md. No payload, no natural key and no text of a user's error is told.
+//! All names are here and in docs/observability.md. None of them shows a payload, a natural key or the text of a user's
+//! error.
 
 #![cfg_attr(not(all(feature = "tracing", feature = "metrics")), allow(unused_variables))]
 
@@ -21,7 +22,7 @@ macro_rules! count {
     };
 }
 
-/// Says something that happened.
+/// Emits an event.
 macro_rules! say {
     ($level:ident, $($rest:tt)*) => {
         #[cfg(feature = "tracing")]
@@ -43,7 +44,7 @@ macro_rules! spanned {
     }};
 }
 
-/// Tells the recorder what each metric means; again is harmless.
+/// Describes each metric to the recorder. Repeating it is harmless.
 pub(crate) fn describe() {
     #[cfg(feature = "metrics")]
     {
@@ -95,7 +96,7 @@ const SECONDS: &[(&str, &str)] = &[
     ("evercore_delivery_seconds", "How long handlers took."),
 ];
 
-/// Around a commit.
+/// Observes a commit.
 pub(crate) async fn commit<T>(batch_events: usize, work: impl Future<Output = Result<T>>) -> Result<T> {
     #[cfg(feature = "metrics")]
     let began = std::time::Instant::now();
@@ -121,7 +122,7 @@ fn committed(events: usize, error: Option<&Error>) {
     }
 }
 
-/// Says so, as loud as it deserves.
+/// Emits an event for an error, at the level that it deserves.
 fn refused(error: &Error) {
     #[cfg(feature = "tracing")]
     if is_an_answer(error) {
@@ -131,7 +132,7 @@ fn refused(error: &Error) {
     }
 }
 
-/// Whether this is an answer that an application reckons with, and no trouble of the store's.
+/// Whether an application expects this error, so that it is not a problem of the store.
 #[cfg(feature = "tracing")]
 fn is_an_answer(error: &Error) -> bool {
     matches!(
@@ -144,7 +145,7 @@ fn is_an_answer(error: &Error) -> bool {
     )
 }
 
-/// Around a load.
+/// Observes a load.
 pub(crate) fn load<T>(
     aggregate_type: &'static str,
     work: impl Future<Output = T>,
@@ -153,7 +154,7 @@ pub(crate) fn load<T>(
     spanned!(work, "load", aggregate_type)
 }
 
-/// Work is run again after a conflict, or because the engine was unavailable.
+/// Work is repeated after a conflict, or because the engine was unavailable.
 pub(crate) fn run_again() {
     count!("evercore_retries_total", 1);
 }
@@ -170,7 +171,7 @@ pub(crate) fn skipped_snapshot(aggregate_type: &'static str) {
     say!(warn, aggregate_type, "a state cannot be kept as a snapshot");
 }
 
-/// Around a handler.
+/// Observes a handler.
 pub(crate) fn within<T>(delivery: &Delivery, work: impl Future<Output = T>) -> impl Future<Output = T> {
     spanned!(
         work,
@@ -230,7 +231,7 @@ pub(crate) fn parked_one(cursor: &CursorId, position: Position) {
     say!(error, subscription = cursor.subscription.as_str(), position = position.get(), "an event is parked");
 }
 
-/// How many aggregates wait behind a parked event.
+/// How many aggregates wait for a parked event.
 pub(crate) fn held_back(cursor: &CursorId, aggregates: usize) {
     #[cfg(feature = "metrics")]
     metrics::gauge!("evercore_held_back_aggregates", "subscription" => name(cursor), "partition" => partition(cursor))

@@ -1,4 +1,4 @@
-//! From a history to a state: the snapshot, the events behind it, up to the moment that was asked for.
+//! Replays a history into a state: the snapshot, and then the events after it up to a moment.
 
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::ahead::Ahead;
@@ -19,12 +19,12 @@ use crate::time::Timestamp;
 pub enum AsOf {
     /// After the event with this sequence.
     Sequence(Sequence),
-    /// When the log ended at this position.
+    /// At the time when the log ended at this position.
     Position(Position),
-    /// Before the first event that happened later than this, by event time. Event times are the writer's and need
-    /// not grow; history is cut at the first that is later, so that what comes back is a state that was.
+    /// Before the first event that happened later than this, by event time. Writers choose event times, which need not
+    /// grow. The history ends before the first later one, so that the result is a state that really existed.
     Time(Timestamp),
-    /// When nothing later than this was recorded, by the engine's clock.
+    /// After the last event that was recorded at this time or before, by the engine's clock.
     Recorded(Timestamp),
 }
 
@@ -40,7 +40,7 @@ impl AsOf {
 }
 
 impl EventStore {
-    /// Loads an aggregate as it was. Before its first event, that is the default state.
+    /// Loads an aggregate as it was at a moment. Before its first event that is the default state.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -62,7 +62,7 @@ impl EventStore {
         observe::load(T::TYPE, work).await
     }
 
-    /// The aggregate with all events up to this sequence, from the newest snapshot that can be used.
+    /// The aggregate after all events up to this sequence, replayed from the newest usable snapshot.
     pub(crate) async fn fold<T: Aggregate>(
         &self,
         target: Target,
@@ -90,7 +90,7 @@ impl EventStore {
         self.replay(start, history, up_to, |_| true).await.map(Some)
     }
 
-    /// Applies the history's events, and the pages behind them, up to `up_to` or the first event not wanted.
+    /// Applies the history's events and the pages after them, up to `up_to` or the first unwanted event.
     async fn replay<T: Aggregate>(
         &self,
         mut aggregate: Loaded<T>,
@@ -109,7 +109,7 @@ impl EventStore {
             }
             let mut next = Ahead::new(self.events_of(aggregate.id(), reached, end));
             if reads_ahead {
-                // On its way while this page is applied. An engine that reads in the caller's time is not hurried.
+                // The next page is read while this one is applied, if the engine reads without being polled.
                 next = next.begun().await;
                 reads_ahead = !next.is_done();
             }
@@ -123,7 +123,7 @@ impl EventStore {
         }
     }
 
-    /// A page of what lies between two sequences of an aggregate.
+    /// A page of an aggregate's events between two sequences.
     fn events_of(
         &self,
         aggregate: AggregateId,
@@ -143,7 +143,7 @@ fn begin<T: Aggregate>(store: StoreId, history: &History) -> Result<Loaded<T>> {
     Ok(Loaded::new(store, history.id, history.key.clone(), T::default()))
 }
 
-/// Applies the events up to the first that is not wanted; `false` if there was one.
+/// Applies the events up to the first unwanted one. Returns `false` if there was one.
 fn apply_all<T: Aggregate>(
     aggregate: &mut Loaded<T>,
     events: &Events,
@@ -173,14 +173,14 @@ fn decode<T: Aggregate>(event: &Event) -> Result<T::Event> {
         .map_err(|source| Error::not_decoded(event.event_type(), Some(event.position()), source))
 }
 
-/// A history with a hole was not written by evercore; better no state than a wrong one.
+/// evercore does not write a history with a gap. No state is better than a wrong one.
 fn hole<T>(aggregate: &Loaded<T>) -> Error {
     let next = aggregate.sequence().next();
     Error::new(ErrorKind::NotAStore, format!("event {next} of aggregate {} is missing", aggregate.id()))
 }
 
 impl Event {
-    /// What happened, as an event of `T`.
+    /// Decodes the event as an event of `T`.
     ///
     /// # Errors
     /// [`WrongType`](ErrorKind::WrongType) if it belongs to another type of aggregate;

@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 
 /// A point in time, UTC, in microseconds since 1970; from year 1 to the end of year 9999.
 ///
-/// What is finer than a microsecond is cut off towards the past, here, so that all engines store the same.
+/// Fractions of a microsecond are cut off towards the past. So all engines store the same time.
 ///
-/// It shows itself as RFC 3339 in UTC with six digits and reads RFC 3339 of any offset; to serde, with the feature `json`,
-/// it is that text.
+/// `Display` writes RFC 3339 in UTC with six digits, and `FromStr` reads RFC 3339 with any offset. With the feature
+/// `json`, serde uses the same text.
 ///
 /// ```
 /// # use evercore_core::Timestamp;
@@ -32,12 +32,12 @@ impl Timestamp {
     /// The last microsecond of year 9999.
     pub const MAX: Self = Self(253_402_300_800 * MICROS - 1);
 
-    /// The time of this computer's clock; outside of what a timestamp can hold it is the nearest that can.
+    /// The time of this computer's clock, or the nearest time that a timestamp can hold.
     pub fn now() -> Self {
         Self::try_from(SystemTime::now()).unwrap_or(Self::MAX)
     }
 
-    /// Takes microseconds since 1970-01-01 00:00 UTC; before that they are negative.
+    /// Makes a time from microseconds since 1970-01-01 00:00 UTC. Earlier times are negative.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) before year 1 or after year 9999.
@@ -62,7 +62,7 @@ impl Timestamp {
         Self(self.0.saturating_sub(micros).max(Self::MIN.0))
     }
 
-    /// The time from `earlier` to this one; zero if it lies later.
+    /// The time from `earlier` to this one; zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
@@ -127,11 +127,11 @@ impl FromStr for Timestamp {
 
     fn from_str(text: &str) -> Result<Self> {
         let micros = Rfc3339(text).micros();
-        Self::from_micros(micros.ok_or_else(|| Error::invalid("the text is no time of RFC 3339"))?)
+        Self::from_micros(micros.ok_or_else(|| Error::invalid("the text is not a time in RFC 3339"))?)
     }
 }
 
-/// What is left to read of a text.
+/// The rest of a text.
 struct Rfc3339<'a>(&'a str);
 
 impl Rfc3339<'_> {
@@ -142,7 +142,7 @@ impl Rfc3339<'_> {
         let fraction = if self.after(".").is_some() { self.fraction()? } else { 0 };
         let is_time = hour < 24 && minute < 60 && second < 60;
         let days = days_from_civil(year, month, day);
-        // A day that there is comes back as it was.
+        // Only a valid day is the same after the conversion to days and back.
         if !is_time || !(1..=12).contains(&month) || civil(days) != (year, month, day) {
             return None;
         }
@@ -160,7 +160,7 @@ impl Rfc3339<'_> {
         (hours < 24 && minutes < 60).then_some(sign * (hours * 3_600 + minutes * 60))
     }
 
-    /// Takes one letter of these.
+    /// Skips one of these letters.
     fn after(&mut self, letters: &str) -> Option<&mut Self> {
         self.0 = self.0.strip_prefix(|letter: char| letters.contains(letter))?;
         Some(self)
@@ -190,7 +190,7 @@ impl fmt::Debug for Timestamp {
 
 /// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
 ///
-/// Eras of 400 years that begin on 1 March, so that the leap day is the last of its year: H. Hinnant,
+/// Uses eras of 400 years that begin on 1 March, so that the leap day is the last day of its year. From H. Hinnant,
 /// "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`.
 fn civil(days: i64) -> (i64, i64, i64) {
     let from_era = days + 719_468;
@@ -203,7 +203,7 @@ fn civil(days: i64) -> (i64, i64, i64) {
     (year_of_era + era * 400 + i64::from(month <= 2), month, day)
 }
 
-/// The inverse of [`civil`]: the same source, `days_from_civil`.
+/// The inverse of [`civil`], from the same source (`days_from_civil`).
 fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
     let year = year - i64::from(month <= 2);
     let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
