@@ -1,8 +1,8 @@
-//! Every limit of the house, in one place; all engines keep the same ones.
+//! All limits. They are the same on every engine.
 //!
-//! Text is measured in bytes of UTF-8. What is over a limit is refused with
-//! [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) or [`ErrorKind::InvalidName`](crate::ErrorKind::InvalidName)
-//! where the value is born, so an engine never sees it.
+//! Texts are measured in bytes of UTF-8. A value over its limit is refused with
+//! [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) or [`ErrorKind::InvalidName`](crate::ErrorKind::InvalidName) when
+//! it is made, so an engine never gets it.
 
 /// The longest name of an aggregate type or event type, in bytes.
 pub const NAME_BYTES: usize = 255;
@@ -18,31 +18,31 @@ pub const COMMAND_ID_BYTES: usize = 255;
 /// The longest `reference`, correlation id or causation id of an event, in bytes.
 pub const REFERENCE_BYTES: usize = 1_024;
 
-/// How large the headers of one event may be: all names and values together, in bytes.
+/// The largest headers of one event: all names and values together, in bytes.
 pub const HEADERS_BYTES: usize = 64 * 1024;
 
 /// The largest payload of one event, and the largest state in a snapshot, in bytes (16 MiB).
 pub const PAYLOAD_BYTES: usize = 16 * 1024 * 1024;
 
-/// The most events that one unit of work may carry.
+/// The most events that one unit of work may have.
 pub const UNIT_EVENTS: usize = 10_000;
 
-/// The most payload bytes that one unit of work may carry (64 MiB).
+/// The most payload bytes that one unit of work may have (64 MiB).
 pub const UNIT_BYTES: usize = 64 * 1024 * 1024;
 
 /// The most aggregates that one unit of work may create. The same number limits its key changes, and its guards.
 pub const UNIT_AGGREGATES: usize = 10_000;
 
-/// The most events that one page of a read may hold.
+/// The most events that a page of a read may have.
 pub const PAGE_EVENTS: usize = 10_000;
 
-/// The most bytes that one page of a read may hold, payloads with metadata (64 MiB); a page always has room for one event.
+/// The most bytes that a page of a read may have, payloads with metadata (64 MiB). One event always fits.
 pub const PAGE_BYTES: usize = 64 * 1024 * 1024;
 
-/// How many events a page holds unless told otherwise.
+/// The default for the most events of a page.
 pub const DEFAULT_PAGE_EVENTS: usize = 1_000;
 
-/// How many bytes a page holds unless told otherwise, payloads with metadata (8 MiB).
+/// The default for the most bytes of a page, payloads with metadata (8 MiB).
 pub const DEFAULT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 
 /// The most ids that may be reserved at once.

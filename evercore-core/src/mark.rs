@@ -1,28 +1,29 @@
-//! What tells one line of the log from another that took its place.
+//! Marks of events, which show whether the log has lost its tail.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use crate::ids::Position;
 
-/// A random number that one commit leaves with its events.
+/// A random number that a commit stores with its events.
 ///
-/// A log may lose its tail, in a failover or a restore, and other events may then come to the same positions. An event
-/// that still has its mark is the same event, and so is everything before it.
+/// A log may lose its tail in a failover or a restore, and then other events may get the same positions. If an event
+/// still has its mark, it is the same event, and so are all events before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Mark(i64);
 
 impl Mark {
-    /// The mark of every event where the log cannot lose its tail while the engine is open, and of the log's beginning.
+    /// The mark of all events if the log cannot lose its tail while the engine is open, and of the beginning of the
+    /// log.
     pub const ALWAYS: Self = Self(0);
 
-    /// A new one.
+    /// A new mark.
     ///
-    /// The standard library seeds every `RandomState` anew.
+    /// The standard library gives each `RandomState` a new seed.
     pub fn random() -> Self {
         Self(RandomState::new().build_hasher().finish().cast_signed())
     }
 
-    /// Takes a mark that was stored.
+    /// A stored mark.
     pub const fn new(mark: i64) -> Self {
         Self(mark)
     }
@@ -33,10 +34,10 @@ impl Mark {
     }
 }
 
-/// An event as it was read: it proves that everything up to it is as it was.
+/// An event that was read. If it is still there, the log up to it is unchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Witness {
-    /// Where the event is.
+    /// The position of the event.
     pub position: Position,
     /// Its mark.
     pub mark: Mark,
@@ -51,7 +52,7 @@ impl Witness {
         Self { position, mark }
     }
 
-    /// Whether it stands, where the log has an event with the mark `found` at its position, or none.
+    /// Whether it is still there. `found` is the mark that the log now has at its position, if any.
     pub fn stands(self, found: Option<Mark>) -> bool {
         self == Self::START || found == Some(self.mark)
     }

@@ -1,4 +1,4 @@
-//! Type names and the numbers that an engine stores instead of them.
+//! Type names and the ids that an engine stores instead of them.
 
 use std::collections::HashMap;
 
@@ -6,9 +6,9 @@ use crate::engine::{Filter, KnownType};
 use crate::mark::Mark;
 use crate::name::{AggregateType, EventType};
 
-/// Type names and their numbers, looked up both ways; for engines that store numbers instead of names.
+/// Type names and their ids, found in both directions. For engines that store ids instead of names.
 ///
-/// Numbers are small and begin at 1. A table is filled from what has committed, and only from that.
+/// Ids are small and begin at 1. Put only committed names into a table.
 #[derive(Clone, Debug, Default)]
 pub struct NameTable {
     by_name: HashMap<AggregateType, EventTypes>,
@@ -30,57 +30,57 @@ impl NameTable {
         Self::default()
     }
 
-    /// Whether no name is known.
+    /// Whether the table has no names.
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
     }
 
-    /// The number of this aggregate type.
+    /// The id of this aggregate type.
     pub fn aggregate_type_number(&self, name: &AggregateType) -> Option<u32> {
         Some(self.by_name.get(name)?.number)
     }
 
-    /// The aggregate type with this number.
+    /// The aggregate type with this id.
     pub fn aggregate_type(&self, number: u32) -> Option<&AggregateType> {
         self.aggregate_types.get(number as usize)?.as_ref()
     }
 
-    /// The number of this event type within this aggregate type.
+    /// The id of this event type in this aggregate type.
     pub fn event_type_number(&self, aggregate_type: &AggregateType, name: &EventType) -> Option<u32> {
         self.by_name.get(aggregate_type)?.by_name.get(name).copied()
     }
 
-    /// The numbers of all event types of this aggregate type, in no order.
+    /// The ids of all event types of this aggregate type, in any order.
     pub fn event_type_numbers(&self, aggregate_type: &AggregateType) -> impl Iterator<Item = u32> {
         self.by_name.get(aggregate_type).into_iter().flat_map(|known| known.by_name.values().copied())
     }
 
-    /// The event type with this number, and the aggregate type it belongs to.
+    /// The event type with this id, and its aggregate type.
     pub fn event_type(&self, number: u32) -> Option<&(AggregateType, EventType)> {
         self.event_types.get(number as usize)?.as_ref()
     }
 
-    /// The largest number up to which no event type is missing.
+    /// The largest id up to which no event type is missing.
     pub fn complete_to(&self) -> u32 {
         self.complete_to
     }
 
-    /// Notes that all names there were at one moment are in: none is missing up to the largest number.
+    /// Notes that the table has all names of one moment, so none is missing up to the largest id.
     pub fn mark_complete(&mut self) {
         self.complete_to = self.next_event_type() - 1;
     }
 
-    /// The number behind all aggregate types that are known.
+    /// The id after all known aggregate types.
     pub fn next_aggregate_type(&self) -> u32 {
         next(&self.aggregate_types)
     }
 
-    /// The number behind all event types that are known.
+    /// The id after all known event types.
     pub fn next_event_type(&self) -> u32 {
         next(&self.event_types)
     }
 
-    /// The numbers of the event types that pass, in order; `None` if all of them do.
+    /// The ids of the event types that pass the filter, in order; `None` if all pass.
     pub fn passing(&self, filter: &Filter) -> Option<Vec<u32>> {
         let known = || self.event_types.iter().zip(0..).filter_map(|(entry, id)| Some((entry.as_ref()?, id)));
         let passes = |(aggregate_type, event_type): &(AggregateType, EventType)| {
@@ -92,28 +92,28 @@ impl NameTable {
         Some(known().filter(|(entry, _)| passes(entry)).map(|(_, number)| number).collect())
     }
 
-    /// All names, ordered.
+    /// All names in order.
     pub fn list(&self) -> Vec<KnownType> {
         let mut types: Vec<KnownType> = self.by_name.iter().map(|(name, known)| known.list(name)).collect();
         types.sort();
         types
     }
 
-    /// Takes in an aggregate type.
+    /// Adds an aggregate type.
     pub fn set_aggregate_type(&mut self, number: u32, name: &AggregateType) {
         self.by_name.entry(name.clone()).or_default().number = number;
         set(&mut self.aggregate_types, number, name.clone());
     }
 
-    /// Takes in an event type of an aggregate type; that one must be set as well.
+    /// Adds an event type. Its aggregate type must be added too.
     pub fn set_event_type(&mut self, number: u32, aggregate_type: &AggregateType, name: &EventType) {
         self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), number);
         set(&mut self.event_types, number, (aggregate_type.clone(), name.clone()));
         self.complete_on();
     }
 
-    /// Uses the memory of another table for the names that both have: equal names that are the same memory are quicker
-    /// to compare.
+    /// Uses the allocations of another table for the names that both have, because names in the same allocation are
+    /// faster to compare.
     pub fn share_with(&mut self, other: &Self) {
         for name in other.aggregate_types.iter().flatten() {
             if let Some(number) = self.aggregate_type_number(name) {
@@ -127,13 +127,13 @@ impl NameTable {
         }
     }
 
-    /// What the names were read under: it changes with every name that is registered. For engines whose log may lose its
-    /// tail, and with it the names at its end.
+    /// The mark under which the names were read. It changes whenever a name is registered. For engines that may lose
+    /// the newest names together with the tail of the log.
     pub fn mark(&self) -> Mark {
         self.mark
     }
 
-    /// Notes what the names were read under.
+    /// Notes the mark under which the names were read.
     pub fn set_mark(&mut self, mark: Mark) {
         self.mark = mark;
     }
@@ -144,7 +144,7 @@ impl NameTable {
         }
     }
 
-    /// Takes in all of another table.
+    /// Adds all names of another table.
     pub fn add(&mut self, other: Self) {
         self.complete_to = self.complete_to.max(other.complete_to);
         for (number, name) in (0..).zip(other.aggregate_types) {
@@ -165,7 +165,7 @@ impl EventTypes {
     }
 }
 
-/// Place 0 stays empty.
+/// Ids begin at 1, so index 0 stays empty.
 fn next<T>(places: &[T]) -> u32 {
     u32::try_from(places.len().max(1)).unwrap_or(u32::MAX)
 }

@@ -1,11 +1,11 @@
-//! Which store.
+//! The identity of a store in memory.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use crate::hash::hash;
 
-/// Tells one store from another: what [`StorageEngine::identity`](crate::StorageEngine::identity) gives. A number of eight
-/// bytes, since every [`Loaded`](crate::Loaded) has one.
+/// Identifies a store, see [`StorageEngine::identity`](crate::StorageEngine::identity). It has eight bytes, because
+/// every [`Loaded`](crate::Loaded) has one.
 ///
 /// ```
 /// # use evercore_core::StoreId;
@@ -17,14 +17,14 @@ use crate::hash::hash;
 pub struct StoreId(u64);
 
 impl StoreId {
-    /// That of the store that keeps this text as its id: a hash of it, the same in every process.
+    /// The identity of a store with this stored id. It is a hash of the text, the same in every process.
     pub fn of(stored: &str) -> Self {
         Self(hash([stored.as_bytes()]))
     }
 
-    /// A new one, for a store that lives no longer than the process.
+    /// A new identity, for a store that ends with its process.
     ///
-    /// The standard library seeds every `RandomState` anew.
+    /// The standard library gives each `RandomState` a new seed.
     pub fn random() -> Self {
         Self(RandomState::new().build_hasher().finish())
     }

@@ -1,10 +1,10 @@
-//! A short text that is cheap to clone: borrowed for ever from the program, or shared.
+//! A short text that is cheap to clone: a constant of the program, or shared.
 
 use std::cmp::Ordering;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-/// A name is either a constant of the program (`Aggregate::TYPE`, a variant's name) or came from a database.
+/// Constants are names in the program (`Aggregate::TYPE`, a variant's name). Shared texts come from a database.
 #[derive(Clone)]
 pub(crate) enum Text {
     Static(&'static str),
@@ -19,7 +19,7 @@ impl Text {
         }
     }
 
-    /// Whether both are the same piece of memory; quicker than comparing, and never wrongly true.
+    /// Whether both are the same allocation. Faster than a comparison, but may be false for equal texts.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         std::ptr::eq(self.as_str(), other.as_str())
     }

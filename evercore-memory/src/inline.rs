@@ -13,7 +13,8 @@ use crate::state::{InlineProjection, State, Write};
 impl State {
     pub(crate) fn add_inline(&mut self, inline: InlineProjection) -> Result<()> {
         if self.inline.iter().any(|known| known.id == inline.id) {
-            let message = format!("the inline projection \"{}\" is there twice", inline.id.subscription);
+            let CursorId { subscription, version, .. } = &inline.id;
+            let message = format!("there are two inline projections \"{subscription}\" of version {version}");
             return Err(Error::invalid(message));
         }
         self.step(&inline.id, &Step::declare(1, Position::ZERO, Some(Position::ZERO)))?;
@@ -100,10 +101,12 @@ impl InlineProjection {
         S: Clone + Send + 'static,
         F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
     {
-        if version == 0 {
-            return Err(Error::invalid("the version of a projection is 1 at least"));
-        }
         let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
+        if version == 0 {
+            let message =
+                format!("the inline projection \"{}\" has version 0, the first is 1", id.subscription);
+            return Err(Error::invalid(message));
+        }
         let handle = move |events: &[Event]| -> Result<Write, BoxError> {
             let mut next = value.lock().unwrap_or_else(PoisonError::into_inner).clone();
             handle(&mut next, events)?;

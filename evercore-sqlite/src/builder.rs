@@ -92,7 +92,7 @@ impl Builder {
         self
     }
 
-    /// Whether to create the store if there is none. The default is `true`. Without it, a missing or empty file is
+    /// Whether to create the store if there is none. The default is `true`. With `false`, a missing or empty file is
     /// [`NotAStore`](crate::ErrorKind::NotAStore).
     pub fn create(mut self, create: bool) -> Self {
         self.settings.create = create;
@@ -169,8 +169,8 @@ impl Builder {
     ///
     /// If it fails, nothing of the unit of work is written, and the commit is [`Rejected`](crate::ErrorKind::Rejected)
     /// with the handler's error as its source. Other units that were committed together with it are not affected. If it
-    /// panics, the panic continues in the caller. The same is true when it fails while the store is opened. If it fails
-    /// on an event that another process has committed without it, every commit here fails.
+    /// panics, the panic continues in the caller. If it fails while the store is opened, opening fails in the same way.
+    /// If it fails on an event that another process has committed without it, every commit here fails.
     pub fn inline_projection<F>(mut self, name: impl AsRef<str>, version: u32, handle: F) -> Self
     where
         F: Fn(&Connection, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,

@@ -57,12 +57,14 @@ impl InlineProjection {
     /// Refuses projections with a wrong name or version, and one that is there twice.
     pub(crate) fn check(projections: &[Self]) -> Result<()> {
         for (index, projection) in projections.iter().enumerate() {
+            projection.id()?;
             if projection.version == 0 {
                 return Err(Error::invalid(format!("{} has version 0, the first is 1", projection.title)));
             }
-            projection.id()?;
             if projections[..index].iter().any(|other| other.key() == projection.key()) {
-                return Err(Error::invalid(format!("{} is there twice", projection.title)));
+                let (name, version) = projection.key();
+                let message = format!("there are two inline projections \"{name}\" of version {version}");
+                return Err(Error::invalid(message));
             }
         }
         Ok(())
