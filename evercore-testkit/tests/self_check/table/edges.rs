@@ -28,7 +28,9 @@ pub(super) const ROWS: &[Row] = &[
         &[
             "log::two_commits_at_once_wake_all_who_wait_for_both",
         ],
-        &[]),
+        &[
+            "log::after_an_answer_nothing_tells_of_less",
+        ]),
     row(Fault::RestartsWaits,
         &[
             "log::waiting_ends_when_time_is_up_also_while_others_commit",
