@@ -1,4 +1,4 @@
-//! What it costs that `record` reads back what it has written: nanoseconds per event, beside a codec that is trusted.
+//! The cost of `record`, which decodes its own output: nanoseconds per event, compared with a trusted codec.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -7,9 +7,9 @@ use evercore_memory::{Aggregate, EventStore, Json, MemoryEngine, Result};
 use evercore_testkit::block_on;
 use serde::{Deserialize, Serialize};
 
-/// How many events a unit of work holds.
+/// The number of events in a unit of work.
 const EVENTS: u32 = 500;
-/// How many units there are of each kind; kinds take turns, and the median of a kind counts.
+/// The number of units of each kind. Kinds take turns, and the median of a kind counts.
 const ROUNDS: usize = 101;
 
 #[derive(Clone, Default, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ impl<const TRUSTS: bool> Aggregate for Counted<TRUSTS> {
     }
 }
 
-/// Nanoseconds per `record` of this event; the event's own copy is made before the clock starts.
+/// Nanoseconds per `record` of this event. The event is copied before the clock starts.
 async fn timed<const TRUSTS: bool>(store: &EventStore, event: &CountedEvent) -> Result<f64> {
     let events: Vec<_> = (0..EVENTS).map(|_| event.clone()).collect();
     let mut work = store.begin();

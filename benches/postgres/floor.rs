@@ -1,5 +1,5 @@
-//! The floors: the shortest honest code for the same work straight on the driver: prepared statements, the same columns
-//! and indexes, the same durability.
+//! The floors: the shortest correct code for the same work on the driver alone, with prepared statements, the same
+//! columns and indexes, and the same durability.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +11,7 @@ use futures_lite::StreamExt;
 
 use benches::{Content, Counter};
 
-/// The tables of the store, but for the position: drawn from a sequence, as everybody does it.
+/// The tables of the store, but with a position from a sequence, as is usual.
 pub(crate) const TABLES: &str = "
     CREATE SCHEMA floor;
     CREATE TABLE floor.aggregates (
@@ -33,7 +33,7 @@ const INSERT_MANY: &str = "INSERT INTO floor.events
     (aggregate_id, sequence, event_time, recorded_at, event_type_id, payload)
     SELECT $1, e.sequence, $2, $2, 1, e.payload FROM unnest($3::bigint[], $4::bytea[]) AS e (sequence, payload)";
 
-/// What the design measured: the head row and the rows in one statement.
+/// One statement that writes the head row and the other rows.
 const COMBINED: &str = "WITH head AS (UPDATE floor.head SET position = position + $1 RETURNING position - $1 AS before)
     INSERT INTO floor.events (position, aggregate_id, sequence, event_time, recorded_at, event_type_id, payload)
     SELECT before + e.place, e.id, e.sequence, $2, $2, 1, e.payload
@@ -71,7 +71,7 @@ pub(crate) struct Floor {
 
 pub(crate) async fn client(url: &str) -> Client {
     let mut config: evercore_postgres::tokio_postgres::Config = url.parse().unwrap();
-    // What keeps a floor from a bad plan on a table that was small when it was prepared.
+    // Prevents a bad plan for a table that was small when the statement was prepared.
     config.options(
         "-c synchronous_commit=on -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off",
     );
@@ -151,7 +151,7 @@ async fn fold(rows: evercore_postgres::tokio_postgres::RowStream) -> Counter {
     counter
 }
 
-/// A hand-written combined commit: who comes first leads, and takes along whoever is queued.
+/// A hand-written combined commit: the first caller leads, and writes for all that are queued.
 #[derive(Clone)]
 pub(crate) struct Combined {
     floor: Arc<Floor>,

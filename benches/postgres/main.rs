@@ -1,4 +1,4 @@
-//! The workloads W1 … W8, W3p, a projection, growth and latency: our engine against a floor in the same run, interleaved.
+//! The workloads W1 … W8, W3p, a projection, growth and latency: our engine and a floor in the same run, in turn.
 //!
 //! ```text
 //! cargo bench -p benches --bench postgres              all, at sizes that take some minutes
@@ -6,9 +6,9 @@
 //! cargo bench -p benches --bench postgres -- --full       with logs of 1,000,000 events
 //! ```
 //!
-//! A line gives the medians of five rounds and the median of the rounds' ratios. Absolute figures move by a third from
-//! minute to minute on shared machines; the ratios are what counts. The server is one of our own, with PostgreSQL's
-//! settings as they come, on the same machine.
+//! A line gives the medians of five rounds and the median of the rounds' ratios. Absolute figures vary by a third
+//! from minute to minute on shared machines; compare the ratios. The server is started on the same machine, with
+//! PostgreSQL's default settings.
 
 #![allow(clippy::unwrap_used)] // a benchmark that meets an error stops there
 
@@ -38,7 +38,7 @@ use evercore_testkit::postgres::{Proxy, Server};
 use floor::{Combined, Floor, TABLES};
 use tokio::runtime::Runtime;
 
-/// How many events our engine reads at once; the floor reads 1,000 at a time and is no faster with more.
+/// The number of events that our engine reads at once. The floor reads 1,000 at a time and is no faster with more.
 const PAGE: usize = 4_000;
 
 struct Bench {
@@ -86,7 +86,7 @@ impl Bench {
         self.wanted.is_empty() || self.wanted.iter().any(|it| it == name)
     }
 
-    /// A database of its own, with an empty store and the tables of the floor.
+    /// A separate database, with an empty store and the tables of the floor.
     fn database(&self) -> String {
         self.databases.set(self.databases.get() + 1);
         let name = format!("bench_{}", self.databases.get());
@@ -198,10 +198,10 @@ impl Bench {
         }
     }
 
-    /// What W3 at 64 writers is compared with besides: 16 connections, a plain insert each.
+    /// Another comparison for W3 at 64 writers: 16 connections with a plain insert each.
     fn pool_of_sixteen(&self) {
         let url = self.database();
-        self.open(&url); // makes the tables that a floor's other statements read
+        self.open(&url); // creates the tables that a floor's other statements read
         let pool: Vec<_> = self.run(async {
             let mut pool = Vec::new();
             for _ in 0..16 {
@@ -417,7 +417,7 @@ impl Bench {
         }
     }
 
-    /// Our own rate on a large store over our own rate on a small one.
+    /// Our rate on a large store compared with our rate on a small one.
     fn growth(&self) {
         if !self.wants("growth") {
             return;
@@ -476,7 +476,7 @@ impl Bench {
         self.run(counters(store, count))
     }
 
-    /// Runs one task for each input, and gives back what they return.
+    /// Runs one task for each input, and returns the results.
     fn concurrently<I: Send + 'static, F>(&self, inputs: Vec<I>, task: impl Fn(I) -> F) -> (Vec<I>, Vec<u64>)
     where
         F: Future<Output = (I, Vec<u64>)> + Send + 'static,

@@ -1,4 +1,4 @@
-//! W3p: several processes with some writers each, on one store. And the process that follows others, for W7.
+//! W3p: several processes with some writers each, on one store. And the following process for W7.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -19,7 +19,7 @@ pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// `what writers url`: gets ready, says so, writes when told to, says how many events.
+/// `what writers url`: prepares, reports, writes on request, and reports the number of events.
 pub(crate) fn child() {
     let task = std::env::var(CHILD).unwrap();
     let parts: Vec<&str> = task.split(' ').collect();
@@ -69,7 +69,7 @@ pub(crate) fn child() {
     println!("{count}");
 }
 
-/// Says something, and waits for a line.
+/// Prints a line, and waits for one.
 fn told_after(said: &str) -> String {
     println!("{said}");
     let mut line = String::new();
@@ -77,8 +77,8 @@ fn told_after(said: &str) -> String {
     line
 }
 
-/// Handles what comes, until it is told up to where; then says how many events came and after how many microseconds,
-/// from the time in the event on, the moment at which its writer began.
+/// Handles events up to a position that it gets later. Then it prints the number of events and their delays in
+/// microseconds, from the time in the event, which is the moment when its writer began.
 async fn follow(url: &str) {
     let store = EventStore::new(PostgresEngine::connect(url).await.unwrap());
     let name = format!("follower {}", std::process::id());
@@ -96,7 +96,7 @@ async fn follow(url: &str) {
         let _ = stopped.await;
     };
     let runner = tokio::spawn(async move { subscription.run_batches(shutdown, handler).await.unwrap() });
-    // Before its cursor is there, it is not found.
+    // Without its cursor it is not found.
     let has_lease = |states: Vec<CursorState>| states.iter().all(|state| state.cursor.owner.is_some());
     while !store.subscription_states(&name).await.is_ok_and(has_lease) {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -110,7 +110,7 @@ async fn follow(url: &str) {
     println!("{} {} {}", delays.len(), delays.value_at_quantile(0.5), delays.value_at_quantile(0.99));
 }
 
-/// A process that follows a store with a subscription of its own.
+/// A process that follows a store with a subscription.
 pub(crate) struct Follower {
     child: Child,
     output: Lines<BufReader<ChildStdout>>,
@@ -125,7 +125,8 @@ impl Follower {
         Self { child, output }
     }
 
-    /// Lets it come to there, and stop: how many events it has handled, and after how many microseconds, p50 and p99.
+    /// Lets it run to this position and stop. Gives the number of events and their delays in microseconds, p50 and
+    /// p99.
     pub(crate) fn stop(mut self, head: Position) -> [u64; 3] {
         writeln!(self.child.stdin.take().unwrap(), "{head}").unwrap();
         let line = self.output.next().unwrap().unwrap();

@@ -27,7 +27,7 @@ const MAKE: &str =
     CREATE TABLE floor.cursor (position BIGINT NOT NULL);
     INSERT INTO floor.cursor VALUES (0)";
 
-/// All of a batch at once: the days and kinds that it counts, each once.
+/// A whole batch at once: the days and kinds that it counts, each once.
 const COUNT: &str = "INSERT INTO floor.ours AS k SELECT * FROM unnest($1::bigint[], $2::text[], $3::bigint[])
     ON CONFLICT (day, kind) DO UPDATE SET events = k.events + excluded.events";
 
@@ -96,10 +96,10 @@ impl Bench {
         p50 as f64 / 1e3
     }
 
-    /// The same with a watch channel and a prepared statement.
+    /// The floor: a watch channel and a prepared statement.
     async fn floor_delay(&self) -> f64 {
         let url = self.database();
-        // The tables of the store are there once it was opened.
+        // The tables of the store exist after it was opened.
         PostgresEngine::connect(&url).await.unwrap().close().await.unwrap();
         let (writer, reader) = (Floor::connect(&url).await, client(&url).await);
         let read =
@@ -130,7 +130,7 @@ impl Bench {
         median(delays)
     }
 
-    /// How much W3 loses while another process follows it, which has to come along.
+    /// How much slower W3 is while another process follows it and must keep up.
     fn heard_under_load(&self) {
         const WRITERS: usize = 64;
         const EACH: usize = 400;
@@ -210,7 +210,7 @@ impl Bench {
     }
 }
 
-/// Runs a subscription that tells when it is called.
+/// Runs a subscription that reports each call.
 fn follow(store: &EventStore) -> (JoinHandle<()>, oneshot::Sender<()>, mpsc::UnboundedReceiver<Instant>) {
     let (seen, handled) = mpsc::unbounded_channel();
     let (stop, stopped) = oneshot::channel::<()>();
@@ -269,7 +269,7 @@ async fn project(engine: &PostgresEngine, store: &EventStore, head: Position) {
     engine.step(&id, &Step::Remove).await.unwrap();
 }
 
-/// One transaction for each 1,000 events: read, decode, count, note how far.
+/// One transaction for each 1,000 events: read, decode, count, store the position.
 async fn project_by_hand(sql: &mut evercore_postgres::tokio_postgres::Client, head: i64) {
     let read = sql.prepare(READ).await.unwrap();
     let count = sql.prepare(&COUNT.replace("floor.ours", "floor.theirs")).await.unwrap();
@@ -291,7 +291,7 @@ async fn project_by_hand(sql: &mut evercore_postgres::tokio_postgres::Client, he
     }
 }
 
-/// Where the loan log is, if it is there.
+/// The path of the loan log, if it exists.
 fn loan_log() -> Option<PathBuf> {
     let told = std::env::var_os("EVERCORE_LOAN_LOG").map(PathBuf::from);
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/loan_applications.csv");

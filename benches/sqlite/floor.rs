@@ -1,4 +1,4 @@
-//! The floors: the shortest honest code for the same work straight on the driver, on the same schema with the same
+//! The floors: the shortest correct code for the same work on the driver alone, with the same schema and the same
 //! durability.
 
 use std::path::Path;
@@ -16,7 +16,7 @@ const INSERT: &str = "INSERT INTO events (position, aggregate_id, sequence, even
 pub(crate) struct Floor(pub(crate) Connection);
 
 impl Floor {
-    /// A connection to a file that the engine has made.
+    /// A connection to a file that the engine has created.
     pub(crate) fn open(path: &Path, synchronous: &str) -> Self {
         let connection = Connection::open(path).unwrap();
         connection.busy_timeout(Duration::from_secs(60)).unwrap();
@@ -96,7 +96,7 @@ impl Floor {
     }
 }
 
-/// A hand-written combined commit: one thread writes for all who queue.
+/// A hand-written combined commit: one thread writes for all queued callers.
 #[derive(Clone)]
 pub(crate) struct Combined(mpsc::Sender<Request>);
 

@@ -1,4 +1,4 @@
-//! The workloads W1 … W8, a projection, growth, memory and cost: our engine against a floor in the same run, interleaved.
+//! The workloads W1 … W8, a projection, growth, memory and cost: our engine and a floor in the same run, in turn.
 //!
 //! ```text
 //! cargo bench -p benches --bench sqlite                 all, at sizes that take a few minutes
@@ -6,8 +6,8 @@
 //! cargo bench -p benches --bench sqlite -- --full       with logs of 1,000,000 events
 //! ```
 //!
-//! A line gives the medians of five rounds and the median of the rounds' ratios. Absolute figures move by a third from
-//! minute to minute on shared machines; the ratios are what counts.
+//! A line gives the medians of five rounds and the median of the rounds' ratios. Absolute figures vary by a third
+//! from minute to minute on shared machines; compare the ratios.
 
 #![allow(clippy::unwrap_used)] // a benchmark that meets an error stops there
 
@@ -94,7 +94,7 @@ impl Bench {
         EventStore::new(open(&self.path("ours"), mode))
     }
 
-    /// A file that the engine has made, with the driver on it.
+    /// A file that the engine has created, opened with the driver.
     fn floor(&self, mode: Mode) -> Floor {
         let path = self.path("floor");
         smol::block_on(open(&path, mode).close()).unwrap();
@@ -199,7 +199,7 @@ impl Bench {
         }
     }
 
-    /// What W3 at 64 writers is compared with besides: a connection each, a transaction each, a busy time-out.
+    /// Another comparison for W3 at 64 writers: a connection and a transaction for each, with a busy time-out.
     fn one_transaction_each(&self, like: &Path) {
         let path = self.path("each");
         smol::block_on(open(&path, DEFAULT).close()).unwrap();
@@ -417,7 +417,7 @@ impl Bench {
         }
     }
 
-    /// Our own rate on a large store over our own rate on a small one.
+    /// Our rate on a large store compared with our rate on a small one.
     fn growth(&self) {
         if !self.wants("growth") {
             return;
@@ -475,7 +475,7 @@ impl Bench {
         );
     }
 
-    /// The memory engine against a mutex around a vector and a map that does the same checks.
+    /// The memory engine, compared with a mutex around a vector and a map that does the same checks.
     fn memory(&self) {
         if !self.wants("memory") {
             return;
@@ -551,7 +551,7 @@ impl Bench {
         );
     }
 
-    /// How much memory reading a long log takes.
+    /// The memory that reading a long log takes.
     fn cost(&self) {
         if !self.wants("cost") {
             return;
@@ -586,7 +586,7 @@ fn counters(store: &EventStore, count: usize) -> Vec<Loaded<Counter>> {
     })
 }
 
-/// Runs one task for each input on two threads, and gives back what they return.
+/// Runs one task for each input on two threads, and returns the results.
 fn concurrently<I: Send + 'static, F>(inputs: Vec<I>, task: impl Fn(I) -> F) -> (Vec<I>, Vec<u64>)
 where
     F: Future<Output = (I, Vec<u64>)> + Send + 'static,

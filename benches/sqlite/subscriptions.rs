@@ -47,7 +47,7 @@ impl Bench {
         println!("{:42} {ours:>12.0} {floor:>12.0} {ratio:>7.2}  <= 2", "W7 SQLite, µs to the handler, p50");
     }
 
-    /// Microseconds from the beginning of a commit to its handler, the middle one.
+    /// The median of the microseconds from the beginning of a commit to its handler.
     fn our_delay(&self) -> f64 {
         let store = self.store(DEFAULT);
         let mut counter = counters(&store, 1).remove(0);
@@ -70,7 +70,7 @@ impl Bench {
         delay
     }
 
-    /// The same with a condition variable and a prepared statement.
+    /// The floor: a condition variable and a prepared statement.
     fn floor_delay(&self) -> f64 {
         let path = self.path("floor");
         smol::block_on(open(&path, DEFAULT).close()).unwrap();
@@ -142,7 +142,7 @@ impl Bench {
     }
 }
 
-/// The middle delay of so many commits, one after the other.
+/// The median delay of this many commits, one after the other.
 fn delays(handled: &mpsc::Receiver<Instant>, mut commit: impl FnMut()) -> f64 {
     let mut delays = Vec::new();
     for _ in 0..COMMITS {
@@ -175,7 +175,7 @@ async fn project(engine: &SqliteEngine, store: &EventStore, head: Position) {
     engine.step(&id, &Step::Remove).await.unwrap();
 }
 
-/// One transaction for each 1,000 events: read, decode, count, note how far.
+/// One transaction for each 1,000 events: read, decode, count, store the position.
 fn project_by_hand(sql: &Connection, head: i64) {
     let mut position = 0;
     while position < head {
@@ -196,7 +196,7 @@ fn project_by_hand(sql: &Connection, head: i64) {
     }
 }
 
-/// Where the loan log is, if it is there.
+/// The path of the loan log, if it exists.
 fn loan_log() -> Option<PathBuf> {
     let told = std::env::var_os("EVERCORE_LOAN_LOG").map(PathBuf::from);
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/loan_applications.csv");

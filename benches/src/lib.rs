@@ -1,4 +1,4 @@
-//! Both engines are measured with the same aggregate, which counts, the same event of 200 bytes of JSON, and the same
+//! Both engines are measured with the same counting aggregate, the same event of 200 bytes of JSON, and the same
 //! comparison with a floor.
 
 #![allow(clippy::unwrap_used, missing_docs)] // a benchmark that meets an error stops there
@@ -8,7 +8,7 @@ use std::time::Instant;
 use evercore_memory::{Aggregate, EventStore, Json, Loaded, LogQuery, PageLimit, Position};
 use serde::{Deserialize, Serialize};
 
-/// How often a work and its floor are run in turn.
+/// How often a workload and its floor run in turn.
 pub const ROUNDS: usize = 5;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -92,7 +92,7 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// What the import prints.
+/// The lines that the import prints.
 pub fn rate(events: i64, began: Instant) -> String {
     format!("{:.0} events/s", events as f64 / began.elapsed().as_secs_f64())
 }

@@ -1,4 +1,4 @@
-//! The memory engine keeps every promise of the contract.
+//! The conformance suite on the memory engine.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -9,13 +9,13 @@ use evercore_testkit::{Ability, Harness, conformance};
 
 struct Memory;
 
-/// The engine, and by how many microseconds its clock is behind.
+/// The engine, and how many microseconds its clock is slow.
 struct Guard {
     engine: MemoryEngine,
     behind: Arc<AtomicI64>,
 }
 
-/// The store lives as long as one clone of its engine.
+/// The store exists as long as a clone of its engine.
 impl Harness for Memory {
     const NAME: &'static str = "memory";
     const CANNOT: &'static [Ability] = &[Ability::Reopen, Ability::CrashImage, Ability::OffThread];

@@ -1,4 +1,4 @@
-//! What the features `tracing` and `metrics` tell, by the names that are documented.
+//! The spans and metrics of the features `tracing` and `metrics`, by their documented names.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,13 +30,13 @@ impl Aggregate for Patient {
     type Event = PatientEvent;
     type Codec = Json;
 
-    /// JSON has no word for such a fever, so no snapshot can be kept.
+    /// JSON cannot represent this number, so no snapshot is stored.
     fn apply(&mut self, _: PatientEvent) {
         self.fever = f64::INFINITY;
     }
 }
 
-/// The counters and gauges by now, all labels of a name together.
+/// The counters and gauges, summed over all labels of a name.
 fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
     let mut values = BTreeMap::new();
     for (key, _, _, value) in snapshotter.snapshot().into_vec() {
@@ -91,7 +91,7 @@ async fn work(store: &EventStore) {
     of.run(shutdown, handler).await.unwrap();
 }
 
-/// What `tracing` finds out about a place in the code it keeps for all threads: one test at a time.
+/// One test at a time, because `tracing` caches its decision about a place in the code for all threads.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -119,7 +119,7 @@ fn commits_loads_deliveries_and_leases_are_told_without_any_content() {
         ("evercore_conflicts_total", 1.0),
         ("evercore_commit_seconds", 6.0),
         ("evercore_loads_total", 1.0),
-        ("evercore_snapshots_skipped_total", 2.0), // also that of the unit that met a conflict
+        ("evercore_snapshots_skipped_total", 2.0), // including the one of the unit with a conflict
         ("evercore_delivered_events_total", 4.0),
         ("evercore_parked_events_total", 1.0),
         ("evercore_handler_failures_total", 2.0),
@@ -155,7 +155,7 @@ fn every_load_is_counted_and_every_metric_is_described() {
         block_on(async {
             let store = EventStore::new(MemoryEngine::new());
             work(&store).await;
-            values(&snapshotter); // a counter that is read begins anew
+            values(&snapshotter); // reading resets a counter
             store.load::<Patient>("secret key 0").await.unwrap();
             store.load_as_of::<Patient>("secret key 0", AsOf::Sequence(Sequence::ZERO)).await.unwrap();
             store.load_as_of::<Patient>("secret key 0", AsOf::Time(Timestamp::MAX)).await.unwrap();

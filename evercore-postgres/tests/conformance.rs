@@ -1,4 +1,4 @@
-//! The PostgreSQL engine keeps every promise of the contract, on a real server, however it is connected.
+//! The conformance suite on the PostgreSQL engine, on a real server, with each kind of connection.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use evercore_postgres::tokio_postgres::{Config, NoTls};
 use evercore_postgres::{PostgresEngine, Result};
 use evercore_testkit::{Ability, Harness};
 
-/// What asks the engine itself. The rest asks core, which sees no difference between two ways of connecting.
+/// The cases that test the engine. The others test core, for which all kinds of connections are the same.
 const ENGINE_ITSELF: &[&str] = &[
     "types",
     "aggregates",
@@ -31,19 +31,19 @@ const ENGINE_ITSELF: &[&str] = &[
     "random::a_random_walk",
 ];
 
-/// A way of connecting.
+/// A kind of connection.
 trait Way: 'static {
     const ONLY: &'static [&'static str] = ENGINE_ITSELF;
 
     fn connect(place: &Place) -> impl Future<Output = Result<PostgresEngine>>;
 }
 
-/// A store in a schema of its own, connected to in this way.
+/// A store in its own schema, with this kind of connection.
 struct Connected<W>(PhantomData<W>);
 
 impl<W: Way> Harness for Connected<W> {
     const NAME: &'static str = "postgres";
-    /// What a killed server leaves is looked at in the tests that have a server of their own.
+    /// Tests with their own server look at the data of a killed server.
     const CANNOT: &'static [Ability] = &[Ability::CrashImage];
     const ONLY: &'static [&'static str] = W::ONLY;
     type Engine = PostgresEngine;
@@ -63,7 +63,7 @@ impl<W: Way> Harness for Connected<W> {
         Self::further(place).await
     }
 
-    /// What is stored is so much later than the clock.
+    /// Makes the stored times this much later than the clock.
     async fn turn_clock_back(place: &Place, by: Duration) -> bool {
         let micros = by.as_micros();
         place.psql(&format!(
@@ -79,7 +79,7 @@ impl<W: Way> Harness for Connected<W> {
     }
 }
 
-/// As by default.
+/// The default.
 struct Direct;
 
 impl Way for Direct {
@@ -90,7 +90,7 @@ impl Way for Direct {
     }
 }
 
-/// As behind a pooler in transaction mode: nothing named, nothing kept in a session.
+/// As with a pooler in transaction mode: no named statements, no state in a session.
 struct WithoutSessions;
 
 impl Way for WithoutSessions {
@@ -99,7 +99,7 @@ impl Way for WithoutSessions {
     }
 }
 
-/// On a pool of the application's own, whose sessions are set to what would do harm.
+/// On a pool of the application, with harmful settings in its sessions.
 struct HandedIn;
 
 impl Way for HandedIn {

@@ -1,4 +1,4 @@
-//! The SQLite engine keeps every promise of the contract, on real files, in both of its modes.
+//! The conformance suite on the SQLite engine, on real files, in both modes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +9,7 @@ use evercore_sqlite::{SqliteEngine, rusqlite};
 use evercore_testkit::{Ability, Harness};
 use tempfile::TempDir;
 
-/// A store in a folder of its own.
+/// A store in its own folder.
 struct Place(TempDir);
 
 impl Place {
@@ -21,7 +21,7 @@ impl Place {
         self.0.path().join("store.db")
     }
 
-    /// A copy of all files but the shared memory, which does not outlive its processes.
+    /// A copy of all files except the shared memory, which does not survive its processes.
     fn crash_image(&self) -> Self {
         let image = Self::fresh();
         for file in std::fs::read_dir(self.0.path()).unwrap().map(Result::unwrap) {
@@ -32,7 +32,7 @@ impl Place {
         image
     }
 
-    /// What is stored is so much later than the clock.
+    /// Makes the stored times this much later than the clock.
     fn turn_clock_back(&self, by: Duration) -> bool {
         let micros = i64::try_from(by.as_micros()).unwrap();
         let sql = format!(
@@ -44,7 +44,7 @@ impl Place {
     }
 }
 
-/// Reads and commits off the executor's threads, as opened by default.
+/// Reads and commits outside of the executor's threads, which is the default.
 struct Sqlite;
 
 impl Harness for Sqlite {
@@ -77,7 +77,7 @@ impl Harness for Sqlite {
     }
 }
 
-/// What asks the engine itself. The rest asks core, which sees no difference between two ways into one engine.
+/// The cases that test the engine. The others test core, for which both ways of opening are the same.
 const ENGINE_ITSELF: &[&str] = &[
     "types",
     "aggregates",
@@ -128,7 +128,7 @@ impl Harness for OnCallersThread {
     }
 }
 
-/// Without a file: one connection for everything. The store lives as long as one clone of its engine.
+/// Without a file: one connection for everything. The store exists as long as a clone of its engine.
 struct InMemory;
 
 impl Harness for InMemory {

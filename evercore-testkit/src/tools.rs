@@ -27,7 +27,7 @@ macro_rules! assert_kind {
             Err(error) => {
                 assert!(matches!(error.kind(), $kind), "expected {}, was {error:?}", stringify!($kind))
             }
-            Ok(_) => panic!("expected {}, but it went well", stringify!($kind)),
+            Ok(_) => panic!("expected {}, but the call succeeded", stringify!($kind)),
         }
     };
 }
@@ -434,7 +434,7 @@ pub(crate) async fn until(engine: &Engine, mut is_so: impl FnMut() -> bool) {
         }
         engine.pause(Duration::from_millis(2)).await;
     }
-    panic!("it did not come to that within twenty seconds");
+    panic!("the condition was not true within twenty seconds");
 }
 
 /// The events that a handler got, in order.

@@ -1,4 +1,4 @@
-//! The servers, proxies and poolers of the testkit do what they say.
+//! The servers, proxies and poolers of the testkit work as documented.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
@@ -20,14 +20,14 @@ fn psql(server: &Server, sql: &str) -> String {
     server.psql("postgres", sql).unwrap()
 }
 
-/// One for those that do it no harm, since starting one takes a second.
+/// A shared server for harmless tests, because a start takes a second.
 fn unharmed() -> Option<&'static Server> {
     static SERVER: OnceLock<Option<Server>> = OnceLock::new();
     SERVER.get_or_init(server).as_ref()
 }
 
 fn skipped(what: &str) {
-    // Past the capture of test output.
+    // Not hidden by the capture of test output.
     let mut stderr = std::io::stderr();
     writeln!(stderr, "SKIPPED: {what}").unwrap();
 }
@@ -59,7 +59,7 @@ fn what_was_committed_survives_a_crash() {
 fn a_crash_is_one_for_clients_too_and_may_be_the_last_thing_that_happens() {
     let Some(server) = server() else { return };
     let url = server.url();
-    // Busy, so that it would not notice the end of the others by itself.
+    // Busy, so that it does not notice the end of the others.
     let busy = "SELECT count(*) FROM generate_series(1, 1000000) a, generate_series(1, 1000000) b";
     let client = thread::spawn(move || postgres::psql(&url, busy));
     soon("the client is at work", || {
@@ -136,7 +136,7 @@ fn a_standby_follows_until_it_is_promoted() {
     let Some(server) = server() else { return };
     psql(&server, "CREATE TABLE t AS SELECT 1 AS number");
     let standby = match server.standby() {
-        // No pg_basebackup, or one on the PATH that is older than the server.
+        // `pg_basebackup` is missing, or older than the server.
         Err(error) if error.contains("could not be run") || error.contains("incompatible server version") => {
             return skipped(&format!("standby: {error}"));
         }
@@ -166,7 +166,7 @@ fn tls_is_spoken_with_a_certificate_that_can_be_verified() {
         return;
     }
     let server = match Server::builder().tls().start() {
-        // No openssl, or a server without TLS, as some packages have.
+        // `openssl` is missing, or the server was built without TLS, as in some packages.
         Err(error) if error.contains("could not be run") || error.contains("not supported by this build") => {
             return skipped(&format!("TLS: {error}"));
         }
@@ -266,7 +266,7 @@ fn a_proxy_passes_what_it_does_not_understand() {
     let proxy = Proxy::start(listener.local_addr().unwrap().port()).unwrap();
     proxy.cut_next(Cut::Before, Trigger::bytes(""));
     let mut client = TcpStream::connect(("127.0.0.1", proxy.port())).unwrap();
-    // As a client of PostgreSQL 17 that begins with TLS at once.
+    // As a client of PostgreSQL 17 that begins with TLS.
     for ours in [b"\x16hello", b"Q world"] as [&[u8]; 2] {
         client.write_all(ours).unwrap();
     }
@@ -376,7 +376,7 @@ fn a_process_that_is_killed() {
     thread::sleep(Duration::from_secs(60));
 }
 
-/// A client that sends what it is told, and counts replies.
+/// A client that sends given messages and counts replies.
 struct Client(TcpStream);
 
 impl Client {
@@ -413,7 +413,7 @@ fn message(kind: Option<u8>, body: &[u8]) -> Vec<u8> {
     kind.into_iter().chain(length).chain(body.iter().copied()).collect()
 }
 
-/// Parse, Bind, Execute, Sync; the number is a parameter.
+/// Parse, Bind, Execute and Sync; the number is a parameter.
 fn insert(number: u8) -> Vec<u8> {
     let parameter = format!("number {number}");
     let mut bind = b"\0\0\0\0\0\x01".to_vec();

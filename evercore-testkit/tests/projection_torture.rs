@@ -1,4 +1,4 @@
-//! Who tests the torture: right handlers bear every seed, and each wrong one is caught within a few.
+//! Tests of the crash tests: correct handlers survive every seed, and each wrong one is caught within a few seeds.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,16 +13,16 @@ use evercore_testkit::projection::{
     Dice, Fault, ProjectionUnderTest, Torture, each, may_crash_here, plain_events, whole,
 };
 
-/// A table: per aggregate how many events there were, the sum of their numbers and the last of them.
+/// A table with the number of events of each aggregate, the sum of their numbers, and the last number.
 type Model = BTreeMap<AggregateId, (usize, i64, i64)>;
 
-/// What outlives a crash.
+/// The storage, which survives a crash.
 #[derive(Clone, Debug, Default)]
 struct Tables {
     model: Model,
-    /// The positions that were handled, as a table with a unique key.
+    /// The handled positions, as a table with a unique key.
     handled: BTreeSet<Position>,
-    /// The last position that was handled.
+    /// The last handled position.
     last: Position,
 }
 
@@ -51,7 +51,7 @@ fn fold(events: &[Event]) -> Model {
     of.into_iter().map(|(id, all)| (id, (all.len(), all.iter().sum(), all[all.len() - 1]))).collect()
 }
 
-/// A projection into tables of its own; what differs is the handler.
+/// A projection into separate tables; only the handler differs.
 macro_rules! projections {
     ($($(#[$doc:meta])* $name:ident($storage:ident, $engine:ident) $handler:block)*) => {
         $($(#[$doc])*
@@ -90,7 +90,7 @@ macro_rules! projections {
     };
 }
 
-/// A handler that does all at once, with an await before it and one behind it.
+/// A handler that does everything at once, with an await before it and one after it.
 fn at_once<F>(storage: Storage, handle: F) -> impl Sink + 'static
 where
     F: Fn(&mut Tables, &Delivered) -> Result<(), BoxError> + Clone + Send + Sync + 'static,
@@ -107,7 +107,7 @@ where
 }
 
 projections! {
-    /// Right: each position counts once, by a unique key.
+    /// Right: a unique key makes each position count once.
     Idempotent(storage, _engine) {
         at_once(storage, |tables, event| {
             tables.count_once(event);
@@ -115,7 +115,7 @@ projections! {
         })
     }
 
-    /// Right: the last position lies in the storage, and all of a batch is written at once.
+    /// Right: the last position is in the storage, and a whole batch is written at once.
     Guarded(storage, _engine) {
         whole(move |delivery| {
             let storage = Arc::clone(&storage);
@@ -133,7 +133,8 @@ projections! {
         })
     }
 
-    /// Right, though it counts whatever comes: a sink of the engine writes in the transaction of the cursor.
+    /// Right, although it counts every event that comes: a sink of the engine writes in the transaction of the
+    /// cursor.
     ExactlyOnce(storage, engine) {
         engine.projection(storage, |tables: &mut Tables, delivery| {
             delivery.events().iter().for_each(|event| tables.count(event));
@@ -141,7 +142,7 @@ projections! {
         })
     }
 
-    /// Wrong: counts whatever comes.
+    /// Wrong: counts every event that comes.
     Counts(storage, _engine) {
         at_once(storage, |tables, event| {
             tables.count(event);
@@ -149,7 +150,7 @@ projections! {
         })
     }
 
-    /// Wrong: what it has seen last is in memory only, gone after a crash and wrong after a reset.
+    /// Wrong: the last position is only in memory. It is gone after a crash and wrong after a reset.
     RemembersInMemory(storage, _engine) {
         let seen = Arc::new(AtomicI64::new(0));
         at_once(storage, move |tables, event| {
@@ -161,7 +162,7 @@ projections! {
         })
     }
 
-    /// Wrong: takes a delivery for one event.
+    /// Wrong: treats a delivery as one event.
     LastOfBatch(storage, _engine) {
         whole(move |delivery| {
             let storage = Arc::clone(&storage);
@@ -174,8 +175,8 @@ projections! {
         })
     }
 
-    /// Wrong: says that it is done, and writes in the background, up to three events later; what waits is written in the
-    /// end if the process ends well.
+    /// Wrong: returns early and writes in the background, up to three events later. If the process ends regularly, it
+    /// writes the rest.
     WritesLater(storage, _engine) {
         let buffer = Buffer { waiting: Mutex::default(), storage };
         let buffer = Arc::new(buffer);
@@ -191,7 +192,7 @@ projections! {
         })
     }
 
-    /// Wrong: takes a replay for something that is in the table already.
+    /// Wrong: believes that a replayed event is in the table already.
     SkipsReplays(storage, _engine) {
         at_once(storage, |tables, event| {
             if !event.is_replay() {
@@ -201,7 +202,7 @@ projections! {
         })
     }
 
-    /// Wrong: inserts, and fails for ever when the row is there.
+    /// Wrong: inserts, and always fails if the row exists.
     Inserts(storage, _engine) {
         at_once(storage, |tables, event| {
             if !tables.handled.insert(event.position()) {
@@ -212,7 +213,7 @@ projections! {
         })
     }
 
-    /// Wrong: takes a second attempt for one whose first has done its work.
+    /// Wrong: believes that the first attempt has done the work.
     SkipsRetries(storage, _engine) {
         at_once(storage, |tables, event| {
             if event.attempt() == 1 {
@@ -222,7 +223,7 @@ projections! {
         })
     }
 
-    /// Wrong: notes the position first and counts an await later.
+    /// Wrong: stores the position first, and counts after an await.
     NotesTooEarly(storage, _engine) {
         each(move |event| {
             let storage = Arc::clone(&storage);
@@ -237,7 +238,7 @@ projections! {
         })
     }
 
-    /// Wrong, in the last column: writes whatever comes over what is there, though it may be late.
+    /// Wrong in the last column: overwrites it with every event, also with late ones.
     OverwritesLate(storage, _engine) {
         at_once(storage, |tables, event| {
             tables.count_once(event);
@@ -246,7 +247,7 @@ projections! {
         })
     }
 
-    /// Wrong: a sink of the engine that writes beside the transaction, too.
+    /// Wrong: a sink of the engine that also writes outside of the transaction.
     WritesBeside(storage, engine) {
         let beside = Arc::clone(&storage);
         engine.projection(Arc::default(), move |_: &mut Tables, delivery| {
@@ -256,7 +257,7 @@ projections! {
     }
 }
 
-/// Events that wait to be written.
+/// Events that are not written yet.
 struct Buffer {
     waiting: Mutex<Vec<Event>>,
     storage: Storage,
@@ -279,17 +280,17 @@ fn torture<P: ProjectionUnderTest<Engine = MemoryEngine>>() -> Torture<P, impl A
     Torture::<P>::on(async || MemoryEngine::new())
 }
 
-/// Bears 200 seeds, and each fault that is for it at least a few times.
+/// Survives 200 seeds, and each fault that concerns it at least a few times.
 fn bears<P: ProjectionUnderTest<Engine = MemoryEngine>>(spared: &[Fault]) {
     let report = block_on(torture::<P>().seeds(200).happenings(20).run());
     println!("{}: {report}", std::any::type_name::<P>());
-    // With `EVERCORE_SEED` it is one seed alone.
+    // With `EVERCORE_SEED` only one seed runs.
     for fault in Fault::ALL.iter().filter(|_| report.seeds() == 200) {
         assert!(report.times(*fault) > 20 || spared.contains(fault), "{fault:?}: {report}");
     }
 }
 
-/// How many seeds it takes to catch a wrong projection.
+/// The number of seeds until a wrong projection is caught.
 fn caught<P: ProjectionUnderTest<Engine = MemoryEngine>>(within: u64) {
     let torture = torture::<P>();
     let verdicts: Vec<_> = (0..50).map(|seed| block_on(torture.try_seed(seed)).err()).collect();

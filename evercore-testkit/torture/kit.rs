@@ -1,5 +1,5 @@
-//! The torture of the testkit on projections that users write: a table that counts, which bears nothing twice, and one whose
-//! rows may be put there again.
+//! The crash tests of the testkit on projections as users write them: a table with counters, in which nothing may
+//! count twice, and a table whose rows may be written again.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::evercore::{Event, EventStore, Sink};
 use crate::ground::{Engine, Ground, Place, alone};
 use crate::tally::{counted, sized};
 
-/// A table of its own.
+/// A separate table.
 struct Table {
     ground: Ground,
     name: String,
@@ -33,7 +33,7 @@ impl Table {
     }
 }
 
-/// How many events of each aggregate, exactly once.
+/// The number of events of each aggregate, exactly once.
 struct Counts(Table);
 
 impl ProjectionUnderTest for Counts {
@@ -66,7 +66,7 @@ impl ProjectionUnderTest for Counts {
     }
 }
 
-/// To which aggregate the event at each position belongs, at least once.
+/// The aggregate of the event at each position, at least once.
 struct Places(Table);
 
 impl ProjectionUnderTest for Places {

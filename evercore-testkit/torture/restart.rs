@@ -1,4 +1,4 @@
-//! What a subscription must remember while nobody runs it: each step on a store that was closed and is opened again.
+//! The stored state of a subscription: before each step the store is closed and opened again.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,8 +14,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
-/// Opens the store, runs the subscription until its cursor is there, and closes the store. Gives the positions that the
-/// handler did not fail at.
+/// Opens the store, runs the subscription until its cursor is at this position, and closes the store. Gives the
+/// positions at which the handler succeeded.
 async fn run(
     place: &Place,
     set: impl Fn(Subscription) -> Subscription,
@@ -63,7 +63,7 @@ fn begun_at_the_end_of_an_empty_store_it_misses_nothing_written_while_it_was_dow
     });
 }
 
-/// The poison event, and those of its aggregate that wait behind it, come when it is resumed, in order; each once.
+/// When the bad event is resumed, it comes first, then the waiting events of its aggregate, in order and once each.
 #[test]
 fn a_parked_event_is_still_parked_after_a_restart_and_comes_when_it_is_resumed() {
     const POISON: i64 = 20;
@@ -74,11 +74,11 @@ fn a_parked_event_is_still_parked_after_a_restart_and_comes_when_it_is_resumed()
             .with_pauses(Duration::ZERO, Duration::ZERO);
         let parks = |subscription: Subscription| subscription.on_failure(policy);
         write_anew(&place, 200).await;
-        // Of four aggregates with fifty events each, the first waits.
+        // Of four aggregates with fifty events each, the first one waits.
         let seen = run(&place, parks, 200, Some(POISON)).await;
         let others: Vec<i64> = (1..POISON).chain(51..=200).collect();
         assert_eq!(seen, others);
-        // And goes on waiting, behind a restart and what was written meanwhile.
+        // It still waits after a restart and after more events.
         write_anew(&place, 100).await;
         let seen = run(&place, parks, 300, None).await;
         assert_eq!(seen, (251..=300).collect::<Vec<_>>(), "what waits came unasked, or others did not come");
@@ -93,7 +93,7 @@ fn a_parked_event_is_still_parked_after_a_restart_and_comes_when_it_is_resumed()
     });
 }
 
-/// Runs until nothing is parked any more.
+/// Runs until no event is parked.
 async fn resumed(place: &Place, set: impl Fn(Subscription) -> Subscription) -> Vec<i64> {
     let ground = Ground::open(&place.address).await;
     let store = ground.store();

@@ -1,5 +1,5 @@
-//! Six who run the same subscription, stall for longer than their lease and crash between effect and cursor: in threads with
-//! an engine each, which share a clock, and in processes, whose clocks may be an hour off.
+//! Six runners of the same subscription stall for longer than their lease, and crash between effect and cursor. They
+//! run in threads with one engine each, which share a clock, and in processes, whose clocks may be an hour wrong.
 
 use std::future::{Future, poll_fn};
 use std::panic::resume_unwind;
@@ -20,61 +20,61 @@ use crate::ground::{Ground, HAS_ONE_CLOCK, Place, alone};
 use crate::tally::{Notes, Tally, sized, write};
 use crate::unfenced;
 
-/// In the environment of a child: what it is to do.
+/// The variable that gives a child its task.
 const RUNNER: &str = "EVERCORE_RUNNER";
 
 const RUNNERS: usize = 6;
 
-/// How long a runner stalls, and its lease.
+/// The length of a stall, and of a lease.
 const PAUSE: Duration = Duration::from_millis(400);
 const LEASE: Duration = Duration::from_millis(150);
 
-/// Whoever runs for longer than this has lost its way; what it has not done is then missed.
+/// A runner that takes longer has failed; its events then count as missed.
 const LIMIT: Duration = Duration::from_secs(180);
 
 pub(crate) const NAME: &str = "tortured";
 
-/// By how many hours the clock of each runner is off.
+/// How many hours the clock of each runner is wrong.
 const HOURS: [i64; RUNNERS] = [0, 1, 0, -1, 1, 0];
 const IN_TIME: [i64; RUNNERS] = [0; RUNNERS];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Way {
-    /// The effect in a transaction of its own, and then the cursor.
+    /// The effect in a separate transaction, and then the cursor.
     AtLeastOnce,
-    /// Together, by the engine's projection.
+    /// Effect and cursor together, by the engine's projection.
     ExactlyOnce,
-    /// As it must not be done.
+    /// The wrong way.
     Unfenced,
 }
 
-/// What one runner is to do.
+/// The task of one runner.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Task {
     way: Way,
     pub(crate) address: String,
-    /// Where the cursor is to come.
+    /// The target of the cursor.
     pub(crate) target: i64,
     pub(crate) lease: Duration,
     trouble: Trouble,
     pub(crate) hours: i64,
-    /// What the parent's clock says, in seconds.
+    /// The time of the parent's clock, in seconds.
     now: u64,
 }
 
-/// What goes wrong, so often in a thousand batches.
+/// The faults, each with its number in a thousand batches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Trouble {
     pauses: u32,
     crashes: u32,
     notes: Notes,
-    /// Set by a runner in a thread that crashes: whoever polls it drops it.
+    /// Set when a runner in a thread crashes. The task that polls it then drops it.
     #[serde(skip)]
     has_crashed: Arc<AtomicBool>,
 }
 
 impl Trouble {
-    /// Whether it is to be now; once in any case, or a short run would perhaps be without.
+    /// Whether the fault happens now. It happens at least once, because a short run might have none.
     fn draws(&self, what: &str, in_a_thousand: u32) -> bool {
         let is_drawn = fastrand::u32(0..1_000) < in_a_thousand;
         let is_first = || in_a_thousand > 0 && self.notes.count(what) == 0;
@@ -85,21 +85,21 @@ impl Trouble {
         is_now
     }
 
-    /// Nothing of the process goes on meanwhile, its renewals neither.
+    /// The whole process stops, including its renewals.
     pub(crate) fn stall(&self) {
         if self.draws("pause", self.pauses) {
             std::thread::sleep(PAUSE);
         }
     }
 
-    /// Before the effect, or between effect and cursor.
+    /// Before the effect, or between the effect and the cursor.
     pub(crate) fn crash(&self, when: &str) {
         if self.draws(&format!("crash {when}"), self.crashes) {
             if std::env::var_os(RUNNER).is_some() {
                 std::process::abort();
             }
             self.has_crashed.store(true, Ordering::SeqCst);
-            // What it is about does not go on, transaction and all.
+            // The work is not finished, including its transaction.
             resume_unwind(Box::new("a crash"));
         }
     }
@@ -146,7 +146,7 @@ async fn exactly_once(ground: &Ground, task: &Task, until: Instant) {
     task.subscription(ground).run_sink(reached(ground, task.target, until), late).await.unwrap();
 }
 
-/// Stalls before it delivers: the lease may be lost by then.
+/// Stalls before it delivers; the lease may be lost then.
 struct Late<S> {
     projection: S,
     trouble: Trouble,
@@ -179,7 +179,7 @@ pub(crate) async fn reached(ground: &Ground, target: i64, until: Instant) {
     }
 }
 
-/// A store with events, a cursor at its beginning and a table that counts, and those who run.
+/// A store with events, a cursor at its beginning, a table with counters, and the runners.
 struct Trial {
     place: Place,
     notes: tempfile::TempDir,
@@ -220,7 +220,7 @@ impl Trial {
         Task { way: self.way, address, target, lease, trouble, hours: 0, now: seconds() }
     }
 
-    /// Has six run at once, until all is done; where one crashes, another starts in its place.
+    /// Runs six at once until all is done. If one crashes, another one starts in its place.
     fn run(&self, task: &Task, apart: Option<&str>, hours: [i64; RUNNERS]) -> Tally {
         std::thread::scope(|scope| {
             for hours in hours {
@@ -254,7 +254,7 @@ fn has_crashed(task: &Task) -> bool {
     })
 }
 
-/// The same in a process of its own, whose clock may be off.
+/// The same in another process, whose clock may be wrong.
 fn has_crashed_apart(task: &Task, test: &str) -> bool {
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", test, "--nocapture"]).stdout(Stdio::null());
@@ -273,13 +273,13 @@ fn has_aborted(status: ExitStatus) -> bool {
     std::os::unix::process::ExitStatusExt::signal(&status) == Some(6)
 }
 
-/// A test that fails ends with 101, one that aborts with a code of the system.
+/// A failed test ends with code 101, an aborted one with a code of the system.
 #[cfg(not(unix))]
 fn has_aborted(status: ExitStatus) -> bool {
     !matches!(status.code(), Some(0 | 101))
 }
 
-/// In a child, does what it is to do; false in its parent.
+/// Runs the task in a child; gives false in the parent.
 fn was_child() -> bool {
     let Ok(task) = std::env::var(RUNNER) else { return false };
     let task: Task = serde_json::from_str(&task).unwrap();
@@ -293,8 +293,8 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// Debian's libfaketime, or the one that `EVERCORE_FAKETIME` names; `None` after saying so, unless `EVERCORE_REQUIRE` has
-/// `faketime`.
+/// The library of Debian's libfaketime, or the one in `EVERCORE_FAKETIME`. If there is none, prints that and gives
+/// `None`; panics if `EVERCORE_REQUIRE` has `faketime`.
 fn faketime() -> Option<PathBuf> {
     let known = ["x86_64", "aarch64"]
         .map(|machine| format!("/usr/lib/{machine}-linux-gnu/faketime/libfaketimeMT.so.1"));
@@ -310,7 +310,7 @@ fn faketime() -> Option<PathBuf> {
     found
 }
 
-/// Pauses and crashes in a thousand batches: more of them in a short run, or there would be none.
+/// Pauses and crashes in a thousand batches. A short run has more, because it might have none.
 fn trouble() -> (u32, u32) {
     sized((80, 30), (50, 10))
 }
@@ -337,8 +337,8 @@ fn exactly_once_six_runners_miss_nothing_and_double_nothing() {
     assert!(tally.hands > 0 && tally.pauses > 0, "nobody was disturbed");
 }
 
-/// What the tests above would find, were the cursor moved as it must not be: by whoever thinks it has the lease, by its
-/// own clock.
+/// Shows what the tests above would find if the cursor were moved in the wrong way: by each runner that believes it
+/// has the lease, by its own clock.
 #[test]
 fn without_a_fence_cursors_go_back_and_events_are_doubled() {
     let Some(trial) = Trial::of(Way::Unfenced, events()) else { return };
@@ -362,11 +362,11 @@ fn six_processes_miss_nothing_and_double_nothing() {
     }
 }
 
-/// Three of the six processes have a clock that is an hour off.
+/// Three of the six processes have a clock that is an hour wrong.
 ///
-/// On PostgreSQL the server's clock counts: nobody steals a lease because of that. On SQLite the engine's clock is that of
-/// the machine, which all processes share; here it is made to be none, as after a jump. Then leases change hands too
-/// early, or late; but nothing may be missed or doubled, because every move names the epoch.
+/// On PostgreSQL the server's clock counts, so no lease is stolen. On SQLite the engine uses the clock of the
+/// machine, which all processes share; here they see different clocks, as after a jump. Leases then change hands too
+/// early or too late. Still nothing may be missed or doubled, because every move names the epoch.
 #[test]
 fn six_processes_with_clocks_an_hour_off_miss_nothing_and_double_nothing() {
     if was_child() || faketime().is_none() {
@@ -389,8 +389,8 @@ fn six_processes_with_clocks_an_hour_off_miss_nothing_and_double_nothing() {
     }
 }
 
-/// All at once, and only one may get the lease; and one after the other, a claim for each start. Where all go by the clock
-/// of a server, their own are off.
+/// First all claim at once, and only one may get the lease. Then one after the other, with one claim for each start.
+/// If all use the clock of a server, their own clocks are wrong.
 #[test]
 fn in_quiet_each_start_claims_once_whatever_its_clock() {
     if was_child() {

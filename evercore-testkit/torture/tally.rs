@@ -1,4 +1,4 @@
-//! What the long runs share: how long they are, what is written, and what is counted in the end.
+//! Shared by the long runs: their length, their events, and the final counts.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use crate::evercore::{Aggregate, EventStore, Json};
 use crate::ground::Ground;
 
-/// One of two sizes: the second where `EVERCORE_TORTURE` is `full`.
+/// One of two sizes: the second if `EVERCORE_TORTURE` is `full`.
 pub(crate) fn sized<T>(short: T, full: T) -> T {
     if std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full") { full } else { short }
 }
 
-/// How often each of them is there.
+/// How often each key occurs.
 pub(crate) fn counted(keys: Vec<i64>) -> BTreeMap<i64, i64> {
     let mut counts = BTreeMap::new();
     keys.into_iter().for_each(|key| *counts.entry(key).or_default() += 1);
@@ -42,7 +42,7 @@ impl Aggregate for Meter {
     }
 }
 
-/// So many events, of ten aggregates in turn.
+/// Writes this many events, of ten aggregates in turn.
 pub(crate) async fn write(store: &EventStore, events: i64) {
     for begun in (0..events).step_by(50) {
         let (nth, count) = (begun / 50, 50.min(events - begun));
@@ -54,7 +54,7 @@ pub(crate) async fn write(store: &EventStore, events: i64) {
     }
 }
 
-/// A file in which all runners note what they do, a line for each, also those that crash with the next step.
+/// A file in which each runner writes a line for each action. The lines survive a crash of the runner.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Notes(PathBuf);
 
@@ -74,7 +74,7 @@ impl Notes {
     }
 }
 
-/// What came of it.
+/// The counts of a run.
 #[derive(Debug)]
 pub(crate) struct Tally {
     pub(crate) events: i64,
@@ -120,7 +120,8 @@ impl Tally {
         else {
             panic!("one row was asked for")
         };
-        // Who was refused has said so; a handler of at-least-once does not learn of it, but then nothing moved.
+        // A refused runner has written a line. An at-least-once handler does not notice a refusal, but the cursor did
+        // not move.
         let refused = notes.count("refused") + (notes.count("handled") - moves).max(0);
         let crashes = notes.count("crash before") + notes.count("crash between");
         let pauses = notes.count("pause");

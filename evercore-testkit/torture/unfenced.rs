@@ -1,4 +1,5 @@
-//! The runner that this library is not: its lease is a matter of its own clock, and it moves the cursor wherever it wants.
+//! A runner without fencing, for comparison: its lease depends on its own clock, and it moves the cursor without a
+//! check.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,7 +19,7 @@ pub(crate) async fn run(ground: &Ground, task: &Task, trouble: &Trouble, until: 
         let is_mine = ground.execute(&claim).await > 0;
         let position = ground.rows::<1>("SELECT position FROM @unfenced").await[0][0];
         if position >= task.target {
-            // By a clock that is ahead it would last for hours, and one who stalls may yet put the cursor back.
+            // With a fast clock the lease would last for hours. A stalled runner may still set the cursor back.
             ground.sql(&format!("UPDATE @unfenced SET expires = 0 WHERE owner = {me}")).await;
             return;
         }

@@ -1,11 +1,11 @@
--- The schema of an evercore store on PostgreSQL. It lies in a schema of the user's choice: the names below
--- are found through the search path of the transaction that runs this.
--- Names, keys and texts compare bytewise; times are microseconds since 1970, UTC.
+-- The schema of an evercore store on PostgreSQL, in a schema that the user chooses. The names below are found by the
+-- search path of the transaction that runs this. Names, keys and texts are compared by their bytes. Times are
+-- microseconds since 1970, UTC.
 --
--- There is no sequence, no trigger, no function and no foreign key: every row is written by one statement that holds
--- the row of log_end and has checked what a foreign key would check again, row by row.
+-- There is no sequence, trigger, function or foreign key. Every row is written by one statement that holds the row of
+-- log_end and has checked what a foreign key would check again, row by row.
 
--- One row: who this store is, and of which schema version.
+-- One row: the id of the store, and its schema version.
 CREATE TABLE store (
     one            SMALLINT NOT NULL CHECK (one = 1),
     store_id       TEXT     NOT NULL,
@@ -14,27 +14,27 @@ CREATE TABLE store (
 );
 INSERT INTO store VALUES (1, pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), 1);
 
--- One row: where the log ends. Whoever commits updates it first and holds it until the commit is visible, so positions
--- are 1, 2, 3, … in commit order, on a standby and after a restore too.
+-- One row: the end of the log. A commit updates it first and holds it until the commit is visible, so positions are
+-- 1, 2, 3, … in commit order, also on a standby and after a restore.
 CREATE TABLE log_end (
     one         SMALLINT NOT NULL CHECK (one = 1),
     position    BIGINT   NOT NULL,
     recorded_at BIGINT   NOT NULL,
-    -- A random number that changes with every name that is registered. While it stays as it was when the names were read,
-    -- they are as they were, and there are no others. It stands here and not in a table of its own because the statement
-    -- that commits locks this row anyway.
+    -- A random number that changes with each registered name. While it is the same, the names that were read are
+    -- complete and right. It is in this row because the statement that commits locks the row anyway.
     names       BIGINT   NOT NULL
 ) WITH (
-    -- Every commit leaves a dead version of the row. They are few pages if they are vacuumed often. The table is never
-    -- cut short at its end: that takes a lock which ends queries on standbys.
+    -- Every commit leaves a dead version of the row. Frequent vacuuming keeps them to a few pages. The table is never
+    -- truncated at its end, because that takes a lock that ends queries on standbys.
     autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_scale_factor = 0,
     autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
--- The live version of the row is the first from the top. A key on `one` would make each commit look through the dead ones.
+-- The live version of the row is the first from the top. With a key on `one` each commit would look through the dead
+-- versions.
 CREATE INDEX log_end_position ON log_end (position);
 INSERT INTO log_end VALUES (1, 0, 0, 0);
 
--- Names are numbered under the lock of the row in log_end: 1, 2, 3, … in the order in which they commit.
+-- Names get numbers under the lock of the row in log_end: 1, 2, 3, … in commit order.
 CREATE TABLE aggregate_types (
     id   INTEGER          NOT NULL,
     name TEXT COLLATE "C" NOT NULL,
@@ -59,7 +59,7 @@ CREATE TABLE aggregates (
     CONSTRAINT aggregates_natural_key UNIQUE (aggregate_type_id, natural_key) DEFERRABLE INITIALLY IMMEDIATE
 );
 
--- The log. The position is written, never drawn.
+-- The log. The engine writes the position; it is not drawn from a sequence.
 CREATE TABLE events (
     position       BIGINT  NOT NULL,
     aggregate_id   BIGINT  NOT NULL,
@@ -74,15 +74,15 @@ CREATE TABLE events (
     headers        TEXT, -- a JSON object of strings
     mark           BIGINT  NOT NULL, -- a random number of the commit: tells this event from another that takes its place
     CONSTRAINT events_position PRIMARY KEY (position),
-    -- An aggregate's events, and what no two writers can pass together.
+    -- Finds the events of an aggregate, and refuses the same sequence twice.
     CONSTRAINT events_aggregate_sequence UNIQUE (aggregate_id, sequence)
 );
--- A filter that matches rarely reads one of these instead of the log.
+-- A filter that few events match reads one of these indexes instead of the log.
 CREATE INDEX events_event_type ON events (event_type_id, position);
 CREATE INDEX events_reference ON events (reference, position) WHERE reference IS NOT NULL;
 CREATE INDEX events_correlation_id ON events (correlation_id, position) WHERE correlation_id IS NOT NULL;
 
--- One per aggregate.
+-- One snapshot per aggregate.
 CREATE TABLE snapshots (
     aggregate_id BIGINT  NOT NULL,
     sequence     BIGINT  NOT NULL,
@@ -91,7 +91,7 @@ CREATE TABLE snapshots (
     CONSTRAINT snapshots_aggregate_id PRIMARY KEY (aggregate_id)
 );
 
--- Commands that took effect, or were settled as never committed (no receipt).
+-- Commands that took effect, and commands that were settled as never committed (without a receipt).
 CREATE TABLE commands (
     command_id  TEXT COLLATE "C" NOT NULL,
     fingerprint BIGINT,
@@ -100,8 +100,8 @@ CREATE TABLE commands (
     CONSTRAINT commands_command_id PRIMARY KEY (command_id)
 );
 
--- How far each partition of each version of a subscription has come, and who moves it. The owner and the epoch, which
--- grows at every claim, are the lease; all times are of the server's clock.
+-- How far each partition of each version of a subscription has come, and which worker moves it. The owner and the
+-- epoch, which grows with every claim, are the lease. All times are by the server's clock.
 CREATE TABLE cursors (
     subscription    TEXT COLLATE "C" NOT NULL,
     version         BIGINT           NOT NULL,
@@ -125,11 +125,12 @@ CREATE TABLE cursors (
     autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_scale_factor = 0,
     autovacuum_analyze_threshold = 1000000, autovacuum_analyze_scale_factor = 0, vacuum_truncate = false
 );
--- The live version of each row first. Not unique by the first three: that would make each move look through the dead
--- ones. A cursor is made under the lock of the row in log_end, so there is one of each.
+-- The live version of each row comes first. The index is not unique on the first three columns, because each move
+-- would then look through the dead versions. A cursor is made under the lock of the row in log_end, so there is one
+-- of each.
 CREATE UNIQUE INDEX cursors_newest ON cursors (subscription, version, partition, revision DESC);
 
--- Events that could not be handled and were put aside.
+-- Events that a handler could not handle, and that were set aside.
 CREATE TABLE parked_events (
     subscription TEXT COLLATE "C" NOT NULL,
     version      BIGINT           NOT NULL,
@@ -144,9 +145,10 @@ CREATE TABLE parked_events (
     CONSTRAINT parked_events_id PRIMARY KEY (subscription, version, partition, position)
 );
 
--- The log for people: names instead of ids, the payload and the times as text. A payload that is no text (the pattern
--- is that of well-formed UTF-8 without a NUL) is shown in hexadecimal. Times are added in days and microseconds: an
--- interval is multiplied in floating point, which has not every microsecond of ten thousand years.
+-- The log for people: names instead of ids, and the payload and the times as text. A payload that is not text is
+-- shown in hexadecimal; the pattern matches well-formed UTF-8 without a NUL. Times are added in days and
+-- microseconds, because an interval is multiplied in floating point, which cannot represent every microsecond of ten
+-- thousand years.
 CREATE VIEW event_log AS
 SELECT e.position,
        a.name AS aggregate_type,

@@ -1,8 +1,8 @@
-//! How much disk a store takes: `cargo run --release -p benches --bin growth -- 1000000 1000`.
+//! The disk use of a store: `cargo run --release -p benches --bin growth -- 1000000 1000`.
 //!
-//! Starts a PostgreSQL server of its own in a temporary folder and writes that many events with 200 bytes of JSON each. The
-//! second argument is how many events go into one commit; each commit makes a new aggregate for them. Prints the size of
-//! every table and index, per event, and the write-ahead log that it took.
+//! Starts a PostgreSQL server in a temporary folder and writes this many events with 200 bytes of JSON each. The
+//! second argument is the number of events in one commit; each commit creates an aggregate for them. Prints the size
+//! of every table and index, per event, and the size of the write-ahead log.
 
 use std::time::Instant;
 
@@ -48,7 +48,7 @@ impl Aggregate for Order {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let events: usize = std::env::args().nth(1).map_or(Ok(100_000), |count| count.parse())?;
     let in_one: usize = std::env::args().nth(2).map_or(Ok(1_000), |count| count.parse())?;
-    // As a server in use: with `full_page_writes`, which fill the write-ahead log.
+    // As on a server in production: with `full_page_writes`, which increase the write-ahead log.
     let server = Server::builder().durable(true).start()?;
     let engine = PostgresEngine::connect(&server.url()).await?;
     let store = EventStore::new(engine.clone());

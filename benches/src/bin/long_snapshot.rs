@@ -1,9 +1,10 @@
-//! What a snapshot that is held open for long costs: `cargo run --release -p benches --bin long_snapshot`.
+//! The cost of a snapshot that is held for long: `cargo run --release -p benches --bin long_snapshot`.
 //!
-//! A dump, a report or a standby with feedback keeps the server from removing dead row versions. Every commit leaves one of
-//! the row of `log_end`, and every move of a cursor one of its row. This starts a server of its own, holds a snapshot, makes
-//! as many dead versions as the argument says (1,000,000 unless told otherwise), and prints how long a commit, a read of the
-//! head, a move of a cursor and a page of the log take, as medians, and how large both tables are with their indexes.
+//! A dump, a report or a standby with feedback keeps the server from removing dead row versions. Every commit leaves
+//! one of the row of `log_end`, and every move of a cursor one of its row. This program starts a server, holds a
+//! snapshot and makes dead versions, as many as the argument says (1,000,000 by default). It prints the median times
+//! of a commit, a read of the head, a move of a cursor and a page of the log, and the sizes of both tables with their
+//! indexes.
 
 use std::time::{Duration, Instant};
 
@@ -128,7 +129,8 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// As that many commits and moves of a cursor leave them, without their events: the log jumps, which no reader here minds.
+/// Leaves the dead versions of this many commits and moves of a cursor, without the events. The log then has a gap,
+/// which no reader here notices.
 fn dead_versions(count: usize) -> String {
     format!(
         "SET synchronous_commit = off; SET enable_seqscan = off; DO $$ BEGIN FOR i IN 1..{count} LOOP

@@ -1,4 +1,4 @@
-//! A handle belongs to the store that it came from.
+//! A handle belongs to the store that it came from, and to its unit of work.
 
 use evercore_memory::{Aggregate, CommandId, ErrorKind, EventStore, Json, Loaded, MemoryEngine};
 use futures_lite::future::block_on;
@@ -85,7 +85,7 @@ fn a_handle_of_a_repeated_command_is_refused() {
         let store = EventStore::new(MemoryEngine::new());
         let known = counted(&store, "known").await;
         let command = CommandId::new("add").unwrap();
-        // Two units carry one command, and have seen the same aggregate.
+        // Two units have the same command id and have loaded the same aggregate.
         let (mut first, mut again) = (store.begin(), store.begin());
         let (mut written, mut phantom) = (known.clone(), known.clone());
         for (work, handle, count) in [(&mut first, &mut written, 5), (&mut again, &mut phantom, 9)] {

@@ -1,5 +1,6 @@
-//! Tests of `evercore-core` itself: what the store, units of work, readers and subscriptions do is the same on every
-//! engine. They run on the memory engine, the fastest one. What an engine must do is in the conformance suite.
+//! Tests of `evercore-core` itself: stores, units of work, readers and subscriptions work in the same way on every
+//! engine. The tests run on the memory engine, the fastest one. The promises of engines are tested by the conformance
+//! suite.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

@@ -1,4 +1,4 @@
-//! Operators and runners at the same time: what an operator has asked for is not undone by a handler that was at work.
+//! Operators and runners at the same time: a running handler does not undo the change of an operator.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -66,7 +66,7 @@ async fn number_parked(store: &EventStore, number: usize) {
     }
 }
 
-/// A handler that fails when it is told to, and can be held in the middle of an event.
+/// A handler that fails on request, and can be stopped inside an event.
 #[derive(Clone, Default)]
 struct Held {
     fails: Arc<AtomicBool>,
@@ -103,8 +103,7 @@ impl Held {
     }
 }
 
-/// Runs a subscription over two events of one aggregate, the first of which was parked and is being tried again, and then
-/// does this.
+/// Runs a subscription over two events of one aggregate. The first is parked. While it is tried again, `then` runs.
 async fn while_tried_again(fails: bool, then: impl AsyncFnOnce(&EventStore, &Held, CursorId)) -> Held {
     let store = EventStore::new(MemoryEngine::new());
     say(&store, "a").await;
@@ -182,7 +181,7 @@ fn a_parked_event_that_is_resumed_while_it_fails_again_is_tried_once_more() {
     block_on(async {
         let held = while_tried_again(true, async |store, held, id| {
             store.resume_parked(&id, None).await.unwrap();
-            // The attempt at work has seen what was wrong before, the next one does not.
+            // The running attempt has the old handler, the next one the repaired one.
             held.fails.store(false, Ordering::SeqCst);
             held.go_on();
             until(async || parked(store).await.is_empty()).await;

@@ -1,4 +1,4 @@
-//! Values that follow the log: exactly once beside a cursor, or in the commit itself.
+//! Projections in memory: exactly once with a cursor, or inside the commit.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -146,7 +146,7 @@ fn an_inline_projection_passes_nothing_over() {
         deposit(&store, "one", 1).await.unwrap();
         store.resume_subscription("count").await.unwrap();
 
-        // A commit without events, and a projection that is new, are no reason to move this one.
+        // A commit without events, and a new projection, do not move this one.
         let mut work = store.begin();
         work.create_with_key::<Account>("another").await.unwrap();
         work.commit().await.unwrap();

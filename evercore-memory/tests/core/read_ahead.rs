@@ -1,4 +1,4 @@
-//! What core asks an engine for while it reads ahead, seen from below: when, how often, and what becomes of errors.
+//! Reading ahead, seen from the engine: when core asks for pages, how often, and where errors go.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,18 +15,18 @@ use evercore_memory::{
 use futures_lite::future::{block_on, poll_once};
 use serde::{Deserialize, Serialize};
 
-/// Passes everything on, counts the pages it is asked for, and takes its time if it is told to.
+/// Passes all calls on and counts the pages. It can be slow, and fail once.
 #[derive(Debug, Default)]
 struct Watched {
     inner: MemoryEngine,
     asked: AtomicUsize,
     is_slow: bool,
-    /// The page that fails, once.
+    /// The page that fails once.
     fails: Mutex<Option<usize>>,
 }
 
 impl Watched {
-    /// Begins to read a page; what a slow engine does ends at the second poll.
+    /// Begins to read a page. If the engine is slow, it is ready at the second poll.
     async fn page(&self) -> Result<()> {
         let number = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
         let mut is_waiting = self.is_slow;
@@ -133,7 +133,7 @@ impl StorageEngine for Watched {
     }
 }
 
-/// An aggregate that notes, at every event, how many pages the engine had been asked for.
+/// An aggregate that stores at every event how many pages the engine was asked for.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Witness {
     saw: Vec<usize>,
@@ -157,7 +157,7 @@ impl Aggregate for Witness {
     }
 }
 
-/// A store with one aggregate of this many events; nobody has read yet.
+/// A store with one aggregate of this many events. Nothing was read yet.
 async fn store(events: usize, is_slow: bool) -> (Arc<Watched>, EventStore) {
     let engine = Arc::new(Watched { is_slow, ..Watched::default() });
     let store = EventStore::shared(engine.clone());
@@ -239,7 +239,7 @@ fn a_dropped_next_does_not_ask_twice() {
 fn pages_that_end_early_are_read_one_behind_the_other() {
     block_on(async {
         let (engine, store) = store(30, true).await;
-        // A payload has four bytes or more, so a page ends at its bytes after some of its ten events.
+        // A payload has at least four bytes, so the limit in bytes ends a page after some of its ten events.
         let limit = PageLimit::events(10).unwrap().and_bytes(16).unwrap();
         let mut log = store.log_reader(LogQuery::after(Position::ZERO).with_limit(limit));
         let (mut found, mut pages) = (Vec::new(), 0);
@@ -252,7 +252,7 @@ fn pages_that_end_early_are_read_one_behind_the_other() {
     });
 }
 
-/// One test for all that looks at `ASKED`, which all tests of this file share.
+/// One test for everything about `ASKED`, because the tests of this file share it.
 #[test]
 fn a_long_history_is_folded_while_its_next_page_is_on_its_way() {
     block_on(async {
@@ -263,7 +263,7 @@ fn a_long_history_is_folded_while_its_next_page_is_on_its_way() {
         assert_eq!(witness.saw, expected);
         assert_eq!(engine.asked.load(Ordering::SeqCst), 2);
 
-        // A load that ends within a page asks for no more, or for one page in vain.
+        // A load that ends within a page asks for no other page, or for one page too many.
         engine.asked.store(0, Ordering::SeqCst);
         let early = store.load_as_of::<Witness>("w", AsOf::Sequence(Sequence::new(900).unwrap())).await;
         assert_eq!((early.unwrap().saw.len(), engine.asked.load(Ordering::SeqCst)), (900, 0));

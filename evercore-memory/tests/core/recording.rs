@@ -1,4 +1,4 @@
-//! What is recorded is what is read: the state in hand after `record` equals the state that a load finds.
+//! Recording: the state after `record` equals the state of a later load.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -13,11 +13,11 @@ use evercore_testkit::{Given, block_on};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// Any event that can be shown.
+/// Any event with `Debug`.
 trait Any: Serialize + DeserializeOwned + Debug + Send + Sync + 'static {}
 impl<E: Serialize + DeserializeOwned + Debug + Send + Sync + 'static> Any for E {}
 
-/// All events as they were applied.
+/// All events in the form in which they were applied.
 #[derive(Serialize, Deserialize)]
 #[serde(bound = "")]
 struct Seen<E> {
@@ -54,7 +54,7 @@ async fn begun<T: Aggregate>() -> (EventStore, UnitOfWork, Loaded<T>) {
     (store, work, aggregate)
 }
 
-/// What was applied when the event was recorded; a load must find the same.
+/// The events that were applied while recording; a load must find the same.
 #[track_caller]
 fn recorded<E: Any>(event: E) -> Result<String> {
     block_on(async {
@@ -239,8 +239,8 @@ fn maps_and_sets_need_no_order() {
     });
 }
 
-/// A state that JSON cannot write once it has a pair, cannot read once its number is not finite, and that is over the
-/// limit once it is told to be large.
+/// A state that JSON cannot encode if it has a pair, and cannot decode if its number is not finite. It is over the
+/// limit if it is told to be large.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Awkward {
     pairs: HashMap<(u8, u8), u8>,
@@ -326,7 +326,7 @@ fn a_name_that_is_only_read_is_not_registered() {
     });
 }
 
-/// Applies what it is given, without a look at what the codec makes of it.
+/// Applies the events that it gets, without a check by the codec.
 #[derive(Clone, Default, Serialize, Deserialize)]
 struct Trusting(Vec<String>);
 
@@ -350,7 +350,7 @@ fn a_codec_that_is_trusted_is_not_asked_again() {
     });
 }
 
-/// Keeps everything that an event's context says.
+/// Stores all parts of an event's context.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Witness(Vec<String>);
 
@@ -425,7 +425,7 @@ fn metadata_that_comes_after_the_events_is_refused() {
     });
 }
 
-/// A state of which a part is not written.
+/// A state with a part that is not encoded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Forgetful {
     events: u32,

@@ -46,7 +46,8 @@ fn workers_come_to_rest() {
             pause(100).await;
             shared.run(std::future::pending(), async |_| Ok(())).await.map(drop)
         };
-        // Each move of another subscription lets who waits for a cursor look again, long before the owner does.
+        // Each move of another subscription makes a worker that waits for a cursor look again, long before its owner
+        // does.
         let one_each = PageLimit::events(1).unwrap();
         let mut other = store.subscription("other").unwrap().with_batch(one_each).claim().await.unwrap();
         let moves = async {

@@ -1,4 +1,4 @@
-//! Sinks that are not an engine's: what a runner does with what they say.
+//! Sinks of users: how the runner treats their results.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,7 +30,7 @@ impl Aggregate for Tally {
     }
 }
 
-/// Handles two events of a delivery at most, and notes them with the attempt.
+/// Handles at most two events of a delivery, and stores them with the attempt.
 #[derive(Clone, Default)]
 struct TwoAtMost(Arc<Mutex<Vec<(i64, u32)>>>);
 
@@ -71,7 +71,7 @@ fn what_a_sink_has_not_handled_comes_next() {
     });
 }
 
-/// It would find no cursor there, for ever.
+/// It would never find a cursor there.
 #[test]
 fn a_projection_of_another_store_is_refused() {
     block_on(async {

@@ -1,4 +1,4 @@
-//! How subscriptions run: parking and trying again, versions, leases that are lost, shutdowns, engines that fail.
+//! How subscriptions run: parked events, attempts, versions, lost leases, shutdowns, failing engines.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -51,13 +51,13 @@ async fn parked_one(store: &EventStore) -> CursorId {
     }
 }
 
-/// As an engine whose step is carried through in a task: the answer comes later than the effect.
+/// An engine that finishes a step in a task: the answer comes later than the effect.
 #[derive(Debug)]
 struct Late(MemoryEngine, Renewals);
 #[derive(Debug, PartialEq)]
 enum Renewals {
     Answered,
-    /// As on a connection that is dead, and nobody knows.
+    /// As on a dead connection that is not noticed yet.
     NotAnswered,
 }
 impl SubscriptionStorage for Late {
@@ -468,7 +468,7 @@ fn a_batch_has_one_event_at_least() {
             done.send(news.with_batch(none).next().await.unwrap().len()).unwrap();
         });
     });
-    // On a thread of its own, since it would never end.
+    // In a thread, because a failure would never end.
     for _ in 0..2 {
         assert_eq!(is_done.recv_timeout(Duration::from_secs(2)), Ok(1));
     }

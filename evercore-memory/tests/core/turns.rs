@@ -1,4 +1,4 @@
-//! Writers of one aggregate in one process wait for one another instead of racing.
+//! Writers of one aggregate in one process wait for one another and do not race.
 
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,8 @@ fn updates_of_one_aggregate_meet_no_conflict() {
     assert_eq!(product.sold, (WRITERS * ORDERS) as u64);
 }
 
-/// The inner update waits for the outer one, which waits for it. It passes it after a second, once and for all.
+/// The inner update waits for the outer one, which waits for the inner one. After a second the inner one goes first,
+/// and nothing waits again.
 #[test]
 fn an_update_inside_an_update_of_the_same_aggregate_comes_to_an_end() {
     let store = EventStore::new(MemoryEngine::new());

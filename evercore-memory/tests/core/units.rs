@@ -1,4 +1,4 @@
-//! A unit of work that is full says so at the line that adds too much, and is as it was before that line.
+//! A full unit of work refuses the line that adds too much, and is unchanged by it.
 
 use evercore_memory::{Aggregate, ErrorKind, EventStore, Json, MemoryEngine, limits};
 use futures_lite::future::block_on;
@@ -18,7 +18,7 @@ impl Aggregate for Page {
     const TYPE: &'static str = "page";
     type Event = PageEvent;
     type Codec = Json;
-    /// Reading back many megabytes takes long without optimisation.
+    /// Decoding many megabytes takes long without optimisation.
     const TRUSTS_CODEC: bool = true;
 
     fn apply(&mut self, _: PageEvent) {
@@ -54,7 +54,7 @@ fn a_byte_too_many_is_refused_by_record() {
         let store = EventStore::new(MemoryEngine::new());
         let mut work = store.begin();
         let mut page = work.create::<Page>().await.unwrap();
-        // Four of these fit into 64 MiB. So an endless iterator is refused at its fifth event.
+        // Four of these fit into 64 MiB, so an endless iterator is refused at its fifth event.
         let events = std::iter::repeat_with(|| written(15 * 1024 * 1024));
         assert_eq!(*work.record_all(&mut page, events).unwrap_err().kind(), ErrorKind::Invalid);
         assert_eq!(page.state().lines, 0);
@@ -83,7 +83,7 @@ fn an_aggregate_too_many_is_refused_by_create_and_change_key() {
             work.change_key(page, format!("leaf {nth}")).unwrap();
         }
         assert_eq!(*work.change_key(&mut one, "leaf").unwrap_err().kind(), ErrorKind::Invalid);
-        // A key that this unit changes already may change again, and that of an aggregate that it makes.
+        // A key that this unit changed may change again, also the key of a new aggregate.
         work.change_key(&mut pages[0], "title").unwrap();
         let mut made = work.create::<Page>().await.unwrap();
         work.change_key(&mut made, "made").unwrap();

@@ -1,4 +1,4 @@
-//! Versions of a projection, seen from outside: what a new one is told about events that an older one has handled.
+//! Versions of a projection: which events a new version gets as replay.
 
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ fn version(store: &EventStore, version: u32) -> Subscription {
     store.subscription("tallies").unwrap().with_version(version).with_batch(batch)
 }
 
-/// Handles so many events, and tells for each whether it was a replay.
+/// Handles this many events, and gives for each whether it was a replay.
 async fn handle(subscription: &Subscription, events: usize) -> Vec<bool> {
     let mut owned = subscription.claim().await.unwrap();
     let mut replays = Vec::new();
@@ -91,7 +91,7 @@ fn an_old_version_is_told_that_it_is_superseded() {
     });
 }
 
-/// Without a bell it would end when a third of its lease is over, which is 10 s here.
+/// Without a wake-up it would end after a third of its lease, which is 10 s here.
 #[test]
 fn a_version_that_waits_for_events_ends_as_soon_as_it_is_superseded() {
     block_on(async {
@@ -117,7 +117,7 @@ fn a_version_that_waits_for_events_ends_as_soon_as_it_is_superseded() {
     });
 }
 
-/// What it has handled would be live once more for the new one.
+/// Its handled events would be live again for the new version.
 #[test]
 fn a_version_is_not_removed_while_a_newer_one_is_being_built() {
     block_on(async {

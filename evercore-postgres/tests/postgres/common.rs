@@ -1,4 +1,4 @@
-//! What the tests of this engine share: one runtime, one server, a schema for each store.
+//! Helpers of the tests of this engine: one runtime, one server, a schema for each store.
 
 #![allow(dead_code, reason = "the conformance suite uses a part")]
 
@@ -10,13 +10,13 @@ use evercore_postgres::{Builder, PostgresEngine};
 use evercore_testkit::postgres;
 use tokio::runtime::Runtime;
 
-/// One runtime for all tests of a process: connections outlive the call that made them.
+/// One runtime for all tests of a process, because connections outlive the call that made them.
 pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| Runtime::new().unwrap()).block_on(future)
 }
 
-/// A schema of its own on the server that the tests of this process share.
+/// A separate schema on the server that the tests of this process share.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) url: String,
@@ -24,7 +24,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// `None` if there is no server, after saying so.
+    /// Prints a message and gives `None` if there is no server.
     pub(crate) fn fresh() -> Option<Self> {
         Some(Self::on(postgres::shared_url()?))
     }
@@ -48,7 +48,7 @@ impl Place {
     }
 }
 
-/// A server that is not ours is left as it was.
+/// On a server of others the schema is removed.
 impl Drop for Place {
     fn drop(&mut self) {
         if std::env::var_os("EVERCORE_POSTGRES_URL").is_some() {

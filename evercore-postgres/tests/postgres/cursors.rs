@@ -1,4 +1,4 @@
-//! Cursors: claimed, moved, parked, by the clock of the server.
+//! Cursors are claimed, moved and parked, by the clock of the server.
 
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,7 @@ fn an_old_lease_cannot_move_the_cursor() {
         for (_, engine) in all(|builder| builder).await {
             fill(&engine, 3).await;
             let (id, old) = begin(&engine, "fenced").await;
-            // The same owner's second claim is another lease.
+            // A second claim of the same owner is another lease.
             let new = claim(&engine, &id, "me").await;
             let park = |lease, from, to| {
                 let mut advance = Advance::new(lease, from, to, TIME);
@@ -104,8 +104,8 @@ fn an_old_lease_cannot_move_the_cursor() {
     });
 }
 
-/// As after a failover to a standby that had less of the log: what was handled and is gone is not acknowledged, or what
-/// is written in its place would be passed over.
+/// As after a failover to a standby with less of the log: events that were handled and are gone must not be
+/// acknowledged, or their successors would be skipped.
 #[test]
 fn what_a_lost_tail_had_delivered_is_not_acknowledged() {
     block_on(async {
@@ -122,7 +122,7 @@ fn what_a_lost_tail_had_delivered_is_not_acknowledged() {
     });
 }
 
-/// The plain move is one statement; it leaves the cursor as the long way would, which is the rule of all engines.
+/// The plain move is one statement. It must leave the cursor as the general step of core does.
 #[test]
 fn a_move_in_one_statement_is_the_step_of_all_engines() {
     block_on(async {
@@ -242,7 +242,7 @@ fn of_two_who_claim_at_once_one_has_it() {
     });
 }
 
-/// The server's clock goes a day ahead, as far as its own functions tell.
+/// The functions of the server report a clock that is a day ahead.
 #[test]
 fn the_clock_is_the_servers() {
     block_on(async {
@@ -266,7 +266,7 @@ fn the_clock_is_the_servers() {
     });
 }
 
-/// A renewal that waited for the row counts from when it got it.
+/// A renewal that waited for the row counts from the moment when it got the row.
 #[test]
 fn the_clock_is_read_after_the_wait() {
     block_on(async {
@@ -304,7 +304,7 @@ fn a_claim_does_not_wait_for_a_handler_at_work() {
             let working = tokio::spawn(async move { sink.deliver(&delivery, &advance).await });
             tokio::time::sleep(Duration::from_millis(300)).await;
             let began = Instant::now();
-            // The lease has run out, and yet nobody else gets it.
+            // The lease has expired, and still no other owner gets it.
             let error = engine.step(&id, &Step::claim(owner("you"), TIME)).await.unwrap_err();
             assert_eq!(error.kind(), &ErrorKind::AlreadyOwned);
             assert!(began.elapsed() < Duration::from_millis(400), "{:?}", began.elapsed());
@@ -326,7 +326,7 @@ fn a_step_whose_session_is_stale_is_taken_in_a_new_one() {
         let (id, mut cursor) = begin(&engine, "stale").await;
         let sink = projection(&engine, &table, "SELECT 1");
         for way in 0..3 {
-            // Then "cached plan must not change result type".
+            // The error is "cached plan must not change result type".
             let other = if way == 1 { "text" } else { "varchar" };
             let alter =
                 format!("ALTER TABLE {}.cursors ALTER COLUMN failed_error TYPE {other}", place.schema);
@@ -351,7 +351,7 @@ fn a_step_whose_session_is_stale_is_taken_in_a_new_one() {
     });
 }
 
-/// A future that was begun and is not polled must not keep a connection from others.
+/// A future that was begun and is not polled must not hold a connection that others need.
 #[test]
 fn whoever_waits_for_events_and_is_not_polled_holds_up_nobody() {
     block_on(async {

@@ -51,7 +51,7 @@ pub(crate) async fn claim(engine: &PostgresEngine, id: &CursorId, name: &str) ->
     engine.step(id, &Step::claim(owner(name), TIME)).await.unwrap().unwrap()
 }
 
-/// A cursor of this name, made and claimed.
+/// Declares and claims a cursor with this name.
 pub(crate) async fn begin(engine: &PostgresEngine, name: &str) -> (CursorId, Cursor) {
     let id = id(name);
     declare(engine, &id).await;
@@ -69,7 +69,7 @@ pub(crate) async fn parked_of(engine: &PostgresEngine, id: &CursorId) -> Vec<i64
     parked.iter().map(|event| event.position.get()).collect()
 }
 
-/// However an engine can be connected.
+/// One engine for each kind of connection.
 pub(crate) async fn all(set: impl Fn(Builder) -> Builder) -> Vec<(Place, PostgresEngine)> {
     let mut engines = Vec::new();
     for way in 0..3 {
@@ -94,7 +94,7 @@ pub(crate) async fn client(url: &str) -> Client {
     client
 }
 
-/// So many events.
+/// Writes this many events.
 pub(crate) async fn fill(engine: &PostgresEngine, events: usize) {
     let store = EventStore::new(engine.clone());
     for start in (0..events).step_by(500) {
@@ -104,7 +104,7 @@ pub(crate) async fn fill(engine: &PostgresEngine, events: usize) {
     }
 }
 
-/// The table in which the projections of these tests write down which events they have seen.
+/// The table in which the projections of these tests store the positions of their events.
 pub(crate) fn table(place: &Place) -> String {
     place.psql("CREATE TABLE @seen (position BIGINT NOT NULL)");
     format!("{}.seen", place.schema)
@@ -122,7 +122,7 @@ pub(crate) async fn note(sql: &Transaction<'_>, table: &str, events: &[Event]) -
     Ok(())
 }
 
-/// Tells the compiler for how long its argument lives.
+/// Gives the closure the lifetimes that the compiler cannot infer.
 pub(crate) fn handler<F>(handle: F) -> F
 where
     F: for<'t> Fn(&'t Transaction<'t>, &'t [Event]) -> BoxFuture<'t, Result<(), BoxError>>
@@ -133,7 +133,7 @@ where
     handle
 }
 
-/// Writes the events down, and then sleeps.
+/// Stores the positions of the events, and then sleeps.
 pub(crate) fn noting(
     table: &str,
     pause: Duration,
@@ -155,7 +155,7 @@ pub(crate) fn noting(
     })
 }
 
-/// Writes the events down and then does this SQL; where it is "fail" or "panic", that.
+/// Stores the positions of the events and then runs this SQL. "fail" and "panic" are done instead of run.
 pub(crate) fn projection(engine: &PostgresEngine, table: &str, then: &'static str) -> Projection {
     let table = table.to_owned();
     engine.projection(move |sql, delivery| {
@@ -173,7 +173,7 @@ pub(crate) fn projection(engine: &PostgresEngine, table: &str, then: &'static st
     })
 }
 
-/// What comes behind the cursor, and the move past it.
+/// The next delivery after the cursor, and the move past it.
 pub(crate) async fn next(
     engine: &PostgresEngine,
     cursor: &Cursor,

@@ -1,5 +1,5 @@
-//! Connections, flights and their queue when something goes wrong: reads that are given up, sessions that lost what was
-//! prepared, runtimes that end, standbys that are not waited for.
+//! Connections, flights and their queue under faults: dropped reads, sessions without their prepared statements,
+//! runtimes that end, standbys that do not answer.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ async fn side(url: &str) -> Client {
     client
 }
 
-/// A store with an order that has a snapshot to be read.
+/// A store with an order and its snapshot.
 async fn two_connections(at: &Place, name: &str) -> (PostgresEngine, EventStore) {
     let engine = at.builder().pool_size(2).connect(&named(&at.url, name)).await.unwrap();
     let store = EventStore::new(engine.clone());
@@ -31,7 +31,7 @@ async fn two_connections(at: &Place, name: &str) -> (PostgresEngine, EventStore)
     (engine, store)
 }
 
-/// How many statements of this name are at work.
+/// The number of running statements with this name.
 fn at_work(at: &Place, name: &str) -> String {
     at.psql(&format!(
         "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND application_name = '{name}'"
@@ -86,13 +86,13 @@ fn a_commit_needs_no_connection_of_those_who_read() {
     });
 }
 
-/// The server says "done" and warns: the commit is there, and a failover may lose it.
+/// The server reports success with a warning: the commit exists, and a failover may lose it.
 #[test]
 fn a_commit_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged() {
     block_on(async {
         let Some(server) = Server::builder().start_or_skip() else { return };
         let at = Place::on(server.url());
-        // Whatever the URL asks for, the warning is heard.
+        // The warning is read, whatever the URL sets.
         let url = format!("{}&options=-c%20client_min_messages%3Derror", named(&at.url, "waits"));
         let engine = at.builder().connect(&url).await.unwrap();
         let store = EventStore::new(engine.clone());
@@ -105,7 +105,7 @@ fn a_commit_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged() {
             async move {
                 match way {
                     0 => place(&store, "first").await,
-                    // A new name: under the lock.
+                    // A new name is written under the lock.
                     1 => {
                         store
                             .update::<Order, _, _>("first", |_| [crate::orders::noted("under the lock")])
@@ -124,7 +124,7 @@ fn a_commit_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged() {
             assert_eq!(kind(outcome), ErrorKind::OutcomeUnknown, "{way}");
             assert_eq!(engine.head().await.unwrap().get(), 2 + i64::try_from(way).unwrap());
         }
-        // What only reads beside it has nothing to be unsure of.
+        // Reads at the same time are certain.
         let commit = tokio::spawn(commit(2));
         soon("it waits", async || at.psql(&format!("SELECT count(*) {waits}")) == "1").await;
         let queued = "SELECT count(*) FROM pg_locks WHERE NOT granted";
@@ -152,7 +152,7 @@ fn a_session_that_lost_what_was_prepared_in_it_is_given_up() {
         let pool = Pool::builder(Manager::new(at.url.parse().unwrap(), NoTls)).max_size(3).build().unwrap();
         let engine = at.builder().with_pool(pool.clone()).await.unwrap();
         let store = EventStore::new(engine.clone());
-        // What a pooler does, on every connection there is, after each of them has prepared what it needs.
+        // As a pooler does, on every connection, after each has prepared its statements.
         let lose = async |text: &str| {
             for _ in 0..2 {
                 place(&store, "first").await.unwrap();
@@ -179,7 +179,7 @@ fn a_session_that_lost_what_was_prepared_in_it_is_given_up() {
     });
 }
 
-/// "cached plan must not change result type"
+/// The error "cached plan must not change result type".
 #[test]
 fn a_session_from_before_a_table_was_changed_is_given_up() {
     block_on(async {
@@ -191,7 +191,7 @@ fn a_session_from_before_a_table_was_changed_is_given_up() {
         at.psql("DROP VIEW @event_log; ALTER TABLE @events ALTER COLUMN reference TYPE varchar");
         let order = store.load::<Order>("first").await;
         assert_eq!(order.unwrap_or_else(|error| panic!("{}", all_of(&error))).events, 1);
-        // SQL of the user's runs once, so it is for the user to send it again.
+        // SQL of the user runs once, so the user must repeat it.
         for _ in 0..4 {
             place_with(&engine, "first", own("SELECT 1")).await.unwrap();
         }
@@ -201,7 +201,7 @@ fn a_session_from_before_a_table_was_changed_is_given_up() {
     });
 }
 
-/// Not "concurrent commits kept conflicting with this one".
+/// The error is not "concurrent commits kept conflicting with this one".
 #[test]
 fn a_key_of_a_type_that_another_process_registered_is_taken() {
     block_on(async {
@@ -236,7 +236,7 @@ fn nobody_waits_for_the_flights_of_many_others() {
         let mut side = side(&at.url).await;
         let lock = side.transaction().await.unwrap();
         lock.batch_execute(&format!("SELECT FROM {}.log_end FOR UPDATE", at.schema)).await.unwrap();
-        // Two of them are more than one flight carries.
+        // Two of them are too large for one flight.
         let commits = orders.into_iter().map(|mut order| {
             let mut work = store.begin();
             work.record_all(&mut order, (0..6_000).map(|_| OrderEvent::Placed)).unwrap();
@@ -256,8 +256,8 @@ fn nobody_waits_for_the_flights_of_many_others() {
     });
 }
 
-/// A version of the row of `log_end` that ends at the same position would have to be stepped over in its index as long as
-/// somebody holds an older snapshot.
+/// If a commit updated the row of `log_end` and left its position, each reader of its index would have to pass the
+/// old version as long as an older snapshot exists.
 #[test]
 fn a_commit_without_events_does_not_write_log_end() {
     block_on(async {
@@ -304,7 +304,7 @@ fn type_names_that_are_registered_already_need_no_lock() {
     });
 }
 
-/// As with tests that share an engine, each in a runtime of its own.
+/// As in tests that share an engine and have a runtime each.
 #[test]
 fn a_commit_that_waits_while_the_runtime_of_its_leader_ends_is_carried_out() {
     let Some(at) = Place::fresh() else { return };
@@ -363,7 +363,7 @@ async fn batch(engine: &PostgresEngine, events: Vec<NewEvent>, snapshot: usize) 
     batch
 }
 
-/// More than the protocol takes at once: prints what became of them.
+/// More than the protocol takes at once. Prints the results.
 #[test]
 #[ignore = "takes more than a gibibyte of memory"]
 fn many_big_snapshots_at_once_are_kept() {
@@ -400,7 +400,7 @@ fn many_big_snapshots_at_once_are_kept() {
     });
 }
 
-/// As JSON the headers have 1.3 GB.
+/// The headers have 1.3 GB as JSON.
 #[test]
 #[ignore = "writes more than a gigabyte"]
 fn ten_thousand_events_may_share_the_largest_header() {

@@ -30,18 +30,18 @@ fn one_that_was_removed_while_the_engine_runs_is_left_alone() {
         place_with(&engine, "first", own("SELECT 1")).await.unwrap();
         assert_eq!((positions(&engine).await, seen(&place)), (up_to(4), up_to(2)));
         assert!(engine.cursors(None).await.unwrap().cursors.is_empty());
-        // Who connects again begins again.
+        // A new connection begins again.
         place.psql("TRUNCATE @seen");
         let again = with().connect(&place.url).await.unwrap();
         assert_eq!(seen(&place), up_to(4));
-        // And the one that runs goes on with it.
+        // And the running engine goes on with it.
         self::place(&store, "first").await.unwrap();
         self::place(&EventStore::new(again), "first").await.unwrap();
         assert_eq!(seen(&place), up_to(6));
     });
 }
 
-/// As in a commit alone, so beside SQL of one's own: the server does not take the client for gone.
+/// With SQL of the user as in a plain commit: the server does not close the connection as idle.
 #[test]
 fn one_that_waits_for_something_else_for_too_long_is_rejected() {
     block_on(async {
@@ -65,7 +65,7 @@ fn one_that_waits_for_something_else_for_too_long_is_rejected() {
     });
 }
 
-/// It holds the log: a process that stands still there must not stop all others for longer than they wait.
+/// The handler holds the log: a process that hangs there must not stop others for longer than their time-out.
 #[test]
 fn one_that_stands_still_does_not_stop_the_commits_of_others() {
     block_on(async {
@@ -132,7 +132,7 @@ fn one_may_connect_while_others_commit() {
     });
 }
 
-/// What others have committed without it is caught up with before the log is locked.
+/// Commits of engines without the projection are caught up with before the log is locked.
 #[test]
 fn one_that_is_far_behind_does_not_hold_up_the_commits_of_others() {
     block_on(async {
@@ -266,7 +266,7 @@ fn the_unit_that_an_inline_projection_refuses_fails_alone() {
             assert!(calls.load(Ordering::Relaxed) >= 24 - 8);
             let missing = kind(store.load::<Order>("1").await);
             assert!(matches!(missing, ErrorKind::NotFound), "{missing:?}");
-            // With SQL of one's own beside it.
+            // With SQL of the user in the commit.
             let mut work = store.begin();
             let mut order = work.load::<Order>("0").await.unwrap();
             work.record(&mut order, noted("guilty")).unwrap();
@@ -299,14 +299,15 @@ fn an_inline_projection_misses_nothing() {
         assert_eq!(sizes.lock().unwrap().split_off(0), [1_000, 1_000, 300]);
         let id = CursorId { version: 3, ..id("late") };
         assert_eq!(find(&engine, &id).await.live_from, Some(Position::ZERO));
-        // Another process commits without it, with a name that this one has not seen, and more than a page holds.
+        // Another process commits without the projection, with a name that is new here, and with more events than a
+        // page holds.
         fill(&plain, 1_200).await;
         place_with(&plain, "other", own("SELECT 1")).await.unwrap();
         assert_eq!(seen(&place), up_to(2_300));
         self::place(&EventStore::new(engine.clone()), "first").await.unwrap();
         assert_eq!(seen(&place), up_to(3_502));
         assert_eq!(sizes.lock().unwrap().split_off(0), [1_000, 202]);
-        // Paused it is passed over, and then catches up.
+        // It is left out while it is paused, and then catches up.
         engine.step(&id, &Step::Pause).await.unwrap();
         self::place(&EventStore::new(engine.clone()), "first").await.unwrap();
         engine.step(&id, &Step::Resume).await.unwrap();

@@ -1,5 +1,5 @@
-//! A log that has lost its tail in a failover, while engines and runners stay up that remember it: names, ids, the
-//! witness, handles, cursors. One primary and one standby, one failover, and a store of its own for each scenario.
+//! A failover loses the tail of the log while engines and runners stay up that remember it: names, ids, witnesses,
+//! handles, cursors. There is one primary, one standby, one failover, and a store for each scenario.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,7 +59,7 @@ impl Pair {
     fn start() -> Option<Self> {
         let primary = Server::builder().start_or_skip()?;
         match primary.standby() {
-            // No pg_basebackup, or one on the PATH that is older than the server.
+            // `pg_basebackup` is missing, or older than the server.
             Err(error)
                 if error.contains("could not be run") || error.contains("incompatible server version") =>
             {
@@ -75,7 +75,7 @@ impl Pair {
         format!("postgres://evercore@127.0.0.1:{primary},127.0.0.1:{standby}/postgres")
     }
 
-    /// The standby gets all there is by now, and nothing more.
+    /// The standby gets everything up to now, and nothing more.
     async fn cut(&self) {
         let at = self.primary.psql("postgres", "SELECT pg_current_wal_insert_lsn()").unwrap();
         let has_all = format!("SELECT pg_last_wal_replay_lsn() >= '{at}'");
@@ -94,7 +94,7 @@ impl Pair {
     }
 }
 
-/// A store, the engine that lives through the failover, and where others connect.
+/// A store, the engine that lives through the failover, and the URL for others.
 struct Shop {
     at: Place,
     standby: Place,
@@ -110,13 +110,13 @@ impl Shop {
         Self { at, standby, store: EventStore::new(engine.clone()), engine }
     }
 
-    /// As a process sees the store that has just come up.
+    /// Opens the store as a new process.
     async fn elsewhere(&self) -> (PostgresEngine, EventStore) {
         let engine = self.standby.engine().await;
         (engine.clone(), EventStore::new(engine))
     }
 
-    /// The new server is found.
+    /// Waits until the engine has found the new server.
     async fn back(&self) {
         soon("there is a server again", async || self.store.head().await.is_ok()).await;
     }
@@ -125,7 +125,8 @@ impl Shop {
         self.store.load::<Order>(key).await.unwrap()
     }
 
-    /// One more event of each, all in one flight but the first, which is held up until the others wait after it.
+    /// Writes one more event of each. The first commit is held up until the others wait after it, so they are one
+    /// flight.
     async fn together(&self, url: &str, orders: &mut [Loaded<Order>]) -> Vec<Result<Receipt>> {
         let (mut side, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
         tokio::spawn(connection);
@@ -148,7 +149,7 @@ impl Shop {
     }
 }
 
-/// The log as position, aggregate and event type.
+/// The log, as position, aggregate and event type.
 async fn events(engine: &PostgresEngine, after: i64) -> Vec<(i64, i64, String)> {
     let page = engine.read_log(&LogQuery::after(Position::new(after).unwrap())).await.unwrap();
     let event = page.events.iter();
@@ -157,7 +158,7 @@ async fn events(engine: &PostgresEngine, after: i64) -> Vec<(i64, i64, String)> 
         .collect()
 }
 
-/// A name that was registered and lost is registered again.
+/// A name whose registration was lost is registered again.
 async fn name_again(shop: &Shop) {
     use shipping::{Order, OrderEvent};
     shop.back().await;
@@ -170,7 +171,8 @@ async fn name_again(shop: &Shop) {
     assert_eq!(store.load::<Order>("one").await.unwrap().events, 2);
 }
 
-/// The number of a lost name belongs to another name by now: for those who read first, and for those who write first.
+/// The number of a lost name now belongs to another name, both for engines that read first and for engines that write
+/// first.
 async fn name_of_another(shop: &Shop, reads_first: bool) {
     let (engine, store) = shop.elsewhere().await;
     let cancel = |_: &cancelling::Order| [cancelling::OrderEvent::Placed, cancelling::OrderEvent::Cancelled];
@@ -187,7 +189,7 @@ async fn name_of_another(shop: &Shop, reads_first: bool) {
     assert_eq!(events(&shop.engine, 0).await, events(&engine, 0).await);
 }
 
-/// Three orders that are written together, by a clock that was an hour ahead once.
+/// Three orders that are written together, by a clock that was an hour fast once.
 async fn fill_by_a_wrong_clock(shop: &Shop) -> Vec<Loaded<Order>> {
     shop.at.psql("UPDATE @log_end SET recorded_at = (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 3600000000");
     let mut orders = Vec::new();
@@ -200,7 +202,7 @@ async fn fill_by_a_wrong_clock(shop: &Shop) -> Vec<Loaded<Order>> {
     orders
 }
 
-/// The same positions, sequences and times have come again by now, with other events.
+/// Now other events have the same positions, sequences and times.
 async fn witness_by_a_wrong_clock(shop: &Shop, mut orders: Vec<Loaded<Order>>) {
     shop.back().await;
     let (engine, store) = shop.elsewhere().await;
@@ -215,11 +217,11 @@ async fn witness_by_a_wrong_clock(shop: &Shop, mut orders: Vec<Loaded<Order>>) {
     assert_eq!(store.load::<Order>("x").await.unwrap().events, 2);
 }
 
-/// Of a handle whose last event was lost, and of one whose aggregate was.
+/// A handle whose last event was lost, and a handle whose aggregate was lost.
 async fn handles(shop: &Shop, mut known: Loaded<Order>, mut alice: Loaded<Order>) {
     shop.back().await;
     let (_, store) = shop.elsewhere().await;
-    // As far as the handle, by other events.
+    // As far as the handle, with other events.
     place(&store, "known").await.unwrap();
     let bob = store.load_or_create::<Order>("bob").await.unwrap();
     place(&store, "bob").await.unwrap();
@@ -249,7 +251,7 @@ async fn handles(shop: &Shop, mut known: Loaded<Order>, mut alice: Loaded<Order>
     work.commit().await.unwrap();
 }
 
-/// Which events a handler got, and where it stops for a while.
+/// The events of a handler, and where it stops for a while.
 #[derive(Clone, Default)]
 struct Seen {
     events: Arc<Mutex<Vec<(i64, i64)>>>,
@@ -286,7 +288,7 @@ fn cursor(at: &Place) -> i64 {
     at.psql("SELECT coalesce(max(position), 0) FROM @cursors").parse().unwrap()
 }
 
-/// Ten orders, handled.
+/// Ten orders that were handled.
 async fn ten_handled(shop: &Shop) {
     for n in 0..10 {
         place(&shop.store, &format!("old {n}")).await.unwrap();
@@ -294,7 +296,7 @@ async fn ten_handled(shop: &Shop) {
     soon("ten are handled", async || cursor(&shop.at) == 10).await;
 }
 
-/// Five events in one unit, which are one page.
+/// Five events of one unit, which are one page.
 async fn five_more(store: &EventStore, name: &str) {
     let mut work = store.begin();
     for n in 0..5 {
@@ -304,7 +306,7 @@ async fn five_more(store: &EventStore, name: &str) {
     work.commit().await.unwrap();
 }
 
-/// Every event of the log has come, whatever else has.
+/// Every event of the log has come; others may have come too.
 async fn all_come(shop: &Shop, gate: Option<&Notify>, seen: impl Fn() -> Vec<(i64, i64)>) {
     let (engine, store) = shop.elsewhere().await;
     five_more(&store, "new").await;

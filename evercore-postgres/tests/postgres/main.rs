@@ -1,5 +1,5 @@
-//! The specialities of the PostgreSQL engine, on real servers: connections, roles, standbys, poolers, projections. What
-//! every engine must do is in the conformance suite.
+//! The specialities of the PostgreSQL engine, on real servers: connections, roles, standbys, poolers, projections.
+//! The promises of all engines are in the conformance suite.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

@@ -1,4 +1,4 @@
-//! How a store comes to be, and what is not taken for one.
+//! Creating a store, and schemas that are not one.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use evercore_testkit::postgres;
 use crate::common::{Place, block_on};
 use crate::orders::{all_of, as_child, child, kind, named, place, positions, soon, up_to, with_database};
 
-/// What lies in a schema.
+/// The content of a schema.
 fn relations(at: &Place) -> String {
     let sql = "SELECT coalesce(string_agg(relname, ' ' ORDER BY relname), '') FROM pg_class
                WHERE relkind IN ('r', 'v') AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = '#')";
@@ -20,7 +20,7 @@ fn schema_exists(at: &Place) -> bool {
     postgres::psql(&at.url, &sql).unwrap() == "1"
 }
 
-/// In each of the ways in which a store is not made.
+/// Fails in each way without making a store.
 async fn refusals(at: &Place) -> Vec<ErrorKind> {
     let reading = at.builder().read_from(&at.url).await;
     vec![kind(at.builder().migrate_on_connect(false).connect(&at.url).await), kind(reading)]
@@ -210,7 +210,7 @@ fn a_database_that_is_not_in_utf_8_is_refused_in_plain_words() {
     });
 }
 
-/// Somebody else makes a table of the same name and does not commit: the migration stands still in its midst.
+/// Another session makes a table of the same name and does not commit, so the migration waits in the middle.
 #[test]
 fn a_migration_that_is_cut_off_leaves_nothing() {
     block_on(async {
@@ -253,7 +253,7 @@ fn what_is_made_by_one_is_seen_by_the_next_at_once() {
     });
 }
 
-/// An application that uses refinery itself keeps its own history, also in the schema of the store.
+/// An application that uses refinery has its own history, also in the schema of the store.
 #[test]
 fn the_history_of_the_applications_own_migrations_is_left_alone() {
     block_on(async {
@@ -270,7 +270,7 @@ fn the_history_of_the_applications_own_migrations_is_left_alone() {
     });
 }
 
-/// Each statement of a migration may take as long as it takes; a commit may not. What failed says why.
+/// A statement of a migration has no time-out; a commit has one. The error gives the reason.
 #[test]
 fn a_migration_is_not_bound_by_the_time_out_of_statements() {
     block_on(async {

@@ -1,4 +1,4 @@
-//! A shop that takes orders, for tests that need an aggregate and some SQL; and what such tests need besides.
+//! A shop that takes orders, for tests that need an aggregate and SQL, and more helpers.
 
 use std::fmt;
 use std::future::Future;
@@ -43,12 +43,12 @@ pub(crate) fn noted(note: impl Into<String>) -> OrderEvent {
     OrderEvent::Noted { note: note.into() }
 }
 
-/// Places the order with this key, or places it once more.
+/// Places the order with this key, or once more if it exists.
 pub(crate) async fn place(store: &EventStore, key: &str) -> Result<Receipt> {
     store.update_or_create::<Order, _, _>(key, |_| [OrderEvent::Placed]).await
 }
 
-/// What a user hands to `commit_with`.
+/// A closure for `commit_with`.
 pub(crate) trait Own:
     for<'t> FnOnce(&'t Transaction<'t>) -> BoxFuture<'t, Result<(), BoxError>> + Send + 'static
 {
@@ -59,13 +59,13 @@ impl<F> Own for F where
 {
 }
 
-/// Runs these statements, and returns what becomes of them.
+/// Runs these statements and returns their result.
 pub(crate) fn own(statements: impl Into<String>) -> impl Own {
     let statements = statements.into();
     closure(move |sql| Box::pin(async move { Ok(sql.batch_execute(&statements).await?) }))
 }
 
-/// Tells the compiler for how long its argument lives.
+/// Gives the closure the lifetimes that the compiler cannot infer.
 pub(crate) fn closure<F>(own: F) -> F
 where
     F: for<'t> FnOnce(&'t Transaction<'t>) -> BoxFuture<'t, Result<(), BoxError>> + Send + 'static,
@@ -73,7 +73,7 @@ where
     own
 }
 
-/// Places the order with this key once more, with this SQL beside it.
+/// Places the order with this key once more, with this SQL in the transaction.
 pub(crate) async fn place_with(engine: &PostgresEngine, key: &str, sql: impl Own) -> Result<Receipt> {
     let mut work = EventStore::new(engine.clone()).begin();
     let mut order = work.load_or_create::<Order>(key).await?;
@@ -92,7 +92,7 @@ impl fmt::Display for NotToday {
 
 impl std::error::Error for NotToday {}
 
-/// The positions of the whole log, as many to a page as there are.
+/// The positions of the whole log, in pages of full size.
 pub(crate) async fn positions(engine: &impl StorageEngine) -> Vec<i64> {
     let mut query = LogQuery::after(Position::ZERO);
     let mut positions = Vec::new();
@@ -114,7 +114,7 @@ pub(crate) fn kind<T: fmt::Debug>(result: Result<T>) -> ErrorKind {
     result.unwrap_err().kind().clone()
 }
 
-/// All that an error shows, down to its last cause.
+/// The text of an error and of all its causes.
 pub(crate) fn all_of(error: &evercore_postgres::Error) -> String {
     let mut text = format!("{error} {error:?}");
     let mut source = std::error::Error::source(error);
@@ -125,7 +125,7 @@ pub(crate) fn all_of(error: &evercore_postgres::Error) -> String {
     text
 }
 
-/// The URL with a name by which the server knows the connections.
+/// The URL with an application name, by which the server lists its connections.
 pub(crate) fn named(url: &str, application: &str) -> String {
     let joint = if url.contains('?') { '&' } else { '?' };
     format!("{url}{joint}application_name={application}")
@@ -139,7 +139,7 @@ pub(crate) fn with_database(url: &str, name: &str) -> String {
     format!("{server}/{name}{query}")
 }
 
-/// Asks until the answer is yes; whoever waits in vain fails.
+/// Asks until the answer is yes; panics after the time-out.
 pub(crate) async fn soon<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) {
     let end = Instant::now() + Duration::from_secs(15);
     while !is_so().await {
@@ -148,13 +148,13 @@ pub(crate) async fn soon<F: Future<Output = bool>>(what: &str, mut is_so: impl F
     }
 }
 
-/// Says what is skipped, past the capture of test output.
+/// Prints what is skipped. The capture of test output does not hide it.
 pub(crate) fn skipped(what: &str) {
     let mut stderr = std::io::stderr();
     writeln!(stderr, "SKIPPED: {what}").unwrap();
 }
 
-/// Runs one test of this test binary in a process of its own, with `CHILD` set.
+/// Runs one test of this binary in another process, with `CHILD` set. The name includes the module.
 pub(crate) fn child(test: &str, with: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]).env("CHILD", with);
@@ -162,7 +162,7 @@ pub(crate) fn child(test: &str, with: &str) -> Command {
     command
 }
 
-/// What the child is to work with; `None` if this process is no child.
+/// The task of the child; `None` if this process is no child.
 pub(crate) fn as_child() -> Option<String> {
     std::env::var("CHILD").ok()
 }

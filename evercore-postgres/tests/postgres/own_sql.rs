@@ -1,4 +1,4 @@
-//! The user's own SQL in the transaction of a commit: together or not at all.
+//! The user's SQL in the transaction of a commit: together or not at all.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::orders::{
     NotToday, Order, OrderEvent, Own, all_of, closure, kind, named, own, place, place_with, soon,
 };
 
-/// A store with an outbox beside it, and an order "first" with one event.
+/// A store with an outbox, and an order "first" with one event.
 struct Shop {
     at: Place,
     engine: PostgresEngine,
@@ -46,7 +46,7 @@ impl Shop {
         Self::with(|builder| builder).await
     }
 
-    /// However an engine can be connected.
+    /// One engine for each kind of connection.
     async fn all() -> Vec<Self> {
         let Some(direct) = Self::new().await else { return Vec::new() };
         let without_sessions = Self::with(|builder| builder.pooler(true)).await.unwrap();
@@ -57,7 +57,7 @@ impl Shop {
         vec![direct, without_sessions, Self::open(at, engine).await]
     }
 
-    /// SQL in which `@` stands before the names of tables.
+    /// SQL with `@` before the names of tables.
     fn sql(&self, statements: &str) -> impl Own + use<> {
         own(statements.replace('@', &format!("{}.", self.at.schema)))
     }
@@ -70,13 +70,13 @@ impl Shop {
         place_with(&self.engine, key, sql).await
     }
 
-    /// How many events and messages there are.
+    /// The numbers of events and messages.
     fn count(&self) -> (i64, i64) {
         let count = |table| self.at.psql(&format!("SELECT count(*) FROM {table}")).parse().unwrap();
         (count("@events"), count("@outbox"))
     }
 
-    /// Nothing was written since the beginning, and all is in order.
+    /// Asserts that nothing was written since the beginning, and the store is valid.
     async fn is_as_before(&self) {
         assert_eq!(self.count(), (1, 0));
         self.place("after", self.send()).await.unwrap();
@@ -94,7 +94,7 @@ fn rows_and_events_are_written_together() {
             assert_eq!((receipt.first.get(), receipt.last.get(), receipt.aggregates.len()), (2, 2, 1));
             assert_eq!(shop.count(), (2, 1));
             assert_eq!(shop.store.load::<Order>("second").await.unwrap().events, 1);
-            // What was there before is seen, and the unit's own events come after the SQL.
+            // The SQL sees earlier rows; the events of the unit are written after it.
             let look = shop.sql("INSERT INTO @outbox SELECT 'seen' FROM @events");
             shop.place("second", look).await.unwrap();
             assert_eq!(shop.count(), (3, 3));
@@ -196,7 +196,7 @@ fn a_unit_that_is_refused_takes_the_rows_with_it() {
     });
 }
 
-/// One event on "first" as a command, counting how often its SQL runs.
+/// Records one event on "first" as a command, and counts how often its SQL runs.
 async fn command(
     shop: &Shop,
     id: &str,
@@ -225,7 +225,7 @@ fn the_sql_of_a_repeated_command_takes_no_effect() {
         for shop in Shop::all().await {
             let ran = Arc::default();
             let first = command(&shop, "once", 1, 0.0, &ran).await.unwrap();
-            // The order has moved on, and what comes again decides otherwise.
+            // The order has changed, and the repeated request decides otherwise.
             assert_eq!(command(&shop, "once", 2, 0.0, &ran).await.unwrap(), first);
             let mut other = shop.store.begin();
             other.set_command(CommandId::new("once").unwrap());
@@ -262,7 +262,7 @@ fn the_same_command_sent_eight_times_at_once_takes_effect_once() {
     });
 }
 
-/// Commits until `slow` is done; how many went through, and how long the slowest took.
+/// Commits until `slow` has ended. Gives how many committed, and the time of the slowest.
 async fn commits_beside<T>(shop: &Shop, slow: tokio::task::JoinHandle<T>) -> (T, u32, Duration) {
     let (mut count, mut slowest) = (0, Duration::ZERO);
     while !slow.is_finished() {
@@ -361,7 +361,7 @@ fn an_error_that_the_sql_keeps_to_itself_is_no_commit() {
     });
 }
 
-/// What the SQL commits by itself is committed, nobody can help that; nothing of the unit goes with it.
+/// If the SQL commits by itself, its rows stay; nothing can prevent that. Nothing of the unit is written with them.
 #[test]
 fn sql_that_ends_the_transaction_is_refused_and_nothing_of_the_unit_is_written() {
     block_on(async {
@@ -489,7 +489,7 @@ fn names_first_used_in_a_commit_that_is_rolled_back_are_not_registered() {
             shop.at.psql(
                 "CREATE TABLE @lines (id bigint PRIMARY KEY, of bigint REFERENCES @lines DEFERRABLE INITIALLY DEFERRED)",
             );
-            // Refused by the SQL, by the unit's own checks, and at the very end.
+            // Refused by the SQL, by the checks of the unit, and at the COMMIT.
             let no = shop.sql("SELECT 1/0");
             shop.engine.commit_with(invoice(InvoiceEvent::Written).await, no).await.unwrap_err();
             let mut stale = invoice(InvoiceEvent::Written).await;
@@ -503,7 +503,7 @@ fn names_first_used_in_a_commit_that_is_rolled_back_are_not_registered() {
                 types.iter().map(|known| known.aggregate_type.to_string()).collect::<Vec<_>>()
             };
             assert_eq!(names().await, ["order"]);
-            // Another process gives the numbers that were not taken to other names.
+            // Another process gives the unused numbers to other names.
             let other = EventStore::new(shop.at.engine().await);
             let mut work = other.begin();
             let mut paid = work.create::<Invoice>().await.unwrap();
@@ -568,7 +568,7 @@ fn what_the_sql_sets_for_its_session_does_not_reach_others() {
     });
 }
 
-/// RESET ALL leaves the role as it is.
+/// RESET ALL does not change the role.
 #[test]
 fn a_role_that_the_sql_takes_is_not_that_of_the_commit_nor_of_others() {
     block_on(async {
@@ -633,7 +633,8 @@ fn eight_writers_of_both_kinds_leave_as_many_rows_as_events() {
     });
 }
 
-/// Ten plain commits, and ten attempts with SQL on eight orders that others write too; tells how many of these landed.
+/// Ten plain commits, and ten attempts with SQL on eight orders that others write too. Gives how many of the attempts
+/// committed.
 async fn write_both_ways(shop: Arc<Shop>, writer: i64) -> i64 {
     let mut landed = 0;
     for n in 0..10 {
@@ -650,7 +651,8 @@ async fn write_both_ways(shop: Arc<Shop>, writer: i64) -> i64 {
     landed
 }
 
-/// The server says ERROR, but by a code that a proxy or a cluster makes of a broken connection to the node that commits.
+/// The server reports an ERROR with a code that a proxy or a cluster gives for a broken connection to the node that
+/// commits.
 #[test]
 fn an_error_that_may_come_after_the_commit_leaves_the_outcome_open() {
     block_on(async {
@@ -666,7 +668,7 @@ fn an_error_that_may_come_after_the_commit_leaves_the_outcome_open() {
         };
         for (code, is_open) in [("08006", true), ("XX000", true), ("40003", true), ("22012", false)] {
             fail(code, "DEFERRED");
-            // In one statement, in the careful way (a new name of a type), and with SQL beside it.
+            // In one statement, in the careful way (with a new type name), and with SQL of the user.
             let note = |_: &Order| [crate::orders::noted(code)];
             let mut outcomes = vec![
                 kind(place(&shop.store, "first").await),
@@ -683,7 +685,7 @@ fn an_error_that_may_come_after_the_commit_leaves_the_outcome_open() {
     });
 }
 
-/// Another transaction was in the way: the same work may go through a moment later.
+/// Another transaction was in the way. The same work may succeed a moment later.
 #[test]
 fn what_the_server_undoes_may_be_tried_again() {
     block_on(async {

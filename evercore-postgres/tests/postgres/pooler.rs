@@ -1,4 +1,4 @@
-//! Through PgBouncer in transaction mode: each transaction on whatever connection of the server is free.
+//! Through PgBouncer in transaction mode: each transaction gets any free connection of the server.
 
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::orders::{
     Order, OrderEvent, all_of, closure, noted, own, place, place_with, positions, skipped, soon, up_to,
 };
 
-/// A server, and a pooler with so few connections to it that clients share them.
+/// A server, and a pooler with so few connections that clients share them.
 struct Pooled {
     server: Server,
     pooler: PgBouncer,
@@ -35,7 +35,7 @@ fn pooled() -> Option<&'static Pooled> {
     POOLED.get_or_init(|| start(&[("default_pool_size", "3")])).as_ref()
 }
 
-/// One engine of as many processes as there might be; the store is migrated through the pooler too.
+/// One of several engines, as of several processes. The store is migrated through the pooler too.
 async fn engine(place: &Place) -> PostgresEngine {
     place.builder().pooler(true).connect(&place.url).await.unwrap()
 }
@@ -136,7 +136,7 @@ fn the_commits_of_others_are_polled_for_through_a_pooler() {
     });
 }
 
-/// What a commit needs is set in its own transaction, whatever the server's connection was set to by others.
+/// A commit sets what it needs in its own transaction, whatever other clients set on the connection.
 #[test]
 fn what_is_promised_holds_on_the_connections_of_others() {
     block_on(async {
@@ -159,7 +159,7 @@ fn what_is_promised_holds_on_the_connections_of_others() {
 #[test]
 fn a_pooler_that_nobody_told_of_is_found_out_at_connect() {
     block_on(async {
-        // The first refuses the settings of a session, the other drops them silently.
+        // The first refuses settings of a session, the other one ignores them.
         let Some(pooled) = pooled() else { return };
         let tolerant = [("ignore_startup_parameters", "options"), ("default_pool_size", "3")];
         let tolerant = PgBouncer::start_with(&pooled.server, "transaction", &tolerant).unwrap().unwrap();
@@ -177,7 +177,7 @@ fn a_pooler_that_nobody_told_of_is_found_out_at_connect() {
     });
 }
 
-/// PgBouncer says all that it says itself with the code by which it refuses settings of a session.
+/// PgBouncer uses the same code for all its messages, also when it refuses settings of a session.
 #[test]
 fn a_server_that_restarts_behind_a_pooler_is_waited_for() {
     block_on(async {

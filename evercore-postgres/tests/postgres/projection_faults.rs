@@ -1,4 +1,4 @@
-//! Projections when connections die, transactions deadlock, callers go away, and through a pooler.
+//! Projections under faults: connections end, transactions deadlock, callers go away. And through a pooler.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use crate::common::{Place, block_on};
 use crate::fixture::*;
 use crate::orders::{all_of, kind, named, own, place, place_with, positions, skipped, soon, up_to};
 
-/// Each has a row that the other wants.
+/// Each holds a row that the other one needs.
 #[test]
 fn a_deadlock_of_two_projections_is_no_failure_of_a_handler() {
     block_on(async {
@@ -54,7 +54,8 @@ fn a_deadlock_of_two_projections_is_no_failure_of_a_handler() {
     });
 }
 
-/// Found while the handler runs or at the COMMIT, and told as it is or within an error of the handler's own.
+/// The server notices it while the handler runs or at the COMMIT. The handler returns the error as it is, or inside
+/// its own error.
 #[test]
 fn what_the_server_undoes_is_no_failure_of_a_handler() {
     block_on(async {
@@ -86,7 +87,7 @@ fn what_the_server_undoes_is_no_failure_of_a_handler() {
                 assert_eq!(refused(deliver(&sink, &step).await), ErrorKind::Unavailable, "{code} {when}");
                 assert_eq!((find(&engine, &id).await, seen(&place)), (cursor.clone(), vec![]));
             }
-            // It runs again by itself.
+            // The delivery is repeated.
             undo("40001", "DEFERRED", 2);
             let outcome = deliver(&sink, &step).await;
             assert!(matches!(outcome, Outcome::Advanced(_)), "{outcome:?}");
@@ -115,7 +116,7 @@ fn a_delivery_that_is_dropped_is_carried_through_whole_or_not_at_all() {
                     _ => Some(sink.deliver(&delivery, &advance).await),
                 };
                 dropped += usize::from(ended.is_none());
-                // Also a step on the cursor may be left alone.
+                // A step of the cursor may be dropped, too.
                 drop(poll_at_most(1, engine.step(&id, &Step::renew(lease_of(&cursor), TIME))).await);
                 cursor.position = find(&engine, &id).await.position;
             }
@@ -153,7 +154,7 @@ impl Killer {
         Self { is_done, task }
     }
 
-    /// How many it has ended.
+    /// How many connections it has ended.
     async fn stop(self) -> usize {
         self.is_done.store(true, Ordering::Release);
         self.task.await.unwrap()
@@ -173,7 +174,7 @@ fn a_projection_whose_connections_are_killed_at_random_equals_the_log() {
         let sink = projection(&engine, &table, "SELECT 1");
         let killer = Killer::start(&place, "victim", 30).await;
         let (mut deliveries, mut moved, mut refused) = (0, 0, 0);
-        // What is read is read on connections that nobody kills.
+        // Reads use other connections, which are not killed.
         while let Some((delivery, advance)) = next(&writing, &cursor, 3).await {
             deliveries += 1;
             match sink.deliver(&delivery, &advance).await {
@@ -194,7 +195,7 @@ fn a_projection_whose_connections_are_killed_at_random_equals_the_log() {
     });
 }
 
-/// Before the COMMIT an error says that nothing was written, and then that nobody knows.
+/// Before the COMMIT the error says that nothing was written. At the COMMIT it says that the outcome is not known.
 #[test]
 fn a_cut_connection_says_what_is_known() {
     block_on(async {
@@ -223,7 +224,7 @@ fn a_cut_connection_says_what_is_known() {
             };
             proxy.cut_next(cut, Trigger::request_with(message));
             let to = cursor.position.plus(1);
-            // With parked events, so that it is no move in one statement.
+            // With parked events, so it is not the move in one statement.
             let advance = Advance::new(lease_of(&cursor), cursor.position, to, TIME);
             let step = Step::Advance(advance.with_parked(vec![ParkedChange::RemoveAll]));
             assert_eq!(kind(engine.step(&id, &step).await), expected, "{cut:?} {message}");
@@ -234,7 +235,7 @@ fn a_cut_connection_says_what_is_known() {
             cursor = moved(&cursor, 2).await;
         }
         assert_eq!(seen(&direct), [2, 3]);
-        // A move in one statement: cut off, nobody knows.
+        // The move in one statement: if it is cut off, the outcome is not known.
         for cut in [Cut::Before, Cut::AfterReply] {
             let before = find(&reading, &id).await;
             let to = before.position.plus(1);
@@ -339,7 +340,7 @@ fn an_inline_projection_whose_connections_are_killed_at_random_equals_the_log() 
     });
 }
 
-/// The SQL beside a commit has the row and wants the log, the inline projection has the log and wants the row.
+/// The SQL of a commit holds the row and needs the log. The inline projection holds the log and needs the row.
 #[test]
 fn a_deadlock_with_sql_beside_a_commit_passes() {
     block_on(async {

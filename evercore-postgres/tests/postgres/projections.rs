@@ -82,7 +82,7 @@ fn a_projection_writes_with_the_cursor_or_not_at_all() {
             };
             assert_eq!((moved.position, moved.epoch, seen(&place)), (at(5), 1, up_to(5)));
             assert_eq!(find(&engine, &id).await, moved);
-            // Again, and with a lease that is lost.
+            // Again, with a lost lease.
             assert_eq!(
                 refused(deliver(&projection(&engine, &table, "SELECT 1"), &step).await),
                 ErrorKind::LeaseLost
@@ -96,7 +96,8 @@ fn a_projection_writes_with_the_cursor_or_not_at_all() {
     });
 }
 
-/// The server would take it for a client that has gone; a handler that blocks its thread stops our own clock too.
+/// The server would close the connection as idle. A handler that blocks its thread also stops the timer of the
+/// engine.
 #[test]
 fn a_handler_that_waits_for_something_else_for_too_long_has_failed() {
     block_on(async {

@@ -1,4 +1,4 @@
-//! Standbys: read and tailed while the primary is written to, and what becomes of everybody when the primary is gone.
+//! Standbys: reading and following them while the primary is written to, and the effects of its loss.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::orders::{Order, OrderEvent, all_of, kind, noted, place, positions, sk
 struct Pair {
     primary: Server,
     standby: Server,
-    /// The store, by the primary's URL.
+    /// The store, at the primary's URL.
     at: Place,
 }
 
@@ -25,7 +25,7 @@ impl Pair {
         let primary = Server::builder().start_or_skip()?;
         let at = Place::on(primary.url());
         match primary.standby() {
-            // No pg_basebackup, or one on the PATH that is older than the server.
+            // `pg_basebackup` is missing, or older than the server.
             Err(error)
                 if error.contains("could not be run") || error.contains("incompatible server version") =>
             {
@@ -36,7 +36,7 @@ impl Pair {
         }
     }
 
-    /// Both, the one first that takes no writes.
+    /// The URL with both, the read-only one first.
     fn both(&self) -> String {
         format!(
             "postgres://evercore@127.0.0.1:{},127.0.0.1:{}/postgres",
@@ -55,12 +55,12 @@ impl Pair {
 
     async fn standby_has(&self, head: i64) {
         let sql = format!("SELECT position FROM {}.log_end", self.at.schema);
-        // Not even the table, at first.
+        // At first there is not even the table.
         soon("the standby has it all", async || self.standby.psql("postgres", &sql) == Ok(head.to_string()))
             .await;
     }
 
-    /// The standby hears nothing of the primary any more.
+    /// Cuts the standby off from the primary.
     async fn cut(&self) {
         self.standby
             .psql("postgres", "ALTER SYSTEM SET primary_conninfo = ''; SELECT pg_reload_conf()")
@@ -76,7 +76,7 @@ impl Pair {
     }
 }
 
-/// Follows the log until this many events have come, and gives their positions.
+/// Follows the log until this many events have come. Gives their positions.
 async fn tail(engine: PostgresEngine, filter: Filter, until: Position) -> Vec<i64> {
     let limit = PageLimit::events(17).unwrap();
     let mut query = LogQuery::after(Position::ZERO).with_filter(filter).with_limit(limit);
@@ -169,7 +169,7 @@ fn who_connects_to_a_standby_to_write_is_told_so() {
         assert!(error.to_string().contains("25006"), "{error}");
         let beside = crate::orders::place_with(&engine, "first", crate::orders::own("SELECT 1")).await;
         assert_eq!(kind(beside), ErrorKind::ReadOnly);
-        // Where the URL names several hosts, one that takes writes is looked for.
+        // If the URL names several hosts, the engine looks for one that accepts writes.
         let only_standbys = format!("{}?target_session_attrs=read-write", pair.standby.url());
         assert_eq!(kind(pair.at.builder().connect(&only_standbys).await), ErrorKind::Unavailable);
         let found = pair.at.builder().connect(&pair.both()).await.unwrap();
@@ -177,7 +177,8 @@ fn who_connects_to_a_standby_to_write_is_told_so() {
     });
 }
 
-/// A session keeps to what it was told when it began: as one to a host that was the primary before, or is not yet.
+/// A session keeps the role that its server had when it began: that of a former primary, or of a standby before its
+/// promotion.
 #[test]
 fn sessions_that_take_no_writes_are_given_up() {
     block_on(async {
@@ -199,7 +200,7 @@ fn sessions_that_take_no_writes_are_given_up() {
     });
 }
 
-/// Tries until it goes through: what fails on the way is what one may try again.
+/// Tries until it succeeds. The errors on the way must allow a retry.
 async fn place_at_last(store: &EventStore, key: &str) {
     soon("commits go through again", async || match place(store, key).await {
         Ok(_) => true,
@@ -238,7 +239,7 @@ fn an_engine_finds_the_new_primary_by_itself() {
         assert_eq!(waiting.await.unwrap().unwrap().get(), 21);
         assert_eq!(positions(&engine).await, up_to(21));
         assert_eq!(store.load::<Order>("first").await.unwrap().events, 21);
-        // Ids that were reserved on the old one are not given out again on the new.
+        // Ids that the old server reserved are not reserved again on the new one.
         let made = store.load_or_create::<Order>("second").await.unwrap();
         let elsewhere = EventStore::new(pair.at.builder().connect(&pair.both()).await.unwrap());
         assert_ne!(elsewhere.load_or_create::<Order>("third").await.unwrap().id(), made.id());
@@ -266,7 +267,7 @@ fn a_reader_ahead_of_a_log_that_lost_its_tail_is_told_and_others_go_on() {
         let error = store.read_log(&LogQuery::after(ahead)).await.unwrap_err();
         let told = matches!(error.kind(), ErrorKind::CursorAhead { cursor, head, .. } if *cursor == ahead && *head == at_the_end);
         assert!(told, "{error:?}");
-        // Who is not ahead waits as long as there is nothing, and is woken by the next commit.
+        // A reader that is not ahead waits, and the next commit wakes it.
         let began = Instant::now();
         assert_eq!(store.wait(at_the_end, Duration::from_millis(200)).await.unwrap(), at_the_end);
         assert!(began.elapsed() >= Duration::from_millis(200), "{:?}", began.elapsed());
@@ -284,7 +285,7 @@ fn a_reader_ahead_of_a_log_that_lost_its_tail_is_told_and_others_go_on() {
     });
 }
 
-/// Several commits go together, so that what the engine has written itself is not looked up.
+/// Several commits form a flight, so that the engine does not look up its own events.
 #[test]
 fn who_has_written_what_a_failover_lost_is_in_conflict_and_leaves_no_hole() {
     block_on(async {
@@ -328,7 +329,8 @@ async fn all_at_once(at: &Place, url: &str, store: &EventStore, orders: &mut [Lo
     }
 }
 
-/// One more event of each, all in one flight but the first: it is held up until the others queue behind it.
+/// Writes one more event of each. The first commit is held up until the others queue after it, so they are one
+/// flight.
 async fn together(
     at: &Place,
     url: &str,
@@ -355,7 +357,7 @@ async fn together(
     outcomes
 }
 
-/// The old primary lives on where it was, first in the URL, and takes writes: nobody has told it.
+/// The old primary keeps running, is first in the URL and accepts writes, because it was not told.
 #[test]
 fn a_primary_that_was_replaced_and_lives_on_is_not_taken() {
     block_on(async {
@@ -376,19 +378,19 @@ fn a_primary_that_was_replaced_and_lives_on_is_not_taken() {
         pair.standby.promote().unwrap();
         place_at_last(&store, "first").await;
         pair.primary.start_again().unwrap();
-        // All connections are made anew, while both take writes.
+        // All connections are made again, while both servers accept writes.
         let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'evercore'";
         pair.standby.psql("postgres", end).unwrap();
         for _ in 0..4 {
             place_at_last(&store, "first").await;
         }
-        // A process that knows nothing asks both.
+        // A process that knows neither asks both.
         let other = pair.at.builder().connect(&url).await.unwrap();
         place(&EventStore::new(other), "first").await.unwrap();
         let position = format!("SELECT position FROM {}.log_end", pair.at.schema);
         let of = |server: &Server| server.psql("postgres", &position).unwrap();
         assert_eq!((of(&pair.primary), of(&pair.standby)), ("5".to_owned(), "11".to_owned()));
-        // Alone, it is an old primary still.
+        // Asked alone, the old primary still works.
         pair.standby.kill();
         soon("the standby is gone", async || store.head().await.is_err()).await;
         let error = place(&store, "first").await.unwrap_err();
@@ -397,7 +399,7 @@ fn a_primary_that_was_replaced_and_lives_on_is_not_taken() {
     });
 }
 
-/// Its host is gone, and the other has not come so far: that passes by itself.
+/// The primary is gone, and the standby has less of the log. That passes by itself.
 #[test]
 fn a_reader_waits_for_a_standby_that_lags() {
     block_on(async {

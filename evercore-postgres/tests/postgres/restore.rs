@@ -10,7 +10,7 @@ use evercore_testkit::postgres::Server;
 use crate::common::{Place, block_on};
 use crate::orders::{Order, OrderEvent, noted, place, positions, skipped, up_to};
 
-/// Everything that can be read of a store, as text.
+/// The readable content of a store, as text.
 async fn everything(engine: &PostgresEngine) -> String {
     let store = EventStore::new(engine.clone());
     let mut text = format!("{} {:?}\n", engine.store_id(), store.types().await.unwrap());
@@ -37,7 +37,7 @@ async fn everything(engine: &PostgresEngine) -> String {
     text
 }
 
-/// Some orders with keys, snapshots, commands, metadata; and a key that moved.
+/// Writes some orders with keys, snapshots, commands and metadata, and a key that moved.
 async fn fill(store: &EventStore) -> Receipt {
     for round in 0..40 {
         let key = format!("order {}", round % 3);
@@ -86,7 +86,7 @@ fn a_restored_store_is_the_same_and_goes_on() {
         assert_eq!(repeated.unwrap(), receipt);
         assert_eq!(again.settle(&CommandId::new("never").unwrap()).await.unwrap(), None);
 
-        // It goes on after the head. Its ids are drawn anew, so none comes twice.
+        // It goes on after the head. New ids are drawn at random, so none is used twice.
         let next = place(&again, "moved").await.unwrap();
         assert_eq!(next.last, receipt.last.plus(1));
         let made = again.load_or_create::<Order>("new").await.unwrap().id();
@@ -124,7 +124,7 @@ fn a_store_recovered_to_a_point_in_time_is_the_store_of_that_moment_and_goes_on(
         let head = store.head().await.unwrap();
         let moment = server.psql("postgres", "SELECT clock_timestamp()").unwrap();
 
-        // These are lost, with what the engine remembers of them, and then the mistake destroys the rest.
+        // These events are lost, and the engine remembers them. Then the mistake destroys the others.
         let lost = place(&store, "lost").await.unwrap();
         store
             .update_or_create::<Order, _, _>("after the backup 0", |_| [noted("lost".to_owned())])
@@ -149,7 +149,7 @@ fn a_store_recovered_to_a_point_in_time_is_the_store_of_that_moment_and_goes_on(
     });
 }
 
-/// The connections of before the recovery are broken, so the first call may fail.
+/// The connections from before the recovery are broken, so the first call may fail.
 async fn again_until_it_answers(store: &EventStore, key: &str) -> Receipt {
     for _ in 0..20 {
         if let Ok(receipt) = place(store, key).await {

@@ -1,4 +1,4 @@
-//! The roles of `roles/`: an application that appends and can change nothing, a reader that reads.
+//! The roles of `roles/`: an application that appends and changes nothing, and a reader.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,7 +45,7 @@ impl Shop {
         Some(shop)
     }
 
-    /// As `psql -v schema=evercore -v role=… -f …` does.
+    /// Runs a file as `psql -v schema=evercore -v role=… -f …` does.
     fn grant(&self, file: &str, role: &str) {
         let variables = format!("\\set schema evercore\n\\set role {role}\n");
         postgres::psql(&self.owner, &(variables + file)).unwrap();
@@ -56,7 +56,7 @@ impl Shop {
     }
 }
 
-/// The error's code of a statement that the role runs by itself.
+/// The error code of a statement of the role.
 async fn code_of(url: &str, sql: &str) -> String {
     let tls = evercore_postgres::tokio_postgres::NoTls;
     let (client, connection) = evercore_postgres::tokio_postgres::connect(url, tls).await.unwrap();
@@ -65,7 +65,7 @@ async fn code_of(url: &str, sql: &str) -> String {
     error.code().unwrap().code().to_owned()
 }
 
-/// Does all that an engine can be asked for, with names that are new; gives the number that is in them.
+/// Makes every call of an engine, with new names; gives the number in them.
 async fn walk(engine: &PostgresEngine) -> Result<usize> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let n = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -124,7 +124,7 @@ async fn subscribe(engine: &PostgresEngine, n: usize) -> Result<()> {
     Ok(())
 }
 
-/// Registers names by a warm-up, and others by a commit.
+/// Registers some names by a warm-up, and others by a commit.
 async fn new_names(engine: &PostgresEngine, n: usize) -> Result<()> {
     let (warm, cold) = (AggregateType::new(format!("warm {n}"))?, AggregateType::new(format!("cold {n}"))?);
     let event_type = EventType::new("Happened")?;
@@ -151,7 +151,7 @@ async fn new_names(engine: &PostgresEngine, n: usize) -> Result<()> {
 fn an_application_without_rights_to_change_does_all_its_work() {
     block_on(async {
         let Some(shop) = Shop::new().await else { return };
-        // Migrating on connect is on: there is nothing to do.
+        // Migrating on connect is on, and finds nothing to do.
         for builder in [PostgresEngine::builder(), PostgresEngine::builder().pooler(true)] {
             let engine = builder.connect(&shop.application).await.unwrap();
             walk(&engine).await.unwrap();
@@ -184,7 +184,7 @@ fn an_application_without_rights_to_change_does_all_its_work() {
     });
 }
 
-/// Each right that the application's role has, taken away alone, is missed.
+/// Takes away each right of the application's role, one at a time. Something must fail each time.
 #[test]
 fn the_application_needs_every_right_that_it_has() {
     block_on(async {
@@ -237,7 +237,7 @@ fn a_reader_reads_everything_and_writes_nothing() {
             assert_eq!(refused, ErrorKind::ReadOnly);
         }
         assert!(engine.cursors(None).await.unwrap().cursors.is_empty());
-        // Connected as if it might write, it is told by the server.
+        // It connects as a writer, and the server refuses its writes.
         let hopeful = EventStore::new(PostgresEngine::connect(&shop.reader).await.unwrap());
         assert_eq!(kind(place(&hopeful, "another").await), ErrorKind::ReadOnly);
         assert_eq!(writing.head().await.unwrap(), head);
@@ -248,7 +248,8 @@ fn a_reader_reads_everything_and_writes_nothing() {
     });
 }
 
-/// What a role makes in `public` that fits a call of ours better than PostgreSQL's own must not run as the application.
+/// A role makes functions in `public` that fit our calls better than PostgreSQL's. They must not run as the
+/// application.
 #[test]
 fn what_others_make_in_public_does_not_run_as_the_application() {
     block_on(async {
@@ -280,7 +281,7 @@ fn what_others_make_in_public_does_not_run_as_the_application() {
     });
 }
 
-/// With pg_catalog behind another schema, any operator could be somebody else's.
+/// If pg_catalog comes after another schema, an operator may belong to another role.
 #[test]
 fn a_search_path_that_has_others_before_pg_catalog_is_refused() {
     block_on(async {

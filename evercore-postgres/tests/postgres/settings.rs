@@ -1,4 +1,4 @@
-//! What is set holds: durability, time-outs, limits; waking and closing; what is left on the server.
+//! Settings and limits: durability, time-outs, wake-ups, closing, and the connections left on the server.
 
 use std::future::Future;
 use std::process::Command;
@@ -19,14 +19,14 @@ use crate::orders::{
     Order, OrderEvent, all_of, kind, own, place, place_with, positions, soon, up_to, with_database,
 };
 
-/// A connection beside the engine's.
+/// A connection outside of the engine.
 async fn side(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
 }
 
-/// The URL with a name by which the server knows the connections of one engine of this place.
+/// The URL with an application name, by which the server lists the connections of one engine.
 fn named(at: &Place, name: &str) -> String {
     crate::orders::named(&at.url, &format!("{}_{name}", at.schema))
 }
@@ -37,7 +37,7 @@ fn connections(at: &Place, name: &str) -> i64 {
     at.psql(&sql).parse().unwrap()
 }
 
-/// However an engine can be connected.
+/// One engine for each kind of connection.
 async fn all_ways(
     at: &Place,
     url: &str,
@@ -63,7 +63,7 @@ fn every_commit_is_as_durable_as_was_asked_for_whatever_the_server_does_by_defau
                  RETURN NULL; END $$;
              CREATE TRIGGER see AFTER INSERT ON @events FOR EACH ROW EXECUTE FUNCTION @see()",
         );
-        // What the sessions would be by the URL's own words.
+        // The settings that the URL asks for.
         let worse =
             "options=-c%20synchronous_commit%3Doff%20-c%20default_transaction_isolation%3Dserializable";
         let url = format!("{}&{worse}", named(&at, "durable"));
@@ -127,7 +127,7 @@ fn a_commit_that_others_hold_up_ends_in_time_and_works_afterwards() {
                 assert_eq!(error.kind(), &ErrorKind::Unavailable, "{}", all_of(&error));
             }
             assert!((Duration::from_millis(400)..Duration::from_secs(3)).contains(&took), "{took:?}");
-            // Who only reads is not held up.
+            // Reads are not held up.
             assert_eq!(
                 store.load::<Order>("first").await.unwrap().sequence(),
                 Sequence::new(before.get()).unwrap()
@@ -149,7 +149,7 @@ fn the_commits_of_another_engine_are_heard_of_at_once() {
     });
 }
 
-/// Who looks sees a commit before the engine that made it has had the time to tell of it.
+/// A reader may see a commit before the committing engine has announced it.
 #[test]
 fn a_commit_is_told_of_though_somebody_has_seen_it_already() {
     block_on(async {
@@ -163,7 +163,7 @@ fn a_commit_is_told_of_though_somebody_has_seen_it_already() {
     });
 }
 
-/// How long it took one engine to hear of each of forty commits of another, the shortest first.
+/// The times until one engine noticed each of forty commits of another, the shortest first.
 async fn heard_after(reads: &PostgresEngine, writes: &PostgresEngine) -> Vec<Duration> {
     let (writes, mut took) = (EventStore::new(writes.clone()), Vec::new());
     for round in 0..40 {
@@ -222,7 +222,7 @@ fn nothing_is_missed_when_the_connection_that_listens_is_lost_again_and_again() 
     });
 }
 
-/// The postmaster stands still: who is connected works on, and nobody new gets in or is told why.
+/// The postmaster is stopped: open connections work, and new ones neither succeed nor fail.
 #[test]
 fn who_cannot_listen_looks() {
     block_on(async {
@@ -237,7 +237,7 @@ fn who_cannot_listen_looks() {
             |name: &str| assert!(Command::new("kill").args([name, &file]).status().unwrap().success());
         signal("-STOP");
         let after = Position::new(1).unwrap();
-        // However many wait, the one connection that there is must do.
+        // All waiters share the one open connection.
         let waiting = (0..16).map(|_| {
             let reads = reads.clone();
             tokio::spawn(async move { reads.wait(after, Duration::from_secs(20)).await })
@@ -261,7 +261,7 @@ fn who_cannot_listen_looks() {
     });
 }
 
-/// As tests often have it: one engine for all, and a runtime for each, which ends right after a commit.
+/// As in many tests: one engine for all, and a runtime for each, which ends right after a commit.
 #[test]
 fn an_engine_outlives_the_runtime_that_it_was_made_in() {
     let Some(at) = Place::fresh() else { return };
@@ -286,7 +286,7 @@ fn an_engine_outlives_the_runtime_that_it_was_made_in() {
     }
 }
 
-/// A runtime of one thread, which is gone when this returns.
+/// A runtime with one thread, which has ended when this returns.
 fn new_runtime<F: Future>(work: impl FnOnce() -> F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work())
 }
@@ -441,7 +441,7 @@ fn there_are_never_more_connections_than_asked_for_and_three() {
         }
         waiting.await.unwrap().unwrap();
         println!("{most} connections at most");
-        // Two for commits, and one that listens.
+        // Two connections for commits, and one that listens.
         assert!(most <= 6, "{most}");
         assert_eq!(positions(&engine).await, up_to(64 * 5));
     });
@@ -456,7 +456,7 @@ fn event(event_type: &str, payload: &[u8], time: Timestamp) -> NewEvent {
     }
 }
 
-/// Commits these events as those of one new aggregate.
+/// Commits these events for one new aggregate.
 async fn write(engine: &PostgresEngine, events: Vec<NewEvent>) {
     let id = engine.reserve(1).await.unwrap().next().unwrap();
     let aggregate_type = AggregateType::new("document").unwrap();
@@ -475,7 +475,7 @@ fn pages_limited_in_bytes_skip_nothing_and_stay_within_the_limit() {
         for _ in 0..6 {
             write(&engine, (0..500).map(|_| event("Grew", &payload, Timestamp::now())).collect()).await;
         }
-        // One that is over the limit by itself, and small ones behind it.
+        // A commit that is over the limit by itself, followed by small ones.
         write(&engine, vec![event("Burst", &vec![b'y'; 1_500_000], Timestamp::now())]).await;
         write(&engine, (0..200).map(|_| event("Shrank", b"{}", Timestamp::now())).collect()).await;
         let reader = at.builder().connect(&named(&at, "pages")).await.unwrap();
@@ -554,7 +554,7 @@ fn the_log_is_readable_by_people() {
     });
 }
 
-/// The times of the view are exact, and the same as SQLite's.
+/// The times of the view are exact, and equal to SQLite's.
 #[test]
 fn the_view_shows_times_to_the_microsecond() {
     block_on(async {
@@ -620,7 +620,7 @@ fn readers_that_read_ahead_and_rest_hold_no_connection() {
             assert!(reader.next().await.unwrap().is_some());
             resting.push(reader);
         }
-        // Each has begun to read the pages behind, and nobody comes for them.
+        // Each reader has begun to read the next pages and is not polled any more.
         place(&store, "another").await.unwrap();
         for mut reader in resting {
             while reader.next().await.unwrap().is_some() {}
@@ -629,7 +629,7 @@ fn readers_that_read_ahead_and_rest_hold_no_connection() {
     });
 }
 
-/// A listener that never answers: a machine that hangs, or a stopped postmaster.
+/// A server that never answers, as a machine that hangs or a stopped postmaster.
 fn silent() -> (std::net::TcpListener, u16) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -647,7 +647,7 @@ fn a_host_that_hangs_has_its_share_of_the_time_and_then_comes_last() {
         let timeout = Duration::from_millis(1_000);
         let engine = at.builder().pool_size(4).connect_timeout(timeout).connect(&url).await.unwrap();
         assert!(began.elapsed() < Duration::from_millis(1_500), "{:?}", began.elapsed());
-        // Each of these may need a connection of its own.
+        // Each of these may need its own connection.
         let began = Instant::now();
         let store = EventStore::new(engine.clone());
         let all = (0..4).map(|n| {
@@ -658,7 +658,7 @@ fn a_host_that_hangs_has_its_share_of_the_time_and_then_comes_last() {
             one.await.unwrap();
         }
         assert!(began.elapsed() < Duration::from_millis(450), "{:?}", began.elapsed());
-        // As psql has it, the URL says how long each host may take.
+        // As for psql, the URL gives the time-out of each host.
         let joint = if url.contains('?') { '&' } else { '?' };
         let began = Instant::now();
         at.builder().connect(&format!("{url}{joint}connect_timeout=1")).await.unwrap();
@@ -673,7 +673,7 @@ fn a_host_that_hangs_has_its_share_of_the_time_and_then_comes_last() {
     });
 }
 
-/// Against a server that refuses the login, those who wait must not log in again and again.
+/// Waiters must not log in again and again at a server that refuses the login.
 #[test]
 fn a_refused_login_is_not_tried_again_by_everybody_who_waits() {
     block_on(async {
@@ -716,7 +716,7 @@ fn a_refused_login_is_not_tried_again_by_everybody_who_waits() {
     });
 }
 
-/// Sessions that were ended.
+/// The number of sessions that have ended.
 fn may_pass(error: &evercore_postgres::Error) -> bool {
     matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::OutcomeUnknown)
 }

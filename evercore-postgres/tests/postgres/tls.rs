@@ -1,4 +1,4 @@
-//! TLS to a real server: verified or refused; and passwords, which nobody gets to see.
+//! TLS to a real server: verified or refused. Passwords are never shown.
 
 #![cfg(feature = "rustls")]
 
@@ -21,7 +21,7 @@ fn server() -> Option<&'static Server> {
     let start = || match Server::builder().tls().start() {
         Ok(server) => Some(server),
         Err(error) if error.contains("no PostgreSQL server binaries") => Server::builder().start_or_skip(),
-        // No openssl, or a server without TLS, as some packages have.
+        // `openssl` is missing, or the server was built without TLS, as in some packages.
         Err(error) if error.contains("could not be run") || error.contains("not supported by this build") => {
             skipped(&format!("TLS: {error}"));
             None
@@ -31,13 +31,13 @@ fn server() -> Option<&'static Server> {
     SERVER.get_or_init(start).as_ref()
 }
 
-/// The server's URL with another user and host, its authority trusted.
+/// The server's URL with another user and host, and its authority as trusted.
 fn url(server: &Server, user: &str, host: &str) -> String {
     let ca_file = server.ca_file();
     format!("postgres://{user}@{host}:{}/postgres?sslrootcert={}", server.port(), ca_file.display())
 }
 
-/// Which of the connections of this name are encrypted, as the server sees it.
+/// Which connections of this name are encrypted, as the server reports.
 fn encrypted(server: &Server, application: &str) -> String {
     let sql = format!(
         "SELECT coalesce(string_agg(DISTINCT s.ssl::text, ' '), '') FROM pg_stat_ssl s \
@@ -46,7 +46,7 @@ fn encrypted(server: &Server, application: &str) -> String {
     server.psql("postgres", &sql).unwrap()
 }
 
-/// Works with the engine until it has a connection that listens too.
+/// Uses the engine until it has a connection that listens.
 async fn use_it(engine: &PostgresEngine) {
     let store = EventStore::new(engine.clone());
     let first = place(&store, "first").await.unwrap();
@@ -54,7 +54,7 @@ async fn use_it(engine: &PostgresEngine) {
     assert!(store.head().await.unwrap() > Position::ZERO);
 }
 
-/// An authority that has signed nothing here.
+/// An authority that has signed nothing in these tests.
 fn another_authority(folder: &Path) -> PathBuf {
     let file = folder.join("other.crt");
     let made = Command::new("openssl")
@@ -66,7 +66,7 @@ fn another_authority(folder: &Path) -> PathBuf {
     file
 }
 
-/// Refused soon, and not as something that passes by itself.
+/// Asserts that it is refused soon, and with an error that a retry does not help.
 async fn refused(place: &Place, url: &str) -> Error {
     let began = Instant::now();
     let error = place.builder().connect(url).await.unwrap_err();
@@ -76,9 +76,9 @@ async fn refused(place: &Place, url: &str) -> Error {
     error
 }
 
-/// An address of this machine that is not the loopback, at which whatever listens on a local port is found.
+/// An address of this machine other than the loopback, at which local ports can be reached.
 fn remote(port: u16) -> Option<String> {
-    // Nothing is sent: it only asks which way it would go.
+    // Nothing is sent; this only asks the system for the route.
     let address = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
         socket.connect("192.0.2.77:9")?;
         Ok(socket.local_addr()?.ip())
@@ -125,7 +125,7 @@ fn a_verified_connection_is_encrypted_and_so_is_the_one_that_listens() {
             assert_eq!(encrypted(server, &format!("{name}_builder")), "true");
             drop(engine);
         }
-        // To this computer plain text is enough, unless asked otherwise.
+        // For this computer plain text is enough, unless the URL asks for more.
         let place = Place::on(format!("{}&application_name=local", url(server, "evercore", "127.0.0.1")));
         let engine = place.engine().await;
         assert_eq!(encrypted(server, "local"), "false");
@@ -150,7 +150,7 @@ fn a_certificate_of_another_authority_or_for_another_host_is_refused() {
         assert!(all_of(&error).contains("NotValidForName"), "{}", all_of(&error));
         let missing = format!("{}?sslmode=verify-full&sslrootcert=/no/such/file", server.url());
         refused(&place, &missing).await;
-        // What the system trusts does not know this server.
+        // The authorities of the system do not know this server.
         refused(&place, &format!("{}?sslmode=verify-full", server.url())).await;
     });
 }
@@ -162,7 +162,7 @@ fn a_remote_host_is_encrypted_unless_plain_text_is_asked_for_by_name() {
         let Some(address) = remote(server.port()) else { return };
         let (host, port) = address.split_once(':').unwrap();
         let ca_file = server.ca_file();
-        // By its own name, since the certificate is for that; it lives at an address that is not this computer's own.
+        // By its name, which the certificate is for. Its address is not one of this computer.
         let named = |name: &str| {
             format!(
                 "postgres://evercore@localhost:{port}/postgres?hostaddr={host}&application_name={name}&sslrootcert={}",
@@ -178,7 +178,7 @@ fn a_remote_host_is_encrypted_unless_plain_text_is_asked_for_by_name() {
             drop(engine);
             soon("its connections are gone", async || encrypted(server, "remote").is_empty()).await;
         }
-        // By its address, for which there is no certificate.
+        // By its address, which the certificate does not cover.
         let place = Place::on(server.url());
         let bare = format!("postgres://evercore@{address}/postgres?application_name=bare");
         refused(&place, &format!("{bare}&sslrootcert={}", ca_file.display())).await;
@@ -209,7 +209,7 @@ fn a_remote_server_that_speaks_no_tls_is_refused() {
 const PASSWORD: &str = "correct horse %26 battery";
 const WRONG: &str = "hunter2-is-wrong";
 
-/// Roles with a password, over TLS only and in whatever way; the others stay as they are.
+/// Roles with a password, one over TLS only and one over any connection; other roles are unchanged.
 fn with_passwords(server: &Server) {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
@@ -294,7 +294,7 @@ fn openssl(folder: &Path, args: &str) {
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
 }
 
-/// Logs in by a certificate; then the server shows one that has signed itself and bears another name.
+/// Logs in by a certificate. Then the server shows a self-signed certificate with another name.
 #[test]
 fn certificates_of_clients_and_certificates_that_are_pinned() {
     const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
@@ -341,7 +341,7 @@ fn certificates_of_clients_and_certificates_that_are_pinned() {
             &format!("req -x509 -days 2 {KEY} -subj /CN=elsewhere -keyout own.key -out own.crt"),
         );
         for kind in ["crt", "key"] {
-            // Written into the files that are there, which keep their owner.
+            // Written into the existing files, which keep their owner.
             let made = std::fs::read(folder.path().join(format!("own.{kind}"))).unwrap();
             std::fs::write(ca_file.with_file_name(format!("server.{kind}")), made).unwrap();
         }

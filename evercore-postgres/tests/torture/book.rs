@@ -1,4 +1,4 @@
-//! What became of each unit, as its writer was told, held against the log.
+//! The outcome of each unit, as its writer got it, compared with the log.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write};
@@ -9,14 +9,14 @@ use evercore_postgres::Receipt;
 
 use crate::log::Log;
 
-/// What a writer knows of its unit in the end.
+/// The last information that a writer has about its unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// Acknowledged: its events lie from here to there.
+    /// Acknowledged: its events are between these positions.
     There(i64, i64),
     /// Never sent, refused, or settled as never committed.
     Never,
-    /// Nobody was told, and it had no command id: all of it or nothing.
+    /// The writer got no answer and had no command id: all of it or nothing.
     Either,
 }
 
@@ -32,7 +32,7 @@ impl From<Option<Receipt>> for Fate {
     }
 }
 
-/// As a child says it to its parent.
+/// As a child prints it for its parent.
 impl fmt::Display for Fate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -71,7 +71,7 @@ impl Book {
         assert_eq!(self.pages().fates.insert(unit, fate), None, "unit {unit} has two fates");
     }
 
-    /// One more of these.
+    /// Counts one more.
     pub(crate) fn count(&self, what: impl Into<String>) {
         *self.pages().counts.entry(what.into()).or_default() += 1;
     }
@@ -80,7 +80,7 @@ impl Book {
         self.pages().fates.values().filter(|fate| matches!(fate, Fate::There(..))).count()
     }
 
-    /// All counts, as `3 Conflict, 1 Unavailable`.
+    /// All counts, such as `3 Conflict, 1 Unavailable`.
     pub(crate) fn counts(&self) -> String {
         let mut text = String::new();
         for (what, count) in &self.pages().counts {
@@ -90,7 +90,7 @@ impl Book {
         text
     }
 
-    /// What the log has against this book. A unit that is not in the book is held to be all there only.
+    /// The differences between the log and this book. A unit that is not in the book only has to be complete.
     pub(crate) fn against(&self, log: &Log) -> Faults {
         let pages = self.pages();
         let mut faults = Faults { half_units: log.half_units(), ..Faults::default() };
@@ -111,14 +111,14 @@ impl Book {
     }
 }
 
-/// All of them are to be 0.
+/// All of them must be 0.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Faults {
-    /// Acknowledged, and not in the log at the positions of the receipt.
+    /// Acknowledged, but not in the log at the positions of the receipt.
     lost: usize,
-    /// Refused or settled as never committed, and in the log.
+    /// Refused or settled as never committed, but in the log.
     come_back: usize,
-    /// Some of its events, or not side by side.
+    /// Incomplete, or not contiguous.
     half_units: usize,
 }
 

@@ -1,4 +1,4 @@
-//! A server that is killed with -9 while it is written to, and comes back.
+//! A server that is killed with -9 under load, and started again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +29,7 @@ async fn a_server_killed_under_load_loses_nothing_it_has_acknowledged() {
     readers.add(&EventStore::new(PostgresEngine::connect(&server.url()).await.unwrap()), true);
     let mut writers = Vec::new();
     for writer in 0..WRITERS {
-        // Nobody else writes to them: what meets a conflict here has met itself.
+        // Nothing else writes to them, so a conflict here is a conflict with itself.
         let ids = accounts(&store, 3, number(writer, 0)).await;
         let writer = Writer::new(&engine, writer, ids, &book);
         writers.push(tokio::spawn(writer.run(Arc::clone(&stop))));
@@ -62,7 +62,7 @@ async fn a_server_killed_under_load_loses_nothing_it_has_acknowledged() {
     assert_eq!(rows.iter().map(|row| row.get::<_, i64>(0)).collect::<Vec<_>>(), with_rows);
 }
 
-/// The engine finds its server again by itself.
+/// The engine finds its server again without help.
 async fn goes_on(book: &Book) {
     let (before, until) = (book.acknowledged(), Instant::now() + Duration::from_secs(20));
     while book.acknowledged() == before {
@@ -71,7 +71,7 @@ async fn goes_on(book: &Book) {
     }
 }
 
-/// Every fourth unit has a row beside its events, but not those that make the accounts.
+/// Every fourth unit also writes a row, except the units that create the accounts.
 fn has_row(unit: i64) -> bool {
     let nth = unit & 0xffff_ffff;
     nth > 0 && nth % 4 == 0
@@ -107,7 +107,8 @@ impl Writer {
             Err(error) => {
                 self.count(&Patience::new(), &error, unit).await;
                 match (is_unknown(&error), nth % 3) {
-                    // The next unit takes its place: had this one been written after all, they would meet.
+                    // The next unit uses the same sequence. If this one had been written after all, there would be a
+                    // conflict.
                     (false, _) => Fate::Never,
                     (true, 0) => self.settle(unit).await,
                     (true, 1) => self.look(unit).await,
@@ -139,7 +140,7 @@ impl Writer {
         }
     }
 
-    /// A receipt that is there says it all; one that is not says nothing.
+    /// If there is a receipt, it must be complete. Without one, nothing is known.
     async fn look(&self, unit: i64) -> Fate {
         let patience = Patience::new();
         loop {
@@ -167,9 +168,9 @@ impl Writer {
         }
     }
 
-    /// Only errors that say what to do; then a moment of patience.
+    /// Only errors with advice for the caller; then a short wait.
     async fn count(&self, patience: &Patience, error: &Error, unit: i64) {
-        // The user's SQL has met the broken connection, and says so itself.
+        // The user's SQL got the error of the broken connection.
         let is_rejected = *error.kind() == ErrorKind::Rejected && has_row(unit);
         assert!(is_trouble(error) || is_rejected, "{error:?}");
         self.book.count(word(error));

@@ -1,4 +1,4 @@
-//! Connections that are cut around a commit, and answers that come too late.
+//! Connections that are cut before, during or after a commit, and answers that come too late.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,11 +17,11 @@ use crate::tools::{
     unit, word,
 };
 
-/// What becomes of the connection of a unit.
+/// The fault of a unit's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Cut(Cut),
-    /// The way gets so long that the answer does not come in time.
+    /// The delay is longer than the time-out of the answer.
     Late,
 }
 
@@ -36,7 +36,7 @@ async fn a_command_takes_effect_once_however_its_connection_is_cut() {
     for (nth, way) in WAYS.into_iter().enumerate() {
         Trial::begin(&server, &store, nth, way, &book).await.run().await;
     }
-    // What was cut off may still be on its way.
+    // A commit that was cut off may still be running.
     tokio::time::sleep(milliseconds(500)).await;
     let log = Log::read(&store).await;
     let faults = book.against(&log);
@@ -55,18 +55,19 @@ async fn a_command_takes_effect_once_however_its_connection_is_cut() {
     );
 }
 
-/// How a unit is committed.
+/// The kind of commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
-    /// By one statement.
+    /// In one statement.
     Quick,
-    /// With a look under the lock, since it guards.
+    /// With a read under the lock, because of a guard.
     Careful,
-    /// With SQL of its own.
+    /// With SQL of the user.
     Beside,
 }
 
-/// Each way has this many writers. The connections of the first are cut; the commits of its neighbours fly with its.
+/// Each kind has this many writers. The connections of the first one are cut; commits of the others share flights
+/// with it.
 const WRITERS: usize = 4;
 
 fn path_of(unit: i64) -> Path {
@@ -90,7 +91,7 @@ struct Trial {
 }
 
 impl Trial {
-    /// `around` goes to the server without a detour.
+    /// `around` connects to the server without the proxy.
     async fn begin(server: &Server, around: &EventStore, nth: usize, way: Way, book: &Arc<Book>) -> Self {
         let (proxy, first_writer) = (Proxy::start(server.port()).unwrap(), nth * WRITERS);
         let mut ids = Vec::new();
@@ -99,7 +100,7 @@ impl Trial {
         }
         let mut builder = PostgresEngine::builder();
         if way == Way::Late {
-            // So that what is late is soon seen to be.
+            // So that a late answer is noticed soon.
             let soon = milliseconds(150);
             builder = builder.statement_timeout(soon).sql_timeout(soon).connect_timeout(soon);
         }
@@ -108,7 +109,7 @@ impl Trial {
         Self { way, first_writer, proxy, engine, store, ids, book, tally: Book::default() }
     }
 
-    /// Sends units this way, and says how often what happened.
+    /// Sends units of this kind, and counts the outcomes.
     async fn run(self) {
         let units: i64 = if self.way == Way::Late { sized(3, 45) } else { sized(25, 300) };
         let stop = Arc::new(AtomicBool::new(false));
@@ -134,7 +135,7 @@ impl Trial {
         let first = self.commit(work, unit).await;
         self.proxy.set_delay(milliseconds(0));
         match first {
-            // Whoever had the cut, it was not this one.
+            // The cut hit another connection.
             Ok(receipt) => {
                 self.tally.count("acknowledged at once");
                 Fate::from(&receipt)
@@ -143,7 +144,7 @@ impl Trial {
                 assert!(is_foreseen(&error, unit), "{:?} {:?} {error:?}", self.way, path_of(unit));
                 self.tally.count(word(&error));
                 match (is_unknown(&error), unit % 2) {
-                    // It says that nothing was written, and is taken by its word.
+                    // The error says that nothing was written, which must be true.
                     (false, _) => Fate::Never,
                     (true, 0) => self.try_again(unit).await,
                     (true, _) => self.settle(unit).await,
@@ -155,7 +156,7 @@ impl Trial {
     fn arm(&self, unit: i64) {
         let trigger = match path_of(unit) {
             Path::Quick => Trigger::request_with(command(unit).as_str()),
-            // With its end, since a BEGIN may say COMMITTED.
+            // With the end of the text, because a BEGIN may contain COMMITTED.
             Path::Careful | Path::Beside => Trigger::request_with("COMMIT\0"),
         };
         match self.way {
@@ -185,14 +186,14 @@ impl Trial {
         self.commit(self.prepare(unit).await?, unit).await
     }
 
-    /// The same command until it is acknowledged; and once more, which gives the same.
+    /// Repeats the command until it is acknowledged, and then once more, which must give the same receipt.
     async fn try_again(&self, unit: i64) -> Fate {
         let receipt = self.until_heard(async || self.commit_again(unit).await).await;
         assert_eq!(self.until_heard(async || self.commit_again(unit).await).await, receipt);
         Fate::from(&receipt)
     }
 
-    /// Settled is settled: what was committed gives its receipt again, what was not can be committed no more.
+    /// After settling, a committed command gives its receipt again, and another one cannot commit any more.
     async fn settle(&self, unit: i64) -> Fate {
         let settled = self.until_heard(async || self.store.settle(&command(unit)).await).await;
         self.tally.count(if settled.is_some() { "settled as committed" } else { "settled as never" });
@@ -205,7 +206,7 @@ impl Trial {
         Fate::from(settled)
     }
 
-    /// Asks until there is an answer.
+    /// Asks until an answer comes.
     async fn until_heard<T>(&self, mut ask: impl AsyncFnMut() -> Result<T>) -> T {
         let patience = Patience::new();
         loop {
@@ -220,7 +221,7 @@ impl Trial {
         }
     }
 
-    /// Writes on and on, each unit tried again until it is acknowledged; how many there were.
+    /// Writes until the end, and repeats each unit until it is acknowledged. Gives the number of units.
     fn neighbour(&self, nth: usize, stop: &Arc<AtomicBool>) -> JoinHandle<usize> {
         let (store, book, stop) = (self.store.clone(), Arc::clone(&self.book), Arc::clone(stop));
         let (writer, ids) = (self.first_writer + nth, self.ids[nth].clone());
@@ -254,7 +255,7 @@ async fn until_acknowledged(store: &EventStore, ids: &[AggregateId], number: i64
     }
 }
 
-/// SQL of the user's that meets the broken connection says so itself.
+/// SQL of the user gets the error of the broken connection itself.
 fn is_foreseen(error: &Error, unit: i64) -> bool {
     is_trouble(error) || (*error.kind() == ErrorKind::Rejected && path_of(unit) == Path::Beside)
 }

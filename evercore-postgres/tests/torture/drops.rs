@@ -1,4 +1,4 @@
-//! Callers who go away: every future is polled once, twice, … and dropped, until it comes to its end.
+//! Callers that go away: every future is polled once, twice, … and dropped, until it ends.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::tools::{
     sized, unit,
 };
 
-/// Connections of each engine.
+/// The number of connections of each engine.
 const POOL: usize = 4;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -61,7 +61,7 @@ async fn a_caller_who_goes_away_at_any_await_leaves_nothing_half_done() {
     assert_eq!(rows, with_rows, "rows without their events, or events without their row");
 }
 
-/// Futures that are begun and then left alone, as by a `select!` that is busy with something else.
+/// Futures that were begun and are not polled, as by a `select!` that is busy.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_who_stops_polling_holds_up_nobody() {
     let Some(server) = Server::builder().start_or_skip() else { return };
@@ -83,7 +83,7 @@ async fn a_caller_who_stops_polling_holds_up_nobody() {
             };
             let mut held = commit;
             let outcome = poll_at_most(polls, &mut held).await;
-            // Whatever is under way on the server comes to its end.
+            // Running statements on the server end.
             tokio::time::sleep(milliseconds(20)).await;
             for (place, store) in [("the same engine", &store), ("another engine", &elsewhere)] {
                 let begun = Instant::now();
@@ -105,17 +105,17 @@ async fn a_caller_who_stops_polling_holds_up_nobody() {
     println!("futures left alone: {} commits, nobody held up for longer than {longest:?}", nth / 2);
 }
 
-/// What is called, and gone away from.
+/// A call that is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
     Commit,
-    /// With a guard, which takes a look under the lock.
+    /// With a guard, which is read under the lock.
     Guarded,
-    /// With names that the store has not seen.
+    /// With new names.
     NewNames,
-    /// With SQL of its own.
+    /// With SQL of the user.
     Beside,
-    /// Several calls of the engine, one after the other.
+    /// Several calls of the engine in a row.
     Update,
     LoadOrCreate,
     Load,
@@ -173,12 +173,12 @@ impl Caller {
         }
     }
 
-    /// Whether the unit came to its end.
+    /// Whether the unit ended.
     async fn write(&self, call: Call, unit: i64, polls: usize) -> bool {
         let outcome = self.commit(call, unit, polls).await;
         let fate = match &outcome {
             Some(receipt) => Fate::from(receipt),
-            // Nothing has begun.
+            // Nothing was begun.
             None if polls == 0 => Fate::Never,
             None => Fate::from(self.store.settle(&command(unit)).await.unwrap()),
         };
@@ -228,7 +228,7 @@ impl Caller {
         batch
     }
 
-    /// Whether the call came to its end; then all was well.
+    /// Whether the call ended; if it did, it succeeded.
     async fn call(&self, call: Call, number: i64, polls: usize) -> bool {
         let (engine, store, id) = (&self.engine, &self.store, self.ids[0]);
         let outcome: Option<Result<()>> = match call {
@@ -317,7 +317,7 @@ impl Tally {
         self.most_polls.fetch_max(polls, Ordering::Relaxed);
     }
 
-    /// How many units with a row beside them are in the log.
+    /// The number of units in the log with a row of the user.
     fn beside_in(&self, log: &Log) -> usize {
         let units = log.units();
         self.beside.lock().unwrap().iter().filter(|unit| units.contains(unit)).count()
@@ -344,7 +344,7 @@ async fn assert_nobody_idles_in_a_transaction(server: &Server) {
     assert!(!server.log().contains("idle-in-transaction"), "the server had to end a transaction");
 }
 
-/// All connections are back in the pool, and as good as new.
+/// All connections are back in the pool and work.
 async fn assert_whole(engine: &PostgresEngine, ids: &[AggregateId]) {
     let until = Instant::now() + Duration::from_secs(5);
     let is_whole = || {
@@ -355,7 +355,7 @@ async fn assert_whole(engine: &PostgresEngine, ids: &[AggregateId]) {
         assert!(Instant::now() < until, "not all connections came back: {:?}", engine.pool().status());
         tokio::time::sleep(milliseconds(5)).await;
     }
-    // All of them at the same time.
+    // All at the same time.
     let mut taken = Vec::new();
     for _ in 0..POOL {
         taken.push(engine.pool().get().await.unwrap());

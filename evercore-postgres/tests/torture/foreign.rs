@@ -1,5 +1,5 @@
-//! A server that speaks another language, sorts in another way and is set to everything else: the same answers as from
-//! the memory engine, to the last word.
+//! A server with another language, sort order and other settings. The engine must give the same answers as the memory
+//! engine, word for word.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use crate::log::Log;
 use crate::tools::{Account, accounts, number, record};
 
-/// What goes wrong where texts are quoted, folded, sorted or composed by somebody's rules.
+/// Texts that fail if quoting, case, sorting or normal forms follow a locale.
 const TEXTS: [&str; 34] = [
     "plain",
     "it's",
@@ -57,7 +57,7 @@ const TEXTS: [&str; 34] = [
     "ǆ",
 ];
 
-/// Everything that a database or a role may be set to and that bends a careless client.
+/// Settings of a database or a role that break a careless client.
 const SETTINGS: [&str; 15] = [
     "standard_conforming_strings = off",
     "escape_string_warning = off",
@@ -78,7 +78,7 @@ const SETTINGS: [&str; 15] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn foreign_settings_change_no_answer() {
-    // Codes, since no language is to be understood here.
+    // Codes, because the language of messages is not known.
     let mut builder = Server::builder().language("de").setting("log_line_prefix", "%e ");
     let german = german_locale();
     if let Some(locale) = &german {
@@ -102,14 +102,14 @@ async fn foreign_settings_change_no_answer() {
     assert!(!log.contains("40P01") && !log.contains("40001"), "{log}");
 }
 
-/// As the operating system calls it, if it has one.
+/// The operating system's name for it, if it has it.
 fn german_locale() -> Option<String> {
     let output = Command::new("locale").arg("-a").output().ok()?;
     let names = String::from_utf8_lossy(&output.stdout).into_owned();
     names.lines().find(|name| name.to_lowercase().replace('-', "") == "de_de.utf8").map(str::to_owned)
 }
 
-/// Makes the database, as foreign as this machine allows; says what it does not allow.
+/// Makes the database with all foreign settings that this machine has. Prints the missing ones.
 fn surroundings(server: &Server, german: Option<&str>) -> String {
     let refusal = server.psql("postgres", "SELECT 1/0").unwrap_err();
     let language = if refusal.contains("FEHLER") { "German messages" } else { "no German messages here" };
@@ -133,7 +133,7 @@ fn surroundings(server: &Server, german: Option<&str>) -> String {
     format!("{language}, {locale}, {order}, {} settings", SETTINGS.len() + 3)
 }
 
-/// With sessions of its own, as behind a pooler, and on a pool of the application's.
+/// With the engine's own sessions, as with a pooler, and on a pool of the application.
 async fn engines(url: &str) -> Vec<(&'static str, PostgresEngine)> {
     let builder = |schema| PostgresEngine::builder().schema(schema).unwrap();
     let config: tokio_postgres::Config = url.parse().unwrap();
@@ -145,7 +145,7 @@ async fn engines(url: &str) -> Vec<(&'static str, PostgresEngine)> {
     ]
 }
 
-/// Serializable by default would undo most of these, which have nothing to do with each other.
+/// With serializable as default the server would abort most of these, although they are independent.
 async fn many_at_once(engines: [&PostgresEngine; 2]) {
     let store = EventStore::new(engines[0].clone());
     let before = store.head().await.unwrap();
@@ -170,11 +170,11 @@ async fn many_at_once(engines: [&PostgresEngine; 2]) {
     assert_eq!(Log::read_after(&store, before).await.events(), 6 + 60);
 }
 
-/// What is done to an engine, and what it answered.
+/// The calls of an engine and its answers.
 struct Scenario<'a> {
     engine: &'a dyn StorageEngine,
     answers: Vec<String>,
-    /// How many ids were given: each engine would reserve others.
+    /// The number of reserved ids; the ids themselves differ between engines.
     ids: i64,
 }
 
@@ -203,7 +203,7 @@ impl<'a> Scenario<'a> {
         AggregateId::new(self.ids).unwrap()
     }
 
-    /// Every text as key, name, header, reference and payload.
+    /// Uses every text as key, name, header, reference and payload.
     async fn texts(&mut self) {
         for text in TEXTS {
             let id = self.id();
@@ -297,14 +297,14 @@ impl<'a> Scenario<'a> {
     }
 }
 
-/// What `Debug` does not show, too.
+/// The parts that `Debug` does not show, too.
 fn loaded(history: &History) -> String {
     let key = history.key.as_ref().map(Key::as_str);
     let kept = history.snapshot.as_ref().map(|kept| (kept.sequence, kept.version, kept.state.as_bytes()));
     format!("{} {} {key:?} {kept:?} {}", history.id, history.sequence, history.events.len())
 }
 
-/// All but the time at which it was recorded, which is its own.
+/// All parts except `recorded_at`, which differs.
 fn without_time(receipt: Receipt) -> (Position, Position, Vec<(AggregateId, Sequence)>) {
     (receipt.first, receipt.last, receipt.aggregates)
 }

@@ -1,4 +1,4 @@
-//! What the long runs that are the same on every engine need of PostgreSQL: a store on a server, and tables beside the log.
+//! PostgreSQL for the shared long runs: a store on a server, and more tables in it.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use crate::tally::counted;
 
 pub(crate) type Engine = PostgresEngine;
 
-/// Whether all processes go by the clock of a server.
+/// Whether all processes use the clock of a server.
 pub(crate) const HAS_ONE_CLOCK: bool = true;
 
-/// Notes every move of a cursor.
+/// Logs every move of a cursor.
 const WATCH: &str = "
     CREATE TABLE @moves (nth BIGSERIAL PRIMARY KEY, old_position BIGINT, position BIGINT, old_epoch BIGINT,
                          epoch BIGINT, owner TEXT);
@@ -29,13 +29,13 @@ const WATCH: &str = "
     CREATE TRIGGER watch AFTER UPDATE ON @cursors FOR EACH ROW EXECUTE FUNCTION @watch();
     CREATE TRIGGER watch AFTER UPDATE ON @unfenced FOR EACH ROW EXECUTE FUNCTION @watch_unfenced()";
 
-/// A schema of its own on the server that these tests share.
+/// A separate schema on the server that these tests share.
 pub(crate) struct Place {
     pub(crate) address: String,
 }
 
 impl Place {
-    /// `None` if there is no server, after saying so.
+    /// Prints a message and gives `None` if there is no server.
     pub(crate) fn fresh() -> Option<Self> {
         let url = shared_url()?;
         let address = format!("torture_{:016x} {url}", fastrand::u64(..));
@@ -43,7 +43,7 @@ impl Place {
     }
 }
 
-/// A server that is not ours is left as it was.
+/// On a server of others the schema is removed.
 impl Drop for Place {
     fn drop(&mut self) {
         if let Some((schema, url)) = self.address.split_once(' ') {
@@ -52,11 +52,11 @@ impl Drop for Place {
     }
 }
 
-/// An engine on it, and the SQL of these tests.
+/// An engine on it, and SQL for the tests.
 #[derive(Clone)]
 pub(crate) struct Ground {
     pub(crate) engine: Engine,
-    /// Stands before the names of tables.
+    /// The prefix of the names of tables.
     prefix: String,
 }
 
@@ -83,7 +83,7 @@ impl Ground {
         self.sql(WATCH).await;
     }
 
-    /// Several statements; an `@` stands before the names of tables.
+    /// Runs several statements. An `@` stands before the names of tables.
     pub(crate) async fn sql(&self, sql: &str) {
         let sql = self.named(sql);
         let run = self.engine.commit_with(self.store().begin(), move |connection| {
@@ -92,7 +92,7 @@ impl Ground {
         run.await.unwrap();
     }
 
-    /// One statement; how many rows it changed.
+    /// Runs one statement and gives the number of changed rows.
     pub(crate) async fn execute(&self, sql: &str) -> u64 {
         let (sql, (send, receive)) = (self.named(sql), oneshot::channel());
         let run = self.engine.commit_with(self.store().begin(), move |connection| {
@@ -117,7 +117,7 @@ impl Ground {
         receive.await.unwrap()
     }
 
-    /// Adds one to the row of each key, in a transaction of its own.
+    /// Adds one to the row of each key, in a separate transaction.
     pub(crate) async fn count(&self, table: &str, keys: Vec<i64>) -> Result<(), BoxError> {
         let sql = self.named(&count(table));
         let run = self.engine.commit_with(self.store().begin(), move |connection| {
@@ -131,7 +131,7 @@ impl Ground {
         Ok(())
     }
 
-    /// Puts these rows there, in a transaction of its own, whether they are there or not.
+    /// Writes these rows, new or not, in a separate transaction.
     pub(crate) async fn put(&self, table: &str, rows: Vec<(i64, i64)>) -> Result<(), BoxError> {
         let sql = self.named(&format!(
             "INSERT INTO {table} SELECT * FROM unnest($1::bigint[], $2::bigint[])
@@ -148,7 +148,7 @@ impl Ground {
         Ok(())
     }
 
-    /// Adds one to the row of each event's key, exactly once; then this is called, in the same transaction.
+    /// Adds one to the row of each event's key, exactly once, and then calls this in the same transaction.
     pub(crate) fn counting(
         &self,
         table: &str,
@@ -176,7 +176,7 @@ fn count(table: &str) -> String {
     )
 }
 
-/// Runs what a process does, in a thread of its own: when it stands still, so do its connections.
+/// Runs the work of a process in a thread. If it stalls, its connections stall too.
 pub(crate) fn alone<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }

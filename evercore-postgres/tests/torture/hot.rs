@@ -1,4 +1,4 @@
-//! Writers who want the same few aggregates, or all the same one.
+//! Writers that all need the same few aggregates, or the same one.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::load::{BESIDE, beside};
 use crate::log::Log;
 use crate::tools::{Account, AccountEvent, Part, accounts, number, sized, unit};
 
-/// The default policy, without its end: how many meet depends on the machine.
+/// The default policy without a last attempt, because the number of conflicts depends on the machine.
 const UNTIL_IT_LANDS: RetryPolicy = RetryPolicy::new().with_attempts(1_000);
 
 const WRITERS: usize = 12;
@@ -61,7 +61,7 @@ async fn three_of_eight(engines: usize) {
     faults.assert_none();
 }
 
-/// This writer's share of the units, each again until it lands.
+/// Writes this writer's share of the units, and repeats each until it commits.
 async fn deal(
     engine: PostgresEngine,
     writer: usize,
@@ -83,7 +83,7 @@ async fn deal(
     }
 }
 
-/// Now and then with a row of its own, or beside something else that takes a lock.
+/// Sometimes with a row of the user, or while another session holds a lock.
 async fn one(
     engine: &PostgresEngine,
     store: &EventStore,

@@ -1,4 +1,4 @@
-//! A live subscription while 64 writers commit: quick ones, slow ones, and some whose transaction stays open for long.
+//! A live subscription while 64 writers commit: quick ones, slow ones, and some with long transactions.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::writers::Naive;
 
 const NAME: &str = "live";
 
-/// What the handler has seen: positions in their order, and how long after the event was recorded.
+/// The positions that the handler got, in order, and how long after the recording.
 #[derive(Default)]
 struct Seen {
     positions: Vec<i64>,
@@ -24,7 +24,8 @@ struct Seen {
     deliveries: usize,
 }
 
-/// Each event once and in order, as long as the lease is held; a reader of early ids shows what there was to be missed.
+/// Each event once and in order while the lease is held. A reader by early ids shows how many events a naive reader
+/// would miss.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_subscription_misses_nothing_among_64_writers() {
     let Some(server) = Server::builder().durable(true).start_or_skip() else { return };
@@ -43,7 +44,7 @@ async fn a_live_subscription_misses_nothing_among_64_writers() {
     load::run(&engines, 0..64, began + time, &Arc::new(Book::default())).await;
     let took = began.elapsed();
     let lag = store.subscription_states(NAME).await.unwrap()[0].lag_events;
-    // Those of which nobody knows may still be on their way.
+    // Units without an answer may still be running.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let head = store.head().await.unwrap();
     store.wait_for_position(head, NAME, Duration::from_secs(30)).await.unwrap();
@@ -90,7 +91,7 @@ async fn run(store: EventStore, seen: Arc<Mutex<Seen>>, stopped: oneshot::Receiv
     store.subscription(NAME).unwrap().run_batches(shutdown, handler).await.unwrap();
 }
 
-/// In milliseconds. The time of the record is before the commit is durable, and that is part of the way.
+/// In milliseconds. `recorded_at` is before the commit is durable, so the time includes that.
 fn quantiles(delays: &[Duration]) -> [f64; 3] {
     let mut histogram = Histogram::<u64>::new(3).unwrap();
     for delay in delays {

@@ -1,4 +1,4 @@
-//! Writers of all sorts on the same 400 accounts: quick, slow, stale, with SQL of their own, refused, gone.
+//! Writers on the same 400 accounts: quick, slow, stale, with SQL, refused, gone.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,20 +9,20 @@ use fastrand::Rng;
 use crate::book::Fate;
 use crate::tools::{Account, Patience, command, is_unknown, milliseconds, number, patient_not, record, word};
 
-/// So many accounts are written to, each made by whoever wants it first.
+/// The number of accounts. The first writer that needs one creates it.
 const ACCOUNTS: usize = 400;
 
-/// One row per unit with an odd number, with an id that is drawn early. Whoever reads it in the order of the ids is the
-/// reader that this library is not.
+/// One row for each unit with an odd number, with an id that is drawn early. A reader in the order of these ids is
+/// the naive reader.
 pub(crate) const BESIDE: &str = "CREATE TABLE beside (id BIGSERIAL PRIMARY KEY, unit BIGINT NOT NULL)";
 
-/// Who is told of each unit and of each kind of error.
+/// Collects units and errors.
 pub(crate) trait Witness: Send + Sync + 'static {
     fn note(&self, unit: i64, fate: Fate);
     fn count(&self, what: &str);
 }
 
-/// Has all these writers write until then; each engine has its share of them.
+/// Runs all these writers until this time, an equal share on each engine.
 pub(crate) async fn run<W: Witness>(
     engines: &[PostgresEngine],
     writers: std::ops::Range<usize>,
@@ -56,15 +56,15 @@ async fn write<W: Witness>(engine: PostgresEngine, writer: usize, until: Instant
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Quick,
-    /// Thinks so many milliseconds between reading and writing.
+    /// Waits this many milliseconds between reading and writing.
     Slow(u64),
-    /// Writes a row beside the events, and holds its transaction open for so long.
+    /// Also writes a row, and keeps its transaction open for this long.
     Beside(u64),
-    /// The same, and then says no.
+    /// The same, and then the SQL fails.
     Refused,
-    /// Is forgotten before the commit.
+    /// Is dropped before the commit.
     Dropped,
-    /// Goes away while it commits.
+    /// Is dropped during the commit.
     Gone,
 }
 
@@ -95,7 +95,7 @@ struct Writer<W> {
 
 impl<W: Witness> Writer<W> {
     async fn write(&self, unit: i64, way: Way, rng: &mut Rng) -> Fate {
-        // Who goes away wants to be able to ask.
+        // A writer that goes away needs a command id, to ask later.
         let has_command = way == Way::Gone || rng.u32(0..4) > 0;
         let outcome = match self.prepare(unit, has_command, rng).await {
             Ok(work) => self.commit(work, unit, way, rng).await,
@@ -178,13 +178,13 @@ impl<W: Witness> Writer<W> {
 fn is_foreseen(error: &Error, way: Way) -> bool {
     match error.kind() {
         ErrorKind::Conflict { .. } | ErrorKind::Unavailable | ErrorKind::OutcomeUnknown => true,
-        // Also if the connection went while the SQL ran.
+        // Also if the connection broke while the SQL ran.
         ErrorKind::Rejected => way.has_row(),
         _ => false,
     }
 }
 
-/// Commits together with a row of its own.
+/// Commits together with a row.
 pub(crate) async fn beside(
     engine: &PostgresEngine,
     work: UnitOfWork,

@@ -1,4 +1,4 @@
-//! The log as it is in the end, and readers that follow it while it grows.
+//! The log at the end, and readers that follow it while it grows.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use evercore_postgres::{
 
 use crate::tools::{Part, milliseconds};
 
-/// An event, as far as the tests care.
+/// The parts of an event that the tests need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) position: i64,
@@ -40,12 +40,12 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// Reads all of it, and demands that positions, and sequences within each aggregate, are 1, 2, 3, ….
+    /// Reads the whole log, and asserts that positions, and the sequences of each aggregate, are 1, 2, 3, ….
     pub(crate) async fn read(store: &EventStore) -> Self {
         Self::read_after(store, Position::ZERO).await
     }
 
-    /// The same from somewhere on, where only new aggregates have events.
+    /// The same from a position on, after which only new aggregates have events.
     pub(crate) async fn read_after(store: &EventStore, position: Position) -> Self {
         let (mut seen, mut query) = (Vec::new(), LogQuery::after(position));
         loop {
@@ -72,7 +72,7 @@ impl Log {
         self.units.keys().copied().collect()
     }
 
-    /// The first and the last position of a unit that is there.
+    /// The first and the last position of a unit in the log.
     pub(crate) fn place_of(&self, unit: i64) -> Option<(i64, i64)> {
         let events = self.units.get(&unit)?;
         Some((self.seen[*events.first()?].position, self.seen[*events.last()?].position))
@@ -91,7 +91,7 @@ impl Log {
         events.iter().enumerate().all(is_in_place)
     }
 
-    /// What the reader missed, got twice or got in another order.
+    /// The events that the reader missed, got twice or got in another order.
     fn against(&self, tail: &Tail) -> Missed {
         let wanted = self.seen.iter().filter(|event| !tail.debits_only || event.is_debit);
         let got: HashSet<i64> = tail.seen.iter().map(|event| event.position).collect();
@@ -119,22 +119,22 @@ fn assert_no_holes(after: Position, seen: &[Seen]) {
     }
 }
 
-/// What a reader got.
+/// The events that a reader got.
 #[derive(Debug, Default)]
 struct Tail {
     seen: Vec<Seen>,
     debits_only: bool,
-    /// How often it was told to come again.
+    /// How often it got an error that allows a retry.
     turned_away: usize,
 }
 
-/// All of them are to be 0.
+/// All of them must be 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Missed {
     skipped: usize,
     doubled: usize,
     out_of_order: usize,
-    /// Readers that differ from the log in any way.
+    /// The number of readers that differ from the log.
     differing: usize,
 }
 
@@ -147,7 +147,7 @@ impl Missed {
     }
 }
 
-/// Readers that follow the log until they are told where it ends.
+/// Readers that follow the log until they learn where it ends.
 pub(crate) struct Readers {
     end: Arc<AtomicI64>,
     tails: Vec<tokio::task::JoinHandle<Tail>>,
@@ -158,12 +158,12 @@ impl Readers {
         Self { end: Arc::new(AtomicI64::new(i64::MAX)), tails: Vec::new() }
     }
 
-    /// One more, that wants all events or only those that are debits.
+    /// Adds a reader of all events or only of debits.
     pub(crate) fn add(&mut self, store: &EventStore, debits_only: bool) {
         self.tails.push(tokio::spawn(follow(store.clone(), debits_only, Arc::clone(&self.end))));
     }
 
-    /// Lets them read to the end of the log, and demands that each got all of it, once and in order. Says so.
+    /// Lets them read to the end of the log, and asserts that each got everything once and in order. Prints that.
     pub(crate) async fn finish(self, log: &Log) -> String {
         self.end.store(log.seen.len().try_into().unwrap(), Ordering::Release);
         let (readers, mut all, mut turned_away) = (self.tails.len(), Missed::default(), 0);

@@ -1,7 +1,7 @@
-//! Long runs against real servers, with what goes wrong in the field: slow and stale writers, killed processes and
-//! servers, cut connections, callers who go away, foreign settings. Each says at its end what it has counted.
+//! Long runs on real servers, with the faults of production: slow and stale writers, killed processes and servers,
+//! cut connections, callers that go away, foreign settings. Each prints its counts at the end.
 //!
-//! Short unless `EVERCORE_TORTURE` is `full`; seen with `-- --nocapture`.
+//! They are short unless `EVERCORE_TORTURE` is `full`. `-- --nocapture` shows the counts.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

@@ -1,4 +1,4 @@
-//! The same writers in four processes, one of which does not live to its end.
+//! The same writers in four processes, one of which is killed.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -11,10 +11,10 @@ use crate::load::{self, Witness};
 use crate::tools::{engine, milliseconds, sized};
 use crate::writers::Trial;
 
-/// Where a child finds its server, and which child it is.
+/// The server of a child, and the number of the child.
 const CHILD: &str = "EVERCORE_TORTURE_CHILD";
 
-/// Of each process.
+/// For each process.
 const WRITERS: usize = 16;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -40,12 +40,12 @@ async fn be_child(task: &str, seconds: u64) {
     let first = nth.parse::<usize>().unwrap() * WRITERS;
     let engine = engine(url).await;
     let until = Instant::now() + Duration::from_secs(seconds);
-    // The test's name may stand at the beginning of the line.
+    // The line may begin with the name of the test.
     tell("\n");
     load::run(&[engine], first..first + WRITERS, until, &Arc::new(Telling)).await;
 }
 
-/// Tells the parent, a line for each: what is not a line is not said.
+/// Prints for the parent, one line each; an incomplete line does not count.
 struct Telling;
 
 impl Witness for Telling {
@@ -59,7 +59,7 @@ impl Witness for Telling {
 }
 
 fn tell(line: &str) {
-    // Without its parent it has nobody to write for.
+    // Ends with its parent, because nothing reads its output.
     std::io::stdout().write_all(line.as_bytes()).unwrap();
 }
 
@@ -85,7 +85,7 @@ impl Process {
         Self { child, listener }
     }
 
-    /// Waits for its end; whether it was a good one.
+    /// Waits for its end. Gives whether it succeeded.
     fn finish(mut self) -> bool {
         let status = self.child.wait().unwrap();
         self.listener.join().unwrap();

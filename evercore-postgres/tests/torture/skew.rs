@@ -1,4 +1,4 @@
-//! Write skew: two who each read what the other writes.
+//! Write skew: two units that each read what the other one writes.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::tools::{Account, accounts, number, patient_not, record};
 
 const ROUNDS: i64 = 100;
 
-/// At most one of the two accounts may ever get a second event.
+/// At most one of the two accounts may get a second event.
 #[tokio::test(flavor = "multi_thread")]
 async fn guards_prevent_write_skew() {
     let Some(server) = Server::builder().start_or_skip() else { return };
@@ -23,7 +23,7 @@ async fn guards_prevent_write_skew() {
         for round in 0..ROUNDS {
             let number = number(usize::from(guards), round * 4);
             let ids = accounts(&EventStore::new(one.clone()), 2, number).await;
-            // Of one engine, whose commits fly together, and of two.
+            // Of one engine, whose commits share flights, and of two engines.
             let second = if round % 2 == 0 { &one } else { &other };
             let barrier = Arc::new(Barrier::new(2));
             let first =
@@ -49,7 +49,8 @@ async fn guards_prevent_write_skew() {
     }
 }
 
-/// Reads both, waits until the other has too, and writes to the first if neither has been taken.
+/// Reads both and waits until the other unit has read both. Then it writes to the first account if neither has a
+/// second event.
 async fn take(
     engine: PostgresEngine,
     ids: [AggregateId; 2],

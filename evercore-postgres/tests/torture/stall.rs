@@ -1,4 +1,4 @@
-//! Others who hold what a commit needs for longer than anybody waits.
+//! Other sessions hold locks that a commit needs, for longer than its time-out.
 
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,7 @@ async fn a_lock_held_for_too_long_is_unavailable_and_leaves_the_connections_whol
                 }
             }
             lock.rollback().await.unwrap();
-            // Whatever connection it gets, it is as good as new.
+            // The connection that it gets works, whichever it is.
             for nth in 3..7 {
                 let number = number(1, round * 10 + nth + if what == "names" { 1_000_000 } else { 0 });
                 let receipt = unit(&store, &ids, number, 3).await.unwrap().commit().await.unwrap();
@@ -72,7 +72,7 @@ fn assert_unavailable(error: &Error) -> usize {
     1
 }
 
-/// How long anybody waits for a server that is there and says nothing, here.
+/// The time-out for a server that accepts connections and does not answer.
 const PATIENCE: Duration = Duration::from_secs(8);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +124,7 @@ async fn until_reached<T>(mut ask: impl AsyncFnMut() -> Result<T>) -> T {
     }
 }
 
-/// Each way of asking the server for something, in turn.
+/// Each kind of call, in turn.
 async fn call(
     engine: &PostgresEngine,
     store: &EventStore,
@@ -134,7 +134,7 @@ async fn call(
 ) -> Result<()> {
     match number % 12 {
         0 => beside(engine, work, number, 0, false).await.map(drop),
-        // One with a guard, one without.
+        // One commit with a guard, one without.
         1 | 2 => work.commit().await.map(drop),
         3 => store.load::<Account>(ids[0]).await.map(drop),
         4 => store.read_log(&LogQuery::after(Position::ZERO)).await.map(drop),

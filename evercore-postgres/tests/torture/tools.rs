@@ -1,4 +1,4 @@
-//! What the long runs share: how long they are, and an aggregate whose events tell to which unit they belong.
+//! Shared by the long runs: their length, and an aggregate whose events name their unit.
 
 use std::time::{Duration, Instant};
 
@@ -9,12 +9,12 @@ use evercore_postgres::{
 };
 use serde::{Deserialize, Serialize};
 
-/// One of two sizes: the second where `EVERCORE_TORTURE` is `full`.
+/// One of two sizes: the second if `EVERCORE_TORTURE` is `full`.
 pub(crate) fn sized<T>(short: T, full: T) -> T {
     if std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full") { full } else { short }
 }
 
-/// Counts its events; a state that has not seen all of them tells on itself.
+/// Counts its events, so that a state shows whether it has seen all of them.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Account {
     pub(crate) events: i64,
@@ -26,7 +26,7 @@ pub(crate) enum AccountEvent {
     Debited(Part),
 }
 
-/// Which event of which unit this is.
+/// Names the unit of an event and its number within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Part {
     pub(crate) unit: i64,
@@ -45,12 +45,12 @@ impl Aggregate for Account {
     }
 }
 
-/// A store that leaves it to the test to try again.
+/// A store that never retries; the test does.
 pub(crate) fn patient_not(engine: &PostgresEngine) -> EventStore {
     EventStore::new(engine.clone()).with_retry(RetryPolicy::new().with_attempts(1))
 }
 
-/// The number of a unit: no two writers have one in common.
+/// The number of a unit. It is unique among all writers.
 pub(crate) fn number(writer: usize, nth: i64) -> i64 {
     i64::try_from(writer + 1).unwrap() << 32 | nth
 }
@@ -59,7 +59,7 @@ pub(crate) fn command(unit: i64) -> CommandId {
     CommandId::new(format!("unit {unit:020}")).unwrap()
 }
 
-/// New accounts, each with an event of a unit of its own.
+/// Creates accounts. Each gets an event of a separate unit.
 pub(crate) async fn accounts(store: &EventStore, count: usize, unit: i64) -> Vec<AggregateId> {
     let mut work = store.begin();
     let mut accounts = Vec::new();
@@ -72,7 +72,7 @@ pub(crate) async fn accounts(store: &EventStore, count: usize, unit: i64) -> Vec
     accounts.iter().map(Loaded::id).collect()
 }
 
-/// Loads the accounts and records so many events, dealt out in turn.
+/// Loads the accounts and records this many events, on the accounts in turn.
 pub(crate) async fn unit(
     store: &EventStore,
     ids: &[AggregateId],
@@ -99,7 +99,7 @@ pub(crate) fn record(work: &mut UnitOfWork, accounts: &mut [Loaded<Account>], un
     }
 }
 
-/// The kind of an error in one word.
+/// The kind of an error, in one word.
 pub(crate) fn word(error: &Error) -> String {
     let kind = format!("{:?}", error.kind());
     kind.split([' ', '{']).next().unwrap_or_default().to_owned()
@@ -109,12 +109,12 @@ pub(crate) fn is_unknown(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::OutcomeUnknown)
 }
 
-/// Whether the same command may simply be tried again.
+/// Whether the same command may be tried again.
 pub(crate) fn is_trouble(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::OutcomeUnknown | ErrorKind::Unavailable)
 }
 
-/// An engine, also where connections are ended at random.
+/// An engine, even if connections are ended at random.
 pub(crate) async fn engine(url: &str) -> PostgresEngine {
     loop {
         match PostgresEngine::connect(url).await {
@@ -124,14 +124,14 @@ pub(crate) async fn engine(url: &str) -> PostgresEngine {
     }
 }
 
-/// A connection of the test's own, beside the engine's.
+/// A connection outside of the engine.
 pub(crate) async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
 }
 
-/// Patience with a server that is out of reach: as much as it needs to come back.
+/// Waits for a server that cannot be reached, as long as it needs to come back.
 pub(crate) struct Patience(Instant);
 
 impl Patience {
@@ -139,7 +139,7 @@ impl Patience {
         Self(Instant::now() + Duration::from_secs(30))
     }
 
-    /// Waits a moment before it is tried again.
+    /// Waits a moment before the next attempt.
     pub(crate) async fn pause(&self, error: &Error) {
         assert!(Instant::now() < self.0, "half a minute, and still {error:?}");
         tokio::time::sleep(milliseconds(5)).await;

@@ -1,4 +1,4 @@
-//! 64 writers and those who follow the log, in one process and in four.
+//! 64 writers and readers that follow the log, in one process and in four.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -36,9 +36,9 @@ async fn no_event_is_skipped_doubled_or_lost_among_64_writers() {
     trial.end("64 writers").await;
 }
 
-/// A server, those who disturb and those who read, and the book of what the writers were told.
+/// A server, the disturbers, the readers, and the book with the outcomes of the writers.
 pub(crate) struct Trial {
-    // Held for its end.
+    // Kept until the end.
     _server: Server,
     pub(crate) url: String,
     pub(crate) book: Arc<Book>,
@@ -49,7 +49,7 @@ pub(crate) struct Trial {
 }
 
 impl Trial {
-    /// `None` where there is no server, after saying so.
+    /// Prints a message and gives `None` if there is no server.
     pub(crate) async fn begin() -> Option<Self> {
         let server = Server::builder().durable(true).start_or_skip()?;
         server.psql("postgres", BESIDE).unwrap();
@@ -65,10 +65,10 @@ impl Trial {
         Some(Self { _server: server, url, book: Arc::default(), store, readers, naive, killer })
     }
 
-    /// Holds everything against the log and says what was found.
+    /// Compares everything with the log and prints the counts.
     pub(crate) async fn end(self, who: &str) {
         let killed = self.killer.finish().await;
-        // Those of which nobody knows may still be on their way.
+        // Units without an answer may still be running.
         tokio::time::sleep(milliseconds(300)).await;
         let log = Log::read(&self.store).await;
         let faults = self.book.against(&log);
@@ -88,7 +88,7 @@ impl Trial {
     }
 }
 
-/// The reader that this library is not: it goes on behind the largest id it has seen.
+/// The naive reader: it continues after the largest id that it has seen.
 pub(crate) struct Naive {
     is_over: Arc<AtomicBool>,
     reader: JoinHandle<HashSet<i64>>,
@@ -115,7 +115,7 @@ impl Naive {
         Self { is_over, reader }
     }
 
-    /// How many rows there are and how many of them it has not seen. What lies beside the events is all there, too.
+    /// The number of rows, and how many of them it has not seen. The rows of all committed units are there, too.
     pub(crate) async fn finish(self, url: &str, log: &Log) -> (usize, usize) {
         self.is_over.store(true, Ordering::Release);
         let seen = self.reader.await.unwrap();
@@ -128,7 +128,7 @@ impl Naive {
     }
 }
 
-/// Ends connections of the engines in their midst, most often one that writes at this moment.
+/// Ends connections of the engines at random, most often one that is writing.
 struct Killer {
     is_over: Arc<AtomicBool>,
     killed: Arc<AtomicUsize>,

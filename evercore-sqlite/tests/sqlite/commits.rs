@@ -24,7 +24,7 @@ async fn both_modes(folder: &Folder) -> [SqliteEngine; 3] {
     ]
 }
 
-/// Commits all batches at the same time; under one thread that is as many as there are.
+/// Commits all batches at the same time; with one thread they form one flight.
 async fn together(engine: &SqliteEngine, batches: Vec<Batch>) -> Vec<Result<Receipt>> {
     let tasks: Vec<_> = batches
         .into_iter()
@@ -112,7 +112,7 @@ fn a_dropped_commit_is_written_whole_or_not_at_all() {
                 }
             }
         }
-        // Nothing is locked, and what was polled once arrives.
+        // Nothing is locked, and a commit that was polled once still arrives.
         engine.commit(one_event(id, 1)).await.unwrap();
         engine.close().await.unwrap();
         let engine = SqliteEngine::open(folder.store()).await.unwrap();
@@ -348,7 +348,7 @@ fn a_commit_wakes_those_who_wait_and_so_does_another_process() {
     });
 }
 
-/// Whoever sees the commit of another engine first is here the one who asks for the head, and nobody else finds it new.
+/// A call of `head` sees the commit of another engine first. Other tasks then no longer see it as new.
 #[test]
 fn a_commit_of_others_that_is_first_seen_by_another_call_wakes_those_who_wait() {
     let folder = Folder::new();
@@ -371,8 +371,8 @@ fn a_commit_of_others_that_is_first_seen_by_another_call_wakes_those_who_wait() 
     });
 }
 
-/// The bell must be listened for before the head is looked at. Here the look is over, and nobody has asked for its
-/// result yet, when the commit rings.
+/// A waiter must listen before it looks at the head. Here the look has ended, its result was not taken yet, and then
+/// the commit rings.
 #[test]
 fn a_commit_between_the_look_and_the_wait_is_not_missed() {
     let folder = Folder::new();
@@ -384,14 +384,14 @@ fn a_commit_between_the_look_and_the_wait_is_not_missed() {
             let mut waiting = pin!(engine.wait(head, Duration::from_secs(60)));
             assert!(futures_lite::future::poll_once(waiting.as_mut()).await.is_none());
             engine.pause(Duration::from_millis(20)).await;
-            engine.head().await.unwrap(); // asked for later than the look, so that is over too
+            engine.head().await.unwrap(); // called after the look, so the look has ended
             create(&engine, None).await.unwrap();
             let rung = std::time::Instant::now();
             assert_eq!(waiting.await.unwrap(), head.next());
             times.push(rung.elapsed());
         }
         times.sort();
-        // Who missed it finds out by the look for commits of other processes, after 50 ms.
+        // A waiter that missed it notices the commit when the engine looks for other processes, after 50 ms.
         assert!(times[3] < Duration::from_millis(40), "{times:?}");
     });
 }

@@ -1,4 +1,4 @@
-//! What the tests of this crate share.
+//! Helpers of the tests of this crate.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -58,7 +58,7 @@ pub(crate) fn new_aggregate(id: AggregateId, key: Option<&str>) -> NewAggregate 
     NewAggregate { id, aggregate_type: aggregate_type(), key: key.map(|key| Key::new(key).unwrap()) }
 }
 
-/// Makes an aggregate with one event.
+/// Creates an aggregate with one event.
 pub(crate) async fn create(engine: &dyn StorageEngine, key: Option<&str>) -> Result<(AggregateId, Receipt)> {
     let id = engine.reserve(1).await?.next().unwrap();
     let mut batch = Batch::new();
@@ -85,7 +85,7 @@ pub(crate) fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
     result.unwrap_err().kind().clone()
 }
 
-/// Runs one test of this test binary in a process of its own, with `CHILD` set.
+/// Runs one test of this binary in another process, with `CHILD` set. The name includes the module.
 pub(crate) fn child(test: &str, path: &std::path::Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -96,7 +96,7 @@ pub(crate) fn child(test: &str, path: &std::path::Path) -> Command {
     command
 }
 
-/// Where the child is to work; `None` if this process is no child.
+/// The path that the child works on; `None` if this process is no child.
 pub(crate) fn as_child() -> Option<PathBuf> {
     std::env::var_os("CHILD").map(PathBuf::from)
 }

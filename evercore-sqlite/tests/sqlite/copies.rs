@@ -1,4 +1,4 @@
-//! What happens to the file of a store: it is closed, copied, linked to, dumped, archived.
+//! The file of a store is closed, copied, linked, dumped, archived.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ fn wal_bytes(path: &Path) -> u64 {
     fs::metadata(beside(path, "-wal")).map_or(0, |wal| wal.len())
 }
 
-/// Opens it, adds this many events and takes a copy of the files as a crash would leave them.
+/// Opens it, adds this many events and copies the files as a crash would leave them.
 fn crash_image(from: &Path, to: &Path, events: usize) {
     block_on(async {
         let engine = SqliteEngine::open(from).await.unwrap();
@@ -56,7 +56,7 @@ fn close_under_running_reads_leaves_all_commits_in_the_one_file() {
             std::thread::sleep(std::time::Duration::from_millis(20));
             block_on(engine.close()).unwrap();
             is_closed.store(true, Ordering::SeqCst);
-            // At this moment, not later.
+            // Now, not later.
             assert_eq!(wal_bytes(&path), 0, "round {round}");
             fs::copy(&path, beside(&path, ".copy")).unwrap();
         });
@@ -122,21 +122,21 @@ fn a_store_behind_links_is_opened_with_its_write_ahead_log() {
     std::os::unix::fs::symlink("data/store.db", &link).unwrap();
     std::os::unix::fs::symlink("link.db", &second).unwrap();
     block_on(async {
-        // A link to nowhere makes the file where it points to, and all names are one store.
+        // A link to a missing file makes that file. All names are the same store.
         let first = SqliteEngine::open(&second).await.unwrap();
         create(&first, None).await.unwrap();
         assert!(folder.file("data/store.db").exists());
         assert!(first.wal_bytes() > 0, "the write-ahead log is found");
     });
     crash_image(&folder.file("data/store.db"), &folder.file("data/crashed.db"), 20);
-    // The newest pages lie in the write-ahead log only: the file alone is shorter than the database.
+    // The newest pages are only in the write-ahead log: the file alone is shorter than the database.
     std::os::unix::fs::symlink("data/crashed.db", folder.file("crashed.db")).unwrap();
     let engine = block_on(SqliteEngine::open(folder.file("crashed.db"))).unwrap();
     assert_eq!(block_on(positions(&engine)).len(), 21);
     assert_eq!(engine.path().unwrap(), folder.file("data/crashed.db").canonicalize().unwrap());
 }
 
-/// The times of the view are exact, and the same as PostgreSQL's.
+/// The times of the view are exact, and equal to PostgreSQL's.
 #[test]
 fn the_view_shows_times_to_the_microsecond() {
     let folder = Folder::new();
@@ -161,7 +161,7 @@ fn the_view_shows_times_to_the_microsecond() {
     }
 }
 
-/// What `.dump` writes and reads again: tables, rows, views, and nothing of the header.
+/// `.dump` contains tables, rows and views, and nothing of the header.
 #[test]
 fn a_store_that_was_dumped_and_read_in_again_is_a_store() {
     let folder = Folder::new();
@@ -208,7 +208,7 @@ fn a_store_that_was_dumped_and_read_in_again_is_a_store() {
     assert_eq!(mark, 0x4556_4352);
 }
 
-/// An application that migrates tables of its own with the same tool has the tool's own name for its history.
+/// An application that migrates its tables with the same tool uses the tool's default name for its history.
 #[test]
 fn the_history_of_migrations_has_a_name_of_its_own() {
     let folder = Folder::new();
@@ -248,7 +248,7 @@ fn a_short_busy_time_out_is_no_deadline_for_opening() {
     });
 }
 
-/// Puts the file of one store, or of one moment, beside the write-ahead log of another.
+/// Combines the file of one store, or of one moment, with the write-ahead log of another.
 fn mix(file: &Path, log: &Path, into: &Path) {
     fs::copy(file, into).unwrap();
     fs::copy(beside(log, "-wal"), beside(into, "-wal")).unwrap();
@@ -265,7 +265,7 @@ fn a_write_ahead_log_of_another_file_is_found_and_left_alone() {
         engine.close().await.unwrap();
         fs::copy(&store, &old).unwrap();
         let engine = SqliteEngine::open(&store).await.unwrap();
-        // So large that the log to come does not have all of it.
+        // So large that the next log does not contain all of it.
         let mut batch = Batch::new();
         batch.append(append(id, 1, (0..30).map(|_| event("Large", &[7; 2_000])).collect())).unwrap();
         engine.commit(batch).await.unwrap();
@@ -291,19 +291,19 @@ fn a_write_ahead_log_of_another_file_is_found_and_left_alone() {
             let _ = fs::remove_file(beside(&mixed, suffix));
         }
     }
-    // A log without its file: SQLite would make a new one and throw the log away.
+    // A log without its file: SQLite would make a new file and delete the log.
     for file in [None, Some("")] {
         fs::copy(beside(&crashed, "-wal"), beside(&mixed, "-wal")).unwrap();
         file.into_iter().for_each(|nothing| fs::write(&mixed, nothing).unwrap());
         assert_eq!(kind(block_on(SqliteEngine::open(&mixed))), ErrorKind::NotAStore);
         assert!(wal_bytes(&mixed) > 0);
     }
-    // Its own log belongs to it.
+    // Its own log fits.
     mix(&crashed, &crashed, &mixed);
     assert_eq!(block_on(positions(&block_on(SqliteEngine::open(&mixed)).unwrap())).len(), 51);
 }
 
-/// What lies beside a file that is in use, and the file.
+/// The files next to a file in use, and the file.
 fn files(path: &Path) -> [Option<Vec<u8>>; 2] {
     ["", "-wal"].map(|suffix| fs::read(beside(path, suffix)).ok())
 }
@@ -321,7 +321,7 @@ fn a_restore_does_not_replace_a_broken_or_foreign_file_that_is_in_use() {
     };
     let source = block_on(SqliteEngine::open(folder.file("source.db"))).unwrap();
     block_on(source.backup_to(&backup)).unwrap();
-    // A program that holds the file as SQLite does, in a process of its own or not: to SQLite that is one.
+    // A program that holds the file as SQLite does, in this process or another one. SQLite sees no difference.
     let other = Connection::open(&foreign).unwrap();
     other.execute_batch("PRAGMA journal_mode = wal; CREATE TABLE letters (text)").unwrap();
     refused(&foreign);
@@ -339,7 +339,7 @@ fn a_restore_does_not_replace_a_broken_or_foreign_file_that_is_in_use() {
     assert!(names.flatten().all(|file| !file.file_name().to_string_lossy().contains(".part")));
 }
 
-/// Mistakes of operators: each error names what was to be done and where, and nothing is lost.
+/// Mistakes of operators: each error names the operation and the file, and nothing is lost.
 #[test]
 fn a_backup_or_a_restore_that_cannot_be_done_says_so_and_changes_nothing() {
     let folder = Folder::new();

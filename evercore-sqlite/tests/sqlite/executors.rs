@@ -1,4 +1,4 @@
-//! The same program inside `tokio::spawn`, under smol, and under a bare `block_on`: every future is `Send`.
+//! The same program in `tokio::spawn`, under smol, and under a plain `block_on`: every future is `Send`.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ impl Aggregate for Counter {
     }
 }
 
-/// Every asynchronous method there is, so that one that is not `Send` does not compile inside `tokio::spawn`.
+/// Calls every asynchronous method. A future that is not `Send` does not compile inside `tokio::spawn`.
 async fn everything(store: EventStore) -> Result<u32> {
     let mut work = store.begin();
     let mut first = work.create::<Counter>().await?;
@@ -106,7 +106,7 @@ fn under_a_bare_block_on() -> Result<()> {
     })
 }
 
-/// An executor with one thread goes on while a commit waits for its flush.
+/// An executor with one thread keeps running while a commit waits for its flush.
 #[test]
 fn a_commit_does_not_block_the_executors_thread() -> Result<()> {
     futures_lite::future::block_on(async {

@@ -15,7 +15,7 @@ fn large(id: AggregateId, expected: i64, bytes: usize) -> Batch {
     batch
 }
 
-/// A file system of 1 MiB, for as long as this lives.
+/// A file system of 1 MiB, until this is dropped.
 struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
@@ -92,7 +92,7 @@ fn a_backup_or_a_restore_onto_a_full_disk_leaves_it_as_it_was() {
     });
 }
 
-/// A limit on the size of files makes the write inside a commit fail with an error that is not "disk full".
+/// A limit on the size of files makes the write inside a commit fail with another error than "disk full".
 #[cfg(unix)]
 #[test]
 fn a_failed_flush_closes_the_engine_until_it_is_opened_again() {
@@ -173,7 +173,7 @@ fn a_long_reader_lets_the_wal_grow_and_the_next_flight_cuts_it() {
         assert_eq!(kind_of_checkpoint(&folder).await, ErrorKind::Unavailable);
         reader.execute_batch("COMMIT").unwrap();
         thousand().await;
-        // The flight tidies up after it has answered.
+        // The flight cleans up after its answers.
         for _ in 0..200 {
             if engine.wal_bytes() < grown {
                 break;

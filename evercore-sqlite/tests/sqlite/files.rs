@@ -1,4 +1,4 @@
-//! What may be opened and what may not.
+//! Which files can be opened as a store.
 
 use std::fs;
 
@@ -135,7 +135,7 @@ fn a_store_opened_for_reading_reads_and_does_not_write() {
     });
 }
 
-/// Root may write everything, so the permissions are tried only by others.
+/// Root can write everything, so permissions are tested only for other accounts.
 #[cfg(unix)]
 #[test]
 fn a_file_without_leave_to_write_is_read_only() {

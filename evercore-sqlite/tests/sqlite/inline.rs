@@ -1,4 +1,4 @@
-//! Inline projections: their tables are the log, at every moment, in every process.
+//! Inline projections: their tables equal the log, at every moment, in every process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -26,7 +26,7 @@ impl std::fmt::Display for Poisoned {
 
 impl std::error::Error for Poisoned {}
 
-/// Copies the log, up to an event "Poison", or panics at one called "Panic".
+/// Copies the log. Fails at an event "Poison", panics at an event "Panic".
 fn copy(sql: &Connection, events: &[Event]) -> Result<(), BoxError> {
     sql.execute_batch(TABLE)?;
     let mut insert = sql.prepare_cached("INSERT INTO shop_log VALUES (?1, ?2, ?3)")?;
@@ -48,7 +48,7 @@ fn id() -> CursorId {
     CursorId { subscription: SubscriptionName::new("copy").unwrap(), version: 1, partition: 0 }
 }
 
-/// In all modes that an engine can be opened in.
+/// Opens the engine in each mode.
 async fn all(folder: &Folder) -> [SqliteEngine; 3] {
     [
         with_copy().open(folder.store()).await.unwrap(),
@@ -57,7 +57,7 @@ async fn all(folder: &Folder) -> [SqliteEngine; 3] {
     ]
 }
 
-/// How many events there are and how many of them the table does not have as they are, or has once too often.
+/// The number of events, and the number of events that the table lacks, has wrongly or has too often.
 fn difference(sql: &Connection) -> Result<(i64, i64), BoxError> {
     let compare = "
         SELECT (SELECT count(*) FROM events),
@@ -68,7 +68,7 @@ fn difference(sql: &Connection) -> Result<(i64, i64), BoxError> {
     Ok(sql.query_row(compare, [], |row| Ok((row.get(0)?, row.get(1)?)))?)
 }
 
-/// The table is the log, of this many events, and the cursor says so.
+/// Asserts that the table equals the log, with this many events, and the cursor agrees.
 async fn is_complete(engine: &SqliteEngine, events: i64) {
     let found = Arc::new(Mutex::new((0, 0)));
     let (store, answer) = (EventStore::new(engine.clone()), Arc::clone(&found));
@@ -88,7 +88,7 @@ async fn one(engine: &SqliteEngine, aggregate: AggregateId, sequence: i64, name:
     engine.commit(batch).await.map(drop)
 }
 
-/// Makes an aggregate with this many events, in one commit.
+/// Creates an aggregate with this many events, in one commit.
 async fn many(engine: &SqliteEngine, count: i64) -> AggregateId {
     let (id, _) = create(engine, None).await.unwrap();
     let mut batch = Batch::new();
@@ -147,7 +147,7 @@ fn eight_writers_never_leave_it_behind() {
     block_on(is_complete(&engine, 8 * COMMITS + 1));
 }
 
-/// Commits an event of each name, all of them in one flight.
+/// Commits an event of each name, in one flight.
 fn together(engine: &SqliteEngine, names: &[&str]) -> Vec<thread::Result<Result<()>>> {
     let ids: Vec<_> = names.iter().map(|_| block_on(create(engine, None)).unwrap().0).collect();
     thread::scope(|scope| {
@@ -196,7 +196,7 @@ fn in_a_flight_only_the_unit_at_which_it_fails_is_refused() {
     });
 }
 
-/// What the child of the next test does until it is killed.
+/// The work of the next test's child, until it is killed.
 fn commit_for_ever(path: &Path) {
     let engine = block_on(with_copy().open(path)).unwrap();
     let write = || {
@@ -320,7 +320,7 @@ fn what_others_commit_without_it_is_caught_up_by_the_next_commit() {
     });
 }
 
-/// Neither the commits of an engine that has the file open without it, nor what else this engine writes.
+/// It misses neither the commits of an engine without it, nor other writes of this engine.
 #[test]
 fn one_that_is_far_behind_does_not_hold_up_what_others_write() {
     const PAGES: i64 = 10;

@@ -1,5 +1,5 @@
-//! The specialities of the SQLite engine: files, processes, executors, faults of the disk, projections. What every engine
-//! must do is in the conformance suite.
+//! The specialities of the SQLite engine: files, processes, executors, disk faults, projections. The promises of all
+//! engines are in the conformance suite.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

@@ -1,4 +1,4 @@
-//! Many at once: reads that wait, waiters with nothing to do, stores in one process.
+//! Many at once: reads that wait, waiters without news, stores in one process.
 
 use std::fs;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use rusqlite::Connection;
 
 use crate::common::{Folder, as_child, block_on, child, create, event, kind, one_event};
 
-/// Threads and processor time are the process's: one at a time measures.
+/// Threads and processor time belong to the process, so only one test at a time measures them.
 static MEASURES: Mutex<()> = Mutex::new(());
 
 #[cfg(target_os = "linux")]
@@ -23,7 +23,7 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// What this process has used of its processors, in seconds.
+/// The processor time of this process in seconds.
 #[cfg(target_os = "linux")]
 fn processor_seconds() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
@@ -32,7 +32,7 @@ fn processor_seconds() -> f64 {
     ticks / 100.0
 }
 
-/// Reads that take turns and more reads that wait leave a commit its thread, and the process its others.
+/// Running and waiting reads leave a thread for commits, and the other threads for the process.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_commit_does_not_wait_for_a_thousand_waiting_reads() {
@@ -105,7 +105,7 @@ fn a_thousand_idle_waiters_cost_as_much_as_one_and_hear_of_others() {
     });
 }
 
-/// How many stores a process may have open, and what it is told of one more: three descriptors each.
+/// How many stores a process may open, and the error of one more: three descriptors each.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_store_takes_three_descriptors_and_who_has_none_left_is_told() {
@@ -126,7 +126,7 @@ fn a_store_takes_three_descriptors_and_who_has_none_left_is_told() {
         assert_eq!(error.kind(), &ErrorKind::Unavailable);
         assert!(error.to_string().contains("too many files"), "{error}");
         assert!(stores.len() >= 60, "{} stores", stores.len());
-        // One store less, and another has a reader.
+        // With one store less, another store can have a reader.
         stores.pop();
         block_on(stores[0].read_log(&LogQuery::after(Position::ZERO))).unwrap();
         return;
@@ -206,7 +206,7 @@ fn a_backup_takes_the_place_of_a_store_and_the_store_is_kept() {
         restored.close().await.unwrap();
         assert_eq!(crate::common::positions(&SqliteEngine::open(old).await.unwrap()).await, [1, 2, 3]);
 
-        // What cannot be read any more, and its log, are kept as they are.
+        // A file that cannot be read, and its log, are kept unchanged.
         let broken = [folder.store(), folder.file("store.db-wal")];
         broken.iter().for_each(|path| fs::write(path, "broken").unwrap());
         let old = restore().await.unwrap().unwrap();

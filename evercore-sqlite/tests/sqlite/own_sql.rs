@@ -1,4 +1,4 @@
-//! The user's own SQL in the transaction of a commit: together or not at all.
+//! The user's SQL in the transaction of a commit: together or not at all.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ impl Shop {
         Self::new(builder.open(folder.store()).await.unwrap()).await
     }
 
-    /// In all modes that an engine can be opened in.
+    /// Opens the engine in each mode.
     async fn all(folder: &Folder) -> [Self; 3] {
         let on_caller = SqliteEngine::builder().commit_on_caller_thread(true);
         [
@@ -76,7 +76,7 @@ impl Shop {
         ]
     }
 
-    /// Places the order once more, with this SQL beside it.
+    /// Places the order once more, with this SQL in the transaction.
     async fn place<F>(&self, key: &str, sql: F) -> Result<Receipt>
     where
         F: FnOnce(&Connection) -> Result<(), BoxError> + Send + 'static,
@@ -91,7 +91,7 @@ impl Shop {
         self.store.head().await.unwrap().get()
     }
 
-    /// How many messages there are, asked for on the engine's own connection.
+    /// The number of messages, read on the engine's own connection.
     async fn messages(&self) -> i64 {
         let count = Arc::new(AtomicI64::new(-1));
         let found = Arc::clone(&count);
@@ -104,7 +104,7 @@ impl Shop {
         count.load(Ordering::SeqCst)
     }
 
-    /// Events and messages are as at the beginning, and the store is in order.
+    /// Asserts that events and messages are as at the beginning, and the store is valid.
     async fn is_as_before(&self) {
         assert_eq!((self.events().await, self.messages().await), (1, 0));
         self.place("after", send).await.unwrap();
@@ -225,7 +225,7 @@ fn a_unit_that_is_refused_takes_the_rows_with_it() {
             let error = shop.engine.commit_with(taken, send).await.unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::KeyTaken { .. }), "{error:?}");
 
-            // As at `commit`, the handle of a unit that did not commit is of no use to another.
+            // As with `commit`, another unit refuses a handle of a unit that did not commit.
             let mut other = shop.store.begin();
             assert_eq!(kind(other.record(&mut order, OrderEvent::Placed)), ErrorKind::Invalid);
             assert_eq!((shop.events().await, shop.messages().await), (2, 0));
@@ -509,7 +509,8 @@ async fn eight_writers_of_both_kinds_leave_as_many_rows_as_events() {
     }
 }
 
-/// 25 plain commits, and 25 attempts with SQL on four orders that others write too; tells how many of these landed.
+/// 25 plain commits, and 25 attempts with SQL on four orders that others write too. Gives how many of the attempts
+/// committed.
 async fn write_both_ways(shop: Arc<Shop>, writer: i64) -> i64 {
     let mut landed = 0;
     for n in 0..25 {

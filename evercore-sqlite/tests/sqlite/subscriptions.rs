@@ -1,4 +1,4 @@
-//! Cursors in the file, and the tables that change with them: all or nothing, whoever crashes, races or is late.
+//! Cursors and the tables that change with them: all or nothing, also after crashes, races and delays.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -66,14 +66,14 @@ async fn claim(engine: &SqliteEngine, name: &str, time: Duration) -> Result<Leas
     Ok(Lease { owner: owner(name), epoch: cursor.epoch })
 }
 
-/// The one cursor there is.
+/// The only cursor.
 async fn cursor(engine: &SqliteEngine) -> Cursor {
     let mut cursors = engine.cursors(None).await.unwrap().cursors;
     assert_eq!(cursors.len(), 1);
     cursors.remove(0)
 }
 
-/// In all modes that an engine can be opened in.
+/// Opens the engine in each mode.
 async fn all(folder: &Folder) -> [SqliteEngine; 3] {
     let on_caller = SqliteEngine::builder().commit_on_caller_thread(true);
     [
@@ -143,7 +143,7 @@ fn everything_that_a_step_leaves_is_there_after_the_store_was_opened_again() {
     });
 }
 
-/// A cursor without its times, which two clocks tell differently.
+/// A cursor without its times, which differ between two clocks.
 fn shape(cursor: Option<Cursor>) -> Option<(Cursor, bool)> {
     let cursor = cursor?;
     let (now, none) = (Timestamp::now(), Timestamp::MIN);
@@ -376,7 +376,7 @@ fn note(sql: &Connection, events: &[Event]) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// What is in the table, asked for on the engine's own connection.
+/// The content of the table, read on the engine's own connection.
 async fn seen(engine: &SqliteEngine) -> Vec<i64> {
     let (send, receive) = std::sync::mpsc::channel();
     let store = evercore_sqlite::EventStore::new(engine.clone());
@@ -390,7 +390,7 @@ async fn seen(engine: &SqliteEngine) -> Vec<i64> {
     receive.recv().unwrap()
 }
 
-/// A store with six events, a table, and a cursor that is claimed.
+/// A store with six events, a table and a claimed cursor.
 async fn shop(engine: &SqliteEngine) -> Lease {
     make_table(engine).await;
     commit_events(engine, 6).await;
@@ -407,7 +407,7 @@ async fn deliver(engine: &SqliteEngine, projection: &Projection, lease: &Lease) 
     projection.deliver(&delivery, &Advance::new(lease.clone(), from, to, HOUR)).await
 }
 
-/// The table and the cursor have come this far, and all goes on from there.
+/// Asserts that the table and the cursor are at this position, and that delivery goes on from there.
 async fn is_at(engine: &SqliteEngine, position: i64) {
     assert_eq!(cursor(engine).await.position, at(position));
     assert_eq!(seen(engine).await, (1..=position).collect::<Vec<_>>());
@@ -593,14 +593,14 @@ fn a_delivery_that_is_given_up_is_done_or_is_not() {
         };
         futures_lite::future::or(async { Some(delivering.await) }, giving_up).await;
     });
-    // The next writer waits for it, if it has begun.
+    // The next writer waits for it if it has begun.
     block_on(async {
         let table = seen(&engine).await;
         is_at(&engine, i64::try_from(table.len()).unwrap()).await;
     });
 }
 
-/// What the child of the next test does until it is killed: by hand what a runner does.
+/// The work of the next test's child, until it is killed: a runner, written by hand.
 async fn project_for_ever(path: &Path) {
     let engine = SqliteEngine::open(path).await.unwrap();
     let projection = engine.projection(|sql, delivery| note(sql, delivery.events()));
@@ -657,7 +657,7 @@ fn a_projection_that_is_killed_again_and_again_has_every_event_once() {
     });
 }
 
-/// A limit on the size of files makes the write inside a commit fail with an error that is not "disk full".
+/// A limit on the size of files makes the write inside a commit fail with another error than "disk full".
 #[cfg(unix)]
 #[test]
 fn a_failed_flush_of_a_projection_is_told_as_not_known_and_leaves_both_or_neither() {
@@ -716,6 +716,6 @@ fn who_waits_for_a_declared_subscription_does_not_come_too_early() {
         }
         commit_events(&engine, 3).await;
         assert!(matches!(wait(1).await.map_err(|error| error.kind().clone()), Err(ErrorKind::Unavailable)));
-        assert_eq!(cursor(&engine).await.epoch, 0); // nobody has claimed it
+        assert_eq!(cursor(&engine).await.epoch, 0); // not claimed yet
     });
 }

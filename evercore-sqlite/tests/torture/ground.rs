@@ -1,4 +1,4 @@
-//! What the long runs need of SQLite: a store in a file, and tables beside the log.
+//! SQLite for the shared long runs: a store in a file, and more tables in it.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ use crate::tally::counted;
 
 pub(crate) type Engine = SqliteEngine;
 
-/// Whether all processes go by the clock of a server.
+/// Whether all processes use the clock of a server.
 pub(crate) const HAS_ONE_CLOCK: bool = false;
 
-/// Notes every move of a cursor. The engine replaces the row, so its old one is still there before.
+/// Logs every move of a cursor. The engine replaces the row, so the trigger reads the old row before.
 const WATCH: &str = "
     CREATE TABLE moves (nth INTEGER PRIMARY KEY, old_position INTEGER, position INTEGER, old_epoch INTEGER,
                         epoch INTEGER, owner TEXT) STRICT;
@@ -28,7 +28,7 @@ const WATCH: &str = "
         VALUES (old.position, new.position, 0, 0, NULL);
     END;";
 
-/// A file of its own.
+/// A separate file.
 pub(crate) struct Place {
     _folder: TempDir,
     pub(crate) address: String,
@@ -43,7 +43,7 @@ impl Place {
     }
 }
 
-/// An engine on it, and the SQL of these tests.
+/// An engine on it, and SQL for the tests.
 #[derive(Clone)]
 pub(crate) struct Ground {
     pub(crate) engine: Engine,
@@ -66,14 +66,14 @@ impl Ground {
         self.sql(WATCH).await;
     }
 
-    /// Several statements; an `@` stands before the names of tables.
+    /// Runs several statements. An `@` stands before the names of tables.
     pub(crate) async fn sql(&self, sql: &str) {
         let sql = sql.replace('@', "");
         let run = move |connection: &Connection| Ok(connection.execute_batch(&sql)?);
         self.engine.commit_with(self.store().begin(), run).await.unwrap();
     }
 
-    /// One statement; how many rows it changed.
+    /// Runs one statement and gives the number of changed rows.
     pub(crate) async fn execute(&self, sql: &str) -> u64 {
         let (sql, (send, receive)) = (sql.replace('@', ""), std::sync::mpsc::channel());
         let run = move |connection: &Connection| Ok(send.send(connection.execute(&sql, [])? as u64)?);
@@ -100,7 +100,7 @@ impl Ground {
         receive.recv().unwrap()
     }
 
-    /// Adds one to the row of each key, in a transaction of its own.
+    /// Adds one to the row of each key, in a separate transaction.
     pub(crate) async fn count(&self, table: &str, keys: Vec<i64>) -> Result<(), BoxError> {
         let table = table.replace('@', "");
         let count = move |sql: &Connection| count(sql, &table, keys);
@@ -108,7 +108,7 @@ impl Ground {
         Ok(())
     }
 
-    /// Puts these rows there, in a transaction of its own, whether they are there or not.
+    /// Writes these rows, new or not, in a separate transaction.
     pub(crate) async fn put(&self, table: &str, rows: Vec<(i64, i64)>) -> Result<(), BoxError> {
         let put = format!("INSERT OR REPLACE INTO {} VALUES (?1, ?2)", table.replace('@', ""));
         let put = move |sql: &Connection| {
@@ -120,7 +120,7 @@ impl Ground {
         Ok(())
     }
 
-    /// Adds one to the row of each event's key, exactly once; then this is called, in the same transaction.
+    /// Adds one to the row of each event's key, exactly once, and then calls this in the same transaction.
     pub(crate) fn counting(
         &self,
         table: &str,
@@ -146,7 +146,7 @@ fn count(sql: &Connection, table: &str, keys: Vec<i64>) -> Result<(), BoxError> 
     Ok(())
 }
 
-/// Runs what a process does, in a thread of its own.
+/// Runs the work of a process in a thread.
 pub(crate) fn alone<T>(work: impl Future<Output = T>) -> T {
     block_on(work)
 }

@@ -1,4 +1,4 @@
-//! Orders for a few products that everybody wants: how many conflicts there are, and how many reach the caller.
+//! Orders for a few popular products: how many conflicts happen, and how many reach the caller.
 //!
 //! `SMOL_THREADS=4 cargo test --release -p evercore-sqlite --test torture five_hot -- --ignored --nocapture`
 
@@ -33,13 +33,13 @@ const PRODUCTS: [&str; 5] = ["a", "b", "c", "d", "e"];
 const WRITERS: usize = 24;
 const ORDERS: usize = 3_000;
 
-/// One product by `update`.
+/// Orders one product, by `update`.
 async fn order_one(store: &EventStore, order: usize) -> Result<()> {
     store.update::<Product, _, _>(PRODUCTS[order % 5], |_| [ProductEvent::Sold]).await?;
     Ok(())
 }
 
-/// Two products by `retry`, in any order.
+/// Orders two products in any order, by `retry`.
 async fn order_two(store: &EventStore, order: usize) -> Result<()> {
     store
         .retry(|| async {

@@ -1,7 +1,7 @@
-//! Long runs on real files, with what goes wrong in the field: runners that stall, crash and run by a wrong clock, a store
-//! that is closed and opened again, projections tortured. Each says at its end what it has counted.
+//! Long runs on real files, with the faults of production: runners that stall, crash and have a wrong clock; a store
+//! that is closed and opened again; crash tests of projections. Each prints its counts at the end.
 //!
-//! Short unless `EVERCORE_TORTURE` is `full`; seen with `-- --nocapture`.
+//! They are short unless `EVERCORE_TORTURE` is `full`. `-- --nocapture` shows the counts.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

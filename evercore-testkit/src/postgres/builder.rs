@@ -84,7 +84,9 @@ impl Builder {
     /// # Errors
     /// A text: no programs were found, a program failed, or the server did not start, with the end of its log.
     pub fn start(self) -> Result<Server, String> {
-        let binaries = self.find_binaries()?.ok_or("no PostgreSQL server binaries were found")?;
+        let binaries = self
+            .find_binaries()?
+            .ok_or("no PostgreSQL server was found: install one, or set EVERCORE_POSTGRES_BIN")?;
         self.start_with(binaries)
     }
 
@@ -95,7 +97,7 @@ impl Builder {
     pub fn start_or_skip(self) -> Option<Server> {
         let found = self.find_binaries().unwrap_or_else(|error| panic!("{error}"));
         let Some(binaries) = found else {
-            announce_missing("no PostgreSQL server binaries were found");
+            announce_missing("no PostgreSQL server was found");
             return None;
         };
         Some(self.start_with(binaries).unwrap_or_else(|error| panic!("{error}")))

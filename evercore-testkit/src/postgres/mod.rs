@@ -61,8 +61,8 @@ fn announce_missing(why: &str) {
     SAID.call_once(|| {
         let _ = writeln!(
             std::io::stderr(),
-            "SKIPPED: all that needs PostgreSQL; {why}. Install its server, name the folder of its programs by \
-             EVERCORE_POSTGRES_BIN, or a server by {URL_VARIABLE}."
+            "SKIPPED: all tests that need PostgreSQL; {why}. Install its server, or name the folder of its programs in \
+             EVERCORE_POSTGRES_BIN, or a running server in {URL_VARIABLE}."
         );
     });
     assert!(!is_required("postgres"), "\"postgres\" is required, and {why}");

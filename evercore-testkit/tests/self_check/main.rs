@@ -1,5 +1,4 @@
-//! Who tests the tests: an honest engine passes every case, and every broken one is caught by exactly the cases that are
-//! there to catch it.
+//! Tests of the suite: a correct engine passes every case, and the cases of its list catch each broken engine.
 
 mod table;
 
@@ -25,7 +24,8 @@ fn case_named(name: &str) -> &'static Case {
     CASES.iter().find(|case| case.name == name).unwrap_or_else(|| panic!("there is no case \"{name}\""))
 }
 
-/// An engine with this fault, on memory. For a crash image there is a second engine, and a time that stands still.
+/// An engine with this fault, on a memory engine. A case with a crash image also gets a second engine, and a clock
+/// that stands still.
 fn broken(fault: Fault, case: &Case) -> Fixture {
     if !case.needs.contains(&Ability::CrashImage) {
         return Broken::fixture(Arc::new(MemoryEngine::new()), None, fault);
@@ -35,12 +35,12 @@ fn broken(fault: Fault, case: &Case) -> Fixture {
     Broken::fixture(engine(), Some(engine()), fault)
 }
 
-/// The cases that run on an engine in memory, which does all its work at once.
+/// The cases for an engine in memory, which works on the caller's thread.
 fn cases() -> impl Iterator<Item = &'static Case> {
     CASES.iter().filter(|case| !case.needs.contains(&Ability::OffThread))
 }
 
-/// Which of these cases fail, side by side.
+/// The cases that fail. They run side by side.
 fn failing(cases: &[&'static Case], fixture: impl Fn(&Case) -> Fixture + Sync) -> Vec<&'static str> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
@@ -70,7 +70,7 @@ fn an_honest_engine_passes_every_case() {
 
 #[test]
 fn an_engine_that_passes_everything_on_is_as_honest_as_what_is_below() {
-    // The wrapper itself must not be what is caught: this fault is of one method only, and of no other case.
+    // The wrapper alone must not fail a case. This fault concerns one method, which only one case looks at.
     let others = cases().filter(|case| case.name != "values::nothing_shows_a_key_or_a_payload");
     let others: Vec<_> = others.collect();
     assert_eq!(failing(&others, |case| broken(Fault::ShowsKeys, case)), [""; 0]);
@@ -92,12 +92,12 @@ fn every_fault_is_in_the_table_and_no_list_is_empty() {
     }
 }
 
-/// The first case of each list fails, and the fault has struck in it. One fault is left to long runs. A fault that shows in a race only may hide
-/// from one run on a busy machine.
+/// The first case of each list fails, and the fault has struck in it. One fault is left to long runs. A fault that
+/// shows only in a race may hide in one run on a busy machine.
 #[test]
 fn every_fault_strikes_and_is_seen() {
     let of_row = |row: &'static Row| quick(row).take(1).map(|name| (row.fault, name));
-    // A wake-up that is lost only by luck takes minutes of waiting to be seen.
+    // A wake-up that is only sometimes lost takes minutes to notice.
     let is_long = |row: &&Row| row.fault == Fault::LosesWakeUps && !is_full();
     let pairs: Vec<_> = table().filter(|row| !is_long(row)).flat_map(of_row).collect();
     let next = AtomicUsize::new(0);
@@ -123,7 +123,7 @@ fn is_full() -> bool {
     std::env::var("EVERCORE_TORTURE").is_ok_and(|size| size == "full")
 }
 
-/// Subscriptions wait long for what a broken engine never gives.
+/// The cases without those of subscriptions, which wait long for a broken engine.
 fn quick(row: &'static Row) -> impl Iterator<Item = &'static str> {
     row.must_fail.iter().copied().filter(|name| !name.starts_with("subscriptions::"))
 }
@@ -136,10 +136,10 @@ fn strikes_and_fails(fault: Fault, case: &Case) -> bool {
     !passes(case, Broken::fixture_of(Arc::clone(&engine))) && engine.strikes() > 0
 }
 
-/// A case that has not ended after this time on a broken engine has failed: it waits for something that never comes.
+/// A case that runs longer than this on a broken engine has failed: it waits for something that never comes.
 const BOUND: Duration = Duration::from_secs(10);
 
-/// Whether a case passes within the bound. It runs in a thread of its own, so that one that blocks is left behind; one
+/// Whether a case passes within the bound. It runs in a separate thread. A case that blocks is left running, and one
 /// that awaits is dropped.
 fn passes_in_time(fault: Fault, case: &'static Case) -> bool {
     let (tell, told) = mpsc::channel();
@@ -161,8 +161,8 @@ fn passes_in_time(fault: Fault, case: &'static Case) -> bool {
     told.recv_timeout(BOUND + Duration::from_secs(1)).unwrap_or(false)
 }
 
-/// All cases but those of subscriptions, on all broken engines: exactly those of the list fail, and those that need luck.
-/// About a minute, so only where `EVERCORE_TORTURE` is `full`.
+/// Runs all cases except those of subscriptions on all broken engines. Exactly the cases of the list must fail; those
+/// that need luck may fail. It takes about a minute, so it runs only if `EVERCORE_TORTURE` is `full`.
 #[test]
 fn exactly_the_cases_of_the_table_fail() {
     if !is_full() {
@@ -188,7 +188,7 @@ fn exactly_the_cases_of_the_table_fail() {
     });
     println!("{} cases on broken engines took {:?}", runs.len(), began.elapsed());
     let unexpected = unexpected.into_inner().unwrap_or_else(PoisonError::into_inner);
-    // On a busy machine once is not enough to say so.
+    // On a busy machine one run is not enough.
     let mut wrong: Vec<_> = unexpected
         .into_iter()
         .filter(|(row, case, passed)| (0..3).all(|_| passes_in_time(row.fault, case) == *passed))
@@ -206,7 +206,7 @@ fn exactly_the_cases_of_the_table_fail() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Gives none of what its list says that it can.
+/// A harness that gives nothing and lists nothing in `CANNOT`.
 struct Modest;
 
 impl Harness for Modest {
@@ -228,13 +228,13 @@ fn a_skip_that_is_not_allowed_fails() {
 
 #[test]
 fn what_is_left_to_long_runs_passes_at_once() {
-    // It would fail: the harness gives no further engine.
+    // The case would fail, because the harness gives no second engine.
     evercore_testkit::run::<Modest>("types::two_engines_on_one_storage_agree");
     evercore_testkit::run::<Modest>("log::an_empty_log_ends_at_zero");
     evercore_testkit::tell_what_is_skipped::<Modest>();
 }
 
-/// Never gives an engine.
+/// A harness that never gives an engine.
 struct Hanging;
 
 impl Harness for Hanging {

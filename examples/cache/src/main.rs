@@ -50,7 +50,7 @@ impl Prices {
         let (seen_to, seen) = watch::channel(Position::ZERO);
         let prices = Self { cents: Arc::default(), seen };
         let head = store.head().await?;
-        // All events, not only those of products: a task may wait for another commit of its own.
+        // All events, not only those of products: a task may wait for the position of any commit.
         let news = store.subscribe(Filter::all(), Start::Beginning).await?;
         tokio::spawn(follow(news, Arc::clone(&prices.cents), seen_to));
         prices.has_seen(head).await?;

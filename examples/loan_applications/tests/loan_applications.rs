@@ -1,4 +1,4 @@
-//! The example that imports a log, as its user meets it: run, run again, stopped by kill -9, given a bad line.
+//! The example that imports a log: run, run again, stopped by kill -9, with a bad line.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ fn run(log: &Path, file: &Path) -> Output {
     loan_applications().arg(log).arg(file).output().unwrap()
 }
 
-/// A log of so many lines: applications of five lines each, woven into one another.
+/// A log of this many lines: interleaved applications of five lines each.
 fn write_log(folder: &Path, lines: i64) -> PathBuf {
     let steps = ["A_SUBMITTED", "A_PARTLYSUBMITTED", "A_PREACCEPTED", "O_ACCEPTED", "A_APPROVED"];
     let mut log = "case_id,timestamp,name,transition,resource,amount_req\n".to_owned();
@@ -132,7 +132,7 @@ fn after_kill_9_everything_acknowledged_is_there_and_no_half_unit() {
         child.wait().unwrap();
         let (acknowledged, is_done) = reader.join().unwrap();
         if !file.exists() {
-            continue; // killed before it made the file
+            continue; // killed before it created the file
         }
         let there = head(&file);
         assert!(there >= acknowledged, "acknowledged {acknowledged}, there {there}");
@@ -140,7 +140,7 @@ fn after_kill_9_everything_acknowledged_is_there_and_no_half_unit() {
         if is_done {
             files += 1;
             file = folder.path().join(format!("loans-{files}.db"));
-            continue; // it was through before it was killed; begin anew
+            continue; // it ended before it was killed; begin again
         }
         killed += 1;
         beyond += i64::from(there > acknowledged);
@@ -152,8 +152,8 @@ fn after_kill_9_everything_acknowledged_is_there_and_no_half_unit() {
     );
 }
 
-/// Eight writers replay the log while a subscription keeps the tables. `EVERCORE_LOAN_LOG` names the log where
-/// `EVERCORE_TORTURE` is `full`; otherwise it is one of the same shape, made up.
+/// Eight writers replay the log while a subscription fills the tables. If `EVERCORE_TORTURE` is `full`,
+/// `EVERCORE_LOAN_LOG` names the log; otherwise the example makes a small one.
 #[test]
 fn tables_built_live_are_what_the_log_says() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The example of an outbox: what its mail service has in its books in the end.
+//! The example of an outbox: the records of its mail service at the end.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 

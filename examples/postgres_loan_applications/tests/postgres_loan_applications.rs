@@ -1,4 +1,4 @@
-//! The example that imports a log, run live: eight writers replay it while a subscription keeps two tables.
+//! The live run of the example that imports a log: eight writers replay it while a subscription fills two tables.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use evercore_testkit::postgres::Server;
 
-/// `EVERCORE_LOAN_LOG` names the log where `EVERCORE_TORTURE` is `full`; otherwise the example makes up its own.
+/// If `EVERCORE_TORTURE` is `full`, `EVERCORE_LOAN_LOG` names the log; otherwise the example makes a small one.
 #[test]
 fn tables_built_live_are_what_the_log_says() {
     let Some(server) = Server::builder().start_or_skip() else { return };

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use evercore_sqlite::rusqlite::Connection;
 
-/// How many events the table of a version has, if it is what the log says up to the cursor; by SQL, not by evercore.
+/// The number of events in the table of a version, if the table agrees with the log up to the cursor; read by SQL,
+/// without evercore.
 fn projected(file: &Path, version: u32) -> i64 {
     let sql = Connection::open(file).unwrap();
     let one = |query: &str| sql.query_row(query, (), |row| row.get::<_, i64>(0)).unwrap_or(0);
@@ -30,7 +31,7 @@ fn projected(file: &Path, version: u32) -> i64 {
     cursor
 }
 
-/// `EVERCORE_KILLS` says how often.
+/// `EVERCORE_KILLS` sets how often.
 #[test]
 fn the_projection_is_what_the_log_says_after_every_kill_9() {
     let kills: u32 = std::env::var("EVERCORE_KILLS").map_or(10, |kills| kills.parse().unwrap());
@@ -49,7 +50,7 @@ fn the_projection_is_what_the_log_says_after_every_kill_9() {
         child.kill().unwrap();
         child.wait().unwrap();
         if !file.exists() {
-            continue; // killed before it made the file
+            continue; // killed before it created the file
         }
         let (first, second) = (projected(&file, 1), projected(&file, 2));
         let sql = Connection::open(&file).unwrap();

@@ -128,7 +128,7 @@ async fn book(
 }
 
 async fn done(app: &App, receipt: &Receipt) -> Result<Json<Done>, Refused> {
-    // A command that changed nothing has no position of its own, so the present head is used.
+    // A command that changed nothing has no position, so the present head is used.
     let is_nothing_new = receipt.last == Position::ZERO;
     let position = if is_nothing_new { app.store.head().await? } else { receipt.last };
     Ok(Json(Done { position: position.get() }))

@@ -1,4 +1,4 @@
-//! The example of a web service, as a browser meets it: over HTTP, on a free port.
+//! The example of a web service, used over HTTP on a free port, as by a browser.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
@@ -18,7 +18,7 @@ mod web_service;
 /// Shorter than the pause between two signs of life in live news.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// The service, on a store of its own.
+/// The service, on a new store.
 struct Service {
     runtime: tokio::runtime::Runtime,
     address: SocketAddr,
@@ -77,7 +77,7 @@ impl Service {
         serde_json::from_str::<serde_json::Value>(&body).unwrap()["free"].as_i64().unwrap()
     }
 
-    /// Live news, from the event behind `last` on, or from now on.
+    /// Live news, from the event after `last` on, or from now on.
     fn news(&self, last: Option<i64>) -> News {
         let header = last.map_or_else(|| "x: y".to_owned(), |last| format!("last-event-id: {last}"));
         let mut lines = BufReader::new(self.open("GET", "/news", &header, "")).lines();
@@ -95,7 +95,7 @@ impl Service {
     }
 }
 
-/// The position that a command was answered with.
+/// The position in the answer to a command.
 fn done((status, body): (u16, String)) -> i64 {
     assert_eq!(status, 200, "{body}");
     serde_json::from_str::<serde_json::Value>(&body).unwrap()["position"].as_i64().unwrap()

@@ -1,4 +1,4 @@
-//! Faults that only the edges of the contract show: the last of several, the largest, the second engine, the one in between.
+//! Faults at the edges of the contract: the last of several, the largest, a second engine, an interrupted step.
 
 use evercore_testkit::broken::Fault;
 

@@ -1,5 +1,5 @@
-//! For each fault the cases that must fail. The first three of each list run in every test run; those that tell most come
-//! first.
+//! The cases that must fail for each fault. The most telling ones come first; every test run uses the first of each
+//! list.
 
 mod commits;
 mod edges;
@@ -11,7 +11,7 @@ use evercore_testkit::broken::Fault;
 pub(crate) struct Row {
     pub(crate) fault: Fault,
     pub(crate) must_fail: &'static [&'static str],
-    /// Those that fail only with luck, since the fault shows in a race.
+    /// Cases that fail only with luck, because the fault shows in a race.
     pub(crate) may_fail: &'static [&'static str],
 }
 
