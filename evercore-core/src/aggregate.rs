@@ -46,11 +46,12 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     /// After how many events a snapshot of the state is kept. The default is 0: never.
     const SNAPSHOT_EVERY: u32 = 0;
 
-    /// The version of the state's type. Raise it whenever the type changes its fields or its meaning: snapshots of
-    /// another version are ignored, and the events are replayed.
+    /// The version of the state's type. Raise it whenever its fields or their meaning change: snapshots of another
+    /// version are ignored, and the events are replayed.
     const SNAPSHOT_VERSION: u32 = 1;
 
-    /// Whether events and snapshots are written without reading them back first. The default is `false`: they are read.
+    /// Whether events and snapshots are written without reading them back first. The default, `false`, reads
+    /// them back.
     ///
     /// By default `record` decodes the encoded event, refuses it if the result differs, and applies the decoded event.
     /// So the state in memory is the same as after a load. That costs a decoding and a second encoding per event. Set
@@ -187,8 +188,8 @@ pub trait EventCodec<E> {
     /// Decodes the result of [`encode`](Self::encode), and refuses it if the decoded event is encoded differently.
     /// `record` calls this, stages `encoded`, and applies the decoded event.
     ///
-    /// By default the bytes must be the same. A codec that can write the same event in different bytes must compare the
-    /// meaning.
+    /// By default the bytes must be the same. A codec that can write the same event as different bytes must compare
+    /// the decoded contents.
     ///
     /// # Errors
     /// Any. It becomes the source of [`Codec`](crate::ErrorKind::Codec), and the event is not recorded.
@@ -203,7 +204,7 @@ pub trait EventCodec<E> {
 }
 
 /// The error for an event or state that is encoded differently after it was decoded.
-pub(crate) const COMES_BACK_CHANGED: &str = "what was written is read as another value";
+pub(crate) const COMES_BACK_CHANGED: &str = "encoding and decoding it gives a different value";
 
 /// Encodes and decodes the states of an aggregate for snapshots.
 pub trait StateCodec<S> {
@@ -308,7 +309,7 @@ impl<S, C> StateCodec<S> for EventsOnly<C> {
     }
 }
 
-const NO_STATES: &str = "the codec is for events only";
+const NO_STATES: &str = "the codec `EventsOnly` has no codec for states";
 
 /// The checked name of this type.
 pub(crate) fn aggregate_type<T: Aggregate>() -> Result<AggregateType> {

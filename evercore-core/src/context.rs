@@ -56,7 +56,7 @@ impl<'a> EventContext<'a> {
         }
     }
 
-    /// The id of the conversation.
+    /// The correlation id, shared by all events of one conversation.
     pub fn correlation_id(&self) -> Option<&'a str> {
         match self.beside {
             Beside::Metadata(metadata) => metadata.correlation_id(),
@@ -64,7 +64,7 @@ impl<'a> EventContext<'a> {
         }
     }
 
-    /// The id of the cause.
+    /// The causation id: the command or event that caused this one.
     pub fn causation_id(&self) -> Option<&'a str> {
         match self.beside {
             Beside::Metadata(metadata) => metadata.causation_id(),

@@ -17,7 +17,7 @@ use crate::time::Timestamp;
 pub struct Payload(Vec<u8>);
 
 impl Payload {
-    /// Checks the length, and then copies the bytes.
+    /// Checks the length before it takes or copies the bytes.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if there are more than [`limits::PAYLOAD_BYTES`].
@@ -41,7 +41,7 @@ impl fmt::Debug for Payload {
     }
 }
 
-/// An event that will be committed. The engine gives it its numbers.
+/// An event to commit. The engine gives it its sequence and position.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
     /// The type of the event.
@@ -76,9 +76,9 @@ pub struct EventRow<'a> {
     pub payload: &'a [u8],
     /// The application's reference.
     pub reference: Option<&'a str>,
-    /// The id of the conversation.
+    /// The correlation id, shared by all events of one conversation.
     pub correlation_id: Option<&'a str>,
-    /// The id of the cause.
+    /// The causation id: the command or event that caused this one.
     pub causation_id: Option<&'a str>,
     /// The headers, if there are any.
     pub headers: Option<&'a Headers>,
@@ -315,12 +315,12 @@ impl Event {
         self.page.0.text(self.row().reference)
     }
 
-    /// The id of the conversation.
+    /// The correlation id, shared by all events of one conversation.
     pub fn correlation_id(&self) -> Option<&str> {
         self.page.0.text(self.row().correlation_id)
     }
 
-    /// The id of the cause.
+    /// The causation id: the command or event that caused this one.
     pub fn causation_id(&self) -> Option<&str> {
         self.page.0.text(self.row().causation_id)
     }
@@ -418,7 +418,7 @@ impl Span {
 /// A length or index within a page.
 ///
 /// # Panics
-/// 4 GiB or more, which the limits of pages and events exclude.
+/// From 4 GiB on. The limits of pages and events keep a page far below that.
 fn small(number: usize) -> u32 {
     match u32::try_from(number) {
         Ok(small) if small != NONE => small,

@@ -37,7 +37,7 @@ macro_rules! impl_number {
 
 /// Identifies an aggregate within one store. It is at least 1, and never used again.
 ///
-/// Ids are reserved in blocks before the commit, so some are never used.
+/// Ids are reserved in blocks before the commit, so some are never used, and their order has no meaning.
 ///
 /// Ids, sequences and positions can be parsed from text. With the feature `json`, serde uses numbers. For a database
 /// driver they convert to `i64`:
@@ -98,7 +98,7 @@ impl IdBlock {
     pub fn new(first: i64, count: u32) -> Result<Self> {
         match first.checked_add(i64::from(count)) {
             Some(end) if first >= 1 => Ok(Self(first..end)),
-            _ => Err(Error::invalid(format!("no block of {count} ids can begin with {first}"))),
+            _ => Err(Error::invalid(format!("a block of {count} ids cannot begin with {first}"))),
         }
     }
 }
@@ -121,10 +121,10 @@ macro_rules! counter {
             #[doc = concat!("The ", $what, " before the first event.")]
             pub const ZERO: Self = Self(0);
 
-            #[doc = concat!("The largest ", $what, " there can be.")]
+            #[doc = concat!("The largest ", $what, " that is possible.")]
             pub const MAX: Self = Self(i64::MAX);
 
-            #[doc = concat!("Takes a ", $what, " that came from elsewhere.")]
+            #[doc = concat!("Makes a ", $what, " from a number.")]
             ///
             /// # Errors
             /// [`Invalid`](crate::ErrorKind::Invalid) if it is negative.
@@ -140,7 +140,7 @@ macro_rules! counter {
                 self.0
             }
 
-            #[doc = concat!("The ", $what, " that lies `count` events further; at most [`MAX`](Self::MAX).")]
+            #[doc = concat!("The ", $what, " that is `count` events later; at most [`MAX`](Self::MAX).")]
             #[must_use]
             pub const fn plus(self, count: usize) -> Self {
                 Self(self.0.saturating_add_unsigned(count as u64))
@@ -170,14 +170,14 @@ macro_rules! counter {
 }
 
 counter! {
-    /// The number of an event within its aggregate: 1, 2, 3, … without holes.
+    /// The number of an event within its aggregate: 1, 2, 3, … without gaps.
     ///
     /// [`Sequence::ZERO`] means that the aggregate has no event yet.
     Sequence, "sequence"
 }
 
 counter! {
-    /// The place of an event in the log of the whole store: 1, 2, 3, … in commit order, without holes.
+    /// The place of an event in the log of the whole store: 1, 2, 3, … in commit order, without gaps.
     ///
     /// After a reader has seen position p, no new event appears at or below p. [`Position::ZERO`] is the beginning,
     /// before the first event.

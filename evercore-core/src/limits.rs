@@ -18,7 +18,7 @@ pub const COMMAND_ID_BYTES: usize = 255;
 /// The longest `reference`, correlation id or causation id of an event, in bytes.
 pub const REFERENCE_BYTES: usize = 1_024;
 
-/// The largest headers of one event: all names and values together, in bytes.
+/// The largest size of the headers of one event: all names and values together, in bytes.
 pub const HEADERS_BYTES: usize = 64 * 1024;
 
 /// The largest payload of one event, and the largest state in a snapshot, in bytes (16 MiB).
@@ -36,13 +36,14 @@ pub const UNIT_AGGREGATES: usize = 10_000;
 /// The most events that a page of a read may have.
 pub const PAGE_EVENTS: usize = 10_000;
 
-/// The most bytes that a page of a read may have, payloads with metadata (64 MiB). One event always fits.
+/// The most bytes that a page of a read may have, payloads with metadata (64 MiB). A page always has room for
+/// one event.
 pub const PAGE_BYTES: usize = 64 * 1024 * 1024;
 
-/// The default for the most events of a page.
+/// The most events that a page has by default.
 pub const DEFAULT_PAGE_EVENTS: usize = 1_000;
 
-/// The default for the most bytes of a page, payloads with metadata (8 MiB).
+/// The most bytes that a page has by default, payloads with metadata (8 MiB).
 pub const DEFAULT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 
 /// The most ids that may be reserved at once.
@@ -51,5 +52,5 @@ pub const RESERVE_IDS: u32 = 100_000;
 /// The most partitions that a subscription may have.
 pub const PARTITIONS: u32 = 1_024;
 
-/// How much of an error is stored with a parked event or a failed cursor, in bytes.
+/// The longest error text that is stored with a parked event or a failed cursor, in bytes.
 pub const STORED_ERROR_BYTES: usize = 1_000;

@@ -39,7 +39,7 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    /// Nothing set.
+    /// Metadata with nothing set.
     pub fn new() -> Self {
         Self::default()
     }
@@ -62,7 +62,7 @@ impl Metadata {
         Ok(self)
     }
 
-    /// Sets the id that all events of one conversation share.
+    /// Sets the correlation id, which all events of one conversation share.
     ///
     /// # Errors
     /// As [`with_reference`](Self::with_reference).
@@ -71,7 +71,7 @@ impl Metadata {
         Ok(self)
     }
 
-    /// Sets the id of the command or event that caused this one.
+    /// Sets the causation id: the command or event that caused this one.
     ///
     /// # Errors
     /// As [`with_reference`](Self::with_reference).
@@ -101,7 +101,7 @@ impl Metadata {
             return Err(Error::invalid("a header's name is empty"));
         }
         if name.contains('\0') || value.contains('\0') {
-            return Err(Error::invalid("a header has a NUL"));
+            return Err(Error::invalid("a header's name or value has a NUL"));
         }
         self.headers.insert(name, value);
         self.check_headers()
@@ -126,12 +126,12 @@ impl Metadata {
         self.reference.as_deref()
     }
 
-    /// The id of the conversation, if set.
+    /// The correlation id, if set.
     pub fn correlation_id(&self) -> Option<&str> {
         self.correlation_id.as_deref()
     }
 
-    /// The id of the cause, if set.
+    /// The causation id, if set.
     pub fn causation_id(&self) -> Option<&str> {
         self.causation_id.as_deref()
     }

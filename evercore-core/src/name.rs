@@ -33,7 +33,7 @@ macro_rules! name {
         pub struct $name(Text);
 
         impl $name {
-            #[doc = concat!("Checks and takes ", $what, ".")]
+            #[doc = concat!("Checks the text and converts it to [`", stringify!($name), "`].")]
             ///
             /// # Errors
             /// [`InvalidName`](crate::ErrorKind::InvalidName) if the text is empty, has a NUL, or is longer than
@@ -44,7 +44,7 @@ macro_rules! name {
                 Ok(Self(Text::Shared(Arc::from(text))))
             }
 
-            #[doc = concat!("Checks and takes ", $what, " that lives as long as the program, without copying it.")]
+            #[doc = concat!("As [`", stringify!($name), "::new`], for a constant of the program, which is not copied.")]
             ///
             /// # Errors
             #[doc = concat!("As [`", stringify!($name), "::new`].")]
@@ -160,7 +160,7 @@ name! {
 }
 
 name! {
-    /// Names one runner of a subscription, as the holder of a lease.
+    /// Names one runner of a subscription, from its start to its end, as the holder of leases.
     OwnerId, "owner id", limits::NAME_BYTES, |text, f| write!(f, "{text:?}")
 }
 

@@ -65,17 +65,18 @@ impl NameTable {
         self.complete_to
     }
 
-    /// Notes that the table has all names of one moment, so none is missing up to the largest id.
+    /// Notes that the table has all names that there were at one moment. Then no name is missing up to the largest id,
+    /// even if some ids are not used.
     pub fn mark_complete(&mut self) {
         self.complete_to = self.next_event_type() - 1;
     }
 
-    /// The id after all known aggregate types.
+    /// The id after the largest one of an aggregate type.
     pub fn next_aggregate_type(&self) -> u32 {
         next(&self.aggregate_types)
     }
 
-    /// The id after all known event types.
+    /// The id after the largest one of an event type.
     pub fn next_event_type(&self) -> u32 {
         next(&self.event_types)
     }

@@ -22,7 +22,7 @@ macro_rules! count {
     };
 }
 
-/// Emits an event.
+/// Emits a tracing event.
 macro_rules! say {
     ($level:ident, $($rest:tt)*) => {
         #[cfg(feature = "tracing")]
@@ -71,16 +71,16 @@ const COUNTERS: &[(&str, &str)] = &[
         "Work that was run again after a conflict, or because the engine was unavailable.",
     ),
     ("evercore_loads_total", "Aggregates that were loaded."),
-    ("evercore_snapshots_ignored_total", "Snapshots that did not decode and were passed over."),
+    ("evercore_snapshots_ignored_total", "Snapshots that did not decode and were ignored."),
     (
         "evercore_snapshots_skipped_total",
         "Snapshots that were not written: the state does not come back from its codec.",
     ),
     ("evercore_deliveries_total", "Deliveries to handlers of subscriptions."),
     ("evercore_delivered_events_total", "Events that handlers have handled."),
-    ("evercore_handler_failures_total", "Tries of handlers that failed."),
-    ("evercore_parked_events_total", "Events that were put aside after their handler had failed."),
-    ("evercore_skipped_events_total", "Events that were passed over after their handler had failed."),
+    ("evercore_handler_failures_total", "Handler calls that failed."),
+    ("evercore_parked_events_total", "Events that were parked after their handler had failed."),
+    ("evercore_skipped_events_total", "Events that were skipped after their handler had failed."),
     ("evercore_lease_changes_total", "Leases of cursors that were claimed, released, lost or wanted."),
 ];
 
@@ -122,7 +122,7 @@ fn committed(events: usize, error: Option<&Error>) {
     }
 }
 
-/// Emits an event for an error, at the level that it deserves.
+/// Emits a tracing event for a failed commit: a warning, unless applications expect such an error.
 fn refused(error: &Error) {
     #[cfg(feature = "tracing")]
     if is_an_answer(error) {
@@ -132,7 +132,7 @@ fn refused(error: &Error) {
     }
 }
 
-/// Whether an application expects this error, so that it is not a problem of the store.
+/// Whether applications expect this error, so that it is no problem of the store.
 #[cfg(feature = "tracing")]
 fn is_an_answer(error: &Error) -> bool {
     matches!(
@@ -162,7 +162,7 @@ pub(crate) fn run_again() {
 /// A snapshot did not decode.
 pub(crate) fn ignored_snapshot() {
     count!("evercore_snapshots_ignored_total", 1);
-    say!(warn, "a snapshot did not decode and was passed over");
+    say!(warn, "a snapshot did not decode and was ignored; the events are replayed");
 }
 
 /// A state could not be kept as a snapshot.
@@ -201,7 +201,7 @@ pub(crate) fn delivered(delivery: &Delivery, outcome: &Outcome, time: Duration) 
 
 pub(crate) fn retried(cursor: &CursorId) {
     count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
-    say!(warn, subscription = cursor.subscription.as_str(), "a handler failed, its events are tried again");
+    say!(warn, subscription = cursor.subscription.as_str(), "a handler failed; its events are tried again");
 }
 
 pub(crate) fn stopped(cursor: &CursorId, position: Position) {
@@ -210,7 +210,7 @@ pub(crate) fn stopped(cursor: &CursorId, position: Position) {
         error,
         subscription = cursor.subscription.as_str(),
         position = position.get(),
-        "a subscription stops"
+        "a subscription stops, because its handler failed"
     );
 }
 
@@ -221,14 +221,19 @@ pub(crate) fn skipped(cursor: &CursorId, position: Position) {
         error,
         subscription = cursor.subscription.as_str(),
         position = position.get(),
-        "an event is passed over"
+        "an event is skipped, because its handler failed"
     );
 }
 
 pub(crate) fn parked_one(cursor: &CursorId, position: Position) {
     count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
     count!("evercore_parked_events_total", 1, "subscription" => name(cursor));
-    say!(error, subscription = cursor.subscription.as_str(), position = position.get(), "an event is parked");
+    say!(
+        error,
+        subscription = cursor.subscription.as_str(),
+        position = position.get(),
+        "an event is parked, because its handler failed"
+    );
 }
 
 /// How many aggregates wait for a parked event.
@@ -255,7 +260,7 @@ pub(crate) fn tail_lost(cursor: &CursorId, position: Position) {
         warn,
         subscription = cursor.subscription.as_str(),
         position = position.get(),
-        "the log has lost its tail, a subscription goes back to its stored cursor"
+        "the log has lost its tail; a subscription goes back to its stored cursor"
     );
 }
 

@@ -21,8 +21,8 @@ pub enum AsOf {
     Sequence(Sequence),
     /// At the time when the log ended at this position.
     Position(Position),
-    /// Before the first event that happened later than this, by event time. Writers choose event times, which need not
-    /// grow. The history ends before the first later one, so that the result is a state that really existed.
+    /// Before the first event that happened later than this, by event time. Writers choose event times, so these
+    /// may go backwards. The history ends before the first later one, so the result is a state that really existed.
     Time(Timestamp),
     /// After the last event that was recorded at this time or before, by the engine's clock.
     Recorded(Timestamp),
@@ -109,7 +109,8 @@ impl EventStore {
             }
             let mut next = Ahead::new(self.events_of(aggregate.id(), reached, end));
             if reads_ahead {
-                // The next page is read while this one is applied, if the engine reads without being polled.
+                // Reads the next page while this one is applied. If the first poll already returns the page, the engine
+                // reads on this thread, and reading ahead gains nothing.
                 next = next.begun().await;
                 reads_ahead = !next.is_done();
             }

@@ -30,9 +30,12 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 ///
 /// The name of the variant is the event type, and the content of the variant is the payload.
 ///
-/// | variant                | event type | payload       | |------------------------|------------|---------------| |
-/// `Moved { x: 1, y: 2 }` | `Moved`    | `{"x":1,"y":2}` | | `Renamed("b".into())`  | `Renamed`  | `"b"`         | |
-/// `Resized(3, 4)`        | `Resized`  | `[3,4]`       | | `Removed`              | `Removed`  | `null`        |
+/// | variant                | event type | payload         |
+/// |------------------------|------------|-----------------|
+/// | `Moved { x: 1, y: 2 }` | `Moved`    | `{"x":1,"y":2}` |
+/// | `Renamed("b".into())`  | `Renamed`  | `"b"`           |
+/// | `Resized(3, 4)`        | `Resized`  | `[3,4]`         |
+/// | `Removed`              | `Removed`  | `null`          |
 ///
 /// ```
 /// use evercore_core::{EventCodec, Json};
@@ -59,7 +62,7 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 ///
 /// Serde's attributes work as usual. Old events need no conversion if
 /// * a renamed variant or field keeps its old name as `#[serde(alias = "…")]`,
-/// * a new field has a `#[serde(default)]` or is an `Option`. A variant without content can get such fields,
+/// * a new field has a `#[serde(default)]` or is an `Option`; a variant without content can get such fields,
 /// * a reader that knows only some of the events has a last variant `#[serde(other)] Other`, which accepts all other
 ///   events with any content.
 ///
@@ -73,8 +76,7 @@ const NOT_AN_EVENT: &str = "an event must be an externally tagged serde enum, \
 /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES). Encoding stops at that limit.
 ///
 /// `record` also [reads back](EventCodec::read_back) the encoded event. It refuses an event whose JSON does not decode,
-/// or whose decoded value encodes to different JSON. The order of maps, sets and lists is not compared. Usual causes
-/// are
+/// or whose decoded value encodes to different JSON. The order of maps, sets and lists is not compared. Usual causes:
 /// * `NaN` and the infinities, which JSON cannot express: `serde_json` writes `null`;
 /// * `skip_serializing_if` without a `default`, or with a different one; `rename(serialize = "…")` on a field;
 /// * 128-bit numbers and integer keys in values that serde buffers: `flatten`, and enums with `tag` or `untagged`;
