@@ -48,7 +48,7 @@ impl<E, D: Decision<E>, R: Into<BoxError>> Decision<E> for Result<D, R> {
 impl EventStore {
     /// Loads the aggregate, decides, and commits. After a conflict it does so again with the new state.
     ///
-    /// The decision sees the state and returns events, no events, or an error of its own. It must have no effects,
+    /// The decision sees the state and returns events, no events, or its own error. It must have no effects,
     /// since it may run several times.
     ///
     /// Updates of one aggregate through one store and its clones run one after the other, in the order of the calls, so

@@ -146,10 +146,10 @@ impl fmt::Debug for Delivered {
 /// Takes deliveries. Users write handlers; this is for engines, whose sinks move the cursor in the transaction in which
 /// the handler writes.
 pub trait Sink: Send + Sync {
-    /// Has a delivery handled. `advance` is what moves the cursor past it.
+    /// Gives a delivery to the handler. `advance` moves the cursor past it.
     fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome>;
 
-    /// Whether a failure is that of the event behind those that were handled, and none behind that was tried.
+    /// Whether a failure belongs to the first event that was not handled, and no later event was tried.
     fn tells_which(&self) -> bool {
         false
     }

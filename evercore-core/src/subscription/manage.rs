@@ -29,7 +29,7 @@ pub struct CursorState {
     pub is_owned: bool,
     /// Whether the cursor is past the end of the log. Then the log has lost its tail, or it is another log.
     pub is_ahead: bool,
-    /// How many events of the log come after the cursor, also those that its filter leaves out. It grows for ever if the
+    /// How many events of the log come after the cursor, also those that its filter leaves out. It grows without end if the
     /// cursor never moves again: if a newer version has taken over ([`Retired`](CursorStatus::Retired)), or if no program
     /// has that inline projection any more. [`EventStore::remove_subscription`] removes such cursors.
     pub lag_events: u64,

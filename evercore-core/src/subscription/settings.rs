@@ -166,8 +166,8 @@ impl Subscription {
         self
     }
 
-    /// The version of the projection. The default is 1. A new version has a cursor of its own. It is built from its start
-    /// while the old version goes on, takes over when it has caught up, and gets all events before that as
+    /// The version of the projection. The default is 1. A new version has its own cursor. It is built from its start
+    /// while the old version continues, takes over when it has caught up, and gets all events before that as
     /// [replay](super::Delivery::is_replay). It should write to another place than the old version. Events that the old
     /// version has parked are replay for the new one too, so resume or drop them first. A new version does not take over
     /// from a paused one. The old cursors stay, retired, until they are [removed](EventStore::remove_subscription).
@@ -177,7 +177,7 @@ impl Subscription {
         self
     }
 
-    /// Divides the work among this many cursors, each with a lease of its own. The running processes share them about
+    /// Divides the work among this many cursors, each with its own lease. The running processes share them about
     /// equally. All events of one aggregate belong to one partition and stay in order. The number is fixed once the
     /// cursors are made, for later versions too.
     #[must_use]
