@@ -212,7 +212,7 @@ impl SqliteEngine {
     }
 
     /// Reads on a thread that may block.
-    pub(crate) fn read<T: Send + 'static>(
+    fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> BoxFuture<'static, Result<T>> {
@@ -256,7 +256,7 @@ impl SqliteEngine {
     }
 
     /// Commits a batch, and with it the user's own SQL if there is some.
-    pub(crate) async fn commit_batch(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
+    async fn commit_batch(&self, batch: Batch, sql: Option<OwnSql>) -> Result<Receipt> {
         self.store.check_open()?;
         if batch.is_empty() && sql.is_none() {
             return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
