@@ -1,10 +1,9 @@
 //! The settings of a server before it starts.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
-use super::account::{give_to_server, run_as_server};
+use super::account::run_as_server;
 use super::binaries::Binaries;
 use super::process::{command, run};
 use super::server::Server;
@@ -149,21 +148,17 @@ impl Builder {
     }
 }
 
-/// Makes a folder for a server. Only its account can read and write it.
-pub(super) fn new_folder() -> Result<PathBuf, String> {
-    let folder = tempfile::Builder::new().prefix("evercore-postgres-").disable_cleanup(true).tempdir();
-    let folder = folder.map_err(|error| format!("no folder could be made: {error}"))?;
-    give_to_server(folder.path())?;
-    Ok(folder.path().to_owned())
-}
+impl Server {
+    /// Starts a fast server without durability; see [`Builder`].
+    ///
+    /// # Errors
+    /// As for [`Builder::start`].
+    pub fn start() -> Result<Self, String> {
+        Self::builder().start()
+    }
 
-/// A port that is free at the moment.
-pub(super) fn free_port() -> Result<u16, String> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
-    listener.map(|address| address.port()).map_err(|error| format!("no port is free: {error}"))
-}
-
-/// Whether this port is free.
-pub(super) fn is_free(port: u16) -> bool {
-    TcpListener::bind(("127.0.0.1", port)).is_ok()
+    /// Settings of a server before it starts.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
 }

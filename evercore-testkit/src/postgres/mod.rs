@@ -20,6 +20,7 @@ mod binaries;
 mod builder;
 mod client;
 mod pgbouncer;
+mod place;
 mod process;
 mod proxy;
 mod server;

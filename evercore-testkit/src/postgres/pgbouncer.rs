@@ -8,7 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use super::account::{give_to_server, run_as_server};
-use super::builder::{free_port, new_folder};
+use super::place::{free_port, new_folder};
 use super::process::{command, wait_until};
 use super::server::Server;
 use super::watchdog::Watchdog;

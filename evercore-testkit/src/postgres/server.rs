@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::account::run_as_server;
 use super::binaries::Binaries;
-use super::builder::{Builder, free_port, is_free, new_folder};
+use super::place::{free_port, is_free, new_folder};
 use super::process::{children_of, command, signal, wait_until, wait_until_gone};
 use super::tls::CA_FILE;
 use super::watchdog::Watchdog;
@@ -37,19 +37,6 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a fast server without durability; see [`Builder`].
-    ///
-    /// # Errors
-    /// As for [`Builder::start`].
-    pub fn start() -> Result<Self, String> {
-        Self::builder().start()
-    }
-
-    /// Settings of a server before it starts.
-    pub fn builder() -> Builder {
-        Builder::default()
-    }
-
     pub(super) fn in_new_folder(binaries: Binaries) -> Result<Self, String> {
         let folder = new_folder()?;
         let watchdog = Watchdog::start(&folder, &pid_file(&folder))?;
@@ -77,7 +64,7 @@ impl Server {
         &self.folder
     }
 
-    /// The certificate of the authority that signed its certificate, if it has [TLS](Builder::tls).
+    /// The certificate of the authority that signed its certificate, if it has [TLS](super::Builder::tls).
     pub fn ca_file(&self) -> PathBuf {
         self.data().join(CA_FILE)
     }

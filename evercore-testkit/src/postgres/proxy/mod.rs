@@ -1,5 +1,6 @@
 //! A proxy in front of a server. It delays data, or cuts connections.
 
+mod filter;
 mod link;
 mod pump;
 mod replies;

@@ -8,21 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Shared;
+use super::filter::{Filter, Then};
 use super::link::Link;
 use super::replies::Replies;
 use super::requests::Requests;
-
-/// Decides which bytes pass in one direction.
-pub(super) trait Filter {
-    /// Takes the bytes that arrived. Gives the bytes to pass on now, and the next action.
-    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then);
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Then {
-    GoOn,
-    Cut,
-}
 
 /// The delayed bytes, each with its time of arrival. The queue has no bound, because a waiting reader would reduce
 /// the throughput.

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use super::filter::{Filter, Then};
 use super::link::Link;
-use super::pump::{Filter, Then};
 use super::wire;
 
 /// ReadyForQuery, which ends each reply.
