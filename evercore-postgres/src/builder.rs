@@ -65,8 +65,8 @@ impl Builder {
         Ok(self)
     }
 
-    /// Which failures an acknowledged commit survives; [`SynchronousCommit::On`] unless set. The server's default does not
-    /// matter.
+    /// Which failures an acknowledged commit survives; [`SynchronousCommit::On`] unless set. The server's default does
+    /// not matter.
     pub fn synchronous_commit(mut self, level: SynchronousCommit) -> Self {
         self.settings.synchronous_commit = level;
         self
@@ -227,10 +227,10 @@ impl Builder {
     /// Connects, and creates or migrates the store unless [`migrate_on_connect`](Self::migrate_on_connect) is off.
     ///
     /// The URL is a PostgreSQL URL, `postgres://user:password@one:5432,two:5432/database?name=value`, or a list,
-    /// `host=one,two user=app`. Special characters in a URL are percent-encoded, such as `%2F` for `/`. If there are several
-    /// hosts, the engine uses the one that takes writes. It uses a host that lacks events this engine has already seen
-    /// only if no other host answers, and never a former primary after another host was promoted. These parameters are
-    /// supported:
+    /// `host=one,two user=app`. Special characters in a URL are percent-encoded, such as `%2F` for `/`. If there are
+    /// several hosts, the engine uses the one that takes writes. It uses a host that lacks events this engine has
+    /// already seen only if no other host answers, and never a former primary after another host was promoted. These
+    /// parameters are supported:
     ///
     /// | parameter | |
     /// |---|---|
@@ -257,7 +257,7 @@ impl Builder {
     pub async fn connect(self, url: &str) -> Result<PostgresEngine> {
         let address = Address::parse(url, &self.settings)?;
         let pool = address.pool(self.settings.pool_size)?;
-        PostgresEngine::open(address.settings().clone(), pool, Some(address)).await
+        PostgresEngine::open(address.settings.clone(), pool, Some(address)).await
     }
 
     /// Connects for reading only, to any server that answers: a standby as well as a primary. Calls that write fail

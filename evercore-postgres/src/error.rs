@@ -63,7 +63,7 @@ impl From<PostgresError> for Error {
             PostgresError::Core(_) => (ErrorKind::Backend, ""),
         };
         if let Some(told) = ours_within(&error) {
-            return again(told).with_source(error);
+            return told.again().with_source(error);
         }
         match error {
             PostgresError::Core(error) => error,
@@ -219,11 +219,6 @@ pub(crate) fn outcome_unknown() -> Error {
 /// The engine was connected for reading only.
 pub(crate) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the engine is connected for reading only")
-}
-
-/// A copy of an error for another caller that shares it, without its source.
-pub(crate) fn again(error: &Error) -> Error {
-    error.again()
 }
 
 /// Maps by SQLSTATE only: messages depend on the server's language and change between releases.

@@ -2,7 +2,8 @@
 //!
 //! Names are registered under the lock of the single row in `log_end`, and each registration changes the names' mark in
 //! that row. A table of names is used only together with a query that finds the mark with which the table was read:
-//! others may have registered names meanwhile, or a failover may have lost names and their ids now belong to other names.
+//! others may have registered names meanwhile, or a failover may have lost names and their ids now belong to other
+//! names.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -81,8 +82,8 @@ impl Names {
         Ok(self.learn(fresh))
     }
 
-    /// Runs a read, and runs it again with newly read names if it finds that the names have changed. An id without a name
-    /// is damage only if it is also missing from the newly read table.
+    /// Runs a read, and runs it again with newly read names if it finds that the names have changed. An id without a
+    /// name is damage only if it is also missing from the newly read table.
     pub(crate) async fn retry<T, W: Future<Output = Result<T>>>(
         &self,
         checkout: &Checkout,

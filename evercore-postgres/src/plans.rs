@@ -1,5 +1,5 @@
-//! Every statement, looked at: its plan goes along an index, on an empty store and on a full one, since it is made once
-//! and kept; and it runs nothing but PostgreSQL's own functions and operators.
+//! Tests of all statements: each plan uses an index, on an empty store and on a full one, because a plan is made once
+//! and kept; and each statement runs only PostgreSQL's own functions and operators.
 
 #![allow(clippy::unwrap_used, reason = "a test says so by failing")]
 
@@ -14,22 +14,13 @@ use evercore_testkit::postgres;
 use serde_json::Value;
 use tokio_postgres::Client;
 
-use crate::commit::batch::BatchSql;
-use crate::commit::commands::CommandSql;
-use crate::commit::ids::ids_sql;
 use crate::connection::user_transaction::START_TIME;
 use crate::engine::PostgresEngine;
 use crate::migrate::INSPECT;
-use crate::names::Names;
-use crate::read::load::LoadSql;
-use crate::read::log::LogSql;
-use crate::read::wait::notify_sql;
-use crate::settings::Schema;
 use crate::sql::{MADE, Sql};
-use crate::store::store_id_sql;
-use crate::subscription::subscriptions::SubscriptionSql;
 
-/// The tables that grow, by their indexes, each with what must be asked of it so that it is not read from end to end.
+/// The tables that grow, with their indexes, and the columns that a condition must have so that the index is not read
+/// from end to end.
 const INDEXES: [(&str, &str, &[&str]); 12] = [
     ("log_end", "log_end_position", &["position"]),
     ("events", "events_position", &["position"]),
@@ -45,15 +36,13 @@ const INDEXES: [(&str, &str, &[&str]); 12] = [
     ("parked_events", "parked_events_id", &["subscription", "version", "partition"]),
 ];
 
-/// All statements that an engine has.
-fn statements(schema: &Schema) -> Vec<Sql> {
+/// Opens an engine. Returns all its statements, too.
+async fn open(schema: &str, url: &str) -> (PostgresEngine, Vec<Sql>) {
     MADE.take();
-    let (batch, log) = (BatchSql::new(schema), LogSql::new(schema));
-    batch.make_all();
-    log.make_all();
-    drop((CommandSql::new(schema), LoadSql::new(schema), SubscriptionSql::new(schema), Names::new(schema)));
-    drop((notify_sql(schema), ids_sql(schema), store_id_sql(schema)));
-    MADE.take()
+    let engine = PostgresEngine::builder().schema(schema).unwrap().connect(url).await.unwrap();
+    engine.store().with_sql.batches.make_all();
+    engine.store().log.make_all();
+    (engine, MADE.take())
 }
 
 async fn plan(client: &Client, sql: &Sql) -> Value {
@@ -71,7 +60,7 @@ async fn plan(client: &Client, sql: &Sql) -> Value {
     serde_json::from_str(text.unwrap()).unwrap()
 }
 
-/// What is wrong with a plan: a table that grows and is read from end to end, or sorted.
+/// Finds the faults of a plan: a growing table that is read from end to end, or sorted.
 fn faults(node: &Value, faults: &mut Vec<String>) {
     let of = |name: &str| node[name].as_str().unwrap_or_default();
     let (kind, table, index) = (of("Node Type"), of("Relation Name"), of("Index Name"));
@@ -92,13 +81,12 @@ fn faults(node: &Value, faults: &mut Vec<String>) {
     below.for_each(|node| self::faults(node, faults));
 }
 
-async fn check(engine: &PostgresEngine, when: &str) {
+async fn check(engine: &PostgresEngine, statements: &[Sql], when: &str) {
     // Under the settings of the engine's own sessions.
     let client = engine.pool().get().await.unwrap();
-    let statements = statements(&Schema::new(engine.schema()).unwrap());
     assert!(statements.len() > 100, "{}", statements.len());
     let mut bad = String::new();
-    for sql in &statements {
+    for sql in statements {
         let plan = plan(&client, sql).await;
         let mut found = Vec::new();
         faults(&plan[0]["Plan"], &mut found);
@@ -144,24 +132,23 @@ async fn fill(engine: &PostgresEngine) {
 }
 
 #[test]
-fn every_statement_goes_along_an_index_whatever_the_store_holds_today() {
+fn every_statement_uses_an_index_on_an_empty_and_on_a_full_store() {
     let Some(url) = postgres::shared_url() else { return };
     let schema = format!("plans_{}", std::process::id());
     tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let connect = || PostgresEngine::builder().schema(&schema).unwrap().connect(&url);
-        let engine = connect().await.unwrap();
-        check(&engine, "empty").await;
+        let (engine, statements) = open(&schema, &url).await;
+        check(&engine, &statements, "empty").await;
         postgres::psql(&url, "ANALYZE").unwrap();
-        check(&engine, "empty, and known to be").await;
+        check(&engine, &statements, "empty, with statistics").await;
         fill(&engine).await;
-        check(&engine, "full, and still thought to be empty").await;
+        check(&engine, &statements, "full, with the statistics of an empty store").await;
         postgres::psql(&url, "ANALYZE").unwrap();
-        check(&engine, "full").await;
+        check(&engine, &statements, "full").await;
         postgres::psql(&url, &format!("DROP SCHEMA {schema} CASCADE")).unwrap();
     });
 }
 
-/// The types that statements of ours compute with.
+/// The types with which our statements compute.
 const TYPES: [&str; 16] = [
     "smallint",
     "integer",
@@ -183,8 +170,8 @@ const TYPES: [&str; 16] = [
 
 const OPERATORS: [&str; 10] = ["=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "/"];
 
-/// Operators of every kind that pg_catalog has not got itself, in a schema of their own: where both have one, that of
-/// pg_catalog is taken.
+/// Creates, in a separate schema, operators for all types for which pg_catalog has none. If both schemas had one,
+/// PostgreSQL would use that of pg_catalog.
 fn hostile_operators(schema: &str) -> String {
     let mut sql = format!("CREATE SCHEMA {schema}; SET search_path = {schema};\n");
     for left in TYPES {
@@ -205,8 +192,8 @@ fn hostile_operators(schema: &str) -> String {
     sql
 }
 
-/// Calls of functions that are not qualified, but for those that the grammar of SQL has itself. Several arrays are
-/// unnested by the grammar too.
+/// Finds calls of functions without a schema, except those that are part of the SQL grammar. `unnest` of several arrays
+/// is part of it too.
 fn unqualified_calls(text: &str) -> Vec<String> {
     const GRAMMAR: [&str; 7] = ["coalesce", "greatest", "least", "extract", "max", "values", "exists"];
     let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == '.';
@@ -228,15 +215,15 @@ fn unqualified_calls(text: &str) -> Vec<String> {
     calls
 }
 
-/// A role that may create in a schema of the search path, as many may in `public`, makes a function or an operator that
-/// fits a call better than PostgreSQL's own: it would run with the application's rights.
+/// A role that may create objects in a schema of the search path, such as `public`, could create a function or an
+/// operator that fits a call better than PostgreSQL's own. It would run with the rights of the application.
 #[test]
-fn no_statement_runs_what_others_have_made() {
+fn no_statement_runs_functions_or_operators_of_others() {
     let Some(url) = postgres::shared_url() else { return };
     let name = format!("hijack_{}", std::process::id());
     tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let engine = PostgresEngine::builder().schema(&name).unwrap().connect(&url).await.unwrap();
-        let mut all: Vec<(String, Vec<String>)> = statements(&Schema::new(engine.schema()).unwrap())
+        let (engine, statements) = open(&name, &url).await;
+        let mut all: Vec<(String, Vec<String>)> = statements
             .iter()
             .map(|sql| (sql.text().to_owned(), sql.types().iter().map(|kind| kind.name().to_owned()).collect()))
             .collect();
@@ -247,7 +234,7 @@ fn no_statement_runs_what_others_have_made() {
         let client = engine.pool().get().await.unwrap();
         client.batch_execute(&hostile_operators(&format!("{name}_others"))).await.unwrap();
         for (number, (text, types)) in all.iter().enumerate() {
-            // The body is parsed here and now, and the server keeps what it depends on.
+            // The server parses the body now, and records the objects on which it depends.
             let make = format!(
                 "CREATE FUNCTION {name}.s{number}({}) RETURNS void LANGUAGE sql BEGIN ATOMIC {text}; END",
                 types.join(", ")

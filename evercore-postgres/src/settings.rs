@@ -95,8 +95,8 @@ impl Settings {
 
     /// The settings of each of our sessions, and of each transaction in sessions of others.
     ///
-    /// Each statement of the engine has one good plan, which uses an index. A plan is kept once it is made, perhaps while
-    /// the tables are still empty, so the number of rows must not decide it.
+    /// Each statement of the engine has one good plan, which uses an index. A plan is kept once it is made, perhaps
+    /// while the tables are still empty, so the number of rows must not decide it.
     pub(crate) fn of_session(&self) -> Vec<(&'static str, String)> {
         let milliseconds = |time: Duration| time.as_millis().to_string();
         vec![

@@ -146,7 +146,7 @@ impl Ready<'_> {
         let (begun, (rows, committed)) = zip(self.sender.execute(&begin), rest).await;
         let rows = rows?;
         begun?;
-        // After an error, COMMIT rolls back without an error of its own. Here there was no error.
+        // After an error, COMMIT rolls back without reporting one. Here there was no error.
         committed?;
         Ok(rows)
     }

@@ -7,7 +7,7 @@ use evercore_core::{Result, StoreId};
 
 use crate::commit::batch::Batches;
 use crate::commit::commands::Commands;
-use crate::commit::flight::Flights;
+use crate::commit::flight::{Flights, Queue};
 use crate::commit::ids::Ids;
 use crate::commit::with_sql::BatchesWithSql;
 use crate::connection::connect::Address;
@@ -18,7 +18,7 @@ use crate::names::Names;
 use crate::read::load::Loader;
 use crate::read::log::Log;
 use crate::read::wait::Watch;
-use crate::settings::{Schema, Settings};
+use crate::settings::Settings;
 use crate::sql::Sql;
 use crate::subscription::inline::InlineProjections;
 use crate::subscription::subscriptions::CursorStore;
@@ -39,10 +39,6 @@ pub(crate) struct Store {
     pub(crate) identity: StoreId,
 }
 
-pub(crate) fn store_id_sql(schema: &Schema) -> Sql {
-    Sql::new(schema, "SELECT store_id FROM @store WHERE one = 1", &[])
-}
-
 impl Store {
     pub(crate) async fn open(settings: Settings, pool: Pool, address: Option<Address>) -> Result<Self> {
         let pools = Arc::new(Pools::new(settings, pool, address)?);
@@ -51,17 +47,31 @@ impl Store {
         let watch = Arc::new(Watch::new(Arc::clone(&pools), Arc::clone(&log)));
         let cursors = Arc::new(CursorStore::new(Arc::clone(&pools)));
         let commands = Arc::new(Commands::new(Arc::clone(&pools)));
-        let batches = Arc::new(Batches::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&commands)));
-        let parts = (Arc::clone(&pools), Arc::clone(&names), Arc::clone(&log), Arc::clone(&cursors));
-        let inline = InlineProjections::new(parts.0, parts.1, parts.2, parts.3)?;
-        let with_sql =
-            BatchesWithSql::new(Arc::clone(&pools), Arc::clone(&batches), Arc::clone(&commands), inline);
-        let with_sql = Arc::new(with_sql);
-        let parts = (Arc::clone(&pools), Arc::clone(&names), Arc::clone(&with_sql), Arc::clone(&watch));
-        let flights = Flights::new(parts.0, parts.1, Arc::clone(&batches), parts.2, parts.3);
+        let batches = Batches::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&commands));
+        let batches = Arc::new(batches);
+        let inline = InlineProjections::new(
+            Arc::clone(&pools),
+            Arc::clone(&names),
+            Arc::clone(&log),
+            Arc::clone(&cursors),
+        )?;
+        let with_sql = Arc::new(BatchesWithSql {
+            pools: Arc::clone(&pools),
+            batches: Arc::clone(&batches),
+            commands: Arc::clone(&commands),
+            inline,
+        });
+        let flights = Arc::new(Flights {
+            pools: Arc::clone(&pools),
+            names: Arc::clone(&names),
+            batches: Arc::clone(&batches),
+            with_sql: Arc::clone(&with_sql),
+            watch: Arc::clone(&watch),
+            queue: Queue::default(),
+        });
 
         migrate::prepare(&pools).await?;
-        let store_id = store_id_sql(&pools.settings.schema);
+        let store_id = Sql::new(&pools.settings.schema, "SELECT store_id FROM @store WHERE one = 1", &[]);
         let read = |checkout: Arc<Checkout>| {
             let (names, log, store_id) = (&names, &log, &store_id);
             async move {
@@ -74,9 +84,9 @@ impl Store {
             }
         };
         let store_id = pools.read(read).await?;
-        batches.ends_at(log.seen.get());
+        batches.recent.ends_at(log.seen.get());
         if let Some(address) = &pools.address {
-            address.hosts().follow(&store_id, log.seen.subscribe());
+            address.hosts.follow(&store_id, log.seen.subscribe());
         }
         with_sql.inline.catch_up().await?;
         Ok(Self {
@@ -91,7 +101,7 @@ impl Store {
             cursors,
             commands,
             with_sql,
-            flights: Arc::new(flights),
+            flights,
         })
     }
 
@@ -99,7 +109,7 @@ impl Store {
     pub(crate) async fn close(&self) {
         self.pools.close();
         self.watch.close();
-        self.flights.idle().await;
+        self.flights.queue.idle().await;
         self.pools.close_connections();
     }
 }

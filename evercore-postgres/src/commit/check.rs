@@ -1,4 +1,5 @@
-//! What the store knows of the aggregates, keys and commands that a flight touches, read under the lock.
+//! The stored aggregates, keys and commands that a flight touches, read under the lock. They answer the questions of
+//! [`Batch::check`], the rule that all engines share: a new check of a commit goes there.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,26 +10,26 @@ use evercore_core::{
 use tokio_postgres::Row;
 
 use crate::error::{Result, damaged};
-use crate::names::{sql_id as stored, type_id as checked};
+use crate::names::{sql_id, type_id};
 
-/// The store as a batch finds it: what was read, and what earlier batches of the flight do to it.
-#[derive(Clone, Debug, Default)]
+/// The rows that a flight touches, as stored, and then as changed by its batches one after the other.
+#[derive(Debug, Default)]
 pub(crate) struct Known {
     aggregates: HashMap<i64, Aggregate>,
     holders: HashMap<(u32, String), i64>,
     commands: HashMap<String, KnownCommand>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Aggregate {
-    type_number: u32,
+    type_id: u32,
     sequence: Sequence,
-    /// The mark of its last event, unless that is written by this flight.
+    /// The mark of its last event; `None` if this flight writes that event.
     mark: Option<Mark>,
     key: Option<String>,
 }
 
-/// What to ask the store about some batches.
+/// The ids, keys and commands that some batches touch, as parameters of queries.
 #[derive(Debug, Default)]
 pub(crate) struct Questions {
     pub(crate) aggregates: Vec<i64>,
@@ -48,8 +49,8 @@ impl Questions {
             aggregates.extend(batch.snapshots().iter().map(|(id, _)| id.get()));
             aggregates.extend(batch.key_changes().iter().map(|change| change.aggregate.get()));
             for (aggregate_type, key) in batch.keys() {
-                let Some(number) = table.aggregate_type_number(aggregate_type) else { continue };
-                questions.key_types.push(stored(number));
+                let Some(type_id) = table.aggregate_type_number(aggregate_type) else { continue };
+                questions.key_types.push(sql_id(type_id));
                 questions.keys.push(key.as_str().to_owned());
             }
             questions.commands.extend(batch.command_id().map(|id| id.as_str().to_owned()));
@@ -60,58 +61,51 @@ impl Questions {
 }
 
 impl Known {
-    /// From the store's answers.
+    /// From the rows of the queries.
     pub(crate) fn read(aggregates: &[Row], holders: &[Row], commands: &[Row]) -> Result<Self> {
         let mut known = Self::default();
         for row in aggregates {
             let aggregate = Aggregate {
-                type_number: checked(row.try_get(1)?)?,
+                type_id: type_id(row.try_get(1)?)?,
                 sequence: Sequence::new(row.try_get(3)?).map_err(damaged)?,
                 mark: row.try_get::<_, Option<i64>>(4)?.map(Mark::new),
                 key: row.try_get(2)?,
             };
             known.aggregates.insert(row.try_get(0)?, aggregate);
         }
-        known = known.with_holders(holders)?;
+        for row in holders {
+            known.holders.insert((type_id(row.try_get(1)?)?, row.try_get(2)?), row.try_get(0)?);
+        }
         for row in commands {
             known.commands.insert(row.try_get(0)?, KnownCommand::stored(row.try_get(1)?, row.try_get(2)?)?);
         }
         Ok(known)
     }
 
-    /// The same with other holders of keys.
-    pub(crate) fn with_holders(mut self, holders: &[Row]) -> Result<Self> {
-        self.holders.clear();
-        for row in holders {
-            self.holders.insert((checked(row.try_get(1)?)?, row.try_get(2)?), row.try_get(0)?);
-        }
-        Ok(self)
-    }
-
-    /// Whether a type among those read is not in the table.
+    /// Whether an aggregate has a type that is not in the table.
     pub(crate) fn has_unknown_type(&self, table: &NameTable) -> bool {
-        self.aggregates.values().any(|aggregate| table.aggregate_type(aggregate.type_number).is_none())
+        self.aggregates.values().any(|aggregate| table.aggregate_type(aggregate.type_id).is_none())
     }
 
-    /// Does to what is known what the batch will do to the store; a command id comes once in a flight.
+    /// Makes the changes of a batch. A command id comes only once in a flight, so commands need no change.
     pub(crate) fn apply(&mut self, batch: &Batch, table: &NameTable) {
         for change in batch.key_changes() {
             let Some(known) = self.aggregates.get_mut(&change.aggregate.get()) else { continue };
             if let Some(old) = known.key.replace(change.key.as_str().to_owned()) {
-                self.holders.remove(&(known.type_number, old));
+                self.holders.remove(&(known.type_id, old));
             }
         }
         for made in batch.creates() {
-            let type_number = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
+            let type_id = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
             let key = made.key.as_ref().map(|key| key.as_str().to_owned());
-            let made_now = Aggregate { type_number, sequence: Sequence::ZERO, mark: None, key };
+            let made_now = Aggregate { type_id, sequence: Sequence::ZERO, mark: None, key };
             self.aggregates.insert(made.id.get(), made_now);
         }
         let made = batch.creates().iter().filter_map(|made| Some((made.id, made.key.as_ref()?)));
         let changed = batch.key_changes().iter().map(|change| (change.aggregate, &change.key));
         for (id, key) in made.chain(changed) {
             let Some(known) = self.aggregates.get(&id.get()) else { continue };
-            self.holders.insert((known.type_number, key.as_str().to_owned()), id.get());
+            self.holders.insert((known.type_id, key.as_str().to_owned()), id.get());
         }
         for change in batch.sequence_changes() {
             if let Some(known) = self.aggregates.get_mut(&change.aggregate.get()) {
@@ -121,7 +115,7 @@ impl Known {
     }
 }
 
-/// What is known, with the names under which it was read.
+/// The rows, with the names that belong to their type ids.
 pub(crate) struct Answers<'a> {
     pub(crate) known: &'a Known,
     pub(crate) table: &'a NameTable,
@@ -136,14 +130,14 @@ impl Lookup for Answers<'_> {
 
     fn aggregate(&mut self, id: AggregateId) -> CoreResult<Option<StoredAggregate>> {
         let Some(found) = self.known.aggregates.get(&id.get()) else { return Ok(None) };
-        let aggregate_type = self.table.aggregate_type(found.type_number).cloned();
+        let aggregate_type = self.table.aggregate_type(found.type_id).cloned();
         let aggregate_type = aggregate_type.ok_or_else(|| damaged("an aggregate has an unknown type"))?;
         Ok(Some(StoredAggregate { aggregate_type, sequence: found.sequence, mark: found.mark }))
     }
 
     fn holder(&mut self, aggregate_type: &AggregateType, key: &Key) -> CoreResult<Option<AggregateId>> {
-        let Some(number) = self.table.aggregate_type_number(aggregate_type) else { return Ok(None) };
-        let holder = self.known.holders.get(&(number, key.as_str().to_owned()));
+        let Some(type_id) = self.table.aggregate_type_number(aggregate_type) else { return Ok(None) };
+        let holder = self.known.holders.get(&(type_id, key.as_str().to_owned()));
         Ok(holder.copied().map(AggregateId::new).transpose().map_err(damaged)?)
     }
 }

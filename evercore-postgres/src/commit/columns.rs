@@ -1,4 +1,4 @@
-//! What one statement writes, column by column: the values of all batches of a flight, gathered without a copy.
+//! The rows that one statement writes, column by column: those of all batches of a flight, without copies of payloads.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -9,98 +9,111 @@ use evercore_core::{
     Timestamp, Witness,
 };
 use tokio_postgres::Row;
-use tokio_postgres::types::ToSql;
 
 use crate::commit::recent::Book;
-use crate::commit::statement::{Form, Look, Rows};
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::sql_id as stored;
+use crate::names::sql_id;
 
-/// What one statement is to write, column by column, and which batches are in it.
+/// The rows that one statement writes, and the batches to which they belong.
 #[derive(Debug, Default)]
-pub(crate) struct Writing<'a> {
-    /// What the events are known by.
+pub(crate) struct NewRows<'a> {
+    /// The mark of the events.
     mark: i64,
     /// For a statement that checks its conditions itself; `None` if they were checked under the lock.
-    known: Option<Known>,
+    assumed: Option<Assumed>,
     expected: ExpectedColumns,
-    /// The event that stands for all aggregates that are not among these.
-    witness: Option<(i64, i64)>,
-    /// The numbers of all event types of the first expected aggregate's type.
+    /// If this event is still there, the statement need not check the aggregates that this engine knows.
+    pub(crate) witness: Option<Witness>,
+    /// The ids of all event types of the first expected aggregate's type.
     event_types: Vec<i32>,
-    made: (Vec<i64>, Vec<i32>, Vec<Option<&'a str>>),
-    made_at: HashMap<AggregateId, usize>,
-    renamed: HashMap<AggregateId, &'a Key>,
+    created: CreatedColumns<'a>,
+    created_at: HashMap<AggregateId, usize>,
+    new_keys: HashMap<AggregateId, &'a Key>,
     events: EventColumns<'a>,
     snapshots: HashMap<AggregateId, &'a Snapshot>,
     commands: CommandColumns<'a>,
-    batches: Vec<(usize, &'a Batch, usize)>,
+    batches: Vec<Placed<'a>>,
 }
 
-/// The state of the store that a statement relies on.
-#[derive(Debug)]
-struct Known {
+/// The state of the store that a statement assumes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Assumed {
     /// The log ends here or later.
-    log_end: i64,
+    pub(crate) log_end: i64,
     /// The mark of the type names.
-    names: i64,
+    pub(crate) names: i64,
 }
 
-/// The aggregates that the statement looks at before it writes, each with what it expects of it.
+/// A batch, its index in the flight, and the number of events of the flight before it.
+#[derive(Debug)]
+struct Placed<'a> {
+    index: usize,
+    batch: &'a Batch,
+    place: usize,
+}
+
 #[derive(Debug, Default)]
-struct ExpectedColumns {
-    aggregates: Vec<i64>,
-    types: Vec<i32>,
-    sequences: Vec<i64>,
-    /// The mark of the event that was read, where it is known.
-    marks: Vec<Option<i64>>,
+pub(crate) struct CreatedColumns<'a> {
+    pub(crate) ids: Vec<i64>,
+    pub(crate) types: Vec<i32>,
+    pub(crate) keys: Vec<Option<&'a str>>,
+}
+
+/// The aggregates that the statement checks before it writes, with their expected types, sequences and marks.
+#[derive(Debug, Default)]
+pub(crate) struct ExpectedColumns {
+    pub(crate) aggregates: Vec<i64>,
+    pub(crate) types: Vec<i32>,
+    pub(crate) sequences: Vec<i64>,
+    /// The mark of the event that was read, if it is known.
+    pub(crate) marks: Vec<Option<i64>>,
 }
 
 impl ExpectedColumns {
-    fn push(&mut self, aggregate: i64, type_number: i32, sequence: i64, mark: Option<i64>) {
+    fn push(&mut self, aggregate: i64, type_id: i32, sequence: i64, mark: Option<i64>) {
         self.aggregates.push(aggregate);
-        self.types.push(type_number);
+        self.types.push(type_id);
         self.sequences.push(sequence);
         self.marks.push(mark);
     }
 
-    /// Keeps the rows for which the function says so.
+    /// Keeps the rows for which the function returns `true`.
     fn retain(&mut self, keeps: impl Fn(i64, i32, i64, Option<i64>) -> bool) {
         let Self { aggregates, types, sequences, marks } = std::mem::take(self);
         let expected = sequences.into_iter().zip(marks);
-        for ((aggregate, type_number), (sequence, mark)) in aggregates.into_iter().zip(types).zip(expected) {
-            if keeps(aggregate, type_number, sequence, mark) {
-                self.push(aggregate, type_number, sequence, mark);
+        for ((aggregate, type_id), (sequence, mark)) in aggregates.into_iter().zip(types).zip(expected) {
+            if keeps(aggregate, type_id, sequence, mark) {
+                self.push(aggregate, type_id, sequence, mark);
             }
         }
     }
 }
 
 #[derive(Debug, Default)]
-struct EventColumns<'a> {
-    aggregates: Vec<i64>,
-    sequences: Vec<i64>,
-    types: Vec<i32>,
-    times: Vec<i64>,
-    payloads: Vec<&'a [u8]>,
-    references: Sparse<'a>,
-    correlation_ids: Sparse<'a>,
-    causation_ids: Sparse<'a>,
-    headers: Headers<'a>,
+pub(crate) struct EventColumns<'a> {
+    pub(crate) aggregates: Vec<i64>,
+    pub(crate) sequences: Vec<i64>,
+    pub(crate) types: Vec<i32>,
+    pub(crate) times: Vec<i64>,
+    pub(crate) payloads: Vec<&'a [u8]>,
+    pub(crate) references: Sparse<'a>,
+    pub(crate) correlation_ids: Sparse<'a>,
+    pub(crate) causation_ids: Sparse<'a>,
+    pub(crate) headers: Headers<'a>,
 }
 
 #[derive(Debug, Default)]
-struct CommandColumns<'a> {
-    ids: Vec<&'a str>,
-    fingerprints: Vec<Option<i64>>,
-    places: Vec<i64>,
-    events: Vec<i64>,
-    aggregates: Vec<String>,
+pub(crate) struct CommandColumns<'a> {
+    pub(crate) ids: Vec<&'a str>,
+    pub(crate) fingerprints: Vec<Option<i64>>,
+    pub(crate) places: Vec<i64>,
+    pub(crate) events: Vec<i64>,
+    pub(crate) aggregates: Vec<String>,
 }
 
-/// A column that often holds nothing at all, and is then sent empty.
+/// A column that often has no value at all, and is then sent as an empty array.
 #[derive(Debug, Default)]
-struct Sparse<'a>(Vec<Option<&'a str>>);
+pub(crate) struct Sparse<'a>(pub(crate) Vec<Option<&'a str>>);
 
 impl<'a> Sparse<'a> {
     fn set(&mut self, row: usize, value: Option<&'a str>) {
@@ -110,21 +123,21 @@ impl<'a> Sparse<'a> {
         }
     }
 
-    fn first(&self) -> &(dyn ToSql + Sync) {
-        first(&self.0)
+    fn first(&self) -> Option<&'a str> {
+        self.0.first().copied().flatten()
     }
 }
 
 impl EventColumns<'_> {
-    fn has_metadata(&self) -> bool {
+    pub(crate) fn has_metadata(&self) -> bool {
         let texts = [&self.references, &self.correlation_ids, &self.causation_ids];
         texts.iter().any(|column| !column.0.is_empty()) || !self.headers.rows.is_empty()
     }
 }
 
-/// Headers as JSON; events of one unit share their metadata, so the text is made once for all in a row.
+/// Headers as JSON. The events of one unit share their metadata, so the text is made once for consecutive events.
 #[derive(Debug, Default)]
-struct Headers<'a> {
+pub(crate) struct Headers<'a> {
     texts: Vec<String>,
     rows: Vec<Option<usize>>,
     last: Option<&'a Arc<Metadata>>,
@@ -146,8 +159,8 @@ impl<'a> Headers<'a> {
         Ok(())
     }
 
-    /// In whichever form is smaller by far: with the text in each row, or with its number. A text is found by counting
-    /// from the first, so the numbers are for where they are worth it.
+    /// Either with the text in each row, or with the index of the text. The server counts from the first text to find
+    /// one, so indexes are used only if they make the message much smaller.
     fn columns(&self) -> HeaderColumns<'_> {
         let texts = || self.rows.iter().map(|row| row.map(|text| self.texts[text].as_str()));
         let once: usize = self.texts.iter().map(String::len).sum();
@@ -158,51 +171,49 @@ impl<'a> Headers<'a> {
         HeaderColumns {
             texts: Vec::new(),
             shared: self.texts.iter().map(String::as_str).collect(),
-            places: self.rows.iter().map(place).collect(),
+            indexes: self.rows.iter().map(place).collect(),
         }
     }
 }
 
-impl<'a> Writing<'a> {
-    /// Of a flight that has looked under the lock.
+impl<'a> NewRows<'a> {
+    /// For a flight that was checked under the lock.
     pub(crate) fn new() -> Self {
         Self { mark: Mark::random().get(), ..Self::default() }
     }
 
-    /// Of a flight whose statement checks for itself that these are the names, and that the log ends here or later.
-    pub(crate) fn relying_on(table: &NameTable, log_end: Position) -> Self {
-        let known = Known { log_end: log_end.get(), names: table.mark().get() };
-        Self { known: Some(known), ..Self::new() }
+    /// For a statement that checks itself that these are the names, and that the log ends here or later.
+    pub(crate) fn assuming(table: &NameTable, log_end: Position) -> Self {
+        let assumed = Assumed { log_end: log_end.get(), names: table.mark().get() };
+        Self { assumed: Some(assumed), ..Self::new() }
     }
 
-    /// Has the statement look for itself whether the aggregate is there, of this type and at this sequence.
+    /// Makes the statement check that the aggregate exists with this type and at this sequence.
     pub(crate) fn expect(
         &mut self,
         change: &SequenceChange,
         read: Option<Mark>,
-        type_number: u32,
+        type_id: u32,
         table: &NameTable,
     ) {
         if self.expected.aggregates.is_empty() {
-            let numbers = table.event_type_numbers(&change.aggregate_type);
-            self.event_types = numbers.map(stored).collect();
+            self.event_types = table.event_type_numbers(&change.aggregate_type).map(sql_id).collect();
         }
         let (aggregate, sequence) = (change.aggregate.get(), change.expected.get());
-        self.expected.push(aggregate, stored(type_number), sequence, read.map(Mark::get));
+        self.expected.push(aggregate, sql_id(type_id), sequence, read.map(Mark::get));
     }
 
-    /// Has the statement look for the witness in place of all that this engine knows by itself. A single aggregate is as
-    /// soon looked up as the witness.
+    /// Makes the statement check for the witness instead of the aggregates that this engine knows. A single aggregate
+    /// is checked itself, because that is no slower.
     pub(crate) fn rely_on(&mut self, book: &Book) {
-        let witness = book.witness().filter(|_| self.expected.aggregates.len() > 1);
-        self.witness = witness.map(|witness| (witness.position.get(), witness.mark.get()));
+        self.witness = book.witness().filter(|_| self.expected.aggregates.len() > 1);
         if self.witness.is_none() {
             return;
         }
-        self.expected.retain(|id, type_number, sequence, mark| {
+        self.expected.retain(|id, type_id, sequence, mark| {
             let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
             let is_known = reached.is_some_and(|reached| {
-                stored(reached.type_number) == type_number
+                sql_id(reached.type_id) == type_id
                     && reached.sequence.get() == sequence
                     && (sequence == 0 || mark.is_none_or(|mark| mark == reached.mark.get()))
             });
@@ -210,19 +221,13 @@ impl<'a> Writing<'a> {
         });
     }
 
-    /// The event for which the statement looks.
-    pub(crate) fn witness(&self) -> Option<Witness> {
-        let (position, mark) = self.witness?;
-        Some(Witness::new(Position::new(position).ok()?, Mark::new(mark)))
-    }
-
-    /// The batches that are in it, in the order of their receipts.
+    /// The batches in the order of their receipts.
     pub(crate) fn batches(&self) -> impl Iterator<Item = &'a Batch> {
-        self.batches.iter().map(|(_, batch, _)| *batch)
+        self.batches.iter().map(|placed| placed.batch)
     }
 
-    /// Adds a batch, behind those that are in it, with those of its snapshots that may be stored.
-    /// `UnknownName` if a name is not in `table`; what was added by then is of no use.
+    /// Adds a batch after the others, with those of its snapshots that may be stored. After `UnknownName`, for a name
+    /// that is not in `table`, these rows must not be written.
     pub(crate) fn add(
         &mut self,
         index: usize,
@@ -232,23 +237,23 @@ impl<'a> Writing<'a> {
     ) -> Result<()> {
         let place = self.events.aggregates.len();
         for made in batch.creates() {
-            let number = table.aggregate_type_number(&made.aggregate_type).ok_or(UNREGISTERED)?;
-            self.made_at.insert(made.id, self.made.0.len());
-            self.made.0.push(made.id.get());
-            self.made.1.push(stored(number));
-            self.made.2.push(made.key.as_ref().map(Key::as_str));
+            let type_id = table.aggregate_type_number(&made.aggregate_type).ok_or(UNREGISTERED)?;
+            self.created_at.insert(made.id, self.created.ids.len());
+            self.created.ids.push(made.id.get());
+            self.created.types.push(sql_id(type_id));
+            self.created.keys.push(made.key.as_ref().map(Key::as_str));
         }
         for change in batch.key_changes() {
-            // Made in the same flight by another unit: it is made with the key that it ends with.
-            match self.made_at.get(&change.aggregate) {
-                Some(row) => self.made.2[*row] = Some(change.key.as_str()),
-                None => drop(self.renamed.insert(change.aggregate, &change.key)),
+            // An aggregate that the same flight creates is created with its last key.
+            match self.created_at.get(&change.aggregate) {
+                Some(row) => self.created.keys[*row] = Some(change.key.as_str()),
+                None => drop(self.new_keys.insert(change.aggregate, &change.key)),
             }
         }
         self.add_events(batch, table)?;
         snapshots.into_iter().for_each(|(id, snapshot)| self.keep(id, snapshot));
-        self.note(batch, place);
-        self.batches.push((index, batch, place));
+        self.add_command(batch, place);
+        self.batches.push(Placed { index, batch, place });
         Ok(())
     }
 
@@ -257,12 +262,12 @@ impl<'a> Writing<'a> {
         for append in batch.appends() {
             let mut sequence = append.expected;
             for event in &append.events {
-                let number = table.event_type_number(&append.aggregate_type, &event.event_type);
+                let type_id = table.event_type_number(&append.aggregate_type, &event.event_type);
                 let row = columns.aggregates.len();
                 sequence = sequence.next();
                 columns.aggregates.push(append.aggregate.get());
                 columns.sequences.push(sequence.get());
-                columns.types.push(stored(number.ok_or(UNREGISTERED)?));
+                columns.types.push(sql_id(type_id.ok_or(UNREGISTERED)?));
                 columns.times.push(event.time.as_micros());
                 columns.payloads.push(event.payload.as_bytes());
                 columns.references.set(row, event.metadata.reference());
@@ -274,7 +279,7 @@ impl<'a> Writing<'a> {
         Ok(())
     }
 
-    /// The statement keeps one snapshot per aggregate: among those of one flight the same rule holds as in the store.
+    /// The statement writes one snapshot per aggregate, chosen by the rule that also holds for stored snapshots.
     fn keep(&mut self, id: AggregateId, snapshot: &'a Snapshot) {
         match self.snapshots.entry(id) {
             Entry::Vacant(place) => drop(place.insert(snapshot)),
@@ -286,9 +291,9 @@ impl<'a> Writing<'a> {
         }
     }
 
-    fn note(&mut self, batch: &'a Batch, place: usize) {
+    fn add_command(&mut self, batch: &'a Batch, place: usize) {
         let Some(id) = batch.command_id() else { return };
-        // Of the receipt's text, what does not depend on where the log ends.
+        // The part of the receipt's text that does not depend on the end of the log.
         let text = Receipt::of(batch, Position::ZERO, Timestamp::MIN).to_string();
         let aggregates = text.find(';').map_or("", |start| &text[start..]).to_owned();
         self.commands.ids.push(id.as_str());
@@ -298,185 +303,118 @@ impl<'a> Writing<'a> {
         self.commands.aggregates.push(aggregates);
     }
 
-    /// How many events there are.
-    pub(crate) fn events(&self) -> usize {
-        self.events.aggregates.len()
-    }
-
-    /// Whether no batch is in it.
+    /// Whether there is no batch.
     pub(crate) fn is_empty(&self) -> bool {
         self.batches.is_empty()
     }
 
-    pub(crate) fn form(&self) -> Form {
-        let look = match self.expected.sequences[..] {
-            _ if self.witness.is_some() => Look::Witnessed,
-            _ if self.known.is_none() => Look::Nothing,
-            [] => Look::Names,
-            [0] => Look::OneMade,
-            [_] => Look::OneGrown,
-            _ => Look::Many,
-        };
-        let rows = match self.events() {
-            0 => Rows::None,
-            1 => Rows::One,
-            _ if self.events.has_metadata() => Rows::WithMetadata,
-            _ => Rows::Plain,
-        };
-        Form {
-            look,
-            rows,
-            made: !self.made.0.is_empty(),
-            renamed: !self.renamed.is_empty(),
-            kept: !self.snapshots.is_empty(),
-            noted: !self.commands.ids.is_empty(),
-        }
-    }
-
-    /// Hands the statement's values, in the order of its parts, to `run`.
+    /// All columns as they are sent.
     pub(crate) fn columns(&self) -> Columns<'_> {
-        let (renamed, keys) = self.renamed.iter().map(|(id, key)| (id.get(), key.as_str())).unzip();
-        let mut kept = SnapshotColumns::default();
+        let (rekeyed, new_keys) = self.new_keys.iter().map(|(id, key)| (id.get(), key.as_str())).unzip();
+        let mut snapshots = SnapshotColumns::default();
         for (id, snapshot) in &self.snapshots {
-            kept.aggregates.push(id.get());
-            kept.sequences.push(snapshot.sequence.get());
-            kept.versions.push(i64::from(snapshot.version));
-            kept.states.push(snapshot.state.as_bytes());
+            snapshots.aggregates.push(id.get());
+            snapshots.sequences.push(snapshot.sequence.get());
+            snapshots.versions.push(i64::from(snapshot.version));
+            snapshots.states.push(snapshot.state.as_bytes());
         }
-        let headers = self.events.headers.columns();
-        Columns { writing: self, events: number(self.events()), renamed: (renamed, keys), kept, headers }
+        let (events, headers) = (&self.events, self.events.headers.columns());
+        Columns {
+            count: number(events.aggregates.len()),
+            mark: self.mark,
+            has_conditions: self.assumed.is_some(),
+            has_witness: self.witness.is_some(),
+            assumed: self.assumed.unwrap_or_default(),
+            witness_position: self.witness.map_or(0, |witness| witness.position.get()),
+            witness_mark: self.witness.map_or(0, |witness| witness.mark.get()),
+            expected: &self.expected,
+            event_types: &self.event_types,
+            created: &self.created,
+            rekeyed,
+            new_keys,
+            events,
+            first: FirstMetadata {
+                reference: events.references.first(),
+                correlation_id: events.correlation_ids.first(),
+                causation_id: events.causation_ids.first(),
+                headers: headers.texts.first().copied().flatten(),
+            },
+            headers,
+            snapshots,
+            commands: &self.commands,
+        }
     }
 
-    /// What each batch gets, by its index, from where the statement says that the log ended before it.
-    pub(crate) fn receipts(&self, row: &Row) -> Result<Vec<(usize, Receipt)>> {
-        let before = Self::log_end_before(row)?;
+    /// The outcome, from the row that the statement returned.
+    pub(crate) fn written(&self, row: &Row) -> Result<Written> {
+        let before = Position::new(row.try_get(0)?).map_err(damaged)?;
         let recorded_at = Timestamp::from_micros(row.try_get(1)?).map_err(damaged)?;
-        let receipt = |(index, batch, place): &(usize, &Batch, usize)| {
+        let receipt = |Placed { index, batch, place }: &Placed<'_>| {
             (*index, Receipt::of(batch, before.plus(*place), recorded_at).with_mark(Mark::new(self.mark)))
         };
-        Ok(self.batches.iter().map(receipt).collect())
+        let receipts = self.batches.iter().map(receipt).collect();
+        Ok(Written { receipts, log_end: before.plus(self.events.aggregates.len()) })
     }
+}
 
-    /// The end of the log after this was written, from the statement's row.
-    pub(crate) fn log_end(&self, row: &Row) -> Result<Position> {
-        Ok(Self::log_end_before(row)?.plus(self.events()))
-    }
-
-    fn log_end_before(row: &Row) -> Result<Position> {
-        Position::new(row.try_get(0)?).map_err(damaged)
-    }
+/// The outcome of the statement.
+pub(crate) struct Written {
+    /// The receipt of each batch, with the index of the batch.
+    pub(crate) receipts: Vec<(usize, Receipt)>,
+    /// The end of the log after these rows.
+    pub(crate) log_end: Position,
 }
 
 #[derive(Debug, Default)]
-struct HeaderColumns<'a> {
-    texts: Vec<Option<&'a str>>,
-    /// The texts that the places point to, counted from 1.
-    shared: Vec<&'a str>,
-    places: Vec<Option<i32>>,
+pub(crate) struct HeaderColumns<'a> {
+    pub(crate) texts: Vec<Option<&'a str>>,
+    /// The texts to which the indexes refer, counted from 1.
+    pub(crate) shared: Vec<&'a str>,
+    pub(crate) indexes: Vec<Option<i32>>,
 }
 
 #[derive(Debug, Default)]
-struct SnapshotColumns<'a> {
-    aggregates: Vec<i64>,
-    sequences: Vec<i64>,
-    versions: Vec<i64>,
-    states: Vec<&'a [u8]>,
+pub(crate) struct SnapshotColumns<'a> {
+    pub(crate) aggregates: Vec<i64>,
+    pub(crate) sequences: Vec<i64>,
+    pub(crate) versions: Vec<i64>,
+    pub(crate) states: Vec<&'a [u8]>,
 }
 
-/// A [`Writing`] in the form in which it is sent.
+/// The metadata of the first event.
+pub(crate) struct FirstMetadata<'a> {
+    pub(crate) reference: Option<&'a str>,
+    pub(crate) correlation_id: Option<&'a str>,
+    pub(crate) causation_id: Option<&'a str>,
+    pub(crate) headers: Option<&'a str>,
+}
+
+/// [`NewRows`] in the form in which they are sent.
 pub(crate) struct Columns<'a> {
-    writing: &'a Writing<'a>,
-    events: i64,
-    renamed: (Vec<i64>, Vec<&'a str>),
-    kept: SnapshotColumns<'a>,
-    headers: HeaderColumns<'a>,
+    /// The number of events.
+    pub(crate) count: i64,
+    pub(crate) mark: i64,
+    pub(crate) has_conditions: bool,
+    pub(crate) has_witness: bool,
+    pub(crate) assumed: Assumed,
+    pub(crate) witness_position: i64,
+    pub(crate) witness_mark: i64,
+    pub(crate) expected: &'a ExpectedColumns,
+    pub(crate) event_types: &'a Vec<i32>,
+    pub(crate) created: &'a CreatedColumns<'a>,
+    /// The aggregates that get new keys.
+    pub(crate) rekeyed: Vec<i64>,
+    pub(crate) new_keys: Vec<&'a str>,
+    pub(crate) events: &'a EventColumns<'a>,
+    pub(crate) first: FirstMetadata<'a>,
+    pub(crate) headers: HeaderColumns<'a>,
+    pub(crate) snapshots: SnapshotColumns<'a>,
+    pub(crate) commands: &'a CommandColumns<'a>,
 }
-
-impl Columns<'_> {
-    pub(crate) fn values(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let Writing { expected, event_types, made, events, commands, .. } = self.writing;
-        let form = self.writing.form();
-        let mut values: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(32);
-        // Without events the log ends where it did: the statement asks for the mark alone.
-        match form.rows {
-            Rows::None => values.push(&self.writing.mark),
-            _ => values.push(&self.events),
-        }
-        if let Some(known) = &self.writing.known {
-            values.extend([&known.log_end as &(dyn ToSql + Sync), &known.names]);
-        }
-        if let Some((position, mark)) = &self.writing.witness {
-            values.extend([position as &(dyn ToSql + Sync), mark]);
-        }
-        match form.look {
-            Look::Many | Look::Witnessed => {
-                values.extend([&expected.aggregates as &(dyn ToSql + Sync), &expected.types]);
-                values.extend([&expected.sequences as &(dyn ToSql + Sync), &expected.marks]);
-            }
-            Look::OneGrown => {
-                values.extend([&expected.aggregates[0] as &(dyn ToSql + Sync), &expected.sequences[0]]);
-                values.push(&expected.marks[0]);
-                values.push(event_types);
-            }
-            Look::OneMade => {
-                values.extend([&expected.aggregates[0] as &(dyn ToSql + Sync), &expected.types[0]]);
-            }
-            Look::Nothing | Look::Names => {}
-        }
-        if form.rows != Rows::None {
-            values.extend([&self.events as &(dyn ToSql + Sync), &self.writing.mark]);
-        }
-        if form.made {
-            values.extend([&made.0 as &(dyn ToSql + Sync), &made.1, &made.2]);
-        }
-        if form.renamed {
-            values.extend([&self.renamed.0 as &(dyn ToSql + Sync), &self.renamed.1]);
-        }
-        if form.rows == Rows::WithMetadata {
-            values.push(&self.headers.shared);
-        }
-        if matches!(form.rows, Rows::Plain | Rows::WithMetadata) {
-            values.extend([&events.aggregates as &(dyn ToSql + Sync), &events.sequences, &events.types]);
-            values.extend([&events.times as &(dyn ToSql + Sync), &events.payloads]);
-        }
-        if form.rows == Rows::WithMetadata {
-            values.extend([&events.references.0 as &(dyn ToSql + Sync), &events.correlation_ids.0]);
-            values.extend([&events.causation_ids.0 as &(dyn ToSql + Sync), &self.headers.texts]);
-            values.push(&self.headers.places);
-        }
-        if form.kept {
-            let kept = &self.kept;
-            values.extend([&kept.aggregates as &(dyn ToSql + Sync), &kept.sequences]);
-            values.extend([&kept.versions as &(dyn ToSql + Sync), &kept.states]);
-        }
-        if form.noted {
-            values.extend([&commands.ids as &(dyn ToSql + Sync), &commands.fingerprints, &commands.places]);
-            values.extend([&commands.events as &(dyn ToSql + Sync), &commands.aggregates]);
-        }
-        if form.rows == Rows::One {
-            values.extend([
-                &events.aggregates[0] as &(dyn ToSql + Sync),
-                &events.sequences[0],
-                &events.types[0],
-            ]);
-            values.extend([&events.times[0] as &(dyn ToSql + Sync), &events.payloads[0]]);
-            values.extend([events.references.first(), events.correlation_ids.first()]);
-            values.extend([events.causation_ids.first(), first(&self.headers.texts)]);
-        }
-        values
-    }
-}
-
-/// The value of the first row in a column that may be empty.
-fn first<'v>(column: &'v [Option<&str>]) -> &'v (dyn ToSql + Sync) {
-    column.first().map_or(&NO_TEXT as &(dyn ToSql + Sync), |value| value)
-}
-
-const NO_TEXT: Option<&str> = None;
 
 fn number(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// A name that has no number yet.
+/// A name that has no id yet.
 const UNREGISTERED: PostgresError = PostgresError::UnknownName(0);

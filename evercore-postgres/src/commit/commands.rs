@@ -7,7 +7,6 @@ use tokio_postgres::types::Type;
 
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::Result;
-use crate::settings::Schema;
 use crate::sql::{Ready, Sender, Sql};
 
 const FIND: &str = "SELECT command_id, fingerprint, receipt FROM @commands WHERE command_id = ANY ($1)";
@@ -25,42 +24,31 @@ const LIST: &str =
 
 const FORGET: &str = "DELETE FROM @commands WHERE command_id = ANY ($1) AND recorded_at < $2";
 
-/// The statements of this module.
+/// The commands of a store.
 #[derive(Debug)]
-pub(crate) struct CommandSql {
+pub(crate) struct Commands {
+    pools: Arc<Pools>,
     find: Sql,
     abandon: Sql,
     list: Sql,
     forget: Sql,
 }
 
-impl CommandSql {
-    pub(crate) fn new(schema: &Schema) -> Self {
-        Self {
-            find: Sql::new(schema, FIND, &[Type::TEXT_ARRAY]),
-            abandon: Sql::new(schema, ABANDON, &[Type::TEXT]),
-            list: Sql::new(schema, LIST, &[Type::TEXT]),
-            forget: Sql::new(schema, FORGET, &[Type::TEXT_ARRAY, Type::INT8]),
-        }
-    }
-}
-
-/// The commands of a store.
-#[derive(Debug)]
-pub(crate) struct Commands {
-    pools: Arc<Pools>,
-    sql: CommandSql,
-}
-
 impl Commands {
     pub(crate) fn new(pools: Arc<Pools>) -> Self {
-        let sql = CommandSql::new(&pools.settings.schema);
-        Self { pools, sql }
+        let sql = |text: &str, types: &[Type]| Sql::new(&pools.settings.schema, text, types);
+        Self {
+            find: sql(FIND, &[Type::TEXT_ARRAY]),
+            abandon: sql(ABANDON, &[Type::TEXT]),
+            list: sql(LIST, &[Type::TEXT]),
+            forget: sql(FORGET, &[Type::TEXT_ARRAY, Type::INT8]),
+            pools,
+        }
     }
 
     /// The statement that finds commands by a list of ids.
     pub(crate) async fn ready<'a>(&'a self, sender: Sender<'a>) -> Result<Ready<'a>> {
-        sender.ready(&self.sql.find).await
+        sender.ready(&self.find).await
     }
 
     /// The stored outcome of a command.
@@ -73,7 +61,7 @@ impl Commands {
         sender: Sender<'_>,
         id: &CommandId,
     ) -> Result<Option<KnownCommand>> {
-        let row = sender.row(&self.sql.find, &[&[id.as_str()].as_slice()]).await?;
+        let row = sender.row(&self.find, &[&[id.as_str()].as_slice()]).await?;
         let Some(row) = row else { return Ok(None) };
         Ok(Some(KnownCommand::stored(row.try_get(1)?, row.try_get(2)?)?))
     }
@@ -82,7 +70,7 @@ impl Commands {
     pub(crate) async fn settle(&self, id: &CommandId) -> Result<Option<Receipt>> {
         let settle = |checkout: Arc<Checkout>| async move {
             let sender = checkout.sender()?;
-            let ready = sender.ready(&self.sql.abandon).await?;
+            let ready = sender.ready(&self.abandon).await?;
             self.pools.notices.write(ready.write(&self.pools.settings, &[&id.as_str()])).await?;
             Ok(self.find_within(sender, id).await?.and_then(KnownCommand::into_receipt))
         };
@@ -113,7 +101,7 @@ impl Commands {
         after: &str,
         before: i64,
     ) -> Result<(u64, Option<String>)> {
-        let piece = sender.rows(&self.sql.list, &[&after]).await?;
+        let piece = sender.rows(&self.list, &[&after]).await?;
         let mut old: Vec<&str> = Vec::new();
         for row in &piece {
             if row.try_get::<_, i64>(1)? < before {
@@ -121,7 +109,7 @@ impl Commands {
             }
         }
         if !old.is_empty() {
-            let ready = sender.ready(&self.sql.forget).await?;
+            let ready = sender.ready(&self.forget).await?;
             self.pools.notices.commit(ready.write(&self.pools.settings, &[&old, &before])).await?;
         }
         let last = piece.last().map(|row| row.try_get(0)).transpose()?;

@@ -5,6 +5,7 @@
 //! batch gets its own outcome. A flight runs in its own task: if a caller goes away, only its answer is lost.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use evercore_core::{Batch, BoxFuture, CommandId, Error, ErrorKind, NameTable, Receipt, Result};
@@ -18,7 +19,7 @@ use crate::commit::batch::{Batches, FlightOutcome};
 use crate::commit::with_sql::BatchesWithSql;
 use crate::connection::pool::Pools;
 use crate::connection::task::no_runtime;
-use crate::error::{PostgresError, again, is_stale, outcome_unknown};
+use crate::error::{PostgresError, is_stale, outcome_unknown, passes};
 use crate::names::Names;
 use crate::read::wait::Watch;
 use crate::subscription::inline::resume_panic;
@@ -43,8 +44,8 @@ const UNIT_OF_ROOM: usize = 1024;
 /// How often the next flight waits for callers that just got an answer, at most.
 const ROUNDS: usize = 4;
 
-/// How often to repeat a flight that was rolled back for a temporary reason, such as a deadlock or a race; and how often
-/// to queue a batch again if its leader was lost before the flight.
+/// How often to repeat a flight that was rolled back for a temporary reason, such as a deadlock or a race; and how
+/// often to queue a batch again if its leader was lost before the flight.
 const ATTEMPTS: usize = 3;
 
 /// A queued batch, and the way to answer its caller.
@@ -148,8 +149,8 @@ impl Queue {
         if self.resigned(&mut waiting) { None } else { Some(waiting.take()) }
     }
 
-    /// Lets the callers run that just got an answer: if they commit again, they join this flight instead of the next one.
-    /// Does not wait for a lone writer, and never waits long.
+    /// Lets the callers run that just got an answer: if they commit again, they join this flight instead of the next
+    /// one. Does not wait for a lone writer, and never waits long.
     async fn gather(&self) {
         let mut queued = 0;
         for _ in 0..ROUNDS {
@@ -166,7 +167,7 @@ impl Queue {
     }
 
     /// Waits until there is no leader.
-    async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         loop {
             let resigned = self.idle.notified();
             if !self.lock().has_leader {
@@ -191,8 +192,8 @@ impl Queue {
 }
 
 impl Waiting {
-    /// The jobs of one flight. The second job with the same command id waits for the next flight, which finds the receipt
-    /// of the first.
+    /// The jobs of one flight. The second job with the same command id waits for the next flight, which finds the
+    /// receipt of the first.
     fn take(&mut self) -> Vec<Job> {
         let (mut jobs, mut left, mut events, mut bytes) = (Vec::new(), VecDeque::new(), 0, 0);
         let mut commands: HashSet<CommandId> = HashSet::new();
@@ -235,32 +236,17 @@ pub(crate) fn encoded_bytes(batch: &Batch) -> Result<usize> {
 /// Commits batches in flights.
 #[derive(Debug)]
 pub(crate) struct Flights {
-    pools: Arc<Pools>,
-    names: Arc<Names>,
-    batches: Arc<Batches>,
-    with_sql: Arc<BatchesWithSql>,
-    watch: Arc<Watch>,
-    queue: Queue,
+    pub(crate) pools: Arc<Pools>,
+    pub(crate) names: Arc<Names>,
+    pub(crate) batches: Arc<Batches>,
+    pub(crate) with_sql: Arc<BatchesWithSql>,
+    pub(crate) watch: Arc<Watch>,
+    pub(crate) queue: Queue,
 }
 
 impl Flights {
-    pub(crate) fn new(
-        pools: Arc<Pools>,
-        names: Arc<Names>,
-        batches: Arc<Batches>,
-        with_sql: Arc<BatchesWithSql>,
-        watch: Arc<Watch>,
-    ) -> Self {
-        Self { pools, names, batches, with_sql, watch, queue: Queue::default() }
-    }
-
-    /// Waits until no flight is under way.
-    pub(crate) async fn idle(&self) {
-        self.queue.idle().await;
-    }
-
-    /// Commits a batch together with the batches that are queued. A flight belongs to a task: if it belonged to a caller,
-    /// a caller that is dropped or not polled would hold up all others.
+    /// Commits a batch together with the batches that are queued. A flight belongs to a task: if it belonged to a
+    /// caller, a caller that is dropped or not polled would hold up all others.
     pub(crate) async fn commit(self: &Arc<Self>, mut batch: Batch) -> Result<Receipt> {
         self.pools.check_writable()?;
         let runtime = Handle::try_current().map_err(no_runtime)?;
@@ -291,7 +277,7 @@ impl Flights {
     }
 
     async fn fly(&self, jobs: Vec<Job>) {
-        self.batches.begin_flight();
+        self.batches.is_sent.store(false, Ordering::Release);
         let mut flight = Flight { batches: &self.batches, jobs };
         let batches: Vec<&Batch> = flight.jobs.iter().map(|job| &job.batch).collect();
         let outcomes = self.outcomes(&batches).await;
@@ -308,13 +294,13 @@ impl Flights {
         let is_plain = self.with_sql.inline.is_empty();
         let mut outcome = match is_plain {
             true => self.batches.quickly(batches, &self.names.table()).await,
-            false => FlightOutcome::Recheck,
+            false => Ok(FlightOutcome::Recheck),
         };
         for _ in 0..ATTEMPTS {
             match &outcome {
-                FlightOutcome::Recheck => {}
-                FlightOutcome::RolledBack(error) if is_stale(error) => self.pools.forget_sessions(),
-                FlightOutcome::RolledBack(error) if crate::error::passes(error) => {}
+                Ok(FlightOutcome::Recheck) => {}
+                Err(error) if is_stale(error) => self.pools.forget_sessions(),
+                Err(error) if passes(error) => {}
                 _ => break,
             }
             // Take the names anew: the last attempt may have found more.
@@ -325,30 +311,26 @@ impl Flights {
             };
         }
         match outcome {
-            FlightOutcome::Done(outcomes) => outcomes,
-            FlightOutcome::Unknown => all(batches, &outcome_unknown()),
-            FlightOutcome::Recheck => {
+            Ok(FlightOutcome::Done(outcomes)) => outcomes,
+            Ok(FlightOutcome::Unknown) => all(batches, &outcome_unknown()),
+            Ok(FlightOutcome::Recheck) => {
                 let message =
                     "concurrent commits kept conflicting with this one, and nothing was written: try again";
                 all(batches, &Error::new(ErrorKind::Unavailable, message))
             }
             // If the server refuses the connection, it refuses it for each batch.
-            FlightOutcome::RolledBack(error @ PostgresError::Pool(_)) => all(batches, &Error::from(error)),
-            FlightOutcome::RolledBack(error) => {
-                self.one_by_one(batches, self.pools.if_stale(error).into()).await
-            }
+            Err(error @ PostgresError::Pool(_)) => all(batches, &Error::from(error)),
+            Err(error) => self.one_by_one(batches, self.pools.if_stale(error).into()).await,
         }
     }
 
-    async fn with_inline_projections(&self, batches: &[&Batch], table: &Arc<NameTable>) -> FlightOutcome {
-        let checkout = async {
-            self.with_sql.inline.draw_near().await?;
-            self.batches.to_fly().await
-        };
-        match checkout.await {
-            Ok(checkout) => self.with_sql.commit(checkout, batches, table, None).await,
-            Err(error) => FlightOutcome::RolledBack(error),
-        }
+    async fn with_inline_projections(
+        &self,
+        batches: &[&Batch],
+        table: &Arc<NameTable>,
+    ) -> Result<FlightOutcome, PostgresError> {
+        self.with_sql.inline.draw_near().await?;
+        self.with_sql.commit(self.batches.to_fly().await?, batches, table, None).await
     }
 
     /// An error that would hit every batch is the answer to all. Otherwise the checks did not foresee a fault of one
@@ -369,7 +351,7 @@ impl Flights {
 }
 
 fn all(batches: &[&Batch], error: &Error) -> Vec<Result<Receipt>> {
-    batches.iter().map(|_| Err(again(error))).collect()
+    batches.iter().map(|_| Err(error.again())).collect()
 }
 
 /// Carries out flights. If it ends early, the queued batches go back to their callers, which start another leader,
@@ -412,7 +394,7 @@ struct Flight<'a> {
 
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
-        if !self.batches.is_sent() {
+        if !self.batches.is_sent.load(Ordering::Acquire) {
             std::mem::take(&mut self.jobs).into_iter().for_each(Job::give_back);
         }
     }
@@ -424,7 +406,8 @@ async fn lead(mut leader: Leader) {
         let mut jobs = std::mem::take(&mut leader.next);
         if jobs.is_empty() {
             leader.flights.queue.gather().await;
-            // If nothing is queued, the leader resigns before a caller that got an answer runs: it may not be polled again.
+            // If nothing is queued, the leader resigns before a caller that got an answer runs: it may not be polled
+            // again.
             let Some(taken) = leader.flights.queue.take_or_resign() else { break };
             jobs = taken;
             if let Some(runtime) = jobs.first().map(|job| job.runtime.clone())

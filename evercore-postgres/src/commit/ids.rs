@@ -7,7 +7,6 @@ use tokio_postgres::types::Type;
 
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{Result, damaged};
-use crate::settings::Schema;
 use crate::sql::Sql;
 
 /// Whether an id of a block is in use.
@@ -26,13 +25,9 @@ pub(crate) struct Ids {
     are_used: Sql,
 }
 
-pub(crate) fn ids_sql(schema: &Schema) -> Sql {
-    Sql::new(schema, ARE_USED, &[Type::INT8, Type::INT8])
-}
-
 impl Ids {
     pub(crate) fn new(pools: Arc<Pools>) -> Self {
-        let are_used = ids_sql(&pools.settings.schema);
+        let are_used = Sql::new(&pools.settings.schema, ARE_USED, &[Type::INT8, Type::INT8]);
         Self { pools, are_used }
     }
 

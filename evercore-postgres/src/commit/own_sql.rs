@@ -89,12 +89,12 @@ async fn commit(store: &Store, batch: Batch, sql: UserSql) -> Result<Receipt> {
     encoded_bytes(&batch)?;
     with_sql.inline.draw_near().await?;
     let checkout = pools.to_run_user_sql().await?;
-    let outcome = match with_sql.commit(checkout, &[&batch], &store.names.table(), Some(sql)).await {
+    let committed = with_sql.commit(checkout, &[&batch], &store.names.table(), Some(sql)).await;
+    // The SQL runs only once, so after an error the caller must try again.
+    let outcome = match committed.map_err(|error| pools.if_stale(error))? {
         FlightOutcome::Done(outcomes) => {
             outcomes.into_iter().next().unwrap_or_else(|| Err(outcome_unknown()))
         }
-        // The SQL runs only once, so the caller must try again.
-        FlightOutcome::RolledBack(error) => Err(pools.if_stale(error).into()),
         FlightOutcome::Recheck => Err(Error::new(
             ErrorKind::Unavailable,
             "a concurrent commit conflicted with this one, nothing was written, try again",

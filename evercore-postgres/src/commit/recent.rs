@@ -1,8 +1,8 @@
-//! What this engine has written need not be looked up again.
+//! Remembers the aggregates that this engine has written, so that the next commit need not check each of them.
 //!
-//! A log may lose its tail, in a failover or a restore, and nothing else: while an event is still there, so is all that
-//! was written before it. So the newest event of which this engine knows is a witness for all that it knows: a statement
-//! that finds it need not look at each aggregate.
+//! A log can only lose its tail, in a failover or a restore: while an event is there, everything before it is there
+//! too. So the newest event that this engine knows is a witness for all that it remembers. If a statement finds the
+//! witness, it need not check the aggregates.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -10,30 +10,30 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use evercore_core::{AggregateId, Batch, Mark, NameTable, Position, Receipt, Sequence, Witness};
 
-/// How many aggregates are known before the older half of them is forgotten: some megabytes.
+/// How many aggregates to remember, which takes some megabytes. Then the older half is forgotten.
 const MOST: usize = 1 << 16;
 
-/// Shared by all flights of an engine.
+/// The memory that the flights of an engine share.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     book: Mutex<Book>,
-    /// Where the log ended when this engine last wrote to it.
+    /// The end of the log when this engine last wrote to it.
     log_end: AtomicI64,
 }
 
-/// Up to where aggregates have been written, and the event that stands for it.
+/// The sequences of aggregates, and the witness for them.
 #[derive(Debug, Default)]
 pub(crate) struct Book {
     witness: Option<Witness>,
     recent: HashMap<AggregateId, Reached>,
-    /// Those that were recent before; forgotten when as many are recent again.
+    /// Those that were recent before. They are forgotten when the recent ones take their place.
     older: HashMap<AggregateId, Reached>,
 }
 
-/// How far an aggregate has come at least, by which event, and the number of its type.
+/// The last known sequence of an aggregate, the mark of that event, and the id of the aggregate's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reached {
-    pub(crate) type_number: u32,
+    pub(crate) type_id: u32,
     pub(crate) sequence: Sequence,
     pub(crate) mark: Mark,
 }
@@ -43,31 +43,31 @@ impl Recent {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the log ended when this engine last wrote to it. It ends there or later, unless it has lost its tail.
+    /// The end of the log when this engine last wrote to it. The log ends there or later, unless it has lost its tail.
     pub(crate) fn log_end(&self) -> Position {
         Position::new(self.log_end.load(Ordering::Relaxed)).unwrap_or_default()
     }
 
-    /// Records the end of the log. A smaller one is taken too: then the log has lost its tail.
+    /// Records the end of the log. It may be smaller than before if the log has lost its tail.
     pub(crate) fn ends_at(&self, log_end: Position) {
         self.log_end.store(log_end.get(), Ordering::Relaxed);
     }
 
-    /// The witness may be gone, and with it what it stood for.
+    /// Forgets everything, because the witness may be lost.
     pub(crate) fn forget(&self) {
         *self.book() = Book::default();
     }
 
-    /// Notes what one transaction has written. Where it has not looked for the witness of what is known, it cannot take
-    /// the witness's place.
+    /// Records the batches of one transaction. If it has not checked for the present witness, its own last event cannot
+    /// become the witness, so nothing is recorded.
     pub(crate) fn note(
         &self,
         batches: &[(&Batch, &Receipt)],
-        looked_for: Option<Witness>,
+        checked_witness: Option<Witness>,
         table: &NameTable,
     ) {
         let mut book = self.book();
-        if book.witness != looked_for {
+        if book.witness != checked_witness {
             return;
         }
         let last = batches.iter().rfind(|(_, receipt)| receipt.last > Position::ZERO);
@@ -78,8 +78,8 @@ impl Recent {
             let grown = batch.sequence_changes().iter();
             let grown = grown.map(|change| (change.aggregate, &change.aggregate_type, change.last));
             for (aggregate, aggregate_type, sequence) in made.chain(grown) {
-                if let Some(type_number) = table.aggregate_type_number(aggregate_type) {
-                    book.insert(aggregate, Reached { type_number, sequence, mark: receipt.mark });
+                if let Some(type_id) = table.aggregate_type_number(aggregate_type) {
+                    book.insert(aggregate, Reached { type_id, sequence, mark: receipt.mark });
                 }
             }
         }
@@ -91,7 +91,7 @@ impl Book {
         self.witness
     }
 
-    /// What is known of an aggregate, as long as the witness is there.
+    /// The last known sequence of an aggregate. It holds while the witness is there.
     pub(crate) fn reached(&self, aggregate: AggregateId) -> Option<Reached> {
         self.recent.get(&aggregate).or_else(|| self.older.get(&aggregate)).copied()
     }
@@ -139,21 +139,21 @@ mod tests {
         table
     }
 
-    fn note(recent: &Recent, batch: &Batch, head: i64, looked_for: Option<Witness>) {
+    fn note(recent: &Recent, batch: &Batch, head: i64, checked_witness: Option<Witness>) {
         let receipt =
             Receipt::of(batch, Position::new(head).unwrap(), Timestamp::MIN).with_mark(Mark::random());
-        recent.note(&[(batch, &receipt)], looked_for, &table());
+        recent.note(&[(batch, &receipt)], checked_witness, &table());
     }
 
     #[test]
-    fn only_who_has_found_the_witness_takes_its_place() {
+    fn a_commit_becomes_the_witness_only_if_it_has_found_the_one_before() {
         let recent = Recent::default();
         note(&recent, &grown(7, 0), 0, None);
         let witness = || recent.book().witness();
         let reached = |number| recent.book().reached(id(number)).map(|reached| reached.sequence.get());
         let first = witness();
         assert_eq!(first.map(|witness| witness.position.get()), Some(1));
-        // It has not looked: perhaps the first event is gone, and aggregate 7 with it.
+        // It has not checked: the first event may be lost, and with it aggregate 7.
         note(&recent, &grown(8, 4), 1, None);
         assert_eq!(witness(), first);
         assert_eq!(reached(8), None);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn it_does_not_grow_for_ever() {
+    fn the_memory_is_bounded() {
         let recent = Recent::default();
         for number in 1..=3 * MOST {
             let number = i64::try_from(number).unwrap();

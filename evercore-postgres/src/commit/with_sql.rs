@@ -24,22 +24,13 @@ const SQL_OF_COMMIT_WITH: &str = "the SQL of `commit_with`";
 /// Writes batches together with the user's SQL.
 #[derive(Debug)]
 pub(crate) struct BatchesWithSql {
-    pools: Arc<Pools>,
-    batches: Arc<Batches>,
-    commands: Arc<Commands>,
+    pub(crate) pools: Arc<Pools>,
+    pub(crate) batches: Arc<Batches>,
+    pub(crate) commands: Arc<Commands>,
     pub(crate) inline: InlineProjections,
 }
 
 impl BatchesWithSql {
-    pub(crate) fn new(
-        pools: Arc<Pools>,
-        batches: Arc<Batches>,
-        commands: Arc<Commands>,
-        inline: InlineProjections,
-    ) -> Self {
-        Self { pools, batches, commands, inline }
-    }
-
     /// Runs `sql`, then checks and writes the batches under the lock of the log, then runs the inline projections, and
     /// commits all of it.
     pub(crate) async fn commit(
@@ -48,17 +39,17 @@ impl BatchesWithSql {
         batches: &[&Batch],
         table: &Arc<NameTable>,
         sql: Option<UserSql>,
-    ) -> FlightOutcome {
+    ) -> Result<FlightOutcome> {
         match self.run(&mut checkout, batches, table, sql).await {
             Ok((outcome, is_clean)) => {
                 if is_clean {
                     checkout.put_back();
                 }
-                outcome
+                Ok(outcome)
             }
             // Nothing was committed, since no COMMIT was sent yet.
-            Err(error) if is_rolled_back(&error) && is_ours(&error) => FlightOutcome::Recheck,
-            Err(error) => FlightOutcome::RolledBack(error),
+            Err(error) if is_rolled_back(&error) && is_ours(&error) => Ok(FlightOutcome::Recheck),
+            Err(error) => Err(error),
         }
     }
 
@@ -93,14 +84,14 @@ impl BatchesWithSql {
         }
         let check = self.batches.lock_and_check(sender, batches, table, None);
         let sorted = self.pools.in_time(check).await?;
-        if sorted.writing.is_empty() {
+        if sorted.new_rows.is_empty() {
             let outcomes = sorted.outcomes.into_iter().flatten().collect();
             return Ok((FlightOutcome::Done(outcomes), transaction.roll_back().await.is_ok()));
         }
-        let receipts = self.pools.in_time(self.batches.write_within(sender, &sorted.writing)).await?;
-        let head = receipts.iter().map(|(_, receipt)| receipt.last).max().unwrap_or_default();
+        let written = self.pools.in_time(self.batches.write_within(sender, &sorted.new_rows)).await?;
+        let head = written.receipts.iter().map(|(_, receipt)| receipt.last).max().unwrap_or_default();
         self.inline.apply(&transaction, &sorted.table, head).await?;
-        Self::end(transaction, what, || self.batches.complete(sorted, receipts)).await
+        Self::end(transaction, what, || self.batches.complete(sorted, written)).await
     }
 
     async fn end(

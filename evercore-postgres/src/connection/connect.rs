@@ -24,10 +24,12 @@ use crate::settings::{LONGEST, Settings};
 /// The hosts of the server, and how to connect to them.
 #[derive(Clone)]
 pub(crate) struct Address {
-    hosts: Arc<Hosts>,
+    pub(crate) hosts: Arc<Hosts>,
     tls: Tls,
-    settings: Settings,
-    notices: Notices,
+    /// The settings, including those from the URL.
+    pub(crate) settings: Settings,
+    /// Notices of the server, from all connections to this address.
+    pub(crate) notices: Notices,
 }
 
 /// Shows no part of the URL.
@@ -65,16 +67,6 @@ impl Address {
         Ok(Self { hosts: Arc::new(hosts), tls, settings, notices: Notices::default() })
     }
 
-    /// The settings, including those from the URL.
-    pub(crate) fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    /// What the engine has learned about the hosts.
-    pub(crate) fn hosts(&self) -> &Arc<Hosts> {
-        &self.hosts
-    }
-
     /// A pool of up to this many connections. Opens none yet.
     pub(crate) fn pool(&self, connections: usize) -> Result<Pool> {
         // The pool need not reset sessions: our statements do not change them, and a connection that did not end
@@ -102,11 +94,6 @@ impl Address {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| Error::new(ErrorKind::Backend, "the pool cannot be built").with_source(error))
-    }
-
-    /// Notices of the server, from all connections to this address.
-    pub(crate) fn notices(&self) -> &Notices {
-        &self.notices
     }
 
     /// Asks the server to cancel the running statement of a connection.

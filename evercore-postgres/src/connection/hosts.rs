@@ -25,19 +25,19 @@ const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 /// The shortest time between two rounds of asking all other hosts whether one has become the primary.
 const ASK_OTHERS: Duration = Duration::from_secs(10);
 
-/// What the engine has learned about the hosts, shared by all its connections.
+/// The hosts of a server, and facts about them that all connections of an engine share.
 #[derive(Debug)]
 pub(crate) struct Hosts {
     pub(crate) all: Vec<Config>,
     in_any_order: bool,
     schema: Schema,
-    known: Mutex<Known>,
+    learned: Mutex<Learned>,
     /// The store's id, and the end of the log that the engine has seen.
     seen: OnceLock<(String, watch::Receiver<i64>)>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct Learned {
     silent_until: Vec<Option<Instant>>,
     timeline: Option<u32>,
     /// Connections made before this time lead to a replaced primary.
@@ -57,14 +57,14 @@ struct Refusal {
 
 impl Hosts {
     pub(crate) fn new(all: Vec<Config>, in_any_order: bool, schema: Schema) -> Self {
-        let known = Known {
+        let learned = Learned {
             silent_until: vec![None; all.len()],
             timeline: None,
             outdated: None,
             asked_others: None,
             refusal: None,
         };
-        Self { all, in_any_order, schema, known: Mutex::new(known), seen: OnceLock::new() }
+        Self { all, in_any_order, schema, learned: Mutex::new(learned), seen: OnceLock::new() }
     }
 
     pub(crate) fn are_several(&self) -> bool {
@@ -82,24 +82,24 @@ impl Hosts {
         if self.in_any_order {
             shuffle(&mut order);
         }
-        let (known, now) = (self.known(), Instant::now());
+        let (known, now) = (self.learned(), Instant::now());
         order.sort_by_key(|index| known.silent_until[*index].is_some_and(|until| until > now));
         order
     }
 
     pub(crate) fn was_silent(&self, index: usize) {
-        self.known().silent_until[index] = Some(Instant::now() + SILENT);
+        self.learned().silent_until[index] = Some(Instant::now() + SILENT);
     }
 
     /// The server's recent refusal of this login, so that not every caller tries to log in again.
     pub(crate) fn refusal(&self) -> Option<Error> {
-        let known = self.known();
+        let known = self.learned();
         let refusal = known.refusal.as_ref().filter(|refusal| refusal.until > Instant::now())?;
         Some(Error::new(refusal.kind.clone(), refusal.message.clone()))
     }
 
     pub(crate) fn refused(&self, error: &Error) {
-        let mut known = self.known();
+        let mut known = self.learned();
         // If several logins are refused at once, only the first counts.
         if known.refusal.as_ref().is_some_and(|last| last.until > Instant::now()) {
             return;
@@ -110,17 +110,17 @@ impl Hosts {
     }
 
     pub(crate) fn let_in(&self) {
-        self.known().refusal = None;
+        self.learned().refusal = None;
     }
 
     /// Whether a connection made at that time was made to a primary that has been replaced since.
     pub(crate) fn is_outdated(&self, made: Instant) -> bool {
-        self.known().outdated.is_some_and(|outdated| made < outdated)
+        self.learned().outdated.is_some_and(|outdated| made < outdated)
     }
 
     /// Whether it is time to ask the other hosts; if so, starts the next interval.
     pub(crate) fn may_ask_others(&self) -> bool {
-        let mut known = self.known();
+        let mut known = self.learned();
         let may_ask = known.asked_others.is_none_or(|last| last.elapsed() > ASK_OTHERS);
         if may_ask {
             known.asked_others = Some(Instant::now());
@@ -128,19 +128,19 @@ impl Hosts {
         may_ask
     }
 
-    /// What the engine knows now. Call it before asking the server.
+    /// The newest log that the engine knows now. Call it before asking the server.
     pub(crate) fn seen_by_now(&self) -> Seen {
         let seen = self.seen.get();
         Seen {
             store_id: seen.map(|(id, _)| id.clone()),
-            timeline: self.known().timeline,
+            timeline: self.learned().timeline,
             position: seen.map_or(0, |(_, log)| *log.borrow()),
         }
     }
 
     /// Records that the engine has connected to a server with this standing.
     pub(crate) fn take(&self, standing: &Standing) {
-        let mut known = self.known();
+        let mut known = self.learned();
         if standing.timeline > known.timeline {
             if known.timeline.is_some() {
                 known.outdated = Some(Instant::now());
@@ -160,12 +160,12 @@ impl Hosts {
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn learned(&self) -> MutexGuard<'_, Learned> {
+        self.learned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Each promotion starts a new timeline. A standby has no timeline of its own.
+/// Each promotion starts a new timeline. A standby reports none here.
 const TIMELINE: &str = "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
     THEN pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) END";
 
@@ -190,7 +190,7 @@ pub(crate) struct Standing {
     store_id: Option<String>,
 }
 
-/// What the engine knew before it connected.
+/// The newest log that the engine knew before it connected.
 pub(crate) struct Seen {
     store_id: Option<String>,
     timeline: Option<u32>,

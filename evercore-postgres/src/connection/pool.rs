@@ -64,7 +64,7 @@ impl Pools {
             settings,
             reads,
             commits,
-            notices: address.as_ref().map(|address| address.notices().clone()).unwrap_or_default(),
+            notices: address.as_ref().map(|address| address.notices.clone()).unwrap_or_default(),
             address: address.map(Arc::new),
             for_user_sql: Arc::new(Semaphore::new(for_user_sql)),
             closed: AtomicBool::new(false),
@@ -219,12 +219,8 @@ impl Pools {
 
     /// Waits for the server slightly longer than the server's own time-out.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        timeout(self.patience(), work).await?
-    }
-
-    /// How long that is.
-    pub(crate) fn patience(&self) -> Duration {
-        self.settings.statement_timeout.saturating_add(self.settings.connect_timeout)
+        let patience = self.settings.statement_timeout.saturating_add(self.settings.connect_timeout);
+        timeout(patience, work).await?
     }
 }
 
@@ -246,7 +242,7 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Checkout {
     object: Option<Object>,
-    named: bool,
+    pub(crate) named: bool,
     state: AtomicU8,
     address: Option<Arc<Address>>,
     /// Returned after the connection.
@@ -257,10 +253,6 @@ impl Checkout {
     pub(crate) fn sender(&self) -> Result<Sender<'_>> {
         let object = self.object.as_ref().ok_or_else(gone)?;
         Ok(Sender { client: object, cache: &object.statement_cache, named: self.named })
-    }
-
-    pub(crate) fn is_named(&self) -> bool {
-        self.named
     }
 
     pub(crate) fn client_mut(&mut self) -> Result<&mut ClientWrapper> {

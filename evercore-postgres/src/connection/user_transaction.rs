@@ -44,7 +44,7 @@ pub(crate) enum Ended {
 
 impl<'c> UserTransaction<'c> {
     pub(crate) async fn begin(pools: &'c Pools, checkout: &'c mut Checkout) -> Result<Self> {
-        let (named, client) = (checkout.is_named(), checkout.client_mut()?);
+        let (named, client) = (checkout.named, checkout.client_mut()?);
         let begin = async {
             let transaction =
                 client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;

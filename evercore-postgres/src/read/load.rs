@@ -15,138 +15,75 @@ use tokio_postgres::{Row, RowStream};
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, check_mark, type_id};
-use crate::read::rows::{Order, Page, Range, UsualSize, event_columns};
+use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
 /// Reads an aggregate, its newest usable snapshot and the events after it in one statement, so that they are
 /// consistent. The first row is the aggregate, with the snapshot in the columns of times and payload. The other rows
 /// are its events. The last column of the first row is the mark of the names.
-macro_rules! select_history {
-    ($which:literal) => {
-        concat!(
-            "WITH a AS MATERIALIZED (
-                SELECT a.id, a.aggregate_type_id, a.natural_key, coalesce(e.sequence, 0) AS sequence, e.mark,
-                       s.sequence AS snapshot_sequence, s.version, s.state
-                FROM @aggregates a
-                LEFT JOIN LATERAL (SELECT e.sequence, e.mark FROM @events e WHERE e.aggregate_id = a.id
-                                   ORDER BY e.sequence DESC LIMIT 1) e ON true
-                LEFT JOIN LATERAL (SELECT s.sequence, s.version, s.state FROM @snapshots s
-                                   WHERE s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2 LIMIT 1) s ON true
-                WHERE ",
-            $which,
-            "), usable AS MATERIALIZED (
-                SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
-            )
-            SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
-                   natural_key, NULL, NULL, NULL, mark, (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
-            FROM a
-            UNION ALL
-            (SELECT ",
-            event_columns!(),
-            ", NULL::bigint FROM @events
-             WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
-             ORDER BY sequence LIMIT $3)"
-        )
-    };
-}
+const FROM_SNAPSHOT: &str = "
+    WITH a AS MATERIALIZED (
+        SELECT a.id, a.aggregate_type_id, a.natural_key, coalesce(e.sequence, 0) AS sequence, e.mark,
+               s.sequence AS snapshot_sequence, s.version, s.state
+        FROM @aggregates a
+        LEFT JOIN LATERAL (SELECT e.sequence, e.mark FROM @events e WHERE e.aggregate_id = a.id
+                           ORDER BY e.sequence DESC LIMIT 1) e ON true
+        LEFT JOIN LATERAL (SELECT s.sequence, s.version, s.state FROM @snapshots s
+                           WHERE s.aggregate_id = a.id AND s.version = $1 AND s.sequence <= $2 LIMIT 1) s ON true
+        WHERE {which}
+    ), usable AS MATERIALIZED (
+        SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
+    )
+    SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
+           natural_key, NULL, NULL, NULL, mark,
+           (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
+    FROM a
+    UNION ALL
+    (SELECT {event_columns}, NULL::bigint FROM @events
+     WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
+     ORDER BY sequence LIMIT $3)";
 
 /// The same for callers that want all events: without snapshots, and without the query for the last sequence, which is
 /// that of the last row unless there are more rows than were asked for.
-macro_rules! select_all {
-    ($which:literal) => {
-        concat!(
-            "SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
-                    a.natural_key, NULL, NULL, NULL, NULL::bigint,
-                    (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
-             FROM @aggregates a WHERE ",
-            $which,
-            " UNION ALL
-            (SELECT ",
-            event_columns!(),
-            ", NULL::bigint FROM @events WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE ",
-            $which,
-            ") ORDER BY sequence LIMIT $1)"
-        )
-    };
-}
-
-/// A statement in two forms.
-#[derive(Debug)]
-struct ByTarget<T> {
-    by_id: T,
-    by_key: T,
-}
-
-/// Selects the aggregate: by its id, which is the last parameter, or by its type and key, the last two.
-macro_rules! by_id_and_key {
-    ($select:ident, $id:literal, $key:literal) => {
-        ByTarget { by_id: $select!($id), by_key: $select!($key) }
-    };
-}
-
-const FROM_SNAPSHOT: ByTarget<&str> = by_id_and_key!(
-    select_history,
-    "a.id = $4",
-    "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $4) AND a.natural_key = $5"
-);
-
-const FROM_FIRST: ByTarget<&str> = by_id_and_key!(
-    select_all,
-    "a.id = $2",
-    "a.aggregate_type_id = (SELECT t.id FROM @aggregate_types t WHERE t.name = $2) AND a.natural_key = $3"
-);
+const FROM_FIRST: &str = "
+    SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
+           a.natural_key, NULL, NULL, NULL, NULL::bigint,
+           (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
+    FROM @aggregates a WHERE {which}
+    UNION ALL
+    (SELECT {event_columns}, NULL::bigint FROM @events
+     WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE {which}) ORDER BY sequence LIMIT $1)";
 
 const LAST: &str =
     "SELECT sequence, mark FROM @events WHERE aggregate_id = $1 ORDER BY sequence DESC LIMIT 1";
 
-const FORWARD: &str = concat!(
-    "SELECT ",
-    event_columns!(),
-    " FROM @events WHERE aggregate_id = $4 AND sequence > $1 AND sequence <= $2 ORDER BY sequence LIMIT $3"
-);
+const FORWARD: &str = "SELECT {event_columns} FROM @events
+    WHERE aggregate_id = $4 AND sequence > $1 AND sequence <= $2 ORDER BY sequence LIMIT $3";
 
-const BACKWARD: &str = concat!(
-    "SELECT ",
-    event_columns!(),
-    " FROM @events WHERE aggregate_id = $4 AND sequence < $1 AND sequence >= $2 ORDER BY sequence DESC LIMIT $3"
-);
+const BACKWARD: &str = "SELECT {event_columns} FROM @events
+    WHERE aggregate_id = $4 AND sequence < $1 AND sequence >= $2 ORDER BY sequence DESC LIMIT $3";
 
-/// The statements of this module.
+/// A statement that finds the aggregate by its id, which is the last parameter, or by its type and key, the last two.
 #[derive(Debug)]
-pub(crate) struct LoadSql {
-    from_snapshot: ByTarget<Sql>,
-    from_first: ByTarget<Sql>,
-    last: Sql,
-    forward: Arc<Sql>,
-    backward: Arc<Sql>,
+struct ByTarget {
+    by_id: Sql,
+    by_key: Sql,
 }
 
-impl LoadSql {
-    pub(crate) fn new(schema: &Schema) -> Self {
-        const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
-        let both = |texts: ByTarget<&str>, first: &[Type]| {
-            let (id, key) = ([first, &[Type::INT8]].concat(), [first, &[Type::TEXT, Type::TEXT]].concat());
-            ByTarget {
-                by_id: Sql::new(schema, texts.by_id, &id),
-                by_key: Sql::new(schema, texts.by_key, &key),
-            }
+impl ByTarget {
+    fn new(schema: &Schema, text: &str, first: &[Type]) -> Self {
+        let text = text.replace("{event_columns}", EVENT_COLUMNS);
+        let sql = |which: String, last: &[Type]| {
+            Sql::new(schema, &text.replace("{which}", &which), &[first, last].concat())
         };
+        let (next, after) = (first.len() + 1, first.len() + 2);
+        let type_id = format!("(SELECT t.id FROM @aggregate_types t WHERE t.name = ${next})");
+        let by_key = format!("a.aggregate_type_id = {type_id} AND a.natural_key = ${after}");
         Self {
-            from_snapshot: both(FROM_SNAPSHOT, &NUMBERS[..3]),
-            from_first: both(FROM_FIRST, &NUMBERS[..1]),
-            last: Sql::new(schema, LAST, &NUMBERS[..1]),
-            forward: Arc::new(Sql::new(schema, FORWARD, &NUMBERS)),
-            backward: Arc::new(Sql::new(schema, BACKWARD, &NUMBERS)),
+            by_id: sql(format!("a.id = ${next}"), &[Type::INT8]),
+            by_key: sql(by_key, &[Type::TEXT, Type::TEXT]),
         }
-    }
-
-    fn range(&self, direction: Direction, id: AggregateId, (from, to): (Sequence, Sequence)) -> Range {
-        let sql = match direction {
-            Direction::Forward => Arc::clone(&self.forward),
-            Direction::Backward => Arc::clone(&self.backward),
-        };
-        Range { sql, order: Order::Sequence, from: from.get(), to: to.get(), rest: vec![Box::new(id.get())] }
     }
 }
 
@@ -155,14 +92,31 @@ impl LoadSql {
 pub(crate) struct Loader {
     pools: Arc<Pools>,
     names: Arc<Names>,
-    sql: LoadSql,
     usual_size: UsualSize,
+    from_snapshot: ByTarget,
+    from_first: ByTarget,
+    last: Sql,
+    forward: Arc<Sql>,
+    backward: Arc<Sql>,
 }
 
 impl Loader {
     pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
-        let sql = LoadSql::new(&pools.settings.schema);
-        Self { pools, names, sql, usual_size: UsualSize::default() }
+        const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
+        let schema = &pools.settings.schema;
+        let events = |text: &str| {
+            Arc::new(Sql::new(schema, &text.replace("{event_columns}", EVENT_COLUMNS), &NUMBERS))
+        };
+        Self {
+            from_snapshot: ByTarget::new(schema, FROM_SNAPSHOT, &NUMBERS[..3]),
+            from_first: ByTarget::new(schema, FROM_FIRST, &NUMBERS[..1]),
+            last: Sql::new(schema, LAST, &NUMBERS[..1]),
+            forward: events(FORWARD),
+            backward: events(BACKWARD),
+            usual_size: UsualSize::default(),
+            pools,
+            names,
+        }
     }
 
     /// An aggregate, read consistently.
@@ -190,11 +144,11 @@ impl Loader {
         let count = page.take_all(rows, asked).await?;
         let (sequence, mark) = match first.last {
             Some(last) => last,
-            None if count < asked && !page.is_full() => page.last_row()?,
+            None if count < asked && !page.is_full => page.last_row()?,
             None => self.last(checkout.sender()?, first.id).await?,
         };
         let end = sequence.min(request.up_to);
-        let rest = self.sql.range(Direction::Forward, first.id, (Sequence::ZERO, end));
+        let rest = self.range(Direction::Forward, first.id, (Sequence::ZERO, end));
         page.go_on(rest, asked, count).await?;
         let (events, _) = page.finish();
         let aggregate_type = table.aggregate_type(type_id(first.type_id)?).cloned();
@@ -205,7 +159,7 @@ impl Loader {
     }
 
     async fn last(&self, sender: Sender<'_>, id: AggregateId) -> Result<(Sequence, Option<Mark>)> {
-        let Some(row) = sender.row(&self.sql.last, &[&id.get()]).await? else {
+        let Some(row) = sender.row(&self.last, &[&id.get()]).await? else {
             return Ok((Sequence::ZERO, None));
         };
         Ok((Sequence::new(row.try_get(0)?).map_err(damaged)?, Some(Mark::new(row.try_get(1)?))))
@@ -221,9 +175,9 @@ impl Loader {
         let is_all =
             request.snapshot.is_none() && request.up_to == Sequence::MAX && request.limit.max_events() > 0;
         let (sql, mut values) = match is_all {
-            true => (&self.sql.from_first, vec![&asked as &(dyn ToSql + Sync)]),
+            true => (&self.from_first, vec![&asked as &(dyn ToSql + Sync)]),
             // No snapshot wanted: a version number that no snapshot has.
-            false => (&self.sql.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
+            false => (&self.from_snapshot, vec![&version as &(dyn ToSql + Sync), &up_to, &asked]),
         };
         match &request.target {
             Target::Id(id) => {
@@ -237,6 +191,14 @@ impl Loader {
                 sender.ready(&sql.by_key).await?.stream(&values).await
             }
         }
+    }
+
+    fn range(&self, direction: Direction, id: AggregateId, (from, to): (Sequence, Sequence)) -> Range {
+        let sql = match direction {
+            Direction::Forward => Arc::clone(&self.forward),
+            Direction::Backward => Arc::clone(&self.backward),
+        };
+        Range { sql, order: Order::Sequence, from: from.get(), to: to.get(), rest: vec![Box::new(id.get())] }
     }
 
     /// A page of one aggregate's events.
@@ -255,7 +217,7 @@ impl Loader {
     ) -> Result<Events> {
         let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), query.limit);
         let names = self.names.mark(checkout.sender()?).await?;
-        let range = self.sql.range(query.direction, query.aggregate, (query.from, query.to));
+        let range = self.range(query.direction, query.aggregate, (query.from, query.to));
         let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;
         check_mark(&names?, &table)?;
         filled?;

@@ -14,7 +14,7 @@ use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, sql_id};
 use crate::read::head::SeenHead;
-use crate::read::rows::{Order, Page, Range, Rest, UsualSize, event_columns};
+use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Rest, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
@@ -33,92 +33,58 @@ const HEAD_OF_PAGE: &str = "SELECT l.position, l.names,
         (SELECT e.mark FROM @events e WHERE e.position >= $2 ORDER BY e.position LIMIT 1)
     FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1";
 
-/// The columns of an event, filtered and in the order of a direction.
-macro_rules! select_log {
-    (forward $with:literal, $where:literal) => {
-        select_log!($with, $where, "position > $1 AND position <= $2 ORDER BY position")
-    };
-    (backward $with:literal, $where:literal) => {
-        select_log!($with, $where, "position < $1 AND position >= $2 ORDER BY position DESC")
-    };
-    ($with:literal, $where:literal, $range:literal) => {
-        concat!($with, "SELECT ", event_columns!(), " FROM @events WHERE ", $where, $range, " LIMIT $3")
-    };
-}
+/// The range of a page, forward and backward.
+const RANGES: [&str; 2] = [
+    "position > $1 AND position <= $2 ORDER BY position LIMIT $3",
+    "position < $1 AND position >= $2 ORDER BY position DESC LIMIT $3",
+];
 
-const ALL_FORWARD: &str = select_log!(forward "", "");
-const ALL_BACKWARD: &str = select_log!(backward "", "");
+const ALL: &str = "SELECT {event_columns} FROM @events WHERE {range}";
 
 /// With many event types the log itself is read. The sum keeps the server from using the index of the types: it would
 /// read and sort all events of these types for each page.
-const TYPES_FORWARD: &str = select_log!(forward "", "event_type_id + 0 = ANY ($4) AND ");
-const TYPES_BACKWARD: &str = select_log!(backward "", "event_type_id + 0 = ANY ($4) AND ");
+const TYPES: &str = "SELECT {event_columns} FROM @events WHERE event_type_id + 0 = ANY ($4) AND {range}";
 
 /// Up to this many event types, the events of each type are read from the index and then merged.
 const MERGED_TYPES: usize = 24;
 
 /// An aggregate's sequences grow as its positions do, so its index gives both orders. The place to begin in it is found
 /// by bisection, in as many steps as the number of its events has bits.
-macro_rules! select_aggregate {
-    ($read:literal, $range:literal) => {
-        concat!(
-            "WITH RECURSIVE halving (border, position, below, above) AS (
-                SELECT border, p, 0::bigint,
-                       coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = $4), 0)
-                FROM (VALUES (1, $1 - ",
-            $read,
-            "), (2, $2 - ",
-            $read,
-            ")) AS v (border, p)
-                UNION ALL
-                SELECT h.border, h.position, CASE WHEN w.within THEN m.middle ELSE h.below END,
-                       CASE WHEN w.within THEN h.above ELSE m.middle - 1 END
-                FROM halving h
-                CROSS JOIN LATERAL (SELECT h.above - (h.above - h.below) / 2 AS middle) AS m
-                CROSS JOIN LATERAL (SELECT e.position <= h.position AS within FROM @events e
-                                    WHERE e.aggregate_id = $4 AND e.sequence = m.middle LIMIT 1) AS w
-                WHERE h.below < h.above
-            ), up_to AS MATERIALIZED (SELECT border, max(below) AS sequence FROM halving GROUP BY border)
-            SELECT ",
-            event_columns!(),
-            " FROM @events WHERE aggregate_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
-              AND ($6::text IS NULL OR reference = $6) AND ($7::text IS NULL OR correlation_id = $7) AND ",
-            $range,
-            " LIMIT $3"
-        )
-    };
-}
-
-const AGGREGATE_FORWARD: &str = select_aggregate!(
-    "0::bigint",
-    "sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 1)
-     AND sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence"
-);
+const AGGREGATE: &str = "
+    WITH RECURSIVE halving (border, position, below, above) AS (
+        SELECT border, p, 0::bigint,
+               coalesce((SELECT max(e.sequence) FROM @events e WHERE e.aggregate_id = $4), 0)
+        FROM (VALUES (1, $1 - {shift}::bigint), (2, $2 - {shift}::bigint)) AS v (border, p)
+        UNION ALL
+        SELECT h.border, h.position, CASE WHEN w.within THEN m.middle ELSE h.below END,
+               CASE WHEN w.within THEN h.above ELSE m.middle - 1 END
+        FROM halving h
+        CROSS JOIN LATERAL (SELECT h.above - (h.above - h.below) / 2 AS middle) AS m
+        CROSS JOIN LATERAL (SELECT e.position <= h.position AS within FROM @events e
+                            WHERE e.aggregate_id = $4 AND e.sequence = m.middle LIMIT 1) AS w
+        WHERE h.below < h.above
+    ), up_to AS MATERIALIZED (SELECT border, max(below) AS sequence FROM halving GROUP BY border)
+    SELECT {event_columns}
+    FROM @events WHERE aggregate_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
+      AND ($6::text IS NULL OR reference = $6) AND ($7::text IS NULL OR correlation_id = $7) AND {range} LIMIT $3";
 
 /// Backward, the event at the first border is left out and the one at the second is included, so each border is one
 /// position lower.
-const AGGREGATE_BACKWARD: &str = select_aggregate!(
-    "1::bigint",
+const SHIFTS: [&str; 2] = ["0", "1"];
+
+const AGGREGATE_RANGES: [&str; 2] = [
+    "sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 1)
+     AND sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence",
     "sequence <= (SELECT u.sequence FROM up_to u WHERE u.border = 1)
-     AND sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence DESC"
-);
+     AND sequence > (SELECT u.sequence FROM up_to u WHERE u.border = 2) ORDER BY sequence DESC",
+];
 
 /// The events of a reference, and those of a correlation id, are a range of an index whose last column is the position.
-macro_rules! select_reference {
-    ($direction:ident) => {
-        select_log!($direction "", "reference = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5))
-            AND ($6::text IS NULL OR correlation_id = $6) AND ")
-    };
-}
-macro_rules! select_correlation {
-    ($direction:ident) => {
-        select_log!($direction "", "correlation_id = $4 AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND ")
-    };
-}
-const REFERENCE_FORWARD: &str = select_reference!(forward);
-const REFERENCE_BACKWARD: &str = select_reference!(backward);
-const CORRELATION_FORWARD: &str = select_correlation!(forward);
-const CORRELATION_BACKWARD: &str = select_correlation!(backward);
+const REFERENCE: &str = "SELECT {event_columns} FROM @events WHERE reference = $4
+    AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND ($6::text IS NULL OR correlation_id = $6) AND {range}";
+
+const CORRELATION: &str = "SELECT {event_columns} FROM @events WHERE correlation_id = $4
+    AND ($5::int[] IS NULL OR event_type_id = ANY ($5)) AND {range}";
 
 /// The last position that was recorded at this time or before. `recorded_at` never decreases along the log. The `ORDER
 /// BY` makes the server use the index of positions: for `=`, it could choose another index that contains the position,
@@ -138,7 +104,7 @@ const POSITION_AT: &str = "
 
 /// The statements of this module. Of two, the first goes forward and the second backward.
 #[derive(Debug)]
-pub(crate) struct LogSql {
+struct LogSql {
     schema: Schema,
     head: Sql,
     head_of_page: Sql,
@@ -155,24 +121,26 @@ pub(crate) struct LogSql {
 const NUMBERS: [Type; 3] = [Type::INT8, Type::INT8, Type::INT8];
 
 impl LogSql {
-    pub(crate) fn new(schema: &Schema) -> Self {
-        let sql = |text: &str, more: &[Type]| Arc::new(Sql::new(schema, text, &[&NUMBERS, more].concat()));
+    fn new(schema: &Schema) -> Self {
+        let directed = |text: &str, ranges: [&str; 2], more: &[Type]| {
+            [0, 1].map(|direction| {
+                let text =
+                    text.replace("{event_columns}", EVENT_COLUMNS).replace("{shift}", SHIFTS[direction]);
+                let types = [&NUMBERS, more].concat();
+                Arc::new(Sql::new(schema, &text.replace("{range}", ranges[direction]), &types))
+            })
+        };
         let of_aggregate = [Type::INT8, Type::INT4_ARRAY, Type::TEXT, Type::TEXT];
-        let of_reference = [Type::TEXT, Type::INT4_ARRAY, Type::TEXT];
-        let of_correlation = [Type::TEXT, Type::INT4_ARRAY];
         Self {
             schema: schema.clone(),
             head: Sql::new(schema, HEAD, &[]),
             head_of_page: Sql::new(schema, HEAD_OF_PAGE, &NUMBERS[..2]),
             position_at: Sql::new(schema, POSITION_AT, &[Type::INT8]),
-            all: [sql(ALL_FORWARD, &[]), sql(ALL_BACKWARD, &[])],
-            types: [sql(TYPES_FORWARD, &[Type::INT4_ARRAY]), sql(TYPES_BACKWARD, &[Type::INT4_ARRAY])],
-            aggregate: [sql(AGGREGATE_FORWARD, &of_aggregate), sql(AGGREGATE_BACKWARD, &of_aggregate)],
-            reference: [sql(REFERENCE_FORWARD, &of_reference), sql(REFERENCE_BACKWARD, &of_reference)],
-            correlation: [
-                sql(CORRELATION_FORWARD, &of_correlation),
-                sql(CORRELATION_BACKWARD, &of_correlation),
-            ],
+            all: directed(ALL, RANGES, &[]),
+            types: directed(TYPES, RANGES, &[Type::INT4_ARRAY]),
+            aggregate: directed(AGGREGATE, AGGREGATE_RANGES, &of_aggregate),
+            reference: directed(REFERENCE, RANGES, &[Type::TEXT, Type::INT4_ARRAY, Type::TEXT]),
+            correlation: directed(CORRELATION, RANGES, &[Type::TEXT, Type::INT4_ARRAY]),
             merged: RwLock::default(),
         }
     }
@@ -213,15 +181,6 @@ impl LogSql {
         }
     }
 
-    /// Makes the statements that are otherwise made on first use, to check their plans.
-    #[cfg(test)]
-    pub(crate) fn make_all(&self) {
-        for types in 1..=MERGED_TYPES {
-            self.merged(0, types);
-            self.merged(1, types);
-        }
-    }
-
     fn merged(&self, direction: usize, types: usize) -> Arc<Sql> {
         let known = self.merged.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(sql) = known.get(&(direction, types)) {
@@ -237,13 +196,10 @@ impl LogSql {
 /// The events of one type are a range of an index whose last column is the position. The server merges these ranges
 /// while it reads them.
 fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
-    let (range, order) = [
-        ("position > $1 AND position <= $2", "ORDER BY position LIMIT $3"),
-        ("position < $1 AND position >= $2", "ORDER BY position DESC LIMIT $3"),
-    ][direction];
+    let order = ["ORDER BY position LIMIT $3", "ORDER BY position DESC LIMIT $3"][direction];
     let part = |number: usize| {
-        let columns = event_columns!();
-        format!("(SELECT {columns} FROM @events WHERE event_type_id = ${number} AND {range} {order})")
+        let range = RANGES[direction];
+        format!("(SELECT {EVENT_COLUMNS} FROM @events WHERE event_type_id = ${number} AND {range})")
     };
     let parts: Vec<String> = (4..4 + types).map(part).collect();
     let text = match &parts[..] {
@@ -309,6 +265,15 @@ impl Log {
         Self { pools, names, sql, usual_size: UsualSize::default(), seen: SeenHead::new() }
     }
 
+    /// Makes the statements that are otherwise made on first use, to check their plans.
+    #[cfg(test)]
+    pub(crate) fn make_all(&self) {
+        for types in 1..=MERGED_TYPES {
+            self.sql.merged(0, types);
+            self.sql.merged(1, types);
+        }
+    }
+
     /// A page of the log up to the head that is read first. Later commits belong to the next page.
     pub(crate) async fn read(&self, query: &LogQuery) -> Result<LogPage> {
         let read = |checkout: Arc<Checkout>| async move {
@@ -356,7 +321,7 @@ impl Log {
             page.go_on(range, asked, count).await?;
             (head, marks)
         };
-        let last = page.last_mark();
+        let last = page.mark;
         let (events, is_full) = page.finish();
         let page = LogPage::new(query, events, is_full, head.position);
         let ended = match page.scanned {

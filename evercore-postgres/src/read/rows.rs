@@ -18,13 +18,8 @@ use crate::names::type_id;
 use crate::sql::{Sender, Sql};
 
 /// The columns of an event, in the order that a page expects.
-macro_rules! event_columns {
-    () => {
-        "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
-         reference, correlation_id, causation_id, headers, mark"
-    };
-}
-pub(crate) use event_columns;
+pub(crate) const EVENT_COLUMNS: &str = "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
+     reference, correlation_id, causation_id, headers, mark";
 
 /// The average size of the last page's events in bytes. From it follows how many rows to ask for, so that a page with a
 /// limit in bytes fills and the server sends little more.
@@ -73,8 +68,9 @@ pub(crate) struct Page<'a> {
     /// The end of the log when the page was begun. Later events belong to another page.
     head: Position,
     /// The mark of the last event taken.
-    mark: Option<Mark>,
-    is_full: bool,
+    pub(crate) mark: Option<Mark>,
+    /// Whether the limit was met.
+    pub(crate) is_full: bool,
 }
 
 /// The column by which a range of events is ordered.
@@ -250,19 +246,9 @@ impl<'a> Page<'a> {
         Ok(())
     }
 
-    /// Whether the limit was met.
-    pub(crate) fn is_full(&self) -> bool {
-        self.is_full
-    }
-
     /// The sequence and the mark of the last row received; zero if there was none.
     pub(crate) fn last_row(&self) -> Result<(Sequence, Option<Mark>)> {
         Ok((Sequence::new(self.last.sequence).map_err(damaged)?, self.last.mark))
-    }
-
-    /// The mark of the last event in the page.
-    pub(crate) fn last_mark(&self) -> Option<Mark> {
-        self.mark
     }
 
     /// The events, and whether the limit ended them.

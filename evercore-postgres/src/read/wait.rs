@@ -18,7 +18,7 @@ use crate::connection::pool::{Checkout, Pools};
 use crate::connection::task::in_task;
 use crate::error::Result;
 use crate::read::log::Log;
-use crate::settings::{Schema, Settings};
+use crate::settings::Settings;
 use crate::sql::{Sql, Values};
 
 /// How often to query although notifications arrive: one is lost if its process dies before it sends it.
@@ -32,12 +32,6 @@ const LINGER: Duration = Duration::from_secs(10);
 
 /// Longer than any wait.
 const FOREVER: Duration = Duration::from_secs(365 * 86_400);
-
-const NOTIFY: &str = "SELECT pg_catalog.pg_notify($1, $2)";
-
-pub(crate) fn notify_sql(schema: &Schema) -> Sql {
-    Sql::new(schema, NOTIFY, &[Type::TEXT, Type::TEXT])
-}
 
 /// Waits for the log to grow, and tells other processes that it has grown.
 #[derive(Debug)]
@@ -61,7 +55,7 @@ impl Watch {
         let schema = &pools.settings.schema;
         Self {
             channel: format!("evercore.{}", schema.as_str()).chars().take(63).collect(),
-            notify: notify_sql(schema),
+            notify: Sql::new(schema, "SELECT pg_catalog.pg_notify($1, $2)", &[Type::TEXT, Type::TEXT]),
             pools,
             log,
             waiting: AtomicUsize::new(0),

@@ -20,7 +20,7 @@ use crate::connection::user_transaction::UserTransaction;
 use crate::error::{Result, damaged};
 use crate::names::Names;
 use crate::read::log::Log;
-use crate::settings::{InlineHandler, Settings};
+use crate::settings::{InlineHandler, InlineProjection, Settings};
 use crate::subscription::subscriptions::CursorStore;
 
 /// The inline projections of an engine.
@@ -180,25 +180,19 @@ impl fmt::Debug for Inline {
 /// Checks the inline projections before the store is opened.
 fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
     let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
-    for wanted in &settings.inline {
-        let (name, version) = (&wanted.name, wanted.version);
-        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
+    for InlineProjection { name, version, handle } in &settings.inline {
+        let id = CursorId { subscription: SubscriptionName::new(name)?, version: *version, partition: 0 };
+        let invalid = |why: &str| Err(Error::invalid(format!("inline projection \"{name}\" {why}")));
         if settings.read_only {
-            return Err(Error::invalid(
-                "an inline projection writes, but the engine is connected for reading only",
-            ));
+            return invalid("needs to write, but the engine is connected for reading only");
         }
-        if version == 0 {
-            return Err(Error::invalid(format!(
-                "inline projection \"{name}\" has version 0, the first is 1"
-            )));
+        if *version == 0 {
+            return invalid("has version 0, the first is 1");
         }
         if checked.iter().any(|other| other.id == id) {
-            return Err(Error::invalid(format!(
-                "there are two inline projections \"{name}\" of version {version}"
-            )));
+            return invalid(&format!("is given twice with version {version}"));
         }
-        checked.push(Inline { id, handle: Arc::clone(&wanted.handle) });
+        checked.push(Inline { id, handle: Arc::clone(handle) });
     }
     Ok(checked)
 }

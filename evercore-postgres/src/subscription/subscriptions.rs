@@ -26,153 +26,85 @@ const ATTEMPTS: usize = 3;
 /// means that a handler is running.
 const STEP_OF_ANOTHER: Duration = Duration::from_millis(100);
 
-macro_rules! cursor_columns {
-    () => {
-        "subscription, version, partition, partitions, position, epoch, owner, expires_at, wanted_by, wanted_until, \
-         live_from, status, failed_position, failed_attempts, failed_error, parked_changes"
-    };
+const CURSOR_COLUMNS: &str = "subscription, version, partition, partitions, position, epoch, owner, expires_at, \
+     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, parked_changes";
+
+const PARKED_COLUMNS: &str = "position, aggregate_id, holds_back, attempts, error, parked_at, is_due";
+
+const OF_CURSOR: &str = " WHERE subscription = $1 AND version = $2 AND partition = $3";
+
+/// Each move leaves a dead version of the row, which stays while any transaction has an older snapshot. The revision
+/// grows with each move, and the index has the largest one first, so the server finds the live version without reading
+/// the dead ones. `>=` still matches if another step has moved the cursor while this one waited for it.
+const THIS_CURSOR: &str = "{of_cursor} AND revision >= (SELECT max(c.revision) FROM @cursors c
+    WHERE c.subscription = $1 AND c.version = $2 AND c.partition = $3)";
+
+const SERVER_TIME: &str =
+    "(extract(epoch FROM pg_catalog.clock_timestamp())::numeric * 1000000::numeric)::bigint";
+
+/// Fills in the parts that several statements share.
+fn sql(schema: &Schema, text: &str, types: &[Type]) -> Sql {
+    let text = text.replace("{this_cursor}", THIS_CURSOR).replace("{of_cursor}", OF_CURSOR);
+    let text = text.replace("{cursor_columns}", CURSOR_COLUMNS).replace("{parked_columns}", PARKED_COLUMNS);
+    Sql::new(schema, &text.replace("{server_time}", SERVER_TIME), types)
 }
 
-macro_rules! parked_columns {
-    () => {
-        "position, aggregate_id, holds_back, attempts, error, parked_at, is_due"
-    };
-}
+const BEHIND: &str = "SELECT (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) - position FROM @cursors{this_cursor} AND status = 0";
 
-macro_rules! of_cursor {
-    () => {
-        " WHERE subscription = $1 AND version = $2 AND partition = $3"
-    };
-}
-
-/// Each move leaves a dead version of the row, which stays while any transaction has an older snapshot. The revision grows with
-/// each move, and the index has the largest one first, so the server finds the live version without reading the dead
-/// ones. `>=` still matches if another step has moved the cursor while this one waited for it.
-macro_rules! this_cursor {
-    () => {
-        concat!(
-            of_cursor!(),
-            " AND revision >= (SELECT max(c.revision) FROM @cursors c
-                WHERE c.subscription = $1 AND c.version = $2 AND c.partition = $3)"
-        )
-    };
-}
-
-macro_rules! server_time {
-    () => {
-        "(extract(epoch FROM pg_catalog.clock_timestamp())::numeric * 1000000::numeric)::bigint"
-    };
-}
-
-const BEHIND: &str = concat!(
-    "SELECT (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) - position FROM @cursors",
-    this_cursor!(),
-    " AND status = 0"
-);
-
-const HOLD: &str = concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE");
+const HOLD: &str = "SELECT {cursor_columns} FROM @cursors{this_cursor} FOR UPDATE";
 
 /// Does not wait for a transaction that holds the cursor.
-const HOLD_IF_FREE: &str =
-    concat!("SELECT ", cursor_columns!(), " FROM @cursors", this_cursor!(), " FOR UPDATE SKIP LOCKED");
+const HOLD_IF_FREE: &str = "SELECT {cursor_columns} FROM @cursors{this_cursor} FOR UPDATE SKIP LOCKED";
 
-/// A statement of its own, sent after the lock: the locking statement could read the clock before it waits.
-const CLOCK_AND_MARK: &str = concat!(
-    "SELECT ",
-    server_time!(),
-    ", (SELECT max(revision) FROM @cursors",
-    of_cursor!(),
-    ") IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)"
-);
+/// Sent after the lock, as a separate statement: the locking statement could read the clock before it waits.
+const CLOCK_AND_MARK: &str = "SELECT {server_time}, (SELECT max(revision) FROM @cursors{of_cursor}) IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)";
 
 /// Does nothing if another caller has made the cursor meanwhile.
-const MAKE: &str = concat!(
-    "INSERT INTO @cursors (",
-    cursor_columns!(),
-    ", revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, 0 \
-     WHERE (SELECT max(revision) FROM @cursors",
-    of_cursor!(),
-    ") IS NULL RETURNING position"
-);
+const MAKE: &str = "INSERT INTO @cursors ({cursor_columns}, revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, 0 \
+     WHERE (SELECT max(revision) FROM @cursors{of_cursor}) IS NULL RETURNING position";
 
-const MOVE: &str = concat!(
-    "UPDATE @cursors SET partitions = $4, position = $5, epoch = $6, owner = $7, expires_at = $8, wanted_by = $9, \
+const MOVE: &str = "UPDATE @cursors SET partitions = $4, position = $5, epoch = $6, owner = $7, expires_at = $8, wanted_by = $9, \
          wanted_until = $10, live_from = $11, status = $12, failed_position = $13, failed_attempts = $14, \
-         failed_error = $15, parked_changes = $16, revision = revision + 1",
-    this_cursor!(),
-    " RETURNING position"
-);
+         failed_error = $15, parked_changes = $16, revision = revision + 1{this_cursor} RETURNING position";
 
-/// The most frequent step in one statement: [`Step::take`] of an advance that changes no parked event. It updates no row
-/// if the step would be refused. The step is then taken the long way, which finds the reason.
-const ADVANCE: &str = concat!(
-    "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least(",
-    server_time!(),
-    " + $8, $9),
+/// The most frequent step in one statement: [`Step::take`] of an advance that changes no parked event. It updates no
+/// row if the step would be refused. The step is then taken the long way, which finds the reason.
+const ADVANCE: &str = "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least({server_time} + $8, $9),
          failed_position = CASE WHEN failed_position > $7 THEN failed_position END,
          failed_attempts = CASE WHEN failed_position > $7 THEN failed_attempts END,
-         failed_error = CASE WHEN failed_position > $7 THEN failed_error END",
-    this_cursor!(),
-    " AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
-         AND (SELECT coalesce($11, e.mark) = e.mark FROM @events e WHERE e.position >= $10 ORDER BY e.position LIMIT 1) RETURNING ",
-    cursor_columns!()
-);
+         failed_error = CASE WHEN failed_position > $7 THEN failed_error END{this_cursor} AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
+         AND (SELECT coalesce($11, e.mark) = e.mark FROM @events e WHERE e.position >= $10 ORDER BY e.position LIMIT 1) RETURNING {cursor_columns}";
 
-const REMOVE: &str = concat!("DELETE FROM @cursors", this_cursor!(), " RETURNING position");
+const REMOVE: &str = "DELETE FROM @cursors{this_cursor} RETURNING position";
 
-const KEEP: &str = concat!(
-    "INSERT INTO @parked_events (subscription, version, partition, ",
-    parked_columns!(),
-    ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+const KEEP: &str = "INSERT INTO @parked_events (subscription, version, partition, {parked_columns}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
      ON CONFLICT (subscription, version, partition, position) DO UPDATE
      SET aggregate_id = excluded.aggregate_id, holds_back = excluded.holds_back, attempts = excluded.attempts,
-         error = excluded.error, parked_at = excluded.parked_at, is_due = excluded.is_due"
-);
+         error = excluded.error, parked_at = excluded.parked_at, is_due = excluded.is_due";
 
-const FORGET: &str =
-    concat!("DELETE FROM @parked_events", of_cursor!(), " AND ($4::bigint IS NULL OR position = $4)");
+const FORGET: &str = "DELETE FROM @parked_events{of_cursor} AND ($4::bigint IS NULL OR position = $4)";
 
-const DUE: &str = concat!(
-    "UPDATE @parked_events SET is_due = true",
-    of_cursor!(),
-    " AND ($4::bigint IS NULL OR position = $4)"
-);
+const DUE: &str =
+    "UPDATE @parked_events SET is_due = true{of_cursor} AND ($4::bigint IS NULL OR position = $4)";
 
-const PARKED: &str = concat!(
-    "SELECT ",
-    parked_columns!(),
-    " FROM @parked_events",
-    of_cursor!(),
-    " AND position > $4 ORDER BY position LIMIT $5"
-);
+const PARKED: &str =
+    "SELECT {parked_columns} FROM @parked_events{of_cursor} AND position > $4 ORDER BY position LIMIT $5";
 
 /// Goes from one cursor to the next along the index, which has the live version of each cursor first, so it skips the
 /// dead ones. The condition that no name is empty makes the server use the index.
-const ALL: &str = concat!(
-    "WITH RECURSIVE newest AS ((SELECT ",
-    cursor_columns!(),
-    " FROM @cursors WHERE subscription > '' ORDER BY subscription, version, partition, revision DESC LIMIT 1)
-     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT ",
-    cursor_columns!(),
-    " FROM @cursors WHERE (subscription, version, partition) > (p.subscription, p.version, p.partition)
+const ALL: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @cursors WHERE subscription > '' ORDER BY subscription, version, partition, revision DESC LIMIT 1)
+     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT {cursor_columns} FROM @cursors WHERE (subscription, version, partition) > (p.subscription, p.version, p.partition)
        ORDER BY subscription, version, partition, revision DESC LIMIT 1) AS n)
-     SELECT * FROM newest"
-);
+     SELECT * FROM newest";
 
-const OF_ONE: &str = concat!(
-    "WITH RECURSIVE newest AS ((SELECT ",
-    cursor_columns!(),
-    " FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
-     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT ",
-    cursor_columns!(),
-    " FROM @cursors WHERE subscription = $1 AND (version, partition) > (p.version, p.partition)
+const OF_ONE: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
+     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT {cursor_columns} FROM @cursors WHERE subscription = $1 AND (version, partition) > (p.version, p.partition)
        ORDER BY version, partition, revision DESC LIMIT 1) AS n)
-     SELECT * FROM newest"
-);
+     SELECT * FROM newest";
 
 /// The statements of this module.
 #[derive(Debug)]
-pub(crate) struct SubscriptionSql {
+struct SubscriptionSql {
     hold: Sql,
     behind: Sql,
     hold_if_free: Sql,
@@ -194,14 +126,14 @@ pub(crate) struct SubscriptionSql {
 }
 
 impl SubscriptionSql {
-    pub(crate) fn new(schema: &Schema) -> Self {
+    fn new(schema: &Schema) -> Self {
         const N: Type = Type::INT8;
         const T: Type = Type::TEXT;
         const B: Type = Type::BOOL;
         const ID: [Type; 3] = [T, N, N];
         const CURSOR: [Type; 16] = [T, N, N, N, N, N, T, N, T, N, N, Type::INT4, N, N, T, N];
         const EVENT: [Type; 10] = [T, N, N, N, N, B, N, T, N, B];
-        let sql = |text: &str, types: &[Type]| Sql::new(schema, text, types);
+        let sql = |text: &str, types: &[Type]| sql(schema, text, types);
         Self {
             hold: sql(HOLD, &ID),
             behind: sql(BEHIND, &ID),
@@ -218,7 +150,7 @@ impl SubscriptionSql {
             parked: sql(PARKED, &[T, N, N, N, N]),
             all: sql(ALL, &[]),
             of_one: sql(OF_ONE, &[T]),
-            now: sql(concat!("SELECT ", server_time!()), &[]),
+            now: sql("SELECT {server_time}", &[]),
         }
     }
 }
@@ -490,7 +422,7 @@ impl<'a> Writes<'a> {
         let ready = pools.in_time(self.ready(sender)).await?;
         let sent = async {
             let (rows, committed) = zip(self.rows(&ready), sender.execute("COMMIT")).await;
-            // After an error, COMMIT rolls back and reports no error of its own.
+            // After an error, COMMIT rolls back without reporting one.
             let rows = rows?;
             let is_written = !rows.get(self.of_cursor).is_some_and(Vec::is_empty);
             committed.map(|()| is_written)
