@@ -14,7 +14,7 @@ use evercore_testkit::postgres;
 use serde_json::Value;
 use tokio_postgres::Client;
 
-use crate::connection::user_transaction::START_TIME;
+use crate::connection::user_sql::START_TIME;
 use crate::engine::PostgresEngine;
 use crate::migrate::INSPECT;
 use crate::sql::{MADE, Sql};

@@ -20,7 +20,7 @@ use crate::read::log::Log;
 use crate::read::wait::Watch;
 use crate::settings::Settings;
 use crate::sql::Sql;
-use crate::subscription::inline::InlineProjections;
+use crate::subscription::inline::{InlineProjections, checked};
 use crate::subscription::subscriptions::CursorStore;
 
 /// The parts of an open store. Each holds the parts that it needs.
@@ -49,12 +49,13 @@ impl Store {
         let commands = Arc::new(Commands::new(Arc::clone(&pools)));
         let batches = Batches::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&commands));
         let batches = Arc::new(batches);
-        let inline = InlineProjections::new(
-            Arc::clone(&pools),
-            Arc::clone(&names),
-            Arc::clone(&log),
-            Arc::clone(&cursors),
-        )?;
+        let inline = InlineProjections {
+            pools: Arc::clone(&pools),
+            names: Arc::clone(&names),
+            log: Arc::clone(&log),
+            cursors: Arc::clone(&cursors),
+            all: checked(&pools.settings)?,
+        };
         let with_sql = Arc::new(BatchesWithSql {
             pools: Arc::clone(&pools),
             batches: Arc::clone(&batches),

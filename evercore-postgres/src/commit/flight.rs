@@ -146,7 +146,12 @@ impl Queue {
     /// The jobs of the next flight. If there are none, the leader resigns.
     fn take_or_resign(&self) -> Option<Vec<Job>> {
         let mut waiting = self.lock();
-        if self.resigned(&mut waiting) { None } else { Some(waiting.take()) }
+        waiting.has_leader = !waiting.jobs.is_empty();
+        if !waiting.has_leader {
+            self.idle.notify_waiters();
+            return None;
+        }
+        Some(waiting.take())
     }
 
     /// Lets the callers run that just got an answer: if they commit again, they join this flight instead of the next
@@ -175,15 +180,6 @@ impl Queue {
             }
             resigned.await;
         }
-    }
-
-    /// Whether no job is queued, so that the leader resigns.
-    fn resigned(&self, waiting: &mut Waiting) -> bool {
-        waiting.has_leader = !waiting.jobs.is_empty();
-        if !waiting.has_leader {
-            self.idle.notify_waiters();
-        }
-        !waiting.has_leader
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -234,7 +230,6 @@ pub(crate) fn encoded_bytes(batch: &Batch) -> Result<usize> {
 }
 
 /// Commits batches in flights.
-#[derive(Debug)]
 pub(crate) struct Flights {
     pub(crate) pools: Arc<Pools>,
     pub(crate) names: Arc<Names>,

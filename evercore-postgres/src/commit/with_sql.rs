@@ -10,7 +10,7 @@ use tokio_postgres::Transaction;
 use crate::commit::batch::{Batches, FlightOutcome};
 use crate::commit::commands::Commands;
 use crate::connection::pool::{Checkout, Pools};
-use crate::connection::user_transaction::{Ended, UserTransaction};
+use crate::connection::user_sql::{Ended, UserTransaction};
 use crate::error::{Result, is_ours, is_rolled_back};
 use crate::subscription::inline::InlineProjections;
 
@@ -22,7 +22,6 @@ pub(crate) type UserSql =
 const SQL_OF_COMMIT_WITH: &str = "the SQL of `commit_with`";
 
 /// Writes batches together with the user's SQL.
-#[derive(Debug)]
 pub(crate) struct BatchesWithSql {
     pub(crate) pools: Arc<Pools>,
     pub(crate) batches: Arc<Batches>,

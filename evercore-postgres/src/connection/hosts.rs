@@ -19,8 +19,9 @@ use crate::settings::Schema;
 /// For how long a host that did not answer in time is tried after all others.
 const SILENT: Duration = Duration::from_secs(30);
 
-/// How long to wait after a refused login before the next: the first value, doubled each time, up to the second.
-const REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long to wait after a refused login before the next. The pause is doubled each time, up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The shortest time between two rounds of asking all other hosts whether one has become the primary.
 const ASK_OTHERS: Duration = Duration::from_secs(10);
@@ -104,7 +105,7 @@ impl Hosts {
         if known.refusal.as_ref().is_some_and(|last| last.until > Instant::now()) {
             return;
         }
-        let pause = known.refusal.as_ref().map_or(REFUSED.0, |last| (last.pause * 2).min(REFUSED.1));
+        let pause = known.refusal.as_ref().map_or(FIRST_PAUSE, |last| (last.pause * 2).min(LONGEST_PAUSE));
         let (kind, message) = (error.kind().clone(), error.to_string());
         known.refusal = Some(Refusal { kind, message, pause, until: Instant::now() + pause });
     }

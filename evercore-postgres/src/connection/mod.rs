@@ -8,4 +8,4 @@ pub(crate) mod task;
 #[cfg(feature = "rustls")]
 pub(crate) mod tls;
 pub(crate) mod url;
-pub(crate) mod user_transaction;
+pub(crate) mod user_sql;

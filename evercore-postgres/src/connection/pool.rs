@@ -71,8 +71,6 @@ impl Pools {
         })
     }
 
-    /// # Errors
-    /// `Closed` after [`close`](Self::close).
     pub(crate) fn check_open(&self) -> CoreResult<()> {
         if self.closed.load(Ordering::Acquire) { Err(closed()) } else { Ok(()) }
     }

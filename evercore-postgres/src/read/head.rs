@@ -4,14 +4,10 @@ use evercore_core::Position;
 use tokio::sync::watch;
 
 /// The end of the log as far as this engine knows it, for all that wait for it to grow.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct SeenHead(watch::Sender<i64>);
 
 impl SeenHead {
-    pub(crate) fn new() -> Self {
-        Self(watch::Sender::new(0))
-    }
-
     pub(crate) fn get(&self) -> Position {
         Position::new(*self.0.borrow()).unwrap_or_default()
     }

@@ -15,7 +15,7 @@ use tokio_postgres::{Row, RowStream};
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, check_mark, type_id};
-use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, UsualSize};
+use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Source, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
@@ -133,7 +133,8 @@ impl Loader {
         request: &LoadRequest,
         table: Arc<NameTable>,
     ) -> Result<Option<History>> {
-        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), request.limit);
+        let mut page =
+            Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), request.limit);
         let asked = page.ask();
         let mut rows = self.send(checkout.sender()?, request, asked).await?;
         let Some(row) = rows.try_next().await? else { return Ok(None) };
@@ -215,7 +216,8 @@ impl Loader {
         query: &AggregateQuery,
         table: Arc<NameTable>,
     ) -> Result<Events> {
-        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), query.limit);
+        let mut page =
+            Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), query.limit);
         let names = self.names.mark(checkout.sender()?).await?;
         let range = self.range(query.direction, query.aggregate, (query.from, query.to));
         let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;

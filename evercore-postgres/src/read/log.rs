@@ -14,7 +14,7 @@ use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, sql_id};
 use crate::read::head::SeenHead;
-use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Rest, UsualSize};
+use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Rest, Source, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
@@ -262,7 +262,7 @@ pub(crate) struct Log {
 impl Log {
     pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
         let sql = LogSql::new(&pools.settings.schema);
-        Self { pools, names, sql, usual_size: UsualSize::default(), seen: SeenHead::new() }
+        Self { pools, names, sql, usual_size: UsualSize::default(), seen: SeenHead::default() }
     }
 
     /// Makes the statements that are otherwise made on first use, to check their plans.
@@ -297,7 +297,8 @@ impl Log {
             head.check(query, &table)?;
             Ok((head, Marks::of(rows, query)?))
         };
-        let mut page = Page::new(&self.usual_size, checkout, Arc::clone(&table), query.limit);
+        let mut page =
+            Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), query.limit);
         let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
         let passing: Option<Vec<i32>> = passing.map(|ids| ids.into_iter().map(sql_id).collect());
         let head = checkout.sender()?.ready(&self.sql.head_of_page).await?;
@@ -342,7 +343,7 @@ impl Log {
         table: Arc<NameTable>,
         (after, to): (Position, Position),
     ) -> Result<Events> {
-        let mut page = Page::within(&self.usual_size, sender, table, PageLimit::default());
+        let mut page = Page::new(&self.usual_size, Source::Transaction(sender), table, PageLimit::default());
         let (sql, from, to) = (Arc::clone(&self.sql.all[0]), after.get(), to.get());
         page.fill(Range { sql, order: Order::Position, from, to, rest: Vec::new() }).await?;
         Ok(page.finish().0)

@@ -43,7 +43,7 @@ impl UsualSize {
 
 /// The source of a page's rows.
 #[derive(Clone, Copy)]
-enum Source<'a> {
+pub(crate) enum Source<'a> {
     Checkout(&'a Checkout),
     /// An open transaction. The caller takes care of its connection.
     Transaction(Sender<'a>),
@@ -104,24 +104,10 @@ impl Range {
 impl<'a> Page<'a> {
     pub(crate) fn new(
         usual_size: &'a UsualSize,
-        checkout: &'a Checkout,
+        from: Source<'a>,
         table: Arc<NameTable>,
         limit: PageLimit,
     ) -> Self {
-        Self::of(usual_size, Source::Checkout(checkout), table, limit)
-    }
-
-    /// In an open transaction. `table` also contains the names that were registered in it.
-    pub(crate) fn within(
-        usual_size: &'a UsualSize,
-        sender: Sender<'a>,
-        table: Arc<NameTable>,
-        limit: PageLimit,
-    ) -> Self {
-        Self::of(usual_size, Source::Transaction(sender), table, limit)
-    }
-
-    fn of(usual_size: &'a UsualSize, from: Source<'a>, table: Arc<NameTable>, limit: PageLimit) -> Self {
         let (events, is_full) = (EventsBuilder::new(), limit.max_events() == 0);
         Self {
             usual_size,

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
 use crate::connection::pool::Pools;
-use crate::connection::user_transaction::UserTransaction;
+use crate::connection::user_sql::UserTransaction;
 use crate::error::{Result, damaged};
 use crate::names::Names;
 use crate::read::log::Log;
@@ -24,32 +24,21 @@ use crate::settings::{InlineHandler, InlineProjection, Settings};
 use crate::subscription::subscriptions::CursorStore;
 
 /// The inline projections of an engine.
-#[derive(Debug)]
 pub(crate) struct InlineProjections {
-    pools: Arc<Pools>,
-    names: Arc<Names>,
-    log: Arc<Log>,
-    cursors: Arc<CursorStore>,
-    all: Vec<Inline>,
+    pub(crate) pools: Arc<Pools>,
+    pub(crate) names: Arc<Names>,
+    pub(crate) log: Arc<Log>,
+    pub(crate) cursors: Arc<CursorStore>,
+    pub(crate) all: Vec<Inline>,
 }
 
 /// An inline projection whose name was checked.
-struct Inline {
+pub(crate) struct Inline {
     id: CursorId,
     handle: Arc<InlineHandler>,
 }
 
 impl InlineProjections {
-    pub(crate) fn new(
-        pools: Arc<Pools>,
-        names: Arc<Names>,
-        log: Arc<Log>,
-        cursors: Arc<CursorStore>,
-    ) -> CoreResult<Self> {
-        let all = checked(&pools.settings)?;
-        Ok(Self { pools, names, log, cursors, all })
-    }
-
     pub(crate) fn is_empty(&self) -> bool {
         self.all.is_empty()
     }
@@ -171,14 +160,8 @@ impl Inline {
     }
 }
 
-impl fmt::Debug for Inline {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inline").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
 /// Checks the inline projections before the store is opened.
-fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
+pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
     let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
     for InlineProjection { name, version, handle } in &settings.inline {
         let id = CursorId { subscription: SubscriptionName::new(name)?, version: *version, partition: 0 };

@@ -7,7 +7,7 @@ use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, 
 use tokio_postgres::Transaction;
 
 use crate::connection::task::in_task;
-use crate::connection::user_transaction::{Ended, Fault, UserTransaction};
+use crate::connection::user_sql::{Ended, Fault, UserTransaction};
 use crate::engine::PostgresEngine;
 use crate::error::{Because, PostgresError, Result, outcome_unknown, passes};
 use crate::store::Store;

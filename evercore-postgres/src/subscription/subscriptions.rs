@@ -448,11 +448,10 @@ impl<'a> Writes<'a> {
 
 /// The error for a step whose COMMIT was sent: its outcome is unknown, unless the server says that it rolled back.
 fn unless_rolled_back(error: PostgresError) -> PostgresError {
-    let message = "whether the step took effect is not known";
     if is_rolled_back(&error) {
         return error;
     }
-    Error::new(ErrorKind::OutcomeUnknown, message).because(error).into()
+    Error::new(ErrorKind::OutcomeUnknown, "whether the step took effect is not known").because(error).into()
 }
 
 fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChange) -> (&'a Sql, Rest) {
