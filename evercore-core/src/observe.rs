@@ -81,6 +81,10 @@ const COUNTERS: &[(&str, &str)] = &[
     ("evercore_handler_failures_total", "Handler calls that failed."),
     ("evercore_parked_events_total", "Events that were parked after their handler had failed."),
     ("evercore_skipped_events_total", "Events that were skipped after their handler had failed."),
+    (
+        "evercore_tails_lost_total",
+        "Returns to a stored cursor, because the log had lost events that were read.",
+    ),
     ("evercore_lease_changes_total", "Leases of cursors that were claimed, released, lost or wanted."),
 ];
 

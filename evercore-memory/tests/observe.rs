@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use evercore_memory::{
     Aggregate, AsOf, EventStore, FailureAction, FailurePolicy, Json, MemoryEngine, Sequence, Timestamp,
 };
 use futures_lite::future::block_on;
+use metrics::{Counter, Gauge, Histogram, Key as MetricKey, KeyName, Recorder, SharedString, Unit};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use serde::{Deserialize, Serialize};
 
@@ -175,4 +176,51 @@ fn every_load_is_counted_and_every_metric_is_described() {
         }
     }
     assert_eq!(loads, 5);
+}
+
+/// Collects the names of described metrics.
+#[derive(Default)]
+struct Described(Mutex<BTreeSet<String>>);
+
+impl Described {
+    fn add(&self, name: &KeyName) {
+        self.0.lock().unwrap().insert(name.as_str().to_owned());
+    }
+}
+
+impl Recorder for Described {
+    fn describe_counter(&self, name: KeyName, _: Option<Unit>, _: SharedString) {
+        self.add(&name);
+    }
+
+    fn describe_gauge(&self, name: KeyName, _: Option<Unit>, _: SharedString) {
+        self.add(&name);
+    }
+
+    fn describe_histogram(&self, name: KeyName, _: Option<Unit>, _: SharedString) {
+        self.add(&name);
+    }
+
+    fn register_counter(&self, _: &MetricKey, _: &metrics::Metadata<'_>) -> Counter {
+        Counter::noop()
+    }
+
+    fn register_gauge(&self, _: &MetricKey, _: &metrics::Metadata<'_>) -> Gauge {
+        Gauge::noop()
+    }
+
+    fn register_histogram(&self, _: &MetricKey, _: &metrics::Metadata<'_>) -> Histogram {
+        Histogram::noop()
+    }
+}
+
+/// Some metrics count rare events, so that the test above never sees them.
+#[test]
+fn the_metrics_of_the_guide_are_those_that_are_described() {
+    let _alone = alone();
+    let described = Described::default();
+    metrics::with_local_recorder(&described, || EventStore::new(MemoryEngine::new()));
+    let guide = include_str!("../../docs/observability.md");
+    let names = guide.split('`').filter(|word| word.starts_with("evercore_")).map(str::to_owned);
+    assert_eq!(names.collect::<BTreeSet<_>>(), described.0.into_inner().unwrap());
 }
