@@ -20,7 +20,7 @@ pub struct NameTable {
 
 #[derive(Clone, Debug, Default)]
 struct EventTypes {
-    number: u32,
+    id: u32,
     by_name: HashMap<EventType, u32>,
 }
 
@@ -36,28 +36,28 @@ impl NameTable {
     }
 
     /// The id of this aggregate type.
-    pub fn aggregate_type_number(&self, name: &AggregateType) -> Option<u32> {
-        Some(self.by_name.get(name)?.number)
+    pub fn aggregate_type_id(&self, name: &AggregateType) -> Option<u32> {
+        Some(self.by_name.get(name)?.id)
     }
 
     /// The aggregate type with this id.
-    pub fn aggregate_type(&self, number: u32) -> Option<&AggregateType> {
-        self.aggregate_types.get(number as usize)?.as_ref()
+    pub fn aggregate_type(&self, id: u32) -> Option<&AggregateType> {
+        self.aggregate_types.get(id as usize)?.as_ref()
     }
 
     /// The id of this event type in this aggregate type.
-    pub fn event_type_number(&self, aggregate_type: &AggregateType, name: &EventType) -> Option<u32> {
+    pub fn event_type_id(&self, aggregate_type: &AggregateType, name: &EventType) -> Option<u32> {
         self.by_name.get(aggregate_type)?.by_name.get(name).copied()
     }
 
     /// The ids of all event types of this aggregate type, in any order.
-    pub fn event_type_numbers(&self, aggregate_type: &AggregateType) -> impl Iterator<Item = u32> {
+    pub fn event_type_ids(&self, aggregate_type: &AggregateType) -> impl Iterator<Item = u32> {
         self.by_name.get(aggregate_type).into_iter().flat_map(|known| known.by_name.values().copied())
     }
 
     /// The event type with this id, and its aggregate type.
-    pub fn event_type(&self, number: u32) -> Option<&(AggregateType, EventType)> {
-        self.event_types.get(number as usize)?.as_ref()
+    pub fn event_type(&self, id: u32) -> Option<&(AggregateType, EventType)> {
+        self.event_types.get(id as usize)?.as_ref()
     }
 
     /// The largest id up to which no event type is missing.
@@ -90,7 +90,7 @@ impl NameTable {
         if known().all(|(entry, _)| passes(entry)) {
             return None;
         }
-        Some(known().filter(|(entry, _)| passes(entry)).map(|(_, number)| number).collect())
+        Some(known().filter(|(entry, _)| passes(entry)).map(|(_, id)| id).collect())
     }
 
     /// All names in order.
@@ -101,15 +101,15 @@ impl NameTable {
     }
 
     /// Adds an aggregate type.
-    pub fn set_aggregate_type(&mut self, number: u32, name: &AggregateType) {
-        self.by_name.entry(name.clone()).or_default().number = number;
-        set(&mut self.aggregate_types, number, name.clone());
+    pub fn set_aggregate_type(&mut self, id: u32, name: &AggregateType) {
+        self.by_name.entry(name.clone()).or_default().id = id;
+        set(&mut self.aggregate_types, id, name.clone());
     }
 
     /// Adds an event type. Its aggregate type must be added too.
-    pub fn set_event_type(&mut self, number: u32, aggregate_type: &AggregateType, name: &EventType) {
-        self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), number);
-        set(&mut self.event_types, number, (aggregate_type.clone(), name.clone()));
+    pub fn set_event_type(&mut self, id: u32, aggregate_type: &AggregateType, name: &EventType) {
+        self.by_name.entry(aggregate_type.clone()).or_default().by_name.insert(name.clone(), id);
+        set(&mut self.event_types, id, (aggregate_type.clone(), name.clone()));
         self.complete_on();
     }
 
@@ -117,13 +117,13 @@ impl NameTable {
     /// faster to compare.
     pub fn share_with(&mut self, other: &Self) {
         for name in other.aggregate_types.iter().flatten() {
-            if let Some(number) = self.aggregate_type_number(name) {
-                set(&mut self.aggregate_types, number, name.clone());
+            if let Some(id) = self.aggregate_type_id(name) {
+                set(&mut self.aggregate_types, id, name.clone());
             }
         }
         for (of, name) in other.event_types.iter().flatten() {
-            if let Some(number) = self.event_type_number(of, name) {
-                set(&mut self.event_types, number, (of.clone(), name.clone()));
+            if let Some(id) = self.event_type_id(of, name) {
+                set(&mut self.event_types, id, (of.clone(), name.clone()));
             }
         }
     }
@@ -148,11 +148,11 @@ impl NameTable {
     /// Adds all names of another table.
     pub fn add(&mut self, other: Self) {
         self.complete_to = self.complete_to.max(other.complete_to);
-        for (number, name) in (0..).zip(other.aggregate_types) {
-            name.into_iter().for_each(|name| self.set_aggregate_type(number, &name));
+        for (id, name) in (0..).zip(other.aggregate_types) {
+            name.into_iter().for_each(|name| self.set_aggregate_type(id, &name));
         }
-        for (number, entry) in (0..).zip(other.event_types) {
-            entry.into_iter().for_each(|(of, name)| self.set_event_type(number, &of, &name));
+        for (id, entry) in (0..).zip(other.event_types) {
+            entry.into_iter().for_each(|(of, name)| self.set_event_type(id, &of, &name));
         }
         self.complete_on();
     }
@@ -171,8 +171,8 @@ fn next<T>(places: &[T]) -> u32 {
     u32::try_from(places.len().max(1)).unwrap_or(u32::MAX)
 }
 
-fn set<T: Clone>(places: &mut Vec<Option<T>>, number: u32, value: T) {
-    let place = number as usize;
+fn set<T: Clone>(places: &mut Vec<Option<T>>, id: u32, value: T) {
+    let place = id as usize;
     if places.len() <= place {
         places.resize(place + 1, None);
     }
@@ -188,8 +188,8 @@ mod tests {
         let user = AggregateType::new("user").unwrap();
         let mut table = NameTable::new();
         table.set_aggregate_type(1, &user);
-        for (number, complete_to) in [(2, 0), (1, 2), (4, 2), (3, 4)] {
-            table.set_event_type(number, &user, &EventType::new(format!("e{number}")).unwrap());
+        for (id, complete_to) in [(2, 0), (1, 2), (4, 2), (3, 4)] {
+            table.set_event_type(id, &user, &EventType::new(format!("e{id}")).unwrap());
             assert_eq!(table.complete_to(), complete_to);
         }
     }
@@ -197,11 +197,11 @@ mod tests {
     #[test]
     fn a_gap_that_was_there_at_one_moment_misses_nothing() {
         let user = AggregateType::new("user").unwrap();
-        let table = |numbers: &[u32]| {
+        let table = |ids: &[u32]| {
             let mut table = NameTable::new();
             table.set_aggregate_type(1, &user);
-            for number in numbers {
-                table.set_event_type(*number, &user, &EventType::new(format!("e{number}")).unwrap());
+            for id in ids {
+                table.set_event_type(*id, &user, &EventType::new(format!("e{id}")).unwrap());
             }
             table
         };
@@ -213,13 +213,13 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_that_all_pass_needs_no_numbers() {
+    fn a_filter_that_all_pass_needs_no_ids() {
         let (user, order) = (AggregateType::new("user").unwrap(), AggregateType::new("order").unwrap());
         let created = EventType::new("Created").unwrap();
         let mut table = NameTable::new();
-        for (number, name) in [(1, &user), (2, &order)] {
-            table.set_aggregate_type(number, name);
-            table.set_event_type(number, name, &created);
+        for (id, name) in [(1, &user), (2, &order)] {
+            table.set_aggregate_type(id, name);
+            table.set_event_type(id, name, &created);
         }
         assert_eq!(table.passing(&Filter::all().with_event_type(created)), None);
         assert_eq!(table.passing(&Filter::all().with_aggregate_type(order)), Some(vec![2]));

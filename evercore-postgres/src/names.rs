@@ -157,13 +157,13 @@ pub(crate) fn unknown<'a>(table: &NameTable, batches: impl Iterator<Item = &'a B
     let mut unknown = NameList::default();
     for batch in batches {
         for made in batch.creates() {
-            if table.aggregate_type_number(&made.aggregate_type).is_none() {
+            if table.aggregate_type_id(&made.aggregate_type).is_none() {
                 unknown.add(&made.aggregate_type, None);
             }
         }
         for append in batch.appends() {
             for event in &append.events {
-                if table.event_type_number(&append.aggregate_type, &event.event_type).is_none() {
+                if table.event_type_id(&append.aggregate_type, &event.event_type).is_none() {
                     unknown.add(&append.aggregate_type, Some(&event.event_type));
                 }
             }
@@ -193,8 +193,8 @@ impl NameList {
 
 fn is_known(table: &NameTable, types: &KnownType) -> bool {
     let of = &types.aggregate_type;
-    table.aggregate_type_number(of).is_some()
-        && types.event_types.iter().all(|it| table.event_type_number(of, it).is_some())
+    table.aggregate_type_id(of).is_some()
+        && types.event_types.iter().all(|it| table.event_type_id(of, it).is_some())
 }
 
 impl Names {
@@ -280,7 +280,7 @@ impl<'a> NewNames<'a> {
     fn of(table: &mut NameTable, types: &'a [KnownType]) -> Self {
         let mut new = Self::default();
         for known in types {
-            let of = table.aggregate_type_number(&known.aggregate_type).unwrap_or_else(|| {
+            let of = table.aggregate_type_id(&known.aggregate_type).unwrap_or_else(|| {
                 let id = table.next_aggregate_type();
                 table.set_aggregate_type(id, &known.aggregate_type);
                 new.aggregate_type_ids.push(sql_id(id));
@@ -288,7 +288,7 @@ impl<'a> NewNames<'a> {
                 id
             });
             for name in &known.event_types {
-                if table.event_type_number(&known.aggregate_type, name).is_none() {
+                if table.event_type_id(&known.aggregate_type, name).is_none() {
                     let id = table.next_event_type();
                     table.set_event_type(id, &known.aggregate_type, name);
                     new.event_type_ids.push(sql_id(id));

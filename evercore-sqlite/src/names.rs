@@ -68,7 +68,7 @@ impl Names {
         connection: &Connection,
         name: &AggregateType,
     ) -> Result<Option<u32>> {
-        match self.table().aggregate_type_number(name) {
+        match self.table().aggregate_type_id(name) {
             Some(id) => Ok(Some(id)),
             None => find_aggregate_type(connection, name),
         }
@@ -139,9 +139,7 @@ impl<'a> Registrar<'a> {
 
     /// The id of this aggregate type, if it is registered.
     pub(crate) fn known_aggregate_type_id(&mut self, name: &AggregateType) -> Result<Option<u32>> {
-        if let Some(id) =
-            self.known.aggregate_type_number(name).or_else(|| self.fresh.aggregate_type_number(name))
-        {
+        if let Some(id) = self.known.aggregate_type_id(name).or_else(|| self.fresh.aggregate_type_id(name)) {
             return Ok(Some(id));
         }
         let found = find_aggregate_type(self.connection, name)?;
@@ -183,8 +181,8 @@ impl<'a> Registrar<'a> {
 
     /// The id of this event type, which is registered if it is new.
     pub(crate) fn event_type_id(&mut self, aggregate_type: &AggregateType, name: &EventType) -> Result<u32> {
-        let known = self.known.event_type_number(aggregate_type, name);
-        if let Some(id) = known.or_else(|| self.fresh.event_type_number(aggregate_type, name)) {
+        let known = self.known.event_type_id(aggregate_type, name);
+        if let Some(id) = known.or_else(|| self.fresh.event_type_id(aggregate_type, name)) {
             return Ok(id);
         }
         let aggregate_type_id = self.aggregate_type_id(aggregate_type)?;

@@ -332,7 +332,7 @@ impl<'a> Dependencies<'a> {
     }
 
     fn makes(&mut self, made: &'a NewAggregate, table: &NameTable) -> bool {
-        let Some(type_id) = table.aggregate_type_number(&made.aggregate_type) else { return false };
+        let Some(type_id) = table.aggregate_type_id(&made.aggregate_type) else { return false };
         let key = made.key.as_ref().map(|key| (made.aggregate_type.as_str(), key.as_str()));
         self.reached.insert(made.id, (type_id, Sequence::ZERO)).is_none()
             && key.is_none_or(|key| self.keys.insert(key))
@@ -347,7 +347,7 @@ impl<'a> Dependencies<'a> {
         table: &NameTable,
         new_rows: &mut NewRows<'a>,
     ) -> bool {
-        let Some(type_id) = table.aggregate_type_number(&change.aggregate_type) else { return false };
+        let Some(type_id) = table.aggregate_type_id(&change.aggregate_type) else { return false };
         let follows = match self.reached.insert(change.aggregate, (type_id, change.last)) {
             Some(reached) => reached == (type_id, change.expected) && read.is_none(),
             None => {

@@ -49,7 +49,7 @@ impl Questions {
             aggregates.extend(batch.snapshots().iter().map(|(id, _)| id.get()));
             aggregates.extend(batch.key_changes().iter().map(|change| change.aggregate.get()));
             for (aggregate_type, key) in batch.keys() {
-                let Some(type_id) = table.aggregate_type_number(aggregate_type) else { continue };
+                let Some(type_id) = table.aggregate_type_id(aggregate_type) else { continue };
                 questions.key_types.push(sql_id(type_id));
                 questions.keys.push(key.as_str().to_owned());
             }
@@ -96,7 +96,7 @@ impl Known {
             }
         }
         for made in batch.creates() {
-            let type_id = table.aggregate_type_number(&made.aggregate_type).unwrap_or_default();
+            let type_id = table.aggregate_type_id(&made.aggregate_type).unwrap_or_default();
             let key = made.key.as_ref().map(|key| key.as_str().to_owned());
             let made_now = Aggregate { type_id, sequence: Sequence::ZERO, mark: None, key };
             self.aggregates.insert(made.id.get(), made_now);
@@ -136,7 +136,7 @@ impl Lookup for Answers<'_> {
     }
 
     fn holder(&mut self, aggregate_type: &AggregateType, key: &Key) -> CoreResult<Option<AggregateId>> {
-        let Some(type_id) = self.table.aggregate_type_number(aggregate_type) else { return Ok(None) };
+        let Some(type_id) = self.table.aggregate_type_id(aggregate_type) else { return Ok(None) };
         let holder = self.known.holders.get(&(type_id, key.as_str().to_owned()));
         Ok(holder.copied().map(AggregateId::new).transpose().map_err(damaged)?)
     }

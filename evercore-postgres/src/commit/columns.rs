@@ -197,7 +197,7 @@ impl<'a> NewRows<'a> {
         table: &NameTable,
     ) {
         if self.expected.aggregates.is_empty() {
-            self.event_types = table.event_type_numbers(&change.aggregate_type).map(sql_id).collect();
+            self.event_types = table.event_type_ids(&change.aggregate_type).map(sql_id).collect();
         }
         let (aggregate, sequence) = (change.aggregate.get(), change.expected.get());
         self.expected.push(aggregate, sql_id(type_id), sequence, read.map(Mark::get));
@@ -237,7 +237,7 @@ impl<'a> NewRows<'a> {
     ) -> Result<()> {
         let place = self.events.aggregates.len();
         for made in batch.creates() {
-            let type_id = table.aggregate_type_number(&made.aggregate_type).ok_or(UNREGISTERED)?;
+            let type_id = table.aggregate_type_id(&made.aggregate_type).ok_or(UNREGISTERED)?;
             self.created_at.insert(made.id, self.created.ids.len());
             self.created.ids.push(made.id.get());
             self.created.types.push(sql_id(type_id));
@@ -262,7 +262,7 @@ impl<'a> NewRows<'a> {
         for append in batch.appends() {
             let mut sequence = append.expected;
             for event in &append.events {
-                let type_id = table.event_type_number(&append.aggregate_type, &event.event_type);
+                let type_id = table.event_type_id(&append.aggregate_type, &event.event_type);
                 let row = columns.aggregates.len();
                 sequence = sequence.next();
                 columns.aggregates.push(append.aggregate.get());

@@ -78,7 +78,7 @@ impl Recent {
             let grown = batch.sequence_changes().iter();
             let grown = grown.map(|change| (change.aggregate, &change.aggregate_type, change.last));
             for (aggregate, aggregate_type, sequence) in made.chain(grown) {
-                if let Some(type_id) = table.aggregate_type_number(aggregate_type) {
+                if let Some(type_id) = table.aggregate_type_id(aggregate_type) {
                     book.insert(aggregate, Reached { type_id, sequence, mark: receipt.mark });
                 }
             }
