@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt::{self, Debug};
 use std::future::Future;
+use std::ops::RangeInclusive;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -524,6 +525,18 @@ impl LogQuery {
     pub fn with_limit(mut self, limit: PageLimit) -> Self {
         self.limit = limit;
         self
+    }
+
+    /// The positions to search in a log that ends at `head`, from the smallest to the largest, whatever the direction.
+    ///
+    /// # Errors
+    /// [`CursorAhead`](crate::ErrorKind::CursorAhead) when reading forward from past the head.
+    pub fn range(&self, head: Position) -> Result<RangeInclusive<i64>> {
+        match self.direction {
+            Direction::Forward if self.from > head => Err(Error::cursor_ahead(self.from, head)),
+            Direction::Forward => Ok(self.from.next().get()..=self.to.min(head).get()),
+            Direction::Backward => Ok(self.to.get().max(1)..=self.from.prev().min(head).get()),
+        }
     }
 
     /// What `scanned` is when a page met its limit, or read to the end of what there is.

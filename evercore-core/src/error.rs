@@ -1,7 +1,7 @@
 //! What can go wrong, named by what the caller can do about it.
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::{fmt, io};
 
 use crate::engine::Target;
 use crate::ids::{AggregateId, Position, Sequence};
@@ -162,6 +162,26 @@ impl Error {
         self
     }
 
+    /// The same error, with its cause, and as [detail](Self::detail) the words of the cause that everybody may read.
+    ///
+    /// For engines. `told` gets the cause, then the cause of the cause, and so on, until it returns these words. They must
+    /// not show a payload, a natural key or a password. For an error of the operating system, its code tells them.
+    #[must_use]
+    pub fn with_cause(
+        self,
+        cause: impl Into<BoxError>,
+        told: impl Fn(&(dyn StdError + 'static)) -> Option<String>,
+    ) -> Self {
+        let cause = cause.into();
+        let (mut detail, mut next) = (None, Some(&*cause as &(dyn StdError + 'static)));
+        while let (None, Some(cause)) = (&detail, next) {
+            detail = told(cause).or_else(|| cause.downcast_ref().map(told_by_system));
+            next = cause.source();
+        }
+        let error = self.with_source(cause);
+        detail.into_iter().fold(error, Self::with_detail)
+    }
+
     /// The same error once more, without its source: for the next of several callers who share it.
     #[must_use]
     pub fn again(&self) -> Self {
@@ -247,6 +267,21 @@ impl Error {
     pub fn command_abandoned() -> Self {
         let message = "the command id was settled as never committed; use a new id";
         Self::new(ErrorKind::CommandAbandoned, message)
+    }
+
+    /// The engine is closed.
+    pub fn closed() -> Self {
+        Self::new(ErrorKind::Closed, "the engine is closed, open a new one")
+    }
+
+    /// The engine was opened for reading only.
+    pub fn read_only() -> Self {
+        Self::new(ErrorKind::ReadOnly, "the engine was opened for reading only")
+    }
+
+    /// The answer to a write was lost. `what` names it, for instance "the commit".
+    pub fn outcome_unknown(what: &str) -> Self {
+        Self::new(ErrorKind::OutcomeUnknown, format!("whether {what} took effect is not known"))
     }
 
     /// The store's schema is newer than this library.
@@ -356,6 +391,12 @@ impl Error {
     pub fn cause<E: StdError + 'static>(&self) -> Option<&E> {
         self.0.source.as_deref().and_then(|source| source.downcast_ref())
     }
+}
+
+/// The text of an error of the operating system, without the name of a file.
+fn told_by_system(error: &io::Error) -> String {
+    let code = error.raw_os_error().map(io::Error::from_raw_os_error);
+    code.map_or_else(|| error.kind().to_string(), |error| error.to_string())
 }
 
 impl fmt::Display for Error {

@@ -151,6 +151,12 @@ macro_rules! counter {
             pub const fn next(self) -> Self {
                 self.plus(1)
             }
+
+            #[doc = concat!("The ", $what, " of the event before; [`ZERO`](Self::ZERO) has none and stays.")]
+            #[must_use]
+            pub const fn prev(self) -> Self {
+                if self.0 > 0 { Self(self.0 - 1) } else { self }
+            }
         }
 
         impl fmt::Debug for $name {

@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::{
-    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, ErrorKind,
-    Event, Events, History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked,
-    Position, Receipt, Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage,
-    Timestamp,
+    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, Event, Events,
+    History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position, Receipt,
+    Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
@@ -103,7 +102,9 @@ impl MemoryEngine {
         S: Clone + Send + 'static,
         F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
     {
-        self.state()?.add_inline(InlineProjection::new(name, version, value, handle)?)
+        let mut state = self.state()?;
+        let id = CursorId::of_inline(name, version, state.inline.iter().map(|known| &known.id))?;
+        state.add_inline(InlineProjection::new(id, value, handle))
     }
 
     /// Closes the engine and all its clones. Later calls fail with [`Closed`](ErrorKind::Closed), and the stored events
@@ -120,7 +121,7 @@ impl MemoryEngine {
     pub(crate) fn state(&self) -> Result<MutexGuard<'_, State>> {
         let state = self.lock();
         if state.is_closed {
-            return Err(Error::new(ErrorKind::Closed, "the engine is closed, make a new one"));
+            return Err(Error::closed());
         }
         Ok(state)
     }

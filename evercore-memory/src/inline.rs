@@ -5,18 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use evercore_core::{
     Batch, BoxError, CursorId, CursorStatus, Error, ErrorKind, Event, EventRow, Events, EventsBuilder,
-    Position, Receipt, Result, Step, SubscriptionName, limits,
+    Position, Receipt, Result, Step, limits,
 };
 
 use crate::state::{InlineProjection, State, Write};
 
 impl State {
     pub(crate) fn add_inline(&mut self, inline: InlineProjection) -> Result<()> {
-        if self.inline.iter().any(|known| known.id == inline.id) {
-            let CursorId { subscription, version, .. } = &inline.id;
-            let message = format!("there are two inline projections \"{subscription}\" of version {version}");
-            return Err(Error::invalid(message));
-        }
         self.step(&inline.id, &Step::declare(1, Position::ZERO, Some(Position::ZERO)))?;
         if let Some(events) = self.unhandled(&inline, usize::MAX, &Events::default()) {
             inline.handle(&events)?();
@@ -91,29 +86,18 @@ impl State {
 }
 
 impl InlineProjection {
-    pub(crate) fn new<S, F>(
-        name: impl AsRef<str>,
-        version: u32,
-        value: Arc<Mutex<S>>,
-        handle: F,
-    ) -> Result<Self>
+    pub(crate) fn new<S, F>(id: CursorId, value: Arc<Mutex<S>>, handle: F) -> Self
     where
         S: Clone + Send + 'static,
         F: Fn(&mut S, &[Event]) -> Result<(), BoxError> + Send + Sync + 'static,
     {
-        let id = CursorId { subscription: SubscriptionName::new(name)?, version, partition: 0 };
-        if version == 0 {
-            let message =
-                format!("the inline projection \"{}\" has version 0, the first is 1", id.subscription);
-            return Err(Error::invalid(message));
-        }
         let handle = move |events: &[Event]| -> Result<Write, BoxError> {
             let mut next = value.lock().unwrap_or_else(PoisonError::into_inner).clone();
             handle(&mut next, events)?;
             let value = Arc::clone(&value);
             Ok(Box::new(move || *value.lock().unwrap_or_else(PoisonError::into_inner) = next))
         };
-        Ok(Self { id, handle: Box::new(handle) })
+        Self { id, handle: Box::new(handle) }
     }
 
     fn handle(&self, events: &[Event]) -> Result<Write> {

@@ -33,10 +33,7 @@ impl State {
         let AggregateQuery { aggregate, direction, from, to, limit } = query;
         let (events, _) = match direction {
             Direction::Forward => self.page(self.positions(aggregate, from, to), limit),
-            Direction::Backward => {
-                let below = |sequence: Sequence| Sequence::new(sequence.get() - 1).unwrap_or_default();
-                self.page(self.positions(aggregate, below(to), below(from)).rev(), limit)
-            }
+            Direction::Backward => self.page(self.positions(aggregate, to.prev(), from.prev()).rev(), limit),
         };
         events
     }

@@ -1,34 +1,29 @@
 //! Reads the log of the whole store.
 
-use evercore_core::{Direction, Error, LogPage, LogQuery, Position, Result, Timestamp};
+use std::ops::RangeInclusive;
+
+use evercore_core::{Direction, LogPage, LogQuery, Position, Result, Timestamp};
 
 use crate::state::State;
 
 impl State {
     pub(crate) fn read_log(&self, query: &LogQuery) -> Result<LogPage> {
         let head = self.head();
+        let found = self.matching(query, query.range(head)?);
         let (events, is_full) = match query.direction {
-            Direction::Forward if query.from > head => return Err(Error::cursor_ahead(query.from, head)),
-            Direction::Forward => {
-                let last = query.to.min(head);
-                self.page(self.matching(query, query.from.next(), last), query.limit)
-            }
-            Direction::Backward => {
-                let last = Position::new(query.from.get() - 1).unwrap_or_default().min(head);
-                self.page(self.matching(query, query.to.max(Position::ZERO.next()), last).rev(), query.limit)
-            }
+            Direction::Forward => self.page(found, query.limit),
+            Direction::Backward => self.page(found.rev(), query.limit),
         };
         Ok(LogPage::new(query, events, is_full, head))
     }
 
-    /// The positions from `first` to `last` whose events pass the filter.
+    /// The positions in this range whose events pass the filter.
     fn matching<'a>(
         &'a self,
         query: &'a LogQuery,
-        first: Position,
-        last: Position,
+        range: RangeInclusive<i64>,
     ) -> impl DoubleEndedIterator<Item = Position> + 'a {
-        let positions = (first.get()..=last.get()).filter_map(|position| Position::new(position).ok());
+        let positions = range.filter_map(|position| Position::new(position).ok());
         positions.filter(|position| {
             self.at(*position).is_some_and(|event| query.filter.matches_row(&event.row(*position)))
         })

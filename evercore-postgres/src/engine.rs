@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Events, History, IdBlock,
+    AggregateQuery, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, Events, History, IdBlock,
     KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position, Receipt, Result, Step,
     StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
 };
@@ -73,7 +73,7 @@ impl PostgresEngine {
         let store = Arc::clone(&self.0);
         let register = async move { store.names.register(&store.pools, &types).await };
         let registered = tokio::spawn(register).await;
-        Ok(registered.unwrap_or_else(|_| Err(crate::error::outcome_unknown().into()))?)
+        Ok(registered.unwrap_or_else(|_| Err(Error::outcome_unknown("the commit").into()))?)
     }
 
     async fn list_types(&self) -> Result<Vec<KnownType>> {

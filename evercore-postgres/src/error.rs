@@ -83,10 +83,7 @@ pub(crate) trait Because {
 
 impl Because for Error {
     fn because(self, source: impl Into<BoxError>) -> Self {
-        let source = source.into();
-        let told = detail(&*source);
-        let error = self.with_source(source);
-        told.into_iter().fold(error, Self::with_detail)
+        self.with_cause(source, |cause| cause.downcast_ref().map(told))
     }
 }
 
@@ -94,24 +91,6 @@ impl Because for Error {
 fn said<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a DbError> {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.find_map(|cause| cause.downcast_ref())
-}
-
-/// The text of an error or of its sources, without stored values.
-fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        if let Some(spoken) = cause.downcast_ref::<DbError>() {
-            return Some(told(spoken));
-        }
-        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            return Some(io.raw_os_error().map_or_else(
-                || io.kind().to_string(),
-                |code| std::io::Error::from_raw_os_error(code).to_string(),
-            ));
-        }
-        next = cause.source();
-    }
-    None
 }
 
 /// The SQLSTATE, the names of schema, table, column and constraint, and the message if it cannot contain a value.
@@ -206,21 +185,6 @@ pub(crate) fn not_a_store(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::NotAStore, message)
 }
 
-/// The engine is closed.
-pub(crate) fn closed() -> Error {
-    Error::new(ErrorKind::Closed, "the engine is closed, connect again")
-}
-
-/// The commit may or may not have taken effect.
-pub(crate) fn outcome_unknown() -> Error {
-    Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
-}
-
-/// The engine was connected for reading only.
-pub(crate) fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "the engine is connected for reading only")
-}
-
 /// Maps by SQLSTATE only: messages depend on the server's language and change between releases.
 fn meaning(error: &tokio_postgres::Error) -> (ErrorKind, &'static str) {
     let Some(code) = error.code() else { return without_code(error) };
@@ -292,7 +256,7 @@ fn pool_meaning(error: &PoolError) -> (ErrorKind, &'static str) {
     match error {
         PoolError::Backend(source) => meaning(source),
         PoolError::Timeout(_) => (ErrorKind::Unavailable, "no connection became free in time"),
-        PoolError::Closed => (ErrorKind::Closed, "the engine is closed, connect again"),
+        PoolError::Closed => (ErrorKind::Closed, "the engine is closed, open a new one"),
         PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
             (ErrorKind::Backend, "the connection pool failed")
         }

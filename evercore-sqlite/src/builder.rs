@@ -8,7 +8,6 @@ use rusqlite::Connection;
 
 use crate::connection::path;
 use crate::engine::SqliteEngine;
-use crate::error;
 use crate::settings::{Durability, Settings};
 use crate::store::Store;
 use crate::subscription::inline::{self, InlineProjection};
@@ -219,11 +218,8 @@ impl Builder {
             inline::catch_up_at_open(&store, &inline)?;
             Ok(SqliteEngine::new(store, inline))
         };
-        error::resume_panic(if settings.commit_on_caller_thread {
-            open()
-        } else {
-            blocking::unblock(open).await
-        })
+        let opened = if settings.commit_on_caller_thread { open() } else { blocking::unblock(open).await };
+        opened.map_err(Error::resume_panic)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::commit::flight::OwnSql;
 use crate::commit::queue::Queue;
 use crate::connection::path;
 use crate::connection::reads::Reads;
-use crate::error::{self, SqliteError, outcome_unknown, read_only};
+use crate::error::SqliteError;
 use crate::names::Registrar;
 use crate::read::{load, log, wait};
 use crate::store::Store;
@@ -234,7 +234,7 @@ impl SqliteEngine {
         Box::pin(async move {
             store.check_open()?;
             if store.settings.read_only {
-                return Err(read_only());
+                return Err(Error::read_only());
             }
             if store.settings.commit_on_caller_thread {
                 return work(&store);
@@ -262,14 +262,15 @@ impl SqliteEngine {
             return Ok(Receipt::of(&batch, Position::ZERO, Timestamp::now()));
         }
         if self.store.settings.read_only {
-            return Err(read_only());
+            return Err(Error::read_only());
         }
         if self.store.settings.commit_on_caller_thread {
-            return error::resume_panic(self.queue.commit_here(batch, sql));
+            return self.queue.commit_here(batch, sql).map_err(Error::resume_panic);
         }
         // The commit completes even if the caller goes away. Then only the answer is lost.
         let answer = self.queue.commit(batch, sql)?;
-        error::resume_panic(answer.await.unwrap_or_else(|_| Err(outcome_unknown())))
+        let outcome = answer.await.unwrap_or_else(|_| Err(Error::outcome_unknown("the commit")));
+        outcome.map_err(Error::resume_panic)
     }
 }
 

@@ -1,9 +1,6 @@
 //! Maps errors of SQLite, the file system and the migrations to evercore's error kinds.
 
-use std::any::Any;
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::ffi;
@@ -106,35 +103,6 @@ impl From<Fault> for Error {
     }
 }
 
-/// Continues a panic of the user's SQL in the caller. Until here it was an error.
-pub(crate) fn resume_panic<T>(outcome: Result<T, Error>) -> Result<T, Error> {
-    if let Err(error) = &outcome
-        && let Some(panic) = error.cause::<Panicked>()
-    {
-        panic.resume();
-    }
-    outcome
-}
-
-/// A panic of the user's SQL, carried as an error.
-#[derive(Debug, thiserror::Error)]
-#[error("a panic")]
-pub(crate) struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
-
-impl Panicked {
-    pub(crate) fn new(payload: Box<dyn Any + Send>) -> Self {
-        Self(Mutex::new(Some(payload)))
-    }
-
-    /// Continues the panic, but only once.
-    pub(crate) fn resume(&self) {
-        let payload = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(payload) = payload {
-            resume_unwind(payload);
-        }
-    }
-}
-
 /// Adds a source to an error, and the parts of the source's text that cannot contain a stored value.
 pub(crate) trait Because {
     fn because(self, source: impl Into<BoxError>) -> Self;
@@ -142,35 +110,14 @@ pub(crate) trait Because {
 
 impl Because for Error {
     fn because(self, source: impl Into<BoxError>) -> Self {
-        let source = source.into();
-        let detail = detail(&*source);
-        let error = self.with_source(source);
-        detail.into_iter().fold(error, Self::with_detail)
-    }
-}
-
-/// The text of an error or of its sources, without stored values.
-fn detail(error: &(dyn std::error::Error + 'static)) -> Option<String> {
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        match cause.downcast_ref::<rusqlite::Error>() {
-            Some(rusqlite::Error::SqliteFailure(failure, message)) => {
-                return Some(public_text(*failure, message.as_deref()));
+        self.with_cause(source, |cause| match cause.downcast_ref()? {
+            rusqlite::Error::SqliteFailure(failure, message) => {
+                Some(public_text(*failure, message.as_deref()))
             }
-            Some(rusqlite::Error::SqlInputError { error, msg, .. }) => {
-                return Some(public_text(*error, Some(msg)));
-            }
-            _ => {}
-        }
-        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            return Some(io.raw_os_error().map_or_else(
-                || io.kind().to_string(),
-                |code| std::io::Error::from_raw_os_error(code).to_string(),
-            ));
-        }
-        next = cause.source();
+            rusqlite::Error::SqlInputError { error, msg, .. } => Some(public_text(*error, Some(msg))),
+            _ => None,
+        })
     }
-    None
 }
 
 /// The result code, and SQLite's message if it cannot contain a value. A message may name a constraint or a table. The
@@ -195,21 +142,6 @@ fn at(path: &Path, error: SqliteError) -> Error {
 /// A value in the file that evercore cannot have written.
 pub(crate) fn damaged(error: impl Into<BoxError>) -> SqliteError {
     SqliteError::Damaged(error.into())
-}
-
-/// The engine is closed.
-pub(crate) fn closed() -> Error {
-    Error::new(ErrorKind::Closed, "the engine is closed, open it again")
-}
-
-/// A commit may have taken effect or not.
-pub(crate) fn outcome_unknown() -> Error {
-    Error::new(ErrorKind::OutcomeUnknown, "whether the commit took effect is not known")
-}
-
-/// The engine was opened for reading only.
-pub(crate) fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "the store was opened for reading only")
 }
 
 /// SQLite's primary result code, if the error comes from SQLite.

@@ -13,7 +13,7 @@ use crate::connection::open::{self, Role};
 use crate::connection::pool::Readers;
 use crate::connection::transaction::{self, Failure};
 use crate::connection::wal;
-use crate::error::{self, SqliteError, closed};
+use crate::error::{self, SqliteError};
 use crate::log_end::LogEnd;
 use crate::migrate::{self, Identity, not_a_store};
 use crate::names::Names;
@@ -96,7 +96,7 @@ impl Store {
                     "the engine has closed itself because the disk failed during a commit, open it again";
                 Err(Error::new(ErrorKind::Closed, message))
             }
-            _ => Err(closed()),
+            _ => Err(Error::closed()),
         }
     }
 
@@ -139,7 +139,7 @@ impl Store {
     /// Waits for the writer.
     pub(crate) fn lock(&self) -> Result<LockedWriter<'_>> {
         if self.settings.read_only {
-            return Err(error::read_only());
+            return Err(Error::read_only());
         }
         let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let writer = self.writer.lock();
@@ -150,7 +150,7 @@ impl Store {
                 // A panic during a transaction. Dropping the connection rolls it back and unlocks the file.
                 self.fail(&mut LockedWriter(poisoned.into_inner()));
                 self.writer.clear_poison();
-                return Err(closed());
+                return Err(Error::closed());
             }
         };
         self.check_open()?;
@@ -170,7 +170,7 @@ impl Store {
             Failure::RolledBack(error) => error.into(),
             Failure::Unknown => {
                 self.fail(writer);
-                error::outcome_unknown()
+                Error::outcome_unknown("the commit")
             }
         }
     }
@@ -283,7 +283,7 @@ pub(crate) struct LockedWriter<'a>(MutexGuard<'a, Option<Writer>>);
 
 impl LockedWriter<'_> {
     pub(crate) fn get(&mut self) -> Result<&mut Writer> {
-        self.0.as_mut().ok_or_else(closed)
+        self.0.as_mut().ok_or_else(Error::closed)
     }
 }
 

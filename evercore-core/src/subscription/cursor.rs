@@ -17,6 +17,35 @@ pub struct CursorId {
     pub partition: u32,
 }
 
+impl CursorId {
+    /// The cursor of an inline projection: it has one partition. `others` are the cursors of the inline projections that
+    /// the engine has already.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) if the name breaks a rule; [`Invalid`](ErrorKind::Invalid) if the version is
+    /// 0, or if there is an inline projection of this name and version.
+    pub fn of_inline<'a>(
+        name: impl AsRef<str>,
+        version: u32,
+        others: impl IntoIterator<Item = &'a Self>,
+    ) -> Result<Self> {
+        let subscription = SubscriptionName::new(name)?;
+        if version == 0 {
+            let message = format!("inline projection \"{subscription}\" has version 0, the first is 1");
+            return Err(Error::invalid(message));
+        }
+        let id = Self { subscription, version, partition: 0 };
+        if others.into_iter().any(|other| *other == id) {
+            let message = format!(
+                "there are two inline projections \"{}\" of version {version}: give one of them another name",
+                id.subscription
+            );
+            return Err(Error::invalid(message));
+        }
+        Ok(id)
+    }
+}
+
 /// The right to move a cursor: the owner, and the epoch, which grows with every claim. Every move names both.
 ///
 /// For a sink outside of the store the epoch is a fencing token: let the sink refuse an epoch smaller than the last one for

@@ -11,9 +11,7 @@ use crate::commit::flight::encoded_bytes;
 use crate::commit::with_sql::UserSql;
 use crate::connection::task::in_task;
 use crate::engine::PostgresEngine;
-use crate::error::outcome_unknown;
 use crate::store::Store;
-use crate::subscription::inline::resume_panic;
 
 impl PostgresEngine {
     /// Commits a unit of work together with your own SQL in one transaction, for example a row of a read model or a
@@ -78,7 +76,7 @@ impl PostgresEngine {
         let store = Arc::clone(self.store());
         let sql: UserSql = Box::new(sql);
         work.commit_by(|batch| async move {
-            in_task(async move { commit(&store, batch, sql).await }).await?.map_err(resume_panic)
+            in_task(async move { commit(&store, batch, sql).await }).await?.map_err(Error::resume_panic)
         })
         .await
     }
@@ -93,13 +91,13 @@ async fn commit(store: &Store, batch: Batch, sql: UserSql) -> Result<Receipt> {
     // The SQL runs only once, so after an error the caller must try again.
     let outcome = match committed.map_err(|error| pools.if_stale(error))? {
         FlightOutcome::Done(outcomes) => {
-            outcomes.into_iter().next().unwrap_or_else(|| Err(outcome_unknown()))
+            outcomes.into_iter().next().unwrap_or_else(|| Err(Error::outcome_unknown("the commit")))
         }
         FlightOutcome::Recheck => Err(Error::new(
             ErrorKind::Unavailable,
             "a concurrent commit conflicted with this one, nothing was written, try again",
         )),
-        FlightOutcome::Unknown => Err(outcome_unknown()),
+        FlightOutcome::Unknown => Err(Error::outcome_unknown("the commit")),
     }?;
     store.watch.announce(outcome.last);
     Ok(outcome)

@@ -19,10 +19,9 @@ use crate::commit::batch::{Batches, FlightOutcome};
 use crate::commit::with_sql::BatchesWithSql;
 use crate::connection::pool::Pools;
 use crate::connection::task::no_runtime;
-use crate::error::{PostgresError, is_stale, outcome_unknown, passes};
+use crate::error::{PostgresError, is_stale, passes};
 use crate::names::Names;
 use crate::read::wait::Watch;
-use crate::subscription::inline::resume_panic;
 
 /// How many events one flight carries, unless a single batch has more.
 const MOST_EVENTS: usize = 10_000;
@@ -262,9 +261,9 @@ impl Flights {
                 Err(_) => answer.await,
             };
             match answered {
-                Ok(Answer::Outcome(outcome)) => return outcome.map_err(resume_panic),
+                Ok(Answer::Outcome(outcome)) => return outcome.map_err(Error::resume_panic),
                 Ok(Answer::Back(unsent)) => batch = *unsent,
-                Err(_) => return Err(outcome_unknown()),
+                Err(_) => return Err(Error::outcome_unknown("the commit")),
             }
         }
         let message = "the runtime that was to carry out the commit has ended, and nothing was written";
@@ -307,7 +306,7 @@ impl Flights {
         }
         match outcome {
             Ok(FlightOutcome::Done(outcomes)) => outcomes,
-            Ok(FlightOutcome::Unknown) => all(batches, &outcome_unknown()),
+            Ok(FlightOutcome::Unknown) => all(batches, &Error::outcome_unknown("the commit")),
             Ok(FlightOutcome::Recheck) => {
                 let message =
                     "concurrent commits kept conflicting with this one, and nothing was written: try again";

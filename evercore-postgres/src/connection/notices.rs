@@ -3,6 +3,7 @@
 //! A commit that waits for a synchronous standby can be made to give up the wait, by `pg_cancel_backend` or a cancel
 //! request. The server then still reports success, with a warning: the commit took effect, but a failover may lose it.
 
+use evercore_core::Error;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio_postgres::Row;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
-use crate::error::{Result, outcome_unknown};
+use crate::error::Result;
 
 /// How often the server has warned that a commit may not have been replicated. A warning comes before the answer of its
 /// commit. All connections of an engine share the number, so a commit that runs at the same time is in doubt too.
@@ -47,7 +48,7 @@ impl Notices {
         let before = self.0.load(Ordering::Acquire);
         let outcome = work.await?;
         if has_written(&outcome) && self.0.load(Ordering::Acquire) != before {
-            return Err(outcome_unknown().into());
+            return Err(Error::outcome_unknown("the commit").into());
         }
         Ok(outcome)
     }

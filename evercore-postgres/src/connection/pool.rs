@@ -18,9 +18,7 @@ use tokio_postgres::NoTls;
 
 use crate::connection::connect::Address;
 use crate::connection::notices::Notices;
-use crate::error::{
-    Because, PostgresError, Result, closed, is_rolled_back, is_stale, read_only, takes_no_writes,
-};
+use crate::error::{Because, PostgresError, Result, is_rolled_back, is_stale, takes_no_writes};
 use crate::settings::Settings;
 use crate::sql::Sender;
 
@@ -72,12 +70,12 @@ impl Pools {
     }
 
     pub(crate) fn check_open(&self) -> CoreResult<()> {
-        if self.closed.load(Ordering::Acquire) { Err(closed()) } else { Ok(()) }
+        if self.closed.load(Ordering::Acquire) { Err(Error::closed()) } else { Ok(()) }
     }
 
     pub(crate) fn check_writable(&self) -> CoreResult<()> {
         self.check_open()?;
-        if self.settings.read_only { Err(read_only()) } else { Ok(()) }
+        if self.settings.read_only { Err(Error::read_only()) } else { Ok(()) }
     }
 
     /// From now on calls are `Closed`.
@@ -133,7 +131,7 @@ impl Pools {
         let object =
             object.map_err(|_| Error::new(ErrorKind::Unavailable, "no connection became free in time"))?;
         let object = object.map_err(|error| match error {
-            PoolError::Closed => closed().into(),
+            PoolError::Closed => Error::closed().into(),
             error => PostgresError::from(error),
         })?;
         Ok(Checkout {

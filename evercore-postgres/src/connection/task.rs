@@ -6,8 +6,6 @@ use std::panic::resume_unwind;
 use evercore_core::{Error, ErrorKind};
 use tokio::runtime::{Handle, TryCurrentError};
 
-use crate::error::outcome_unknown;
-
 /// Runs the work to its end even if the caller is dropped. A panic of the work continues in the caller.
 pub(crate) async fn in_task<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
@@ -17,7 +15,7 @@ pub(crate) async fn in_task<T: Send + 'static>(
         Ok(outcome) => Ok(outcome),
         Err(error) => match error.try_into_panic() {
             Ok(panic) => resume_unwind(panic),
-            Err(_) => Err(outcome_unknown()),
+            Err(_) => Err(Error::outcome_unknown("the commit")),
         },
     }
 }

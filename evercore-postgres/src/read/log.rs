@@ -224,9 +224,7 @@ impl LogEnd {
 
     /// Checks that the query can be answered, and with the names in the table.
     fn check(&self, query: &LogQuery, table: &NameTable) -> Result<()> {
-        if query.direction == Direction::Forward && query.from > self.position {
-            return Err(Error::cursor_ahead(query.from, self.position).into());
-        }
+        query.range(self.position)?;
         if table.mark() == self.names { Ok(()) } else { Err(PostgresError::OtherNames) }
     }
 }

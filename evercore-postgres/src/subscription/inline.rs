@@ -2,14 +2,12 @@
 //!
 //! Each has a cursor in the store, so that it sees every event once, also those that other processes commit.
 
-use std::any::Any;
-use std::fmt;
-use std::panic::{AssertUnwindSafe, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 
 use evercore_core::{
-    BoxError, BoxFuture, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, Position,
-    Result as CoreResult, Step, SubscriptionName, limits,
+    BoxError, BoxFuture, CaughtPanic, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, Position,
+    Result as CoreResult, Step, limits,
 };
 use futures_lite::FutureExt;
 use tokio::time::Instant;
@@ -49,7 +47,7 @@ impl InlineProjections {
             let begin = Step::declare(1, Position::ZERO, Some(Position::ZERO));
             self.cursors.step(&inline.id, &begin).await?;
             let catch_up = || self.pools.again_if_stale(|| self.catch_up_once(inline));
-            while catch_up().await.map_err(|error| resume_panic(error.into()))? {}
+            while catch_up().await.map_err(|error| Error::from(error).resume_panic())? {}
         }
         Ok(())
     }
@@ -150,7 +148,7 @@ impl Inline {
     ) -> BoxFuture<'t, Result<(), BoxError>> {
         Box::pin(async move {
             let handled = AssertUnwindSafe(async { (self.handle)(transaction, events).await });
-            handled.catch_unwind().await.unwrap_or_else(|panic| Err(Panicked(Mutex::new(Some(panic))).into()))
+            handled.catch_unwind().await.unwrap_or_else(|panic| Err(CaughtPanic::new(panic).into()))
         })
     }
 
@@ -164,46 +162,12 @@ impl Inline {
 pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
     let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
     for InlineProjection { name, version, handle } in &settings.inline {
-        let id = CursorId { subscription: SubscriptionName::new(name)?, version: *version, partition: 0 };
-        let invalid = |why: &str| Err(Error::invalid(format!("inline projection \"{name}\" {why}")));
+        let id = CursorId::of_inline(name, *version, checked.iter().map(|other| &other.id))?;
         if settings.read_only {
-            return invalid("needs to write, but the engine is connected for reading only");
-        }
-        if *version == 0 {
-            return invalid("has version 0, the first is 1");
-        }
-        if checked.iter().any(|other| other.id == id) {
-            return invalid(&format!("is given twice with version {version}"));
+            let why = "needs to write, but the engine is connected for reading only";
+            return Err(Error::invalid(format!("inline projection \"{name}\" {why}")));
         }
         checked.push(Inline { id, handle: Arc::clone(handle) });
     }
     Ok(checked)
-}
-
-/// The panic of a handler, as an error that carries it to the caller.
-struct Panicked(Mutex<Option<Box<dyn Any + Send>>>);
-
-impl fmt::Debug for Panicked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Panicked")
-    }
-}
-
-impl fmt::Display for Panicked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an inline projection panicked")
-    }
-}
-
-impl std::error::Error for Panicked {}
-
-/// Call it in the caller's task: continues a panic, and returns any other error unchanged.
-pub(crate) fn resume_panic(error: Error) -> Error {
-    let panicked = error.cause::<Panicked>();
-    let panic =
-        panicked.and_then(|panicked| panicked.0.lock().unwrap_or_else(PoisonError::into_inner).take());
-    match panic {
-        Some(panic) => resume_unwind(panic),
-        None => error,
-    }
 }

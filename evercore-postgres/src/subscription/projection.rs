@@ -3,13 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use evercore_core::{Advance, BoxError, BoxFuture, Delivery, ErrorKind, Outcome, Sink, Step};
+use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Error, ErrorKind, Outcome, Sink, Step};
 use tokio_postgres::Transaction;
 
 use crate::connection::task::in_task;
 use crate::connection::user_sql::{Ended, Fault, UserTransaction};
 use crate::engine::PostgresEngine;
-use crate::error::{Because, PostgresError, Result, outcome_unknown, passes};
+use crate::error::{Because, PostgresError, Result, passes};
 use crate::store::Store;
 
 /// Names the projection in error texts.
@@ -117,7 +117,9 @@ async fn deliver_once(store: &Store, handle: &Handle, delivery: &Delivery, step:
         match transaction.commit(WHAT).await {
             Ended::Committed => {}
             Ended::RolledBack(error) => return failed_or_refused(error),
-            Ended::Unknown(error) => return Ok(Outcome::Refused(outcome_unknown().because(error))),
+            Ended::Unknown(error) => {
+                return Ok(Outcome::Refused(Error::outcome_unknown("the commit").because(error)));
+            }
         }
     }
     let cursor = moved?;

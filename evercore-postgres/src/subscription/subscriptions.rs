@@ -451,7 +451,7 @@ fn unless_rolled_back(error: PostgresError) -> PostgresError {
     if is_rolled_back(&error) {
         return error;
     }
-    Error::new(ErrorKind::OutcomeUnknown, "whether the step took effect is not known").because(error).into()
+    Error::outcome_unknown("the step").because(error).into()
 }
 
 fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChange) -> (&'a Sql, Rest) {

@@ -10,7 +10,7 @@ use rusqlite::Connection;
 use crate::commit::batch::BatchWriter;
 use crate::connection::transaction::{self, Failure};
 use crate::connection::user_sql;
-use crate::error::{self, SqliteError, closed, outcome_unknown};
+use crate::error::{self, SqliteError};
 use crate::store::{LockedWriter, Store};
 use crate::subscription::inline::{self, InlineProjection};
 
@@ -104,14 +104,14 @@ impl Flights<'_> {
         if batches.is_empty() {
             return Vec::new();
         }
-        let Ok(open) = writer.get() else { return for_all(batches, &closed()) };
+        let Ok(open) = writer.get() else { return for_all(batches, &Error::closed()) };
         let written = self
             .transact(&open.connection, |writer| batches.iter().map(|batch| writer.batch(batch)).collect());
         match written {
             Ok(outcomes) => outcomes,
             Err(Failure::Unknown) => {
                 self.store.fail(writer);
-                for_all(batches, &outcome_unknown())
+                for_all(batches, &Error::outcome_unknown("the commit"))
             }
             // A lock of another process is not the fault of one batch.
             Err(Failure::RolledBack(SqliteError::Sqlite(busy))) if error::is_busy(&busy) => {

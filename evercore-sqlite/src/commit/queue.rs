@@ -13,7 +13,6 @@ use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 
 use crate::commit::flight::{Answer, Flights, Job, OwnSql, refuse};
-use crate::error::outcome_unknown;
 use crate::store::Store;
 use crate::subscription::inline::InlineProjection;
 
@@ -92,7 +91,7 @@ impl Queue {
             }
             Err(error) => refuse(self.shared.take_jobs(), &error),
         }
-        answer.try_recv().ok().flatten().unwrap_or_else(|| Err(outcome_unknown()))
+        answer.try_recv().ok().flatten().unwrap_or_else(|| Err(Error::outcome_unknown("the commit")))
     }
 
     /// Runs a write on the engine's own thread. It does not begin if the caller goes away before its turn.
@@ -107,7 +106,7 @@ impl Queue {
             }
         });
         self.push(|waiting| waiting.writes.push_back(write))?;
-        answer.await.unwrap_or_else(|_| Err(outcome_unknown()))
+        answer.await.unwrap_or_else(|_| Err(Error::outcome_unknown("the commit")))
     }
 
     /// Lets the thread look for commits of other processes while the result is held.

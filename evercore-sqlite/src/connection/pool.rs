@@ -8,7 +8,7 @@ use evercore_core::{Error, ErrorKind};
 use rusqlite::Connection;
 
 use crate::connection::open::{self, Role};
-use crate::error::{Result, closed};
+use crate::error::Result;
 use crate::settings::Settings;
 
 /// The read connections of one store, shared by all calls.
@@ -49,7 +49,7 @@ impl Readers {
     pub(crate) fn read_separately<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
         let mut state = self.lock();
         if state.is_closed {
-            return Err(closed().into());
+            return Err(Error::closed().into());
         }
         state.separate += 1;
         drop(state);
@@ -82,7 +82,7 @@ impl Readers {
         let mut state = self.lock();
         loop {
             if state.is_closed {
-                return Err(closed().into());
+                return Err(Error::closed().into());
             }
             if let Some(connection) = state.idle.pop() {
                 state.in_use += 1;

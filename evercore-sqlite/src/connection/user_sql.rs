@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_core::{BoxError, Error, ErrorKind};
+use evercore_core::{BoxError, CaughtPanic, Error, ErrorKind};
 use rusqlite::Connection;
 
-use crate::error::{Because, Fault, Panicked, Result};
+use crate::error::{Because, Fault, Result};
 
 /// How many steps of SQLite's virtual machine run between two checks of the time: some microseconds.
 const STEPS_PER_CHECK: i32 = 1_000;
@@ -23,7 +23,7 @@ pub(crate) fn run(
     let limits = Limits::set(connection, timeout)?;
     // A panic may leave the transaction half done, but the transaction is then rolled back.
     let outcome = catch_unwind(AssertUnwindSafe(|| sql(connection)));
-    limits.check(what, outcome.unwrap_or_else(|payload| Err(Panicked::new(payload).into())))?;
+    limits.check(what, outcome.unwrap_or_else(|payload| Err(CaughtPanic::new(payload).into())))?;
     Ok(())
 }
 
@@ -64,7 +64,7 @@ impl<'a> Limits<'a> {
             (Some(refusal), Ok(())) => Err(Fault::BrokeRules(refusal)),
             (Some(refusal), Err(source)) => Err(Fault::BrokeRules(refusal.because(source))),
             (None, Err(source)) => {
-                let did = if source.is::<Panicked>() { "panicked" } else { "failed" };
+                let did = if source.is::<CaughtPanic>() { "panicked" } else { "failed" };
                 Err(Fault::Failed { message: format!("{what} {did}"), source })
             }
         }
@@ -72,7 +72,7 @@ impl<'a> Limits<'a> {
 
     /// The time-out comes first: an interrupted statement rolls back by itself, as some errors do.
     fn broken_rule(&self, what: &str, error: Option<&BoxError>) -> Option<Error> {
-        if error.is_some_and(|error| error.is::<Panicked>()) {
+        if error.is_some_and(|error| error.is::<CaughtPanic>()) {
             return None;
         }
         if is_past(self.until) {

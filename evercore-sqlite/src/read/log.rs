@@ -2,9 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use evercore_core::{
-    AggregateId, Direction, Error, Events, LogPage, LogQuery, PageLimit, Position, Timestamp,
-};
+use evercore_core::{AggregateId, Direction, Events, LogPage, LogQuery, PageLimit, Position, Timestamp};
 use rusqlite::{Connection, params_from_iter};
 
 use crate::error::{Result, damaged};
@@ -70,29 +68,17 @@ const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
 /// page.
 pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> Result<LogPage> {
     let head = LogEnd::read(connection)?.position;
-    if query.direction == Direction::Forward && query.from > head {
-        return Err(Error::cursor_ahead(query.from, head).into());
-    }
-    let page = matching(connection, names, query, head)?;
+    let page = matching(connection, names, query, query.range(head)?)?;
     let is_full = page.is_full();
     Ok(LogPage::new(query, page.finish(), is_full, head))
-}
-
-/// The positions to read, in both directions from the lowest to the highest.
-fn range(query: &LogQuery, head: Position) -> RangeInclusive<i64> {
-    match query.direction {
-        Direction::Forward => query.from.next().get()..=query.to.min(head).get(),
-        Direction::Backward => query.to.get().max(1)..=(query.from.get() - 1).min(head.get()),
-    }
 }
 
 fn matching<'a>(
     connection: &'a Connection,
     names: &'a Names,
     query: &LogQuery,
-    head: Position,
+    range: RangeInclusive<i64>,
 ) -> Result<Page<'a>> {
-    let range = range(query, head);
     let mut page = Page::new(connection, names, query.limit);
     if page.is_full() || range.is_empty() {
         return Ok(page);

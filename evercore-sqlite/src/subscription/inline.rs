@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use evercore_core::{BoxError, CursorId, Error, Event, PageLimit, Position, Result, Step, SubscriptionName};
+use evercore_core::{BoxError, CursorId, Event, PageLimit, Position, Result, Step};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::connection::user_sql;
@@ -56,16 +56,10 @@ impl InlineProjection {
 
     /// Refuses projections with a wrong name or version, and one that is there twice.
     pub(crate) fn check(projections: &[Self]) -> Result<()> {
-        for (index, projection) in projections.iter().enumerate() {
-            projection.id()?;
-            if projection.version == 0 {
-                return Err(Error::invalid(format!("{} has version 0, the first is 1", projection.title)));
-            }
-            if projections[..index].iter().any(|other| other.key() == projection.key()) {
-                let (name, version) = projection.key();
-                let message = format!("there are two inline projections \"{name}\" of version {version}");
-                return Err(Error::invalid(message));
-            }
+        let mut ids: Vec<CursorId> = Vec::with_capacity(projections.len());
+        for projection in projections {
+            let id = CursorId::of_inline(&projection.name, projection.version, &ids)?;
+            ids.push(id);
         }
         Ok(())
     }
@@ -114,7 +108,7 @@ impl InlineProjection {
     }
 
     fn id(&self) -> Result<CursorId> {
-        Ok(CursorId { subscription: SubscriptionName::new(&self.name)?, version: self.version, partition: 0 })
+        CursorId::of_inline(&self.name, self.version, [])
     }
 }
 

@@ -3,13 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Result, Sink, Step};
+use evercore_core::{Advance, BoxError, BoxFuture, CaughtPanic, Delivery, Outcome, Result, Sink, Step};
 use rusqlite::Connection;
 
 use crate::connection::transaction::{self, Failure};
 use crate::connection::user_sql;
 use crate::engine::SqliteEngine;
-use crate::error::{self, Panicked, SqliteError};
+use crate::error::{self, SqliteError};
 use crate::store::Store;
 use crate::subscription::subscriptions;
 
@@ -70,7 +70,7 @@ impl Sink for Projection {
         Box::pin(async move {
             let outcome = outcome.await.unwrap_or_else(Outcome::Refused);
             if let Outcome::Failed { error, .. } = &outcome
-                && let Some(panic) = error.downcast_ref::<Panicked>()
+                && let Some(panic) = error.downcast_ref::<CaughtPanic>()
             {
                 panic.resume();
             }
