@@ -247,6 +247,17 @@ pub struct Event {
     row: usize,
 }
 
+impl Metadata {
+    /// Sets this event as the cause: its position becomes the causation id, and its correlation id is kept. If it has
+    /// no correlation id, it starts the conversation, and its position becomes the correlation id.
+    #[must_use]
+    pub fn caused_by(self, event: &Event) -> Self {
+        let position: Arc<str> = event.position().to_string().into();
+        let correlation_id = event.correlation_id().map_or_else(|| Arc::clone(&position), Arc::from);
+        self.with_cause(correlation_id, position)
+    }
+}
+
 impl Event {
     fn row(&self) -> &Row {
         &self.page.0.rows[self.row]

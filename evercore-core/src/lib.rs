@@ -4,6 +4,7 @@
 
 mod aggregate;
 mod ahead;
+mod backoff;
 mod batch;
 mod check;
 mod command;
@@ -44,6 +45,7 @@ mod turn;
 mod unit_of_work;
 
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
+pub use backoff::RetryPolicy;
 pub use batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, SequenceChange, Snapshot};
 pub use check::{Checked, Lookup, StoredAggregate};
 pub use command::{Command, KnownCommand};
@@ -67,7 +69,6 @@ pub use name_table::NameTable;
 pub use panic::CaughtPanic;
 pub use read_store::ReadStore;
 pub use replay::AsOf;
-pub use retry::RetryPolicy;
 #[cfg(feature = "json")]
 pub use state::{Patch, StateAggregate};
 pub use store::EventStore;

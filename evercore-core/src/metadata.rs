@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::event::Event;
 use crate::limits;
 use crate::time::Timestamp;
 
@@ -80,13 +79,9 @@ impl Metadata {
         Ok(self)
     }
 
-    /// Sets this event as the cause: its position becomes the causation id, and its correlation id is kept. If it has
-    /// no correlation id, it starts the conversation, and its position becomes the correlation id.
-    #[must_use]
-    pub fn caused_by(mut self, event: &Event) -> Self {
-        let position: Arc<str> = event.position().to_string().into();
-        self.correlation_id = Some(event.correlation_id().map_or_else(|| Arc::clone(&position), Arc::from));
-        self.causation_id = Some(position);
+    pub(crate) fn with_cause(mut self, correlation_id: Arc<str>, causation_id: Arc<str>) -> Self {
+        self.correlation_id = Some(correlation_id);
+        self.causation_id = Some(causation_id);
         self
     }
 

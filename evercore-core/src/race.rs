@@ -42,40 +42,40 @@ pub(crate) async fn others_first() {
     .await;
 }
 
-/// Wakes all listeners when it rings.
+/// A signal that wakes all listeners, and counts how often it was sent.
 #[derive(Debug, Default)]
-pub(crate) struct Bell(Mutex<Rung>);
+pub(crate) struct Signal(Mutex<Sent>);
 
 #[derive(Debug, Default)]
-struct Rung {
-    times: u64,
+struct Sent {
+    count: u64,
     listeners: BTreeMap<u64, Waker>,
     next_listener: u64,
 }
 
-impl Bell {
-    pub(crate) fn ring(&self) {
+impl Signal {
+    pub(crate) fn send(&self) {
         let listeners = {
-            let mut rung = self.rung();
-            rung.times += 1;
-            std::mem::take(&mut rung.listeners)
+            let mut sent = self.sent();
+            sent.count += 1;
+            std::mem::take(&mut sent.listeners)
         };
         listeners.into_values().for_each(Waker::wake);
     }
 
-    /// How often it has rung. Pass this to `rings_after`.
-    pub(crate) fn times(&self) -> u64 {
-        self.rung().times
+    /// How often it was sent. Pass this to [`after`](Self::after).
+    pub(crate) fn count(&self) -> u64 {
+        self.sent().count
     }
 
-    /// Waits until it has rung more often than this.
-    pub(crate) fn rings_after(&self, times: u64) -> Listening<'_> {
-        let mut rung = self.rung();
-        rung.next_listener += 1;
-        Listening { bell: self, times, number: rung.next_listener }
+    /// Waits until it was sent more often than this.
+    pub(crate) fn after(&self, count: u64) -> Listening<'_> {
+        let mut sent = self.sent();
+        sent.next_listener += 1;
+        Listening { signal: self, count, number: sent.next_listener }
     }
 
-    fn rung(&self) -> MutexGuard<'_, Rung> {
+    fn sent(&self) -> MutexGuard<'_, Sent> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -83,8 +83,8 @@ impl Bell {
 /// A listener. A drop removes it.
 #[derive(Debug)]
 pub(crate) struct Listening<'a> {
-    bell: &'a Bell,
-    times: u64,
+    signal: &'a Signal,
+    count: u64,
     number: u64,
 }
 
@@ -92,18 +92,18 @@ impl Future for Listening<'_> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let mut rung = self.bell.rung();
-        if rung.times > self.times {
+        let mut sent = self.signal.sent();
+        if sent.count > self.count {
             return Poll::Ready(());
         }
-        rung.listeners.insert(self.number, context.waker().clone());
+        sent.listeners.insert(self.number, context.waker().clone());
         Poll::Pending
     }
 }
 
 impl Drop for Listening<'_> {
     fn drop(&mut self) {
-        self.bell.rung().listeners.remove(&self.number);
+        self.signal.sent().listeners.remove(&self.number);
     }
 }
 
@@ -112,17 +112,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_left_of_who_listened_and_went() {
-        let bell = Bell::default();
+    fn a_dropped_listener_leaves_nothing() {
+        let signal = Signal::default();
         let mut context = Context::from_waker(Waker::noop());
         for _ in 0..3 {
-            assert!(pin!(bell.rings_after(bell.times())).poll(&mut context).is_pending());
+            assert!(pin!(signal.after(signal.count())).poll(&mut context).is_pending());
         }
-        assert!(bell.rung().listeners.is_empty());
-        let mut waiting = pin!(bell.rings_after(0));
+        assert!(signal.sent().listeners.is_empty());
+        let mut waiting = pin!(signal.after(0));
         assert!(waiting.as_mut().poll(&mut context).is_pending());
-        bell.ring();
+        signal.send();
         assert!(waiting.as_mut().poll(&mut context).is_ready());
-        assert!(pin!(bell.rings_after(0)).poll(&mut context).is_ready());
+        assert!(pin!(signal.after(0)).poll(&mut context).is_ready());
     }
 }

@@ -1,10 +1,10 @@
-//! Running work again: how often, and after which pauses.
+//! Runs work again after a conflict, in turns or after a pause.
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
+use crate::backoff::backoff;
 use crate::batch::Receipt;
 use crate::command::Command;
 use crate::engine::Target;
@@ -13,60 +13,6 @@ use crate::race::{First, race};
 use crate::store::EventStore;
 use crate::turn::Turn;
 use crate::unit_of_work::UnitOfWork;
-
-/// How often, and after which pauses, work is run again after a conflict or when the engine is unavailable.
-///
-/// Pauses double from `first_pause` to `longest_pause`; each is a random part of that (full jitter), so that those who
-/// met do not meet again.
-///
-/// ```
-/// # use evercore_core::RetryPolicy;
-/// let policy = RetryPolicy::new().with_attempts(100);
-/// assert_eq!(policy.attempts, 100);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RetryPolicy {
-    /// How often the work is run at most, the first time included; 0 counts as 1.
-    pub attempts: u32,
-    /// The upper bound of the first pause.
-    pub first_pause: Duration,
-    /// The upper bound of all pauses.
-    pub longest_pause: Duration,
-}
-
-impl RetryPolicy {
-    /// 20 attempts, pauses up to 1 ms at first and 100 ms at last. With 16 writers that race for one aggregate 1 to 3 commits in a
-    /// hundred need more than that (measured on PostgreSQL, on a busy machine); raise it where that is the rule.
-    pub const fn new() -> Self {
-        Self {
-            attempts: 20,
-            first_pause: Duration::from_millis(1),
-            longest_pause: Duration::from_millis(100),
-        }
-    }
-
-    /// The same with other attempts.
-    #[must_use]
-    pub const fn with_attempts(mut self, attempts: u32) -> Self {
-        self.attempts = attempts;
-        self
-    }
-
-    /// The same with other pauses.
-    #[must_use]
-    pub const fn with_pauses(mut self, first: Duration, longest: Duration) -> Self {
-        self.first_pause = first;
-        self.longest_pause = longest;
-        self
-    }
-}
-
-impl Default for RetryPolicy {
-    fn default() -> Self {
-        Self::new()
-    }
-}
 
 impl EventStore {
     /// Runs the work, and again while it meets conflicts or an engine that is unavailable, as the policy says.
@@ -288,21 +234,4 @@ impl<'a> Attempts<'a> {
             self.wait_in(queue).await;
         }
     }
-}
-
-/// The pause after so many attempts: a random part of a bound that doubles.
-pub(crate) fn backoff(attempts: u32, first: Duration, longest: Duration) -> Duration {
-    let doubled = first.saturating_mul(1 << attempts.saturating_sub(1).min(20));
-    doubled.min(longest).mul_f64(random_fraction())
-}
-
-/// From 0 to 1. The standard library seeds every `RandomState` anew, which is random enough to part two writers.
-fn random_fraction() -> f64 {
-    let bits = random_bits() >> 11;
-    bits as f64 / (1_u64 << 53) as f64
-}
-
-/// Other bits each time.
-pub(crate) fn random_bits() -> u64 {
-    RandomState::new().build_hasher().finish()
 }

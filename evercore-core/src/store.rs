@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
+use crate::backoff::RetryPolicy;
 use crate::batch::Receipt;
 use crate::command::KnownCommand;
 use crate::engine::{
@@ -18,13 +19,11 @@ use crate::loaded::Loaded;
 use crate::log_reader::LogReader;
 use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
-use crate::race::Bell;
-use crate::retry::RetryPolicy;
+use crate::race::Signal;
 use crate::store_id::StoreId;
 use crate::target::IntoTarget;
 use crate::time::Timestamp;
 use crate::turn::Turns;
-use crate::unit_of_work::UnitOfWork;
 
 /// How many ids are reserved at once.
 const ID_BLOCK: u32 = 256;
@@ -46,10 +45,10 @@ struct Shared {
     ids: Mutex<IdBlock>,
     snapshots_ignored: AtomicU64,
     snapshots_skipped: AtomicU64,
-    /// Rung when a cursor moves, or is free.
-    rings: Bell,
-    /// Rung when an operator has changed something about a subscription.
-    operated: Bell,
+    /// Sent when a cursor moves or becomes free.
+    cursor_moves: Signal,
+    /// Sent when an operator has changed a subscription.
+    operator_calls: Signal,
     turns: Turns,
 }
 
@@ -103,11 +102,6 @@ impl EventStore {
         self.engine.identity()
     }
 
-    /// Begins a unit of work. Nothing is written before its commit, and dropping it writes nothing.
-    pub fn begin(&self) -> UnitOfWork {
-        UnitOfWork::new(self.clone())
-    }
-
     /// Loads an aggregate by natural key or id.
     ///
     /// # Errors
@@ -153,7 +147,7 @@ impl EventStore {
     /// do so at the same time, one aggregate is made, and all get it; [`Loaded::is_new`] is true for the one that made it.
     ///
     /// # Errors
-    /// As [`load`](Self::load), but never [`NotFound`](ErrorKind::NotFound), and as [`UnitOfWork::commit`].
+    /// As [`load`](Self::load), but never [`NotFound`](ErrorKind::NotFound), and as [`UnitOfWork::commit`](crate::UnitOfWork::commit).
     pub async fn load_or_create<T: Aggregate>(&self, key: impl AsRef<str>) -> Result<Loaded<T>> {
         let key = Key::new(key)?;
         self.retry(async || {
@@ -278,7 +272,7 @@ impl EventStore {
     /// commit with that id that is still on its way is refused.
     ///
     /// # Errors
-    /// As [`UnitOfWork::commit`].
+    /// As [`UnitOfWork::commit`](crate::UnitOfWork::commit).
     pub async fn settle(&self, command: &CommandId) -> Result<Option<Receipt>> {
         self.engine.settle(command).await
     }
@@ -327,12 +321,12 @@ impl EventStore {
         self.shared.snapshots_skipped.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn rings(&self) -> &Bell {
-        &self.shared.rings
+    pub(crate) fn cursor_moves(&self) -> &Signal {
+        &self.shared.cursor_moves
     }
 
-    pub(crate) fn operated(&self) -> &Bell {
-        &self.shared.operated
+    pub(crate) fn operator_calls(&self) -> &Signal {
+        &self.shared.operator_calls
     }
 
     pub(crate) fn turns(&self) -> &Turns {

@@ -90,8 +90,15 @@ struct Head {
     staged: Sequence,
 }
 
+impl EventStore {
+    /// Begins a unit of work. Nothing is written before its commit. A drop writes nothing.
+    pub fn begin(&self) -> UnitOfWork {
+        UnitOfWork::new(self.clone())
+    }
+}
+
 impl UnitOfWork {
-    pub(crate) fn new(store: EventStore) -> Self {
+    fn new(store: EventStore) -> Self {
         Self {
             metadata: Arc::clone(store.metadata()),
             store,

@@ -69,7 +69,7 @@ impl Held {
         is_stopping: Arc<AtomicBool>,
     ) -> Result<Self> {
         let (id, engine) = (subscription.cursor_id(partition), subscription.store.engine());
-        let (asked_at, heard) = (Instant::now(), subscription.store.operated().times());
+        let (asked_at, heard) = (Instant::now(), subscription.store.operator_calls().count());
         let claim = Step::claim(owner.clone(), subscription.settings.lease);
         let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
@@ -157,7 +157,7 @@ impl Held {
 
     /// Looks at the cursor, whatever the time.
     pub(crate) async fn look(&mut self) -> Result<()> {
-        self.heard = self.subscription.store.operated().times();
+        self.heard = self.subscription.store.operator_calls().count();
         self.renew().await
     }
 
@@ -265,7 +265,7 @@ impl Held {
         self.renewed_at = asked_at;
         self.moved_at = Instant::now();
         self.next_renewal = asked_at + self.subscription.settings.lease / 3;
-        self.subscription.store.rings().ring();
+        self.subscription.store.cursor_moves().send();
         crate::observe::moved(&self.cursor, self.head);
     }
 
@@ -280,7 +280,7 @@ impl Held {
     pub(crate) async fn release(&mut self) -> Result<()> {
         let release = Step::release(self.context.lease.clone());
         let released = self.subscription.store.engine().step(&self.context.id, &release).await;
-        self.subscription.store.rings().ring();
+        self.subscription.store.cursor_moves().send();
         released.map(drop)
     }
 
@@ -513,7 +513,7 @@ impl Held {
         self.step(&Step::GoLive { lease, from }).await?;
         self.read_from(Position::MAX);
         // Owners of the older ones may be waiting for events: they are to see that they are over.
-        store.operated().ring();
+        store.operator_calls().send();
         crate::observe::lease_changed(&own, "took over");
         Ok(())
     }

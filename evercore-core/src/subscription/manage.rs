@@ -137,7 +137,7 @@ impl EventStore {
     ) -> Result<()> {
         let (name, began) = (SubscriptionName::new(name)?, Instant::now());
         loop {
-            let rung = self.rings().times();
+            let seen = self.cursor_moves().count();
             if live(self.known(&name).await?)?.1 >= position {
                 return Ok(());
             }
@@ -146,7 +146,7 @@ impl EventStore {
                 let message = format!("subscription \"{name}\" has not reached position {position} in time");
                 return Err(Error::new(ErrorKind::Unavailable, message));
             }
-            race(self.rings().rings_after(rung), self.engine().pause(POLL.min(left))).await;
+            race(self.cursor_moves().after(seen), self.engine().pause(POLL.min(left))).await;
         }
     }
 
@@ -222,7 +222,7 @@ impl EventStore {
         for id in ids {
             self.engine().step(&id, &Step::Remove).await?;
         }
-        self.operated().ring();
+        self.operator_calls().send();
         Ok(())
     }
 
@@ -234,8 +234,8 @@ impl EventStore {
                 self.engine().step(&cursor.id, step).await?;
             }
         }
-        self.operated().ring();
-        self.rings().ring();
+        self.operator_calls().send();
+        self.cursor_moves().send();
         Ok(())
     }
 
@@ -267,7 +267,7 @@ impl EventStore {
     /// has taken over, so that this one has no runner any more; those of the engine.
     pub async fn resume_parked(&self, cursor: &CursorId, position: Option<Position>) -> Result<()> {
         self.engine().step(cursor, &Step::ResumeParked { position }).await?;
-        self.operated().ring();
+        self.operator_calls().send();
         Ok(())
     }
 
@@ -278,7 +278,7 @@ impl EventStore {
     /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; those of the engine.
     pub async fn drop_parked(&self, cursor: &CursorId, position: Option<Position>) -> Result<()> {
         self.engine().step(cursor, &Step::DropParked { position }).await?;
-        self.operated().ring();
+        self.operator_calls().send();
         Ok(())
     }
 }

@@ -15,6 +15,7 @@ mod owned;
 mod runner;
 mod settings;
 mod step;
+mod stop;
 mod storage;
 mod tail;
 mod worker;

@@ -38,7 +38,7 @@ impl Subscription {
         self.declare().await?;
         let owner = self.new_owner()?;
         loop {
-            let (rung, mut refused) = (self.store.rings().times(), None);
+            let (seen, mut refused) = (self.store.cursor_moves().count(), None);
             for partition in 0..self.settings.partitions {
                 match Held::claim(self, partition, &owner, std::sync::Arc::default()).await {
                     Ok(held) => return Ok(OwnedSubscription { held }),
@@ -51,7 +51,7 @@ impl Subscription {
             if !may_wait || !(is_busy || is_passing(&error)) {
                 return Err(error);
             }
-            before_next_claim(self, rung).await;
+            before_next_claim(self, seen).await;
         }
     }
 }
@@ -90,7 +90,7 @@ impl OwnedSubscription {
             self.held.build().await?;
             let time: Duration = self.held.subscription.settings.lease / 3;
             let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
-            match race(self.held.next(time), store.operated().rings_after(heard)).await {
+            match race(self.held.next(time), store.operator_calls().after(heard)).await {
                 First::Left(next) => {
                     if let Some(delivery) = next? {
                         return Ok(delivery);

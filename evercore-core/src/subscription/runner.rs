@@ -1,4 +1,4 @@
-//! One cursor, from its claim to the end of its lease: deliver, move on, try again, put aside.
+//! Runs one cursor from its claim to the end of its lease: delivers, moves the cursor, retries, skips, parks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,15 +8,15 @@ use super::delivery::{Delivery, Outcome, Sink};
 use super::failure::FailureAction;
 use super::handler::caught;
 use super::held::{Held, is_passing};
-use super::worker::Stop;
+use super::stop::Stop;
+use crate::backoff::backoff;
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::observe;
 use crate::race::{First, others_first, race};
-use crate::retry::backoff;
 use crate::time::Timestamp;
 
-/// Why a runner gave its cursor up.
+/// Why a runner stopped.
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// It was told to stop.
@@ -83,7 +83,7 @@ impl Runner<'_> {
             let time = self.held.subscription.settings.lease / 3;
             let time = if self.held.has_due() { Duration::ZERO } else { time };
             let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
-            let interrupted = race(self.stop.set(), store.operated().rings_after(heard));
+            let interrupted = race(self.stop.set(), store.operator_calls().after(heard));
             match race(self.held.next(time), interrupted).await {
                 First::Left(next) => {
                     if let Some(delivery) = next? {
@@ -221,7 +221,7 @@ impl Runner<'_> {
         let store = self.held.subscription.store.clone();
         let mut paused = store.engine().pause(pause);
         loop {
-            let interrupted = race(self.stop.set(), store.operated().rings_after(self.held.heard()));
+            let interrupted = race(self.stop.set(), store.operator_calls().after(self.held.heard()));
             match self.held.keeping(race(paused.as_mut(), interrupted)).await? {
                 First::Left(()) => return Ok(!self.is_to_give_up()),
                 First::Right(First::Left(())) => return Ok(false),

@@ -6,12 +6,12 @@ use std::time::Duration;
 use super::cursor::{Cursor, CursorId, CursorStatus};
 use super::failure::FailurePolicy;
 use super::step::Step;
+use crate::backoff::random_bits;
 use crate::engine::{Filter, PageLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
-use crate::retry::random_bits;
 use crate::store::EventStore;
 use crate::time::Timestamp;
 

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use super::cursor::{Cursor, CursorStatus};
@@ -14,6 +13,7 @@ use super::held::{Held, is_passing};
 use super::runner::{self, Ended};
 use super::settings::Subscription;
 use super::step::Step;
+use super::stop::Stop;
 use crate::engine::BoxFuture;
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::name::{OwnerId, SubscriptionName};
@@ -108,33 +108,6 @@ impl Subscription {
     }
 }
 
-/// The shutdown, as all runners of one worker see it. They are polled together, so nobody needs to be woken.
-#[derive(Debug, Default)]
-pub(crate) struct Stop {
-    is_set: Arc<AtomicBool>,
-    /// How many cursors this worker has.
-    held: AtomicUsize,
-}
-
-impl Stop {
-    pub(crate) fn is_set(&self) -> bool {
-        self.is_set.load(Ordering::Acquire)
-    }
-
-    pub(crate) async fn set(&self) {
-        poll_fn(|_| if self.is_set() { Poll::Ready(()) } else { Poll::Pending }).await;
-    }
-
-    fn set_now(&self) {
-        self.is_set.store(true, Ordering::Release);
-    }
-
-    /// The last one is never given up because somebody else has none.
-    pub(crate) fn may_give_up(&self) -> bool {
-        self.held.load(Ordering::Relaxed) > 1
-    }
-}
-
 struct Worker {
     subscription: Subscription,
     owner: OwnerId,
@@ -226,7 +199,7 @@ impl Worker {
     }
 
     fn note_end(&mut self, ended: Ended) -> Option<RunEnd> {
-        self.stop.held.store(self.runners.len(), Ordering::Relaxed);
+        self.stop.set_held(self.runners.len());
         match ended {
             Ended::Stopped | Ended::GivenUp => None,
             Ended::Lost { has_moved } => {
@@ -252,7 +225,7 @@ impl Worker {
                 let partition = held.context.id.partition;
                 let runner = runner::run(*held, Arc::clone(&self.sink), Arc::clone(&self.stop));
                 self.runners.push((partition, Box::pin(runner)));
-                self.stop.held.store(self.runners.len(), Ordering::Relaxed);
+                self.stop.set_held(self.runners.len());
                 Ok(None)
             }
             Ok(Claimed::None) => Ok(None),
@@ -288,7 +261,7 @@ async fn claim(
     stop: Arc<Stop>,
     losses: u32,
 ) -> Result<Claimed> {
-    let rung = subscription.store.rings().times();
+    let seen = subscription.store.cursor_moves().count();
     if losses > 0 {
         // What lost the last lease may be there still.
         let pause = runner::after_losses(losses, subscription.settings.lease);
@@ -311,7 +284,7 @@ async fn claim(
     if !must_wait {
         return outcome;
     }
-    race(before_next_claim(&subscription, rung), stop.set()).await;
+    race(before_next_claim(&subscription, seen), stop.set()).await;
     match outcome {
         Ok(Claimed::Superseded) => Ok(Claimed::Superseded),
         _ => Ok(Claimed::None),
@@ -319,9 +292,9 @@ async fn claim(
 }
 
 /// Until a lease may have been given back, since so many rings, or has ended by itself.
-pub(crate) async fn before_next_claim(subscription: &Subscription, rung: u64) {
+pub(crate) async fn before_next_claim(subscription: &Subscription, seen: u64) {
     let (time, store) = (runner::between_claims(subscription.settings.lease), &subscription.store);
-    let given_back = store.rings().rings_after(rung);
+    let given_back = store.cursor_moves().after(seen);
     if matches!(race(store.engine().pause(time), given_back).await, First::Right(())) {
         // A ring may come with each move of a cursor: not every one is worth a look.
         store.engine().pause(time / 10).await;
@@ -344,12 +317,12 @@ async fn claim_one(
     }
     // Not all of them in the same order: who comes at the same time wants the same.
     if !look.free.is_empty() {
-        let first = crate::retry::random_bits() as usize % look.free.len();
+        let first = crate::backoff::random_bits() as usize % look.free.len();
         look.free.rotate_left(first);
     }
     let mut refused = Error::already_owned(&subscription.cursor_id(0));
     for partition in look.free.drain(..) {
-        match Held::claim(subscription, partition, owner, Arc::clone(&stop.is_set)).await {
+        match Held::claim(subscription, partition, owner, stop.flag()).await {
             Ok(held) => return Ok(Claimed::One(Box::new(held))),
             Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused) => {
                 refused = error;
@@ -369,7 +342,7 @@ async fn want_one(subscription: &Subscription, owner: &OwnerId, held: &[u32], lo
     if most.len() < held.len() + look.asked + 2 {
         return Ok(());
     }
-    let which = most[crate::retry::random_bits() as usize % most.len()];
+    let which = most[crate::backoff::random_bits() as usize % most.len()];
     let want = Step::Want { owner: owner.clone(), time: subscription.settings.lease };
     subscription.store.engine().step(&subscription.cursor_id(which), &want).await?;
     observe::lease_changed(&subscription.cursor_id(which), "wanted");

@@ -1,0 +1,43 @@
+//! The shutdown of one worker, shared by its runners.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Poll;
+
+/// Whether the worker is shutting down. The runners are polled together with the worker, so no wake-up is needed.
+#[derive(Debug, Default)]
+pub(crate) struct Stop {
+    is_set: Arc<AtomicBool>,
+    /// How many cursors this worker has.
+    held: AtomicUsize,
+}
+
+impl Stop {
+    pub(crate) fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Acquire)
+    }
+
+    /// Waits for the shutdown.
+    pub(crate) async fn set(&self) {
+        poll_fn(|_| if self.is_set() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    pub(crate) fn set_now(&self) {
+        self.is_set.store(true, Ordering::Release);
+    }
+
+    /// The flag alone, for deliveries.
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.is_set)
+    }
+
+    pub(crate) fn set_held(&self, cursors: usize) {
+        self.held.store(cursors, Ordering::Relaxed);
+    }
+
+    /// Whether this worker may release a cursor to another worker: it keeps its last one.
+    pub(crate) fn may_give_up(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > 1
+    }
+}
