@@ -22,7 +22,7 @@ lint:
 doc *args:
     RUSTDOCFLAGS="-D warnings" cargo doc --locked -p 'evercore-*' --all-features --no-deps {{ args }}
 
-# Core has no dependency: its tree is one line.
+# Checks that core has no dependency.
 core-tree:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -30,7 +30,7 @@ core-tree:
     echo "$tree"
     [ "$(wc -l <<<"$tree")" = 1 ] || { echo "evercore-core must have no dependency without a feature" >&2; exit 1; }
 
-# Each feature of each crate alone, none, and the default ones: builds without warnings.
+# Builds each feature of each crate alone, and no feature, and the default ones; a warning is an error.
 features:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -55,7 +55,7 @@ msrv:
     }
     RUSTUP_TOOLCHAIN="$version" cargo check --locked -p 'evercore-*' --all-features --target-dir target/msrv
 
-# Licences, sources, known faults and doubles of the dependencies, by deny.toml. Arguments choose: `just deny licenses`.
+# Checks the dependencies by deny.toml: licences, sources, advisories, duplicates. `just deny licenses` checks one.
 deny *args:
     @scripts/cargo-tool deny
     cargo deny --locked check {{ args }}
@@ -72,7 +72,7 @@ semver:
     echo "== compared with $tag"
     cargo semver-checks --workspace --baseline-rev "$tag"
 
-# Many tests wait more than they compute: two for each core.
+# Many tests wait more than they compute, so two run per core.
 
 # All tests; those on PostgreSQL start servers of their own. Arguments go to cargo: `just test -p evercore-memory`.
 test *args:
@@ -97,12 +97,12 @@ integration-test-postgres:
 integration-test-examples:
     EVERCORE_REQUIRE=memory,sqlite,postgres cargo test --locked --workspace --exclude 'evercore-*' --exclude benches --all-features --tests
 
-# Builds everything, and tests what needs no PostgreSQL server: what must pass on every operating system.
+# Builds everything and runs the tests that need no PostgreSQL server, as on macOS and Windows.
 test-portable:
     cargo build --locked --workspace --all-features
     EVERCORE_REQUIRE=memory,sqlite cargo test --locked -p evercore-memory -p evercore-sqlite -p evercore-testkit --all-features
 
-# Long runs: random walks, a writer killed at random moments, and PostgreSQL under 64 writers, killed, cut off and dropped.
+# Long runs: random walks, killed writers, and PostgreSQL under 64 writers with crashes and cut connections.
 torture steps="20000" kills="20" seed=`echo $RANDOM`:
     EVERCORE_STEPS={{ steps }} EVERCORE_KILLS={{ kills }} EVERCORE_SEED={{ seed }} EVERCORE_REQUIRE=memory,sqlite \
         cargo test --locked --release -p evercore-memory -p evercore-sqlite -p loan_applications -p projection \
@@ -111,11 +111,11 @@ torture steps="20000" kills="20" seed=`echo $RANDOM`:
     just torture-sqlite
     just torture-postgres {{ steps }} {{ seed }}
 
-# All cases on every engine that is broken on purpose: exactly those of the table must fail. About a minute after the build.
+# All cases on every engine that is broken on purpose; the table says which must fail. About a minute after the build.
 torture-testkit:
     EVERCORE_TORTURE=full cargo test --locked --release -p evercore-testkit --test self_check
 
-# The long runs on SQLite; they print their counts. EVERCORE_LOAN_LOG names the loan log, if there is one.
+# The long runs on SQLite, with their counts. EVERCORE_LOAN_LOG names the loan log, if you have it.
 torture-sqlite:
     EVERCORE_TORTURE=full EVERCORE_REQUIRE=sqlite,faketime \
         cargo test --locked --release -p evercore-sqlite --all-features --test torture -- --nocapture --test-threads=1
@@ -138,11 +138,11 @@ bench *args: (bench-sqlite args) (bench-postgres args)
 bench-sqlite *args:
     cargo bench --locked -p benches --bench sqlite -- {{ args }}
 
-# The benchmarks on PostgreSQL, on a server of their own.
+# The benchmarks on PostgreSQL, on a server that they start.
 bench-postgres *args:
     cargo bench --locked -p benches --bench postgres -- {{ args }}
 
-# The price of `record`, which reads back every event that it writes.
+# The cost of `record`, which decodes every event that it encodes.
 bench-record:
     cargo bench --locked -p benches --bench recording
 
@@ -150,17 +150,17 @@ bench-record:
 copies:
     scripts/renew-copies
 
-# Run scratch/src/main.rs, a private playground that git ignores; made on first use.
+# Runs scratch/src/main.rs, a private playground that git ignores; created on first use.
 scratch *args:
     #!/usr/bin/env bash
     set -euo pipefail
     [ -e scratch/Cargo.toml ] || scripts/make-scratch
     cargo run --manifest-path scratch/Cargo.toml --target-dir target -- {{ args }}
 
-# Cargo believes that a version in a registry never changes, also in the temporary registry that it makes here for crates
-# that are not published yet. So files that it unpacked and built from there earlier are removed first.
+# Cargo assumes that a version in a registry never changes, even in the temporary registry of `cargo package`. So
+# unpacked and built files of earlier runs are removed first.
 
-# Pack every published crate, and build it from its package.
+# Packs every published crate, and builds it from its package.
 package *args:
     rm -rf target/packaging/package "${CARGO_HOME:-$HOME/.cargo}"/registry/src/-*/evercore-*
     cargo clean --quiet --locked --workspace --target-dir target/packaging
