@@ -66,6 +66,14 @@ impl<S: Clone + Send> Sink for Projection<S> {
     fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome> {
         Box::pin(async move { self.handle_now(delivery, advance) })
     }
+
+    fn tells_which(&self) -> bool {
+        false
+    }
+
+    fn holds_cursor(&self) -> bool {
+        true
+    }
 }
 
 impl<S> fmt::Debug for Projection<S> {

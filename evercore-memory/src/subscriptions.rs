@@ -37,7 +37,7 @@ impl State {
                     parked.values_mut().filter(|event| which.is_none_or(|which| which == event.position));
                 due.for_each(|event| event.is_due = true);
             }
-            _ => parked.clear(),
+            ParkedChange::RemoveAll => parked.clear(),
         }
     }
 }

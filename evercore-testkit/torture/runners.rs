@@ -164,6 +164,14 @@ impl<S: Sink> Sink for Late<S> {
             outcome
         })
     }
+
+    fn tells_which(&self) -> bool {
+        self.projection.tells_which()
+    }
+
+    fn holds_cursor(&self) -> bool {
+        self.projection.holds_cursor()
+    }
 }
 
 fn position(event: &Event) -> i64 {

@@ -162,8 +162,9 @@ pub struct Parked {
 }
 
 /// A change of a cursor's parked events, made by a [`Step`](crate::Step).
+///
+/// Exhaustive on purpose: an engine must handle every change, and the compiler shows where a new one is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum ParkedChange {
     /// Stores this parked event. It replaces one at the same position.
     Keep(Parked),

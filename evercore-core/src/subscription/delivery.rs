@@ -150,15 +150,12 @@ pub trait Sink: Send + Sync {
     fn deliver<'a>(&'a self, delivery: &'a Delivery, advance: &'a Advance) -> BoxFuture<'a, Outcome>;
 
     /// Whether a failure belongs to the first event that was not handled, and no later event was tried.
-    fn tells_which(&self) -> bool {
-        false
-    }
+    fn tells_which(&self) -> bool;
 
-    /// Whether nobody else can get the cursor while this is at work, so that the lease need not be renewed meanwhile:
-    /// as it is where the cursor is moved in a transaction before the handler runs in it.
-    fn holds_cursor(&self) -> bool {
-        true
-    }
+    /// Whether nobody else can get the cursor while this sink is at work. Then the lease is not renewed meanwhile. Return
+    /// `true` only if the cursor is moved in a transaction before the handler runs in it; otherwise another owner gets the
+    /// cursor as soon as the lease ends.
+    fn holds_cursor(&self) -> bool;
 }
 
 /// The result of a delivery.

@@ -43,6 +43,10 @@ impl Sink for TwoAtMost {
         Box::pin(async move { Outcome::Handled(handled) })
     }
 
+    fn tells_which(&self) -> bool {
+        false
+    }
+
     fn holds_cursor(&self) -> bool {
         false
     }

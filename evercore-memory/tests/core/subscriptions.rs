@@ -403,6 +403,14 @@ impl Sink for Refuses {
         self.0.fetch_add(1, Ordering::Relaxed);
         Box::pin(async { Outcome::Refused(Error::new(ErrorKind::Unavailable, "the connection broke")) })
     }
+
+    fn tells_which(&self) -> bool {
+        false
+    }
+
+    fn holds_cursor(&self) -> bool {
+        true
+    }
 }
 
 #[test]

@@ -78,6 +78,14 @@ impl Sink for Projection {
             }
         })
     }
+
+    fn tells_which(&self) -> bool {
+        false
+    }
+
+    fn holds_cursor(&self) -> bool {
+        true
+    }
 }
 
 impl fmt::Debug for Projection {

@@ -478,7 +478,7 @@ fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChan
             values.push(which(Some(*position)));
             &sql.forget
         }
-        _ => {
+        ParkedChange::RemoveAll => {
             values.push(which(None));
             &sql.forget
         }

@@ -77,6 +77,14 @@ impl Sink for Projection {
             outcome
         })
     }
+
+    fn tells_which(&self) -> bool {
+        false
+    }
+
+    fn holds_cursor(&self) -> bool {
+        true
+    }
 }
 
 /// The cursor moves first, so a runner that has lost its lease writes nothing.

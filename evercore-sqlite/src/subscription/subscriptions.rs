@@ -193,7 +193,7 @@ fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) 
             let due = (subscription, version, partition, which.map(Position::get));
             connection.prepare_cached(PARKED_IS_DUE)?.execute(due)?;
         }
-        _ => {
+        ParkedChange::RemoveAll => {
             connection.prepare_cached(REMOVE_ALL_PARKED)?.execute(key(id))?;
         }
     }

@@ -87,6 +87,10 @@ where
         })
     }
 
+    fn tells_which(&self) -> bool {
+        false
+    }
+
     fn holds_cursor(&self) -> bool {
         false
     }
