@@ -76,7 +76,7 @@ pub use store_id::StoreId;
 pub use subscription::{
     Advance, Cursor, CursorId, CursorState, CursorStatus, Cursors, Delivered, Delivery,
     EphemeralSubscription, Failure, FailureAction, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked,
-    ParkedChange, RunEnd, Sink, Start, Step, Subscription, SubscriptionStorage, Taken,
+    ParkedChange, RunEnd, Sink, Start, Step, StepOutcome, Subscription, SubscriptionStorage,
 };
 pub use target::IntoTarget;
 pub use time::Timestamp;

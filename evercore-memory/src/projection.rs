@@ -41,8 +41,8 @@ impl<S: Clone> Projection<S> {
             Ok(state) => state,
             Err(error) => return Outcome::Refused(error),
         };
-        let taken = match state.take(delivery.cursor(), &Step::Advance(advance.clone())) {
-            Ok(taken) => taken,
+        let outcome = match state.take(delivery.cursor(), &Step::Advance(advance.clone())) {
+            Ok(outcome) => outcome,
             Err(error) => return Outcome::Refused(error),
         };
         // The value is not locked while the handler runs: a panic in the handler would poison the mutex.
@@ -51,7 +51,7 @@ impl<S: Clone> Projection<S> {
             return Outcome::Failed { handled: 0, error };
         }
         *self.value() = next;
-        match state.put(delivery.cursor(), taken) {
+        match state.put(delivery.cursor(), outcome) {
             Some(cursor) => Outcome::Advanced(cursor),
             None => Outcome::Handled(delivery.events().len()),
         }

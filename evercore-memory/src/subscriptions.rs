@@ -1,30 +1,30 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::{Cursor, CursorId, Mark, ParkedChange, Result, Step, Taken};
+use evercore_core::{Cursor, CursorId, Mark, ParkedChange, Result, Step, StepOutcome};
 
 use crate::state::State;
 
 impl State {
     pub(crate) fn step(&mut self, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
-        let taken = self.take(id, step)?;
-        Ok(self.put(id, taken))
+        let outcome = self.take(id, step)?;
+        Ok(self.put(id, outcome))
     }
 
     /// Works out the result of a step. Changes nothing yet.
-    pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<Taken> {
+    pub(crate) fn take(&self, id: &CursorId, step: &Step) -> Result<StepOutcome> {
         let found = self.at(step.looks_at()).map(|_| Mark::ALWAYS);
         step.take(id, self.cursors.get(id).cloned(), self.now(), found)
     }
 
-    pub(crate) fn put(&mut self, id: &CursorId, taken: Taken) -> Option<Cursor> {
-        for change in taken.parked {
+    pub(crate) fn put(&mut self, id: &CursorId, outcome: StepOutcome) -> Option<Cursor> {
+        for change in outcome.parked {
             self.change_parked(id, change);
         }
-        match &taken.cursor {
+        match &outcome.cursor {
             Some(cursor) => self.cursors.insert(id.clone(), cursor.clone()),
             None => self.cursors.remove(id),
         };
-        taken.cursor
+        outcome.cursor
     }
 
     fn change_parked(&mut self, id: &CursorId, change: ParkedChange) {

@@ -27,6 +27,6 @@ pub use failure::{FailureAction, FailurePolicy};
 pub use manage::CursorState;
 pub use owned::OwnedSubscription;
 pub use settings::{Start, Subscription};
-pub use step::{Advance, Step, Taken};
+pub use step::{Advance, Step, StepOutcome};
 pub use storage::{Cursors, SubscriptionStorage};
 pub use worker::RunEnd;

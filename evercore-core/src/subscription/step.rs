@@ -169,7 +169,7 @@ impl Advance {
 /// The result of a step, which the engine writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Taken {
+pub struct StepOutcome {
     /// The cursor after the step; `None` if it is removed.
     pub cursor: Option<Cursor>,
     /// The changes of its parked events, in this order.
@@ -251,7 +251,7 @@ impl Step {
         cursor: Option<Cursor>,
         now: Timestamp,
         found: Option<Mark>,
-    ) -> Result<Taken> {
+    ) -> Result<StepOutcome> {
         if let Self::Declare { partitions, position, live_from } = self {
             return declare(id, cursor, (*partitions, *position, *live_from));
         }
@@ -314,9 +314,9 @@ impl Step {
                 cursor.parked_changes += 1;
                 parked.push(position.map_or(ParkedChange::RemoveAll, ParkedChange::Remove));
             }
-            Self::Remove => return Ok(Taken { cursor: None, parked: vec![ParkedChange::RemoveAll] }),
+            Self::Remove => return Ok(StepOutcome { cursor: None, parked: vec![ParkedChange::RemoveAll] }),
         }
-        Ok(Taken { cursor: Some(cursor), parked })
+        Ok(StepOutcome { cursor: Some(cursor), parked })
     }
 
     /// Whether this is a claim. A claim need not wait for another transaction that holds the cursor: it counts as owned.
@@ -329,7 +329,7 @@ fn declare(
     id: &CursorId,
     known: Option<Cursor>,
     (partitions, position, live_from): (u32, Position, Option<Position>),
-) -> Result<Taken> {
+) -> Result<StepOutcome> {
     if let Some(known) = known {
         if known.partitions != partitions {
             return Err(Error::invalid(format!(
@@ -337,7 +337,7 @@ fn declare(
                 id.subscription, known.partitions
             )));
         }
-        return Ok(Taken { cursor: Some(known), parked: Vec::new() });
+        return Ok(StepOutcome { cursor: Some(known), parked: Vec::new() });
     }
     let cursor = Cursor {
         id: id.clone(),
@@ -354,7 +354,7 @@ fn declare(
         failure: None,
         parked_changes: 0,
     };
-    Ok(Taken { cursor: Some(cursor), parked: Vec::new() })
+    Ok(StepOutcome { cursor: Some(cursor), parked: Vec::new() })
 }
 
 impl Cursor {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use evercore_core::{
     Advance, AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Error, ErrorKind, Failure,
-    Mark, OwnerId, Parked, ParkedChange, Position, Step, SubscriptionName, Taken, Timestamp,
+    Mark, OwnerId, Parked, ParkedChange, Position, Step, StepOutcome, SubscriptionName, Timestamp,
 };
 use futures_lite::future::{poll_fn, zip};
 use tokio::time::{Instant, sleep};
@@ -388,7 +388,7 @@ struct Writes<'a> {
 }
 
 impl<'a> Writes<'a> {
-    fn of(sql: &'a SubscriptionSql, id: &CursorId, held: &Held, taken: &Taken) -> Self {
+    fn of(sql: &'a SubscriptionSql, id: &CursorId, held: &Held, taken: &StepOutcome) -> Self {
         let mut writes = Vec::new();
         match (&held.cursor, &taken.cursor) {
             (None, Some(cursor)) => {

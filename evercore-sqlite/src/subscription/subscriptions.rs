@@ -2,7 +2,7 @@
 
 use evercore_core::{
     AggregateId, Cursor, CursorId, CursorStatus, Failure, Mark, OwnerId, Parked, ParkedChange, Position,
-    Step, SubscriptionName, Taken, Timestamp,
+    Step, StepOutcome, SubscriptionName, Timestamp,
 };
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};
@@ -57,17 +57,17 @@ const PARKED_IS_DUE: &str = "
 /// the commit needs no flush.
 pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
     let before = cursor(connection, id)?;
-    let taken = outcome(connection, id, step, before.clone())?;
-    if taken.cursor != before {
-        match &taken.cursor {
+    let outcome = outcome(connection, id, step, before.clone())?;
+    if outcome.cursor != before {
+        match &outcome.cursor {
             Some(cursor) => put(connection, cursor)?,
             None => drop(connection.prepare_cached(REMOVE_CURSOR)?.execute(key(id))?),
         }
     }
-    for change in &taken.parked {
+    for change in &outcome.parked {
         change_parked(connection, id, change)?;
     }
-    Ok(taken.cursor)
+    Ok(outcome.cursor)
 }
 
 /// Works out the result of a step. Changes nothing yet.
@@ -76,7 +76,7 @@ pub(crate) fn outcome(
     id: &CursorId,
     step: &Step,
     before: Option<Cursor>,
-) -> Result<Taken> {
+) -> Result<StepOutcome> {
     let looked_at = step.looks_at();
     let is_there = looked_at > Position::ZERO && looked_at <= LogEnd::read(connection)?.position;
     Ok(step.take(id, before, Timestamp::now(), is_there.then_some(Mark::ALWAYS))?)
