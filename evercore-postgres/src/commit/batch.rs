@@ -49,7 +49,7 @@ pub(crate) enum FlightOutcome {
     Unknown,
 }
 
-/// Writes batches.
+/// Writes batches, and remembers the aggregates that it has written.
 #[derive(Debug)]
 pub(crate) struct Batches {
     pools: Arc<Pools>,
@@ -180,7 +180,7 @@ impl Batches {
                 }
                 outcome
             }
-            // For any other error, no statement that writes was sent.
+            // For any other error, no COMMIT was sent.
             Err(PostgresError::Silent(_)) => Ok(FlightOutcome::Unknown),
             Err(error) => Err(error),
         }

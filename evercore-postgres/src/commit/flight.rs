@@ -276,11 +276,10 @@ impl Flights {
         let batches: Vec<&Batch> = flight.jobs.iter().map(|job| &job.batch).collect();
         let outcomes = self.outcomes(&batches).await;
         let head = outcomes.iter().flatten().map(|receipt| receipt.last).max().unwrap_or_default();
+        self.watch.log.seen.raise(head);
+        let jobs = std::mem::take(&mut flight.jobs).into_iter();
+        jobs.zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
         self.watch.announce(head);
-        std::mem::take(&mut flight.jobs)
-            .into_iter()
-            .zip(outcomes)
-            .for_each(|(job, outcome)| job.answer(outcome));
     }
 
     /// The outcome of each batch.

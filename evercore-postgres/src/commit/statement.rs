@@ -57,8 +57,8 @@ const IF_NAMES: &str = "
     AND names = ?::bigint";
 
 /// The other conditions are subqueries without a reference to the row. The server evaluates each once, before it takes
-/// the lock, and not again after a wait for it. Rows in the statement's snapshot are never changed later. Rows that are
-/// not in it may have been written since; then the batches are checked under the lock.
+/// the lock, and not again after a wait for it. A condition that holds in the statement's snapshot holds for ever. If
+/// it does not hold there, rows may have been written since, and the batches are checked under the lock.
 ///
 /// If the witness is there, the aggregates that this engine has written are as it remembers them. The `ORDER BY` makes
 /// the server use the index of positions: for `=`, it could choose another index that contains the position, and read

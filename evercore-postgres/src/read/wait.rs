@@ -37,7 +37,7 @@ const FOREVER: Duration = Duration::from_secs(365 * 86_400);
 #[derive(Debug)]
 pub(crate) struct Watch {
     pools: Arc<Pools>,
-    log: Arc<Log>,
+    pub(crate) log: Arc<Log>,
     channel: String,
     notify: Sql,
     waiting: AtomicUsize,

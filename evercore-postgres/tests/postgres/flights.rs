@@ -11,7 +11,7 @@ use evercore_postgres::{
     NewEvent, Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine,
     Timestamp,
 };
-use evercore_testkit::postgres::Server;
+use evercore_testkit::postgres::{Proxy, Server};
 use tokio::runtime::Runtime;
 
 use crate::common::{Place, block_on};
@@ -145,6 +145,28 @@ fn a_commit_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged() {
     });
 }
 
+/// A server that does not answer any more has not got the COMMIT, so nothing was written.
+#[test]
+fn a_server_that_is_silent_before_the_commit_has_written_nothing() {
+    block_on(async {
+        let Some(server) = Server::builder().start_or_skip() else { return };
+        let proxy = Proxy::start(server.port()).unwrap();
+        let at = Place::on(proxy.url(&server.url()));
+        let (statement, connect) = (Duration::from_secs(2), Duration::from_millis(500));
+        let builder = at.builder().statement_timeout(statement).connect_timeout(connect);
+        let engine = builder.connect(&at.url).await.unwrap();
+        place(&EventStore::new(engine.clone()), "first").await.unwrap();
+        let mut side = side(&server.url()).await;
+        let lock = side.transaction().await.unwrap();
+        lock.batch_execute(&format!("SELECT FROM {}.log_end FOR UPDATE", at.schema)).await.unwrap();
+        let commit = tokio::spawn(async move { place_with(&engine, "first", own("SELECT 1")).await });
+        let queued = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        soon("it queues", async || server.psql("postgres", queued).unwrap() == "1").await;
+        proxy.set_delay(Duration::from_secs(3_600));
+        assert_eq!(kind(commit.await.unwrap()), ErrorKind::Unavailable);
+    });
+}
+
 #[test]
 fn a_session_that_lost_what_was_prepared_in_it_is_given_up() {
     block_on(async {
@@ -192,6 +214,8 @@ fn a_session_from_before_a_table_was_changed_is_given_up() {
         let order = store.load::<Order>("first").await;
         assert_eq!(order.unwrap_or_else(|error| panic!("{}", all_of(&error))).events, 1);
         // SQL of the user runs once, so the user must repeat it.
+        // One connection is held, so that all calls share the other one.
+        let _held = engine.pool().get().await.unwrap();
         for _ in 0..4 {
             place_with(&engine, "first", own("SELECT 1")).await.unwrap();
         }
