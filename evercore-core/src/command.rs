@@ -1,10 +1,10 @@
 //! Commands that take effect once, and how a repeated command is told from another one with the same id.
 
 use crate::batch::{Batch, Receipt};
-use crate::engine::Target;
 use crate::error::{Error, Result};
 use crate::hash::{Fnv, hash};
 use crate::name::{AggregateType, CommandId, Key};
+use crate::target::Target;
 
 /// A command: an id under which it takes effect once, and optionally a word that says what it asks for.
 ///

@@ -3,12 +3,11 @@
 use crate::aggregate::{Aggregate, aggregate_type};
 use crate::batch::Receipt;
 use crate::command::{Command, CommandTarget};
-use crate::engine::Target;
 use crate::error::{BoxError, Error, Result};
 use crate::name::Key;
 use crate::retry::{Attempts, Once};
 use crate::store::EventStore;
-use crate::target::IntoTarget;
+use crate::target::{IntoTarget, Target};
 
 /// The result of a decision: no event, one or several, or a refusal.
 ///

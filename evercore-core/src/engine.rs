@@ -1,10 +1,10 @@
 //! The contract between evercore and its storage: one trait, object safe, in terms of `std` alone.
 
+use crate::future::BoxFuture;
+use crate::target::Target;
 use std::any::Any;
 use std::fmt::{self, Debug};
-use std::future::Future;
 use std::ops::RangeInclusive;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,9 +20,6 @@ use crate::store_id::StoreId;
 use crate::subscription::SubscriptionStorage;
 use crate::time::Timestamp;
 use crate::{limits, metadata};
-
-/// What every method of an engine returns.
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Where the events lie. Implemented by engines, called by [`EventStore`](crate::EventStore).
 ///
@@ -162,15 +159,6 @@ pub struct KnownType {
     pub aggregate_type: AggregateType,
     /// Its event types.
     pub event_types: Vec<EventType>,
-}
-
-/// Which aggregate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// The one with this id.
-    Id(AggregateId),
-    /// The one of this type with this natural key.
-    Key(AggregateType, Key),
 }
 
 /// What to load.

@@ -3,10 +3,8 @@
 use std::error::Error as StdError;
 use std::{fmt, io};
 
-use crate::engine::Target;
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::name::{AggregateType, EventType};
-use crate::subscription::CursorId;
 
 /// The result of everything in evercore that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -249,13 +247,6 @@ impl Error {
         Self::new(ErrorKind::TailLost { position }, message)
     }
 
-    /// Another owner holds the lease of the cursor, or has the cursor in hand.
-    pub fn already_owned(cursor: &CursorId) -> Self {
-        let message =
-            format!("the lease on subscription \"{}\" belongs to another owner", cursor.subscription);
-        Self::new(ErrorKind::AlreadyOwned, message)
-    }
-
     /// The command id took effect before, for something else.
     pub fn command_reused() -> Self {
         let message =
@@ -310,13 +301,6 @@ impl Error {
     pub(crate) fn raced(aggregate: AggregateId) -> Self {
         let kind = ErrorKind::Conflict { aggregate, expected: Sequence::ZERO, actual: Sequence::ZERO };
         Self::new(kind, "another unit of work made the aggregate with that natural key first")
-    }
-
-    pub(crate) fn missing(target: &Target) -> Self {
-        match target {
-            Target::Id(id) => Self::not_found(*id),
-            Target::Key(aggregate_type, _) => Self::key_not_found(aggregate_type),
-        }
     }
 
     pub(crate) fn invalid_name(message: impl Into<String>) -> Self {

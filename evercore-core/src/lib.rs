@@ -13,6 +13,7 @@ mod decision;
 mod engine;
 mod error;
 mod event;
+mod future;
 pub mod guide;
 mod hash;
 mod ids;
@@ -52,11 +53,12 @@ pub use command::{Command, KnownCommand};
 pub use context::EventContext;
 pub use decision::Decision;
 pub use engine::{
-    AggregateQuery, BoxFuture, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery,
-    PageLimit, StorageEngine, Target,
+    AggregateQuery, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit,
+    StorageEngine,
 };
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use event::{Event, EventRow, Events, EventsBuilder, EventsIter, NewEvent, Payload};
+pub use future::BoxFuture;
 pub use ids::{AggregateId, IdBlock, Position, Sequence};
 #[cfg(feature = "json")]
 pub use json::Json;
@@ -78,6 +80,6 @@ pub use subscription::{
     EphemeralSubscription, Failure, FailureAction, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked,
     ParkedChange, RunEnd, Sink, Start, Step, StepOutcome, Subscription, SubscriptionStorage,
 };
-pub use target::IntoTarget;
+pub use target::{IntoTarget, Target};
 pub use time::Timestamp;
 pub use unit_of_work::UnitOfWork;

@@ -3,15 +3,16 @@
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::ahead::Ahead;
 use crate::context::EventContext;
-use crate::engine::{AggregateQuery, BoxFuture, Direction, History, LoadRequest, PageLimit, Target};
+use crate::engine::{AggregateQuery, Direction, History, LoadRequest, PageLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
+use crate::future::BoxFuture;
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::observe;
 use crate::store::EventStore;
 use crate::store_id::StoreId;
-use crate::target::IntoTarget;
+use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
 
 /// A moment in the life of an aggregate.
@@ -46,7 +47,7 @@ impl EventStore {
     /// As [`load`](Self::load).
     pub async fn load_as_of<T: Aggregate>(&self, target: impl IntoTarget, as_of: AsOf) -> Result<Loaded<T>> {
         let target = target.into_target(&aggregate_type::<T>()?)?;
-        let missing = Error::missing(&target);
+        let missing = target.not_found();
         if let AsOf::Sequence(sequence) = as_of {
             return self.fold(target, sequence).await?.ok_or(missing);
         }

@@ -1,5 +1,6 @@
 //! Runs work again after a conflict, in turns or after a pause.
 
+use crate::target::Target;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
@@ -7,7 +8,6 @@ use std::time::Duration;
 use crate::backoff::backoff;
 use crate::batch::Receipt;
 use crate::command::Command;
-use crate::engine::Target;
 use crate::error::{Error, ErrorKind, Result};
 use crate::race::{First, race};
 use crate::store::EventStore;

@@ -10,7 +10,7 @@ use crate::backoff::RetryPolicy;
 use crate::batch::Receipt;
 use crate::command::KnownCommand;
 use crate::engine::{
-    AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine, Target,
+    AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Events;
@@ -21,7 +21,7 @@ use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
 use crate::race::Signal;
 use crate::store_id::StoreId;
-use crate::target::IntoTarget;
+use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
 use crate::turn::Turns;
 
@@ -110,7 +110,7 @@ impl EventStore {
     /// not decode; what the engine says when it is out of reach.
     pub async fn load<T: Aggregate>(&self, target: impl IntoTarget) -> Result<Loaded<T>> {
         let target = target.into_target(&aggregate_type::<T>()?)?;
-        let missing = Error::missing(&target);
+        let missing = target.not_found();
         self.fold(target, Sequence::MAX).await?.ok_or(missing)
     }
 

@@ -1,9 +1,27 @@
 //! The name by which a call finds an aggregate: an id or a natural key.
 
-use crate::engine::Target;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ids::AggregateId;
 use crate::name::{AggregateType, Key};
+
+/// Which aggregate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The one with this id.
+    Id(AggregateId),
+    /// The one of this type with this natural key.
+    Key(AggregateType, Key),
+}
+
+impl Target {
+    /// There is no such aggregate.
+    pub(crate) fn not_found(&self) -> Error {
+        match self {
+            Self::Id(id) => Error::not_found(*id),
+            Self::Key(aggregate_type, _) => Error::key_not_found(aggregate_type),
+        }
+    }
+}
 
 /// Anything that names an aggregate: its id, or its natural key as text or [`Key`].
 pub trait IntoTarget: Send {

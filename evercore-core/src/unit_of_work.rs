@@ -10,7 +10,7 @@ use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot, check_events};
 use crate::command::{Command, CommandTarget};
 use crate::context::EventContext;
-use crate::engine::{LoadRequest, PageLimit, StorageEngine, Target};
+use crate::engine::{LoadRequest, PageLimit, StorageEngine};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};
@@ -19,7 +19,7 @@ use crate::metadata::Metadata;
 use crate::name::{AggregateType, EventType, Key};
 use crate::observe;
 use crate::store::EventStore;
-use crate::target::IntoTarget;
+use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
 
 /// Collects new aggregates, events, keys, guards and snapshots, and commits them together.
@@ -150,7 +150,7 @@ impl UnitOfWork {
     pub async fn load<T: Aggregate>(&mut self, target: impl IntoTarget) -> Result<Loaded<T>> {
         let aggregate_type = aggregate_type::<T>()?;
         let target = target.into_target(&aggregate_type)?;
-        let missing = Error::missing(&target);
+        let missing = target.not_found();
         self.load_target(target).await?.ok_or(missing)
     }
 

@@ -46,6 +46,15 @@ impl CursorId {
     }
 }
 
+impl Error {
+    /// Another owner holds the lease of the cursor, or has the cursor in hand.
+    pub fn already_owned(cursor: &CursorId) -> Self {
+        let message =
+            format!("the lease on subscription \"{}\" belongs to another owner", cursor.subscription);
+        Self::new(ErrorKind::AlreadyOwned, message)
+    }
+}
+
 /// The right to move a cursor: the owner, and the epoch, which grows with every claim. Every move names both.
 ///
 /// For a sink outside of the store the epoch is a fencing token: let the sink refuse an epoch smaller than the last one for

@@ -1,5 +1,6 @@
 //! The input of a handler, and the trait that calls handlers.
 
+use crate::future::BoxFuture;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -7,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::cursor::{Cursor, CursorId, Lease};
 use super::step::Advance;
-use crate::engine::BoxFuture;
 use crate::error::{BoxError, Error};
 use crate::event::Event;
 use crate::ids::Position;

@@ -1,6 +1,7 @@
 //! Handlers that are plain functions. The cursor moves after them, so they see each event at least once. A panic of any
 //! handler becomes an error here.
 
+use crate::future::BoxFuture;
 use std::any::Any;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,7 +10,6 @@ use std::task::Poll;
 
 use super::delivery::{Delivered, Delivery, Outcome, Sink};
 use super::step::Advance;
-use crate::engine::BoxFuture;
 use crate::error::BoxError;
 
 /// Calls a handler for each event.

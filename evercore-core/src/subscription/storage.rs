@@ -2,8 +2,8 @@
 
 use super::cursor::{Cursor, CursorId, Parked};
 use super::step::Step;
-use crate::engine::BoxFuture;
 use crate::error::Result;
+use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::name::SubscriptionName;
 use crate::time::Timestamp;

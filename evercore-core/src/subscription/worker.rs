@@ -1,5 +1,6 @@
 //! Whoever runs a subscription: claims partitions, runs them beside each other, shares them with others.
 
+use crate::future::BoxFuture;
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -14,7 +15,6 @@ use super::runner::{self, Ended};
 use super::settings::Subscription;
 use super::step::Step;
 use super::stop::Stop;
-use crate::engine::BoxFuture;
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::name::{OwnerId, SubscriptionName};
 use crate::observe;
