@@ -1,4 +1,4 @@
-//! What can go wrong, named by what the caller can do about it.
+//! Errors, by what the caller can do about them.
 
 use std::error::Error as StdError;
 use std::{fmt, io};
@@ -6,24 +6,24 @@ use std::{fmt, io};
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::name::{AggregateType, EventType};
 
-/// The result of everything in evercore that can fail.
+/// The result of every call of evercore that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Any error, as user code hands it in: from a validation, a decision, a codec.
+/// Any error of user code: of a validation, a decision, a codec.
 pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
 /// An error of evercore: a [kind](ErrorKind) to act on, a sentence to read, and often a [source](StdError::source).
 ///
-/// `Display` and `Debug` never show a payload, a natural key or a password. A source is somebody else's error and
-/// may: show it to those who may see the data. `Debug` shows a source that is itself an error of evercore, and the
-/// [detail](Self::detail) that an engine has taken from its driver's error; any other source it calls hidden.
+/// `Display` and `Debug` never show a payload, a natural key or a password. A source comes from other code and may show
+/// one: print it only for people who may see the data. `Debug` shows a source that is itself an error of evercore, and the
+/// [detail](Self::detail) that an engine took from the error of its driver. It hides any other source.
 ///
 /// ```
 /// # use evercore_core::{Error, ErrorKind};
 /// let theirs = std::io::Error::other("who paid: ann");
-/// let error = Error::new(ErrorKind::Rejected, "the SQL beside the commit said no").with_source(theirs);
+/// let error = Error::new(ErrorKind::Rejected, "the user's SQL in the commit failed").with_source(theirs);
 /// let error = error.with_detail("SQLSTATE 42501: permission denied for table outbox");
-/// assert_eq!(error.to_string(), "the SQL beside the commit said no");
+/// assert_eq!(error.to_string(), "the user's SQL in the commit failed");
 /// let shown = format!("{error:?}");
 /// assert!(shown.contains("permission denied for table outbox") && !shown.contains("ann"));
 /// ```
@@ -36,18 +36,18 @@ struct Repr {
     source: Option<BoxError>,
 }
 
-/// What went wrong, by what the caller can do.
+/// The kind of an error, by what the caller can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// There is no such aggregate. Create it, or ask for another.
+    /// There is no such aggregate or subscription. Create it, or ask for another.
     NotFound,
-    /// The aggregate exists but is of another type than asked for. Load it as what it is.
+    /// The aggregate has another type than the call expects. Load it as its own type.
     #[non_exhaustive]
     WrongType {
-        /// What was asked for.
+        /// The type that the call expects.
         expected: AggregateType,
-        /// What it is.
+        /// The type of the aggregate.
         actual: AggregateType,
     },
     /// The natural key belongs to another aggregate of the same type. Choose another key, or load that aggregate.
@@ -59,56 +59,56 @@ pub enum ErrorKind {
     /// The aggregate is not at the sequence that the unit of work expected. Load again, decide again.
     #[non_exhaustive]
     Conflict {
-        /// The aggregate that is elsewhere.
+        /// The aggregate that has changed.
         aggregate: AggregateId,
         /// The sequence on which the decision was based.
         expected: Sequence,
         /// The sequence at which the aggregate is.
         actual: Sequence,
     },
-    /// A name or key breaks a rule of [`limits`](crate::limits). Mend the input.
+    /// A name or key breaks a rule of [`limits`](crate::limits). Correct the input.
     InvalidName,
-    /// A value is out of range or over a limit. Mend the input.
+    /// A value is out of range or over a limit, or a call does not fit the ones before it. Correct the input or the call.
     Invalid,
-    /// The event would bring the aggregate into a state that its `validate` refuses. The source tells why.
+    /// The aggregate's `validate` refuses the state after this event. The source is its reason.
     InvalidState,
-    /// The user's own decision said no, or SQL of the user's own in a commit, an inline projection, or the handler of a
-    /// subscription whose policy is to stop. The source is its error.
+    /// User code refused or failed: a decision, SQL in a commit, an inline projection, or the handler of a subscription
+    /// that stops on failure. The source is its error.
     Rejected,
-    /// An event could not be encoded or decoded, or does not fit the state. Mend the type, or the data.
+    /// An event could not be encoded or decoded, or does not fit the state. Correct the type or the data.
     #[non_exhaustive]
     Codec {
-        /// The type of the event, as stored; `None` if the event could not be encoded and so has none.
+        /// The type of the event; `None` if the event could not be encoded.
         event_type: Option<EventType>,
-        /// Where the event lies in the log; `None` if it is not stored.
+        /// The position of the event; `None` if it is not stored.
         position: Option<Position>,
     },
-    /// The command id took effect before, for something else: another [word](crate::Command::new) or other aggregates.
+    /// The command id was used before for another command, with another [word](crate::Command::new) or other aggregates.
     /// Use a new id for a new command.
     CommandReused,
-    /// The outcome of the command id was settled as "never committed"; it can take effect no more. Use a new id.
+    /// The command id was settled as "never committed" and can never take effect. Use a new id.
     CommandAbandoned,
-    /// Whether the commit took effect is not known. Settle it with the same command id, or look.
+    /// The answer to a write was lost, so it may have taken effect or not. Settle it with the same command id, or read.
     OutcomeUnknown,
-    /// The cursor lies behind the end of the log: this store lost its tail or is another one. Do not read on.
+    /// The position is past the end of the log: the store has lost its tail, or it is another store. Do not read on.
     #[non_exhaustive]
     CursorAhead {
-        /// Where the reader wanted to go on.
+        /// The position from which the reader wanted to continue.
         cursor: Position,
-        /// Where the log ends.
+        /// The end of the log.
         head: Position,
     },
-    /// What was read of the log is not in it any more: the log has lost its tail since, in a failover or a restore, and
-    /// other events may have come in its place. Go back to where you were before, and read on from there.
+    /// An event that was read is no longer in the log: the log has lost its tail, in a failover or a restore, and other
+    /// events may have taken the place of the lost ones. Go back to an earlier position that you trust.
     #[non_exhaustive]
     TailLost {
-        /// The event that was read and is gone, or is another one now.
+        /// The position of the event that was read. It is empty now, or has another event.
         position: Position,
     },
-    /// The cursor belongs to another owner, or was reset: what was done with it since may be done again by that owner.
-    /// Stop; claim it again if you want it back.
+    /// The cursor was claimed by another owner or reset. That owner may handle the same events again. Stop; claim the
+    /// cursor again if you want it back.
     LeaseLost,
-    /// Another owner holds the lease of the cursor, or it rests after a failure. Wait, or leave it to that owner.
+    /// Another owner holds the lease of the cursor, or the cursor rests after a failure. Wait, or leave it to that owner.
     AlreadyOwned,
     /// The subscription is paused. Resume it.
     Paused,
@@ -116,7 +116,7 @@ pub enum ErrorKind {
     Superseded,
     /// The store could not be reached or was too busy, and nothing was written. Try again.
     Unavailable,
-    /// The store was opened read-only, or its file or server allows no writing.
+    /// The store was opened read-only, or its file or server does not allow writes.
     ReadOnly,
     /// The disk is full, and nothing was written. Make space.
     Full,
@@ -132,26 +132,26 @@ pub enum ErrorKind {
     },
     /// The engine is closed, or closed itself after a failed flush. Open it again.
     Closed,
-    /// Anything else the engine met. The source tells more.
+    /// Any other failure of the engine. The source tells more.
     Backend,
 }
 
 impl Error {
-    /// An error of this kind with this sentence: lower case, no full stop, the thing that is wrong in quotes.
+    /// An error of this kind with this message: lower case, no full stop, the wrong thing in quotes.
     ///
     /// For engines and codecs; `message` must not show a payload, a natural key or a password.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Repr { kind, message: message.into(), detail: None, source: None }))
     }
 
-    /// The same error, with what caused it.
+    /// The same error with its cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
         self.0.source = Some(source.into());
         self
     }
 
-    /// The same error, with what its source says, as far as everybody may read it.
+    /// The same error with the part of its source that may be shown to everybody.
     ///
     /// For engines; `detail` must not show a payload, a natural key or a password.
     #[must_use]
@@ -160,10 +160,12 @@ impl Error {
         self
     }
 
-    /// The same error, with its cause, and as [detail](Self::detail) the words of the cause that everybody may read.
+    /// The same error with its cause, and with a [detail](Self::detail): the part of the cause that may be shown to
+    /// everybody.
     ///
-    /// For engines. `told` gets the cause, then the cause of the cause, and so on, until it returns these words. They must
-    /// not show a payload, a natural key or a password. For an error of the operating system, its code tells them.
+    /// For engines. `told` gets the cause, then the cause of the cause, and so on, until it returns a detail. The detail must
+    /// not show a payload, a natural key or a password. The detail of an error of the operating system is the text of its
+    /// code.
     #[must_use]
     pub fn with_cause(
         self,
@@ -180,7 +182,7 @@ impl Error {
         detail.into_iter().fold(error, Self::with_detail)
     }
 
-    /// The same error once more, without its source: for the next of several callers who share it.
+    /// A copy without the source, for another of several callers that share this error.
     #[must_use]
     pub fn again(&self) -> Self {
         let Repr { kind, message, detail, .. } = &*self.0;
@@ -198,10 +200,10 @@ impl Error {
         Self::new(ErrorKind::Conflict { aggregate, expected, actual }, message)
     }
 
-    /// The aggregate is at the sequence that was expected, by another event than the one that was read.
+    /// The aggregate is at the expected sequence, but its last event is not the one that was read.
     pub fn other_event(aggregate: AggregateId, sequence: Sequence) -> Self {
         let message = format!(
-            "event {sequence} of aggregate {aggregate} is not the one that was read: the log has lost its tail since"
+            "event {sequence} of aggregate {aggregate} is not the one that was read: the log has lost its tail; load again"
         );
         Self::new(ErrorKind::Conflict { aggregate, expected: sequence, actual: sequence }, message)
     }
@@ -212,7 +214,7 @@ impl Error {
         Self::new(ErrorKind::KeyTaken { aggregate_type }, message)
     }
 
-    /// A batch creates an aggregate with an id that another aggregate has.
+    /// The id of a new aggregate is in use.
     pub fn id_in_use(aggregate: AggregateId) -> Self {
         Self::invalid(format!("aggregate {aggregate} exists already"))
     }
@@ -222,18 +224,18 @@ impl Error {
         Self::new(ErrorKind::NotFound, format!("there is no aggregate {aggregate}"))
     }
 
-    /// There is no aggregate of that type with the natural key asked for.
+    /// There is no aggregate of that type with that natural key.
     pub fn key_not_found(aggregate_type: &AggregateType) -> Self {
         Self::new(ErrorKind::NotFound, format!("there is no \"{aggregate_type}\" with that natural key"))
     }
 
-    /// The aggregate is of another type than asked for.
+    /// The aggregate has another type than the call expects.
     pub fn wrong_type(aggregate: AggregateId, expected: AggregateType, actual: AggregateType) -> Self {
         let message = format!("aggregate {aggregate} is of type \"{actual}\", not \"{expected}\"");
         Self::new(ErrorKind::WrongType { expected, actual }, message)
     }
 
-    /// The cursor lies behind the end of the log.
+    /// The cursor is past the end of the log.
     pub fn cursor_ahead(cursor: Position, head: Position) -> Self {
         let message = format!("cursor {cursor} is ahead of the log, which ends at {head}");
         Self::new(ErrorKind::CursorAhead { cursor, head }, message)
@@ -242,12 +244,12 @@ impl Error {
     /// The event at this position is not the one that was read.
     pub fn tail_lost(position: Position) -> Self {
         let message = format!(
-            "the event that was read at position {position} is gone: the log has lost its tail since, read on from before"
+            "the event that was read at position {position} is gone: the log has lost its tail; go back to an earlier position"
         );
         Self::new(ErrorKind::TailLost { position }, message)
     }
 
-    /// The command id took effect before, for something else.
+    /// The command id was used before for another command.
     pub fn command_reused() -> Self {
         let message =
             "the command id took effect before, for another request or other aggregates; use a new id";
@@ -286,10 +288,10 @@ impl Error {
         Self::new(ErrorKind::Invalid, message)
     }
 
-    /// The user's own refusal, for work that runs in [`EventStore::retry`](crate::EventStore::retry): it is not tried
-    /// again and comes back as the source of a [`Rejected`](ErrorKind::Rejected).
+    /// A refusal by user code, for work that runs in [`EventStore::retry`](crate::EventStore::retry). It is not tried
+    /// again, and comes back as the source of a [`Rejected`](ErrorKind::Rejected).
     pub fn rejected(source: impl Into<BoxError>) -> Self {
-        Self::new(ErrorKind::Rejected, "the decision said no").with_source(source)
+        Self::new(ErrorKind::Rejected, "the decision refused").with_source(source)
     }
 
     pub(crate) fn invalid_state(aggregate: AggregateId, event_type: &EventType, source: BoxError) -> Self {
@@ -297,7 +299,7 @@ impl Error {
         Self::new(ErrorKind::InvalidState, message).with_source(source)
     }
 
-    /// Somebody else made the aggregate that this unit found missing and wanted to make.
+    /// Another unit made the aggregate that this unit found missing and wanted to make.
     pub(crate) fn raced(aggregate: AggregateId) -> Self {
         let kind = ErrorKind::Conflict { aggregate, expected: Sequence::ZERO, actual: Sequence::ZERO };
         Self::new(kind, "another unit of work made the aggregate with that natural key first")
@@ -307,28 +309,27 @@ impl Error {
         Self::new(ErrorKind::InvalidName, message)
     }
 
-    /// An event that was to be recorded could not be encoded.
+    /// A new event could not be encoded.
     pub(crate) fn not_encoded(aggregate_type: &AggregateType, source: BoxError) -> Self {
         let kind = ErrorKind::Codec { event_type: None, position: None };
         let message = format!("an event of \"{aggregate_type}\" was not recorded: its codec cannot write it");
         Self::new(kind, message).with_source(source)
     }
 
-    /// An event that was to be recorded would be lost or changed once it is read.
+    /// A new event does not survive encoding and decoding.
     pub(crate) fn not_read_back(event_type: EventType, source: BoxError) -> Self {
-        let message = format!(
-            "event \"{event_type}\" was not recorded: its codec does not read back what it has written"
-        );
+        let message =
+            format!("event \"{event_type}\" was not recorded: it does not survive encoding and decoding");
         Self::new(ErrorKind::Codec { event_type: Some(event_type), position: None }, message)
             .with_source(source)
     }
 
-    /// A recorded event does not decode.
+    /// A recorded event cannot be decoded.
     pub(crate) fn not_decoded(event_type: &EventType, position: Option<Position>, source: BoxError) -> Self {
         Self::codec(event_type, position, "cannot be decoded", source)
     }
 
-    /// An event decodes, but the state does not take it.
+    /// The aggregate refuses a decoded event.
     pub(crate) fn misfit(event_type: &EventType, position: Option<Position>, source: BoxError) -> Self {
         Self::codec(event_type, position, "does not fit the state of its aggregate", source)
     }
@@ -340,36 +341,36 @@ impl Error {
         Self::new(kind, message).with_source(source)
     }
 
-    /// What the source says, as far as everybody may read it: of a database's error its code, the names of table and
-    /// constraint, and its message where that shows no value.
+    /// The part of the source that may be shown to everybody. For an error of a database: its code, the names of table and
+    /// constraint, and its message if that shows no value.
     pub fn detail(&self) -> Option<&str> {
         self.0.detail.as_deref()
     }
 
-    /// What went wrong, by what the caller can do.
+    /// The kind, by what the caller can do.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind
     }
 
-    /// Whether somebody else was faster: on fresh state the same decision may succeed.
+    /// Whether another writer was faster. With the new state the same decision may succeed.
     pub fn is_conflict(&self) -> bool {
         matches!(self.0.kind, ErrorKind::Conflict { .. })
     }
 
-    /// Whether trying again may help: after a conflict on fresh state, after "unavailable" as it is.
+    /// Whether another attempt may succeed: after a conflict with the new state, after `Unavailable` unchanged.
     pub fn is_retryable(&self) -> bool {
         self.is_conflict() || matches!(self.0.kind, ErrorKind::Unavailable)
     }
 
-    /// The user's own error of type `E`, if a decision or a validation raised this one.
+    /// The source as an error of type `E`, for instance the refusal of a decision or of a validation.
     ///
     /// ```
-    /// # use evercore_core::{Error, ErrorKind};
+    /// # use evercore_core::Error;
     /// #[derive(Debug, PartialEq)]
     /// struct TooLate;
     /// # impl std::fmt::Display for TooLate { fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.write_str("too late") } }
     /// # impl std::error::Error for TooLate {}
-    /// let error = Error::new(ErrorKind::Rejected, "the decision said no").with_source(TooLate);
+    /// let error = Error::rejected(TooLate);
     /// assert_eq!(error.cause::<TooLate>(), Some(&TooLate));
     /// ```
     pub fn cause<E: StdError + 'static>(&self) -> Option<&E> {
