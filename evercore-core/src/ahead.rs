@@ -1,10 +1,10 @@
 //! A future that starts before its result is needed, so that two can work at the same time without a runtime.
 
-use crate::future::BoxFuture;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use crate::future::BoxFuture;
 /// A future that may have started. Dropping it drops the future.
 pub(crate) struct Ahead<'a, T> {
     future: BoxFuture<'a, T>,

@@ -1,7 +1,5 @@
-//! The contract between evercore and its storage: one trait, object safe, in terms of `std` alone.
+//! The contract of an engine: one object-safe trait that needs only `std`.
 
-use crate::future::BoxFuture;
-use crate::target::Target;
 use std::any::Any;
 use std::fmt::{self, Debug};
 use std::ops::RangeInclusive;
@@ -13,45 +11,47 @@ use crate::batch::{Batch, Receipt, Snapshot};
 use crate::command::KnownCommand;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventRow, Events};
+use crate::future::BoxFuture;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::mark::{Mark, Witness};
 use crate::name::{AggregateType, CommandId, EventType, Key};
 use crate::store_id::StoreId;
 use crate::subscription::SubscriptionStorage;
+use crate::target::Target;
 use crate::time::Timestamp;
 use crate::{limits, metadata};
 
-/// Where the events lie. Implemented by engines, called by [`EventStore`](crate::EventStore).
+/// The storage of events. Engines implement it, and [`EventStore`](crate::EventStore) calls it.
 ///
-/// The bullets are the promises; each has a case of the same words in `evercore-testkit`, which an engine must pass.
+/// The bullets are the promises. Each has cases with a similar name in `evercore-testkit`, which an engine must pass.
 ///
-/// For the whole of an engine:
+/// Promises of the whole engine:
 ///
 /// * every future may be dropped at any await without harm: nothing is half written, nothing is left locked;
 /// * no call blocks the executor's thread on disk or network, unless the user asked for it;
-/// * a page of the log that was begun holds nothing that others need while nobody polls it: it is read ahead;
-/// * bad input never arrives here: names, keys, payloads and batches were checked where they were born;
-/// * nothing it says, logs or shows by `Debug` has a payload, a natural key or a password in it;
-/// * type names are the engine's to intern, and an interner remembers only what has committed;
+/// * a begun page of the log that is not polled holds nothing that other calls need, since pages are read ahead;
+/// * bad input never arrives here: names, keys, payloads and batches are checked when they are made;
+/// * no error, log line or `Debug` output has a payload, a natural key or a password in it;
+/// * an engine may intern type names, and an interner knows only names that have committed;
 /// * all of a store is there after reopening, and after a crash all that was acknowledged: events, keys, snapshots,
 ///   commands with their content, cursors and parked events;
-/// * after an answer nothing tells of less: heads, waits, pages, loads and cursors have what was acknowledged;
-/// * names, keys and command ids compare bytewise up to the last byte: those that differ in case, or only by Unicode
+/// * after an answer no other answer is older: heads, waits, pages, loads and cursors show what was acknowledged;
+/// * names, keys and command ids compare bytewise up to the last byte: texts that differ in case, or only by Unicode
 ///   normalisation, are different;
-/// * empty texts are not none.
+/// * an empty text is not the same as no text.
 ///
-/// [`Any`] is here so that an engine can tell whether a unit of work is its own; it is implemented by itself.
+/// With [`Any`] an engine can tell whether a unit of work belongs to it. Every type implements it.
 pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
-    /// Which store this is. Known when the engine is opened, so that asking costs nothing.
+    /// The identity of the store. It is known when the engine is opened, so this call costs nothing.
     ///
-    /// * all engines on one storage say the same, also after reopening, so a handle that one of them gave is good for
+    /// * all engines on one storage have the same identity, also after reopening, so a handle of one engine is good for
     ///   another; engines on different storages differ, and a handle of another store is refused. A copy is the same store.
     fn identity(&self) -> StoreId;
 
-    /// Reserves `count` ids for aggregates to be made, at least 1 and at most [`limits::RESERVE_IDS`].
+    /// Reserves `count` ids for new aggregates, at least 1 and at most [`limits::RESERVE_IDS`].
     ///
     /// * no id is given out twice, by any engine on the same storage, also after reopening;
-    /// * ids that are not used are lost, and that is harmless.
+    /// * unused ids are lost, which is harmless.
     fn reserve(&self, count: u32) -> BoxFuture<'_, Result<IdBlock>>;
 
     /// Writes a batch.
@@ -60,49 +60,50 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// keeps other commits out until the batch is written.
     ///
     /// * all of it is written, or nothing of it, and a large unit is seen whole or not at all;
-    /// * what a failed unit wanted is free: its keys, its ids and its command id;
+    /// * after a failed unit its keys, its ids and its command id are free;
     /// * without a command id, a unit that is sent twice may land twice: this is the limit of the promise;
-    /// * what is acknowledged is durable, as far as the user asked for;
+    /// * an acknowledged commit is durable, at the level that the user chose;
     /// * a stale append is a conflict, names expected and actual sequence, and writes nothing; so is a stale guard;
-    /// * an append or a guard that [names the event](Batch::has_read) that was read is a conflict if another event has come
-    ///   to its sequence, as it may after the log has lost its tail;
-    /// * events are numbered from `expected + 1`, without holes, and positions from the log's head, without holes, in
-    ///   commit order; the events of a batch are contiguous, in the order of its appends;
+    /// * an append or a guard that [names the event](Batch::has_read) that was read is a conflict if another event now has
+    ///   its sequence, as can happen after the log has lost its tail;
+    /// * sequences go on from `expected + 1` without gaps, and positions from the head of the log without gaps, in commit
+    ///   order; the events of a batch are contiguous, in the order of its appends;
     /// * a key held by another aggregate of the same type is `KeyTaken`; a key that the same batch takes from its
     ///   holder is free;
-    /// * an aggregate that does not exist is `NotFound`, whether appended to, guarded, renamed or given a snapshot; one
-    ///   of another type is `WrongType`; an aggregate to be made whose id is in use is `Invalid`;
-    /// * of several faults the first is told, in the order of [`Batch::check`]: command id, appends, guards, snapshots, changed
-    ///   keys, taken keys, ids in use;
-    /// * the command id is looked at before everything else, and one that is known is answered as
-    ///   [`KnownCommand::answer`] says: the first receipt comes back and nothing is written, unless both fingerprints say
-    ///   something in the same half and it differs: then it is `CommandReused`; settled as never committed, `CommandAbandoned`;
-    /// * an aggregate has one snapshot: a later one, or one of another version, takes its place, an earlier one of the
-    ///   same version does not; one that is ahead of the aggregate after the batch is not kept;
-    /// * `recorded_at` is the engine's clock, never less than that of the event before, also when the clock goes back.
+    /// * an aggregate that does not exist is `NotFound`, in an append, a guard, a changed key or a snapshot; an aggregate of
+    ///   another type is `WrongType`; a new aggregate whose id is in use is `Invalid`;
+    /// * a batch with several faults gets the error of the first, in the order of [`Batch::check`]: command id, appends, guards,
+    ///   snapshots, changed keys, taken keys, ids in use;
+    /// * the command id is checked before everything else, and [`KnownCommand::answer`] decides about a known one: the first
+    ///   receipt comes back and nothing is written, unless both fingerprints have the same half and it differs: then it is
+    ///   `CommandReused`; settled as never committed, `CommandAbandoned`;
+    /// * an aggregate has one snapshot: a later snapshot, or one of another version, takes its place, an earlier one of the
+    ///   same version does not; a snapshot that is ahead of the aggregate after the batch is not kept;
+    /// * `recorded_at` is the time of the engine's clock, and never earlier than that of the event before, also when the clock
+    ///   goes back.
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Receipt>>;
 
-    /// What is remembered of the command with this id; `None` if nothing is.
+    /// The stored command with this id; `None` if the store does not know it.
     ///
     /// * a receipt keeps the order of its unit.
     fn command<'a>(&'a self, id: &'a CommandId) -> BoxFuture<'a, Result<Option<KnownCommand>>>;
 
     /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will".
     ///
-    /// * after `None`, a commit with that id is `CommandAbandoned`, however long it was on its way.
+    /// * after `None`, a commit with that id is `CommandAbandoned`, also one that was sent before.
     fn settle<'a>(&'a self, command: &'a CommandId) -> BoxFuture<'a, Result<Option<Receipt>>>;
 
-    /// Forgets the commands that took effect or were settled before this time, by the engine's clock; tells how many.
+    /// Removes the commands that took effect or were settled before this time, by the engine's clock, and returns how many.
     ///
     /// * a command that is forgotten is unknown: a commit with its id takes effect;
-    /// * what is younger is kept, and so is every event;
-    /// * it holds up no commit for long, however many there are. Dropped halfway, it has forgotten some.
+    /// * younger commands are kept, and so is every event;
+    /// * it delays no commit for long, also with very many commands. After a drop halfway, some are removed.
     fn forget_commands(&self, before: Timestamp) -> BoxFuture<'_, Result<u64>>;
 
-    /// Loads an aggregate: its newest usable snapshot and the events behind it; `None` if there is no such aggregate.
+    /// Loads an aggregate: its newest usable snapshot and the events after it; `None` if there is no such aggregate.
     ///
-    /// * a snapshot is usable if it has the version asked for and is not ahead of the aggregate nor of `up_to`;
-    /// * `History::sequence` is that of the aggregate, and the events are those up to it, as of one moment.
+    /// * a snapshot is usable if it has the requested version and is not ahead of the aggregate or of `up_to`;
+    /// * `History::sequence` and the events belong to one moment.
     fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<Option<History>>>;
 
     /// A page of one aggregate's events; empty if there is no such aggregate.
@@ -110,14 +111,14 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
 
     /// A page of the log.
     ///
-    /// * a page is a prefix of what there was to read: no event is skipped, none comes twice;
-    /// * page after page is the log read whole, with every filter, limit and direction;
-    /// * a page ends at `limit`, and `LogPage::scanned` tells up to where there is nothing more to find;
-    /// * a filter means the same to every engine: what [`Filter::matches_row`] says;
-    /// * a name that no event has yet matches nothing, and matches as soon as one has it;
+    /// * a page is a prefix of the matching events: no event is skipped, none comes twice;
+    /// * page after page gives the same events as the whole log, with every filter, limit and direction;
+    /// * a page ends at `limit`, and no matching event is left up to `LogPage::scanned`;
+    /// * a filter means the same to every engine: [`Filter::matches_row`] is the rule;
+    /// * a name that no event has yet matches nothing, and matches as soon as one event has it;
     /// * reading forward from past the head is `CursorAhead`;
-    /// * a page tells by their marks at which event it began and at which it ended, so that whoever reads on sees whether the
-    ///   log has lost its tail in between.
+    /// * a page has the marks of the events at which it began and ended, so that the next read can see whether the log has
+    ///   lost its tail in between.
     fn read_log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<LogPage>>;
 
     /// The position of the last event; [`Position::ZERO`] in an empty store.
@@ -126,17 +127,17 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// The position of the last event recorded at this time or before, by `recorded_at`.
     fn position_at(&self, time: Timestamp) -> BoxFuture<'_, Result<Position>>;
 
-    /// Waits until there is an event past `after`, at most this long; tells the head it saw.
+    /// Waits until there is an event after this position, at most this long, and returns the head.
     ///
-    /// * a commit through this engine wakes all who wait, at once; two commits at once wake all who wait for both;
+    /// * a commit through this engine wakes all waiters at once; two commits at once wake all waiters of both;
     /// * a commit without events ends no wait;
     /// * waiting ends when time is up, also while others commit and when the clock goes back.
     fn wait(&self, after: Position, at_most: Duration) -> BoxFuture<'_, Result<Position>>;
 
-    /// Lets this much time pass: the one clock that core has.
+    /// Sleeps. This is core's only timer.
     fn pause(&self, time: Duration) -> BoxFuture<'_, ()>;
 
-    /// Registers these names, if they are new, and has them at hand for what follows; again is harmless.
+    /// Registers these names if they are new, and keeps them in memory for later calls. A second call is harmless.
     ///
     /// * a type without events is registered too.
     fn warmup<'a>(&'a self, types: &'a [KnownType]) -> BoxFuture<'a, Result<()>>;
@@ -144,9 +145,9 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// All names registered by commits and warm-ups, ordered.
     fn types(&self) -> BoxFuture<'_, Result<Vec<KnownType>>>;
 
-    /// Closes the engine, for all who share it.
+    /// Closes the engine for all that share it.
     ///
-    /// * what is called later is `Closed`, and a wait that is under way ends as `Closed`, at once;
+    /// * a later call is `Closed`, and a wait that is under way ends as `Closed`, at once;
     /// * a commit that is under way has ended when this returns: its events are written, or it is an error;
     /// * closing again is harmless.
     fn close(&self) -> BoxFuture<'_, Result<()>>;
@@ -161,16 +162,16 @@ pub struct KnownType {
     pub event_types: Vec<EventType>,
 }
 
-/// What to load.
+/// A request to load an aggregate.
 #[derive(Clone, Debug)]
 pub struct LoadRequest {
-    /// Which aggregate.
+    /// The aggregate.
     pub target: Target,
-    /// The version a snapshot must have to be usable; `None`: no snapshot.
+    /// The version that a usable snapshot has; `None` to load without a snapshot.
     pub snapshot: Option<u32>,
     /// The last sequence to load; [`Sequence::MAX`] for all.
     pub up_to: Sequence,
-    /// How much to load at once; what lies behind is read by [`StorageEngine::read_aggregate`].
+    /// The limit of events and bytes. [`StorageEngine::read_aggregate`] reads the rest.
     pub limit: PageLimit,
 }
 
@@ -183,17 +184,17 @@ pub struct History {
     pub aggregate_type: AggregateType,
     /// Its natural key.
     pub key: Option<Key>,
-    /// The sequence of its last event, whether loaded or not; [`Sequence::ZERO`] if it has none.
+    /// The sequence of its last event, also if that is not loaded; [`Sequence::ZERO`] if it has none.
     pub sequence: Sequence,
     /// The mark of its last event, [`Mark::ALWAYS`] where the log cannot lose its tail; `None` if it has no event.
     pub mark: Option<Mark>,
-    /// The snapshot to begin with.
+    /// The snapshot, if a usable one was found.
     pub snapshot: Option<Snapshot>,
-    /// The events behind the snapshot, as many as the limit allowed.
+    /// The events after the snapshot, as many as the limit allows.
     pub events: Events,
 }
 
-/// Which way to read.
+/// The direction of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// Oldest first.
@@ -202,18 +203,18 @@ pub enum Direction {
     Backward,
 }
 
-/// Which events of one aggregate to read.
+/// A query for a page of one aggregate's events.
 #[derive(Clone, Copy, Debug)]
 pub struct AggregateQuery {
     /// The aggregate.
     pub aggregate: AggregateId,
-    /// Which way.
+    /// The direction.
     pub direction: Direction,
-    /// Where to begin, itself not read: the events behind it going forward, before it going backward.
+    /// The start, which is excluded: forward, the first event is the one after it; backward, the one before it.
     pub from: Sequence,
-    /// Where to end, itself read.
+    /// The end, which is included.
     pub to: Sequence,
-    /// How much at once.
+    /// The limit of events and bytes.
     pub limit: PageLimit,
 }
 
@@ -229,14 +230,14 @@ impl AggregateQuery {
         Self { direction: Direction::Backward, to: Sequence::ZERO, ..Self::after(aggregate, sequence) }
     }
 
-    /// Ends at this sequence, which is still read.
+    /// Ends at this sequence, which is included.
     #[must_use]
     pub fn up_to(mut self, sequence: Sequence) -> Self {
         self.to = sequence;
         self
     }
 
-    /// How much at once.
+    /// Limits the events and bytes of a page.
     #[must_use]
     pub fn with_limit(mut self, limit: PageLimit) -> Self {
         self.limit = limit;
@@ -244,7 +245,8 @@ impl AggregateQuery {
     }
 }
 
-/// How much one page may hold; it ends at whichever comes first, but has one event at least (unless `events` is 0).
+/// The most events and bytes of a page. A page ends at the limit that it meets first, but has at least one event (unless
+/// `events` is 0).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLimit {
     events: usize,
@@ -252,8 +254,8 @@ pub struct PageLimit {
 }
 
 impl PageLimit {
-    /// How a history is read to be folded: pages small enough to lie in memory that was used a moment before.
-    /// Measured on SQLite with histories of 10,000 events: pages of 10,000 are slower by a third.
+    /// The limit for replaying a history. Such small pages stay in the processor's caches: on SQLite, with histories of
+    /// 10,000 events, pages of 10,000 were slower by a third.
     pub(crate) const FOLD: Self = Self { events: 1_000, bytes: 512 * 1024 };
 
     /// At most this many events, and the default number of bytes.
@@ -265,7 +267,7 @@ impl PageLimit {
         Ok(Self { events, ..Self::default() })
     }
 
-    /// The same, with at most this many bytes: payloads, references, correlation and causation ids, and headers.
+    /// The same limit with at most this many bytes: payloads, references, correlation and causation ids, and headers.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_BYTES`].
@@ -284,7 +286,7 @@ impl PageLimit {
         self.bytes
     }
 
-    /// The same with one event at least: what is read for ever gets somewhere.
+    /// The same limit with at least one event, so that a reader always makes progress.
     pub(crate) fn at_least_one(self) -> Self {
         Self { events: self.events.max(1), ..self }
     }
@@ -308,9 +310,9 @@ fn check_page(what: &str, count: usize, limit: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which events to read or to be given: those for which every part that is set holds.
+/// A filter of events. An event passes if it matches every part that is set.
 ///
-/// A part that can be set several times, such as the aggregate type, holds if any of its values does.
+/// A part that can be set several times, such as the aggregate type, matches if any of its values does.
 ///
 /// ```
 /// # use evercore_core::{Aggregate, Filter, Json, Result};
@@ -358,22 +360,22 @@ impl Filter {
         Ok(self.with_aggregate_type(aggregate_type::<T>()?))
     }
 
-    /// Also events of aggregates of this type; without any, events of aggregates of all types.
+    /// Also events of aggregates of this type. Without an aggregate type, all types pass.
     #[must_use]
     pub fn with_aggregate_type(mut self, aggregate_type: AggregateType) -> Self {
         self.aggregate_types.push(aggregate_type);
         self
     }
 
-    /// Also events of this type; without any, events of all types.
+    /// Also events of this type. Without an event type, all types pass.
     #[must_use]
     pub fn with_event_type(mut self, event_type: EventType) -> Self {
         self.event_types.push(event_type);
         self
     }
 
-    /// Only events of this aggregate. A filter means the aggregate, not the natural key it has today:
-    /// [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) looks the key up.
+    /// Only events of this aggregate. [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) finds the aggregate by
+    /// its natural key.
     #[must_use]
     pub fn with_aggregate(mut self, aggregate: AggregateId) -> Self {
         self.aggregate = Some(aggregate);
@@ -399,32 +401,32 @@ impl Filter {
         Ok(self)
     }
 
-    /// The aggregate types of which one is asked for; empty: all.
+    /// The aggregate types that pass; empty if all do.
     pub fn aggregate_types(&self) -> &[AggregateType] {
         &self.aggregate_types
     }
 
-    /// The event types of which one is asked for; empty: all.
+    /// The event types that pass; empty if all do.
     pub fn event_types(&self) -> &[EventType] {
         &self.event_types
     }
 
-    /// The aggregate that is asked for.
+    /// The aggregate whose events pass, if it is set.
     pub fn aggregate(&self) -> Option<AggregateId> {
         self.aggregate
     }
 
-    /// The reference that is asked for.
+    /// The reference of events that pass, if it is set.
     pub fn reference(&self) -> Option<&str> {
         self.reference.as_deref()
     }
 
-    /// The correlation id that is asked for.
+    /// The correlation id of events that pass, if it is set.
     pub fn correlation_id(&self) -> Option<&str> {
         self.correlation_id.as_deref()
     }
 
-    /// Whether it asks for types of aggregates or of events.
+    /// Whether types of aggregates or of events are set.
     pub fn is_by_type(&self) -> bool {
         !(self.aggregate_types.is_empty() && self.event_types.is_empty())
     }
@@ -434,7 +436,7 @@ impl Filter {
         self.matches_row(&event.as_row())
     }
 
-    /// Whether an event that is read from this row passes: the one meaning that all engines share.
+    /// Whether the event of this row passes. This is the rule for all engines.
     pub fn matches_row(&self, row: &EventRow<'_>) -> bool {
         self.aggregate.is_none_or(|wanted| wanted == row.aggregate)
             && self.reference().is_none_or(|wanted| row.reference == Some(wanted))
@@ -449,7 +451,7 @@ impl Filter {
     }
 }
 
-/// A reference may name a person: only whether one is asked for is shown.
+/// Shows only whether a reference and a correlation id are set, since they may name a person.
 impl fmt::Debug for Filter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Filter")
@@ -462,18 +464,18 @@ impl fmt::Debug for Filter {
     }
 }
 
-/// Which page of the log to read.
+/// A query for a page of the log.
 #[derive(Clone, Debug)]
 pub struct LogQuery {
-    /// Which way.
+    /// The direction.
     pub direction: Direction,
-    /// Where to begin, itself not read: the events behind it going forward, before it going backward.
+    /// The start, which is excluded: forward, the first event is the one after it; backward, the one before it.
     pub from: Position,
-    /// Where to end, itself read.
+    /// The end, which is included.
     pub to: Position,
-    /// Which events.
+    /// The filter.
     pub filter: Filter,
-    /// How much at once.
+    /// The limit of events and bytes.
     pub limit: PageLimit,
 }
 
@@ -494,21 +496,21 @@ impl LogQuery {
         Self { direction: Direction::Backward, to: Position::ZERO, ..Self::after(position) }
     }
 
-    /// Ends at this position, which is still read.
+    /// Ends at this position, which is included.
     #[must_use]
     pub fn up_to(mut self, position: Position) -> Self {
         self.to = position;
         self
     }
 
-    /// Only what passes.
+    /// Only events that pass this filter.
     #[must_use]
     pub fn with_filter(mut self, filter: Filter) -> Self {
         self.filter = filter;
         self
     }
 
-    /// How much at once.
+    /// Limits the events and bytes of a page.
     #[must_use]
     pub fn with_limit(mut self, limit: PageLimit) -> Self {
         self.limit = limit;
@@ -527,10 +529,10 @@ impl LogQuery {
         }
     }
 
-    /// What `scanned` is when a page met its limit, or read to the end of what there is.
+    /// The value of [`LogPage::scanned`] for a page that met its limit (`is_full`) or not.
     ///
-    /// Going forward, a page that met its limit was searched up to its last event, otherwise up to the head or `to`;
-    /// going backward, down to its last event, otherwise down to `to`. Never back over `from`.
+    /// Forward, a full page was searched up to its last event, any other up to the head or `to`. Backward, a full page was
+    /// searched down to its last event, any other down to `to`. The value never passes `from` in the other direction.
     pub fn scanned(&self, events: &Events, is_full: bool, head: Position) -> Position {
         let last = events.last().map(|event| event.position());
         match (is_full, self.direction) {
@@ -544,20 +546,21 @@ impl LogQuery {
 /// A page of the log.
 #[derive(Clone, Debug)]
 pub struct LogPage {
-    /// The events, in the order asked for.
+    /// The events, in the requested order.
     pub events: Events,
-    /// Up to where the log was searched: the `from` of the next page. Goes on past what did not pass the filter.
+    /// The end of the part that was searched: the `from` of the next page. It includes events that did
+    /// not pass the filter.
     pub scanned: Position,
     /// The position of the last event of the log, as of this page.
     pub head: Position,
     /// The mark of the event at which the query began, if there is one.
     pub began: Option<Mark>,
-    /// Going forward, the mark of the event at `scanned`; at the beginning of the log [`Mark::ALWAYS`].
+    /// Forward, the mark of the event at `scanned`; at the beginning of the log [`Mark::ALWAYS`].
     pub ended: Option<Mark>,
 }
 
 impl LogPage {
-    /// The answer to this query, of a log that cannot lose its tail; `is_full` if the limit ended it.
+    /// A page for this query, from a log that cannot lose its tail; `is_full` if the page met its limit.
     pub fn new(query: &LogQuery, events: Events, is_full: bool, head: Position) -> Self {
         let began = (query.from > Position::ZERO).then_some(Mark::ALWAYS);
         Self {
@@ -569,7 +572,7 @@ impl LogPage {
         }
     }
 
-    /// Going forward, the event that proves all that was read up to here.
+    /// Forward, the event at the end of the page. If it is unchanged later, the log before it is unchanged too.
     pub fn witness(&self) -> Option<Witness> {
         Some(Witness::new(self.scanned, self.ended?))
     }

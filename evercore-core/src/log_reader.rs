@@ -1,6 +1,5 @@
 //! Reads the log from one end to the other, some pages ahead of the caller.
 
-use crate::future::BoxFuture;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
@@ -8,6 +7,7 @@ use std::sync::Arc;
 use crate::ahead::Ahead;
 use crate::engine::{Direction, Filter, LogPage, LogQuery, StorageEngine};
 use crate::error::{Error, ErrorKind, Result};
+use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::mark::Witness;
 

@@ -1,6 +1,5 @@
 //! Runs work again after a conflict, in turns or after a pause.
 
-use crate::target::Target;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
 use crate::race::{First, race};
 use crate::store::EventStore;
+use crate::target::Target;
 use crate::turn::Turn;
 use crate::unit_of_work::UnitOfWork;
 

@@ -3,13 +3,13 @@
 //! A turn is not a lock: the engine checks every commit as if there were no queues. So a waiter may pass a holder that does
 //! not go on, because it is asleep, was forgotten, or waits for this very waiter.
 
-use crate::target::Target;
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
+use crate::target::Target;
 /// A queue for each aggregate that is being written. Empty queues are not kept.
 #[derive(Default)]
 pub(crate) struct Turns {

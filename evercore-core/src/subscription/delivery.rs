@@ -1,6 +1,5 @@
 //! The input of a handler, and the trait that calls handlers.
 
-use crate::future::BoxFuture;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use super::cursor::{Cursor, CursorId, Lease};
 use super::step::Advance;
 use crate::error::{BoxError, Error};
 use crate::event::Event;
+use crate::future::BoxFuture;
 use crate::ids::Position;
 
 /// One or more events that are delivered together, in the order of the log. Cheap to clone.

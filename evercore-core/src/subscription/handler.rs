@@ -1,7 +1,6 @@
 //! Handlers that are plain functions. The cursor moves after them, so they see each event at least once. A panic of any
 //! handler becomes an error here.
 
-use crate::future::BoxFuture;
 use std::any::Any;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,6 +10,7 @@ use std::task::Poll;
 use super::delivery::{Delivered, Delivery, Outcome, Sink};
 use super::step::Advance;
 use crate::error::BoxError;
+use crate::future::BoxFuture;
 
 /// Calls a handler for each event.
 pub(crate) struct Each<F>(pub(crate) F);

@@ -1,6 +1,5 @@
 //! Whoever runs a subscription: claims partitions, runs them beside each other, shares them with others.
 
-use crate::future::BoxFuture;
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -16,6 +15,7 @@ use super::settings::Subscription;
 use super::step::Step;
 use super::stop::Stop;
 use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::future::BoxFuture;
 use crate::name::{OwnerId, SubscriptionName};
 use crate::observe;
 use crate::race::{First, race};
