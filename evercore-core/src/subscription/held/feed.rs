@@ -1,0 +1,115 @@
+//! The events after a cursor: they are read ahead, grouped into deliveries, and read again if they are put back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Held, PASS_BY, partition_of};
+use crate::engine::{LogPage, LogQuery};
+use crate::error::Result;
+use crate::event::Event;
+use crate::ids::Position;
+use crate::subscription::delivery::Delivery;
+use crate::subscription::tail::Tail;
+
+impl Held {
+    pub(super) fn read_from(&mut self, bound: Position) {
+        let settings = &self.subscription.settings;
+        let query = LogQuery::after(self.taken_to)
+            .up_to(bound)
+            .with_filter(settings.filter.clone())
+            .with_limit(settings.batch);
+        self.tail = Tail::new(self.subscription.store.engine(), query, self.read);
+    }
+
+    /// Whether everything that was handed out is acknowledged, so that the cursor may move past what concerns nobody.
+    pub(crate) fn has_nothing_out(&self) -> bool {
+        self.handed_out <= self.cursor.position
+    }
+
+    /// What is to be delivered next; `None` if nothing came in that time. What is handed out is not handed out again,
+    /// unless it is [put back](Self::put_back).
+    pub(crate) async fn next(&mut self, at_most: Duration) -> Result<Option<Delivery>> {
+        if let Some(delivery) = self.take_pending() {
+            return Ok(Some(delivery));
+        }
+        // Not for long while the cursor is to be moved past something.
+        let at_most = if self.has_nothing_out() && self.taken_to > self.cursor.position {
+            at_most.min(PASS_BY)
+        } else {
+            at_most
+        };
+        let Some(page) = self.tail.next(at_most).await? else { return Ok(None) };
+        self.add(&page);
+        Ok(self.take_pending())
+    }
+
+    pub(super) fn add(&mut self, page: &LogPage) {
+        let (partition, partitions) = (self.context.id.partition, self.subscription.settings.partitions);
+        self.pending.extend(
+            page.events.iter().filter(|event| partition_of(event.aggregate(), partitions) == partition),
+        );
+        self.pending_end = page.scanned;
+        self.read = page.witness();
+        self.head = page.head;
+    }
+
+    /// Events go out together that are all live or all replay, and to the end of what was read or one by one.
+    pub(super) fn take_pending(&mut self) -> Option<Delivery> {
+        let mut events = Vec::new();
+        let mut is_replay = false;
+        while let Some(next) = self.pending.front() {
+            if self.held_back.contains(&next.aggregate()) {
+                self.taken_to = next.position();
+                self.pending.pop_front();
+                continue;
+            }
+            let is_next_replay = self.is_replay(next.position());
+            let goes_alone = next.position() <= self.alone_to;
+            if !events.is_empty() && (goes_alone || is_next_replay != is_replay) {
+                break;
+            }
+            is_replay = is_next_replay;
+            self.taken_to = next.position();
+            events.extend(self.pending.pop_front());
+            if goes_alone {
+                break;
+            }
+        }
+        if self.pending.is_empty() {
+            self.taken_to = self.taken_to.max(self.pending_end);
+        }
+        self.handed_out = events.last().map_or(self.handed_out, |last: &Event| last.position());
+        let attempt =
+            if events.first().is_some_and(|first| first.position() <= self.alone_to) { 2 } else { 1 };
+        (!events.is_empty()).then(|| Delivery {
+            events: events.into(),
+            context: Arc::clone(&self.context),
+            attempt,
+            is_replay,
+            end: self.taken_to,
+        })
+    }
+
+    pub(super) fn is_replay(&self, position: Position) -> bool {
+        self.cursor.live_from.is_none_or(|from| position <= from)
+    }
+
+    /// Hands out again what was not handled, the next `alone` of it one by one, because one of those fails.
+    pub(crate) fn put_back_alone(&mut self, delivery: &Delivery, handled: usize, alone: usize) {
+        let mut tried = delivery.events().iter().skip(handled).take(alone);
+        if let Some(last) = tried.next_back() {
+            self.alone_to = last.position();
+        }
+        self.put_back();
+    }
+
+    /// Hands out again what is behind the cursor: read anew, since what was passed over in between may concern somebody now.
+    pub(crate) fn put_back(&mut self) {
+        self.pending.clear();
+        self.taken_to = self.cursor.position;
+        self.handed_out = self.cursor.position;
+        self.pending_end = self.cursor.position;
+        self.read = None;
+        self.read_from(self.tail.bound());
+    }
+}

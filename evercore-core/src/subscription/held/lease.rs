@@ -1,0 +1,113 @@
+//! The lease of a cursor: it is renewed in time, watched while work runs, and given back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Held, is_passing};
+use crate::error::{Error, ErrorKind, Result};
+use crate::race::{First, race};
+use crate::subscription::Failure;
+use crate::subscription::cursor::CursorStatus;
+use crate::subscription::step::Step;
+
+/// How often a lease is renewed again whose renewal the engine did not answer.
+const RENEW_AGAIN: Duration = Duration::from_millis(100);
+
+impl Held {
+    /// The lease lasts until here, by our own clock; a little less, for the way.
+    pub(super) fn valid_until(&self) -> Instant {
+        let time = self.subscription.settings.lease;
+        self.renewed_at + (time - time / 10)
+    }
+
+    pub(crate) fn check_time(&self) -> Result<()> {
+        if Instant::now() < self.valid_until() {
+            return Ok(());
+        }
+        let message =
+            format!("the lease on subscription \"{}\" was not renewed in time", self.subscription.name);
+        Err(Error::new(ErrorKind::LeaseLost, message))
+    }
+
+    /// Runs work and keeps the lease meanwhile; work whose lease is lost is dropped.
+    pub(crate) async fn keeping<T>(&mut self, work: impl Future<Output = T> + Send) -> Result<T> {
+        let (mut work, engine) = (std::pin::pin!(work), Arc::clone(self.subscription.store.engine()));
+        let until = |time: Instant| engine.pause(time.saturating_duration_since(Instant::now()));
+        loop {
+            self.check_time()?;
+            if let First::Left(done) = race(work.as_mut(), until(self.next_renewal)).await {
+                return Ok(done);
+            }
+            self.check_time()?;
+            // An answer that does not come is no renewal.
+            let too_late = until(self.valid_until());
+            match race(work.as_mut(), race(self.renew(), too_late)).await {
+                First::Left(done) => return Ok(done),
+                First::Right(First::Left(renewed)) => renewed?,
+                First::Right(First::Right(())) => {}
+            }
+        }
+    }
+
+    /// Renews the lease if it is time to. That the engine is out of reach is no harm before the lease ends.
+    pub(crate) async fn renew_if_due(&mut self) -> Result<()> {
+        self.check_time()?;
+        if Instant::now() < self.next_renewal { Ok(()) } else { self.renew().await }
+    }
+
+    /// How often operators had changed something when we last looked.
+    pub(crate) fn heard(&self) -> u64 {
+        self.heard
+    }
+
+    /// Looks at the cursor, whatever the time.
+    pub(crate) async fn look(&mut self) -> Result<()> {
+        self.heard = self.subscription.store.operator_calls().count();
+        self.renew().await
+    }
+
+    pub(super) async fn renew(&mut self) -> Result<()> {
+        let asked_at = Instant::now();
+        let time = self.subscription.settings.lease;
+        let renew = Step::renew(self.context.lease.clone(), time);
+        match self.step(&renew).await {
+            Ok(()) => {
+                self.renewed_at = asked_at;
+                self.next_renewal = asked_at + time / 3;
+                Ok(())
+            }
+            Err(error) if is_passing(&error) => {
+                self.next_renewal = Instant::now() + RENEW_AGAIN.min(time / 10);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Renews the lease whatever the time, or finds that it is lost; the cursor is as it stands now.
+    pub(super) async fn hold(&mut self) -> Result<()> {
+        self.step(&Step::renew(self.context.lease.clone(), self.subscription.settings.lease)).await
+    }
+
+    /// Whether somebody who has fewer cursors asks for this one. The engine's time is that of the last step.
+    pub(crate) fn is_wanted(&self) -> bool {
+        let time = self.subscription.settings.lease;
+        self.cursor.wanted_by.is_some() && self.cursor.wanted_until.plus(time) > self.cursor.expires_at
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.cursor.status == CursorStatus::Paused
+    }
+
+    pub(crate) async fn release(&mut self) -> Result<()> {
+        let release = Step::release(self.context.lease.clone());
+        let released = self.subscription.store.engine().step(&self.context.id, &release).await;
+        self.subscription.store.cursor_moves().send();
+        released.map(drop)
+    }
+
+    pub(crate) async fn fail(&mut self, failure: Failure) -> Result<()> {
+        let rest = self.subscription.settings.failure.longest_pause;
+        self.step(&Step::Fail { lease: self.context.lease.clone(), failure, rest }).await
+    }
+}

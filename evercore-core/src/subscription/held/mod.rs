@@ -1,0 +1,196 @@
+//! A cursor with its lease: claiming it and moving it. The other files of the folder keep the lease, read the log, handle
+//! parked events, and take over from an older version.
+
+mod feed;
+mod lease;
+mod parked;
+mod takeover;
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use super::cursor::{Cursor, Lease, Parked, ParkedChange};
+use super::delivery::Context;
+use super::settings::Subscription;
+use super::step::{Advance, Step};
+use super::tail::Tail;
+use crate::engine::LogQuery;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::ids::{AggregateId, Position};
+use crate::mark::Witness;
+use crate::name::OwnerId;
+
+/// How long the cursor may stand behind what was passed over, before it is moved for that alone.
+const PASS_BY: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) subscription: Subscription,
+    /// As it was when it was last stepped on.
+    pub(crate) cursor: Cursor,
+    pub(crate) context: Arc<Context>,
+    /// Before the lease was asked for or renewed the last time, by a clock that does not jump.
+    renewed_at: Instant,
+    next_renewal: Instant,
+    moved_at: Instant,
+    began_at: Position,
+    tail: Tail,
+    /// Where the log ended when it was last read.
+    head: Position,
+    /// What was read and is not yet taken, and where the cursor stands when it is done.
+    pending: VecDeque<Event>,
+    pending_end: Position,
+    /// The event at which the last page ended.
+    read: Option<Witness>,
+    /// Everything up to here was handed out or passed over.
+    taken_to: Position,
+    /// The last event that was handed out.
+    handed_out: Position,
+    /// Deliver one by one up to here, because one of them fails.
+    alone_to: Position,
+    /// How often operators had changed something by then.
+    heard: u64,
+    parked_seen: Option<i64>,
+    held_back: HashSet<AggregateId>,
+    due: Vec<Parked>,
+}
+
+impl Held {
+    /// Gets the lease of a partition.
+    pub(crate) async fn claim(
+        subscription: &Subscription,
+        partition: u32,
+        owner: &OwnerId,
+        is_stopping: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let (id, engine) = (subscription.cursor_id(partition), subscription.store.engine());
+        let (asked_at, heard) = (Instant::now(), subscription.store.operator_calls().count());
+        let claim = Step::claim(owner.clone(), subscription.settings.lease);
+        let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
+        let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
+        let mut held = Self {
+            tail: Tail::new(engine, LogQuery::after(cursor.position), None),
+            context: Arc::new(Context { id, lease, is_stopping }),
+            renewed_at: asked_at,
+            next_renewal: asked_at + subscription.settings.lease / 3,
+            moved_at: asked_at,
+            began_at: cursor.position,
+            head: cursor.position,
+            pending: VecDeque::new(),
+            pending_end: cursor.position,
+            read: None,
+            taken_to: cursor.position,
+            handed_out: cursor.position,
+            alone_to: cursor.position,
+            heard,
+            parked_seen: None,
+            held_back: HashSet::new(),
+            due: Vec::new(),
+            subscription: subscription.clone(),
+            cursor,
+        };
+        // A version that is being built has to see first how far the one before has come.
+        held.read_from(held.cursor.live_from.map_or(held.taken_to, |_| Position::MAX));
+        crate::observe::lease_changed(&held.context.id, "claimed");
+        Ok(held)
+    }
+
+    async fn step(&mut self, step: &Step) -> Result<()> {
+        let stepped = self.subscription.store.engine().step(&self.context.id, step).await?;
+        let stepped = stepped.ok_or_else(|| gone(&self.subscription))?;
+        // Under our lease nobody moves it back: it was lost, with the end of the log.
+        if stepped.position < self.cursor.position {
+            return Err(Error::tail_lost(self.cursor.position));
+        }
+        self.cursor = stepped;
+        Ok(())
+    }
+
+    /// Whether the cursor has moved under this lease.
+    pub(crate) fn has_moved(&self) -> bool {
+        self.cursor.position > self.began_at
+    }
+
+    /// What moves the cursor to there, from where it stands.
+    pub(crate) fn advance_to(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
+        let time = self.subscription.settings.lease;
+        let from = self.cursor.position;
+        let (lease, to) = (self.context.lease.clone(), to.max(from));
+        let read = self.read.filter(|read| read.position >= to);
+        Advance { lease, from, to, time, parked, parked_seen: None, read }
+    }
+
+    /// The same for a parked event that is tried again: what an operator says meanwhile goes before it.
+    pub(crate) fn change_parked(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
+        Advance { parked_seen: self.parked_seen, ..self.advance_to(to, parked) }
+    }
+
+    /// Moves the cursor. An answer may have been lost, and a step that was given up may still have taken effect: while the
+    /// lease holds, nobody else can have moved it, so where it stands is of our own doing.
+    pub(crate) async fn advance(&mut self, advance: Advance) -> Result<()> {
+        let asked_at = Instant::now();
+        let (from, to) = (advance.from, advance.to);
+        match self.step(&Step::Advance(advance.clone())).await {
+            Ok(()) => {}
+            Err(error) if is_passing(&error) => {
+                self.hold().await?;
+                if from == to || self.cursor.position < to {
+                    return Err(error);
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::LeaseLost) => {
+                self.hold().await?;
+                let from = self.cursor.position;
+                self.step(&Step::Advance(Advance { from, to: to.max(from), ..advance })).await?;
+            }
+            Err(error) => return Err(error),
+        }
+        self.moved(asked_at);
+        Ok(())
+    }
+
+    /// A sink has moved it, and nobody could have it meanwhile: where that took long, the lease may be over by now and
+    /// still be ours.
+    pub(crate) async fn was_moved(&mut self, asked_at: Instant, cursor: Cursor) -> Result<()> {
+        self.cursor = cursor;
+        self.moved(asked_at);
+        if Instant::now() < self.next_renewal { Ok(()) } else { self.look().await }
+    }
+
+    fn moved(&mut self, asked_at: Instant) {
+        self.renewed_at = asked_at;
+        self.moved_at = Instant::now();
+        self.next_renewal = asked_at + self.subscription.settings.lease / 3;
+        self.subscription.store.cursor_moves().send();
+        crate::observe::moved(&self.cursor, self.head);
+    }
+
+    /// Moves the cursor past what concerns nobody, if it stands behind it for long enough.
+    pub(crate) async fn pass_by(&mut self) -> Result<()> {
+        if self.taken_to > self.cursor.position && self.moved_at.elapsed() >= PASS_BY {
+            self.advance(self.advance_to(self.taken_to, Vec::new())).await?;
+        }
+        Ok(())
+    }
+}
+
+/// An error after which the same call may succeed.
+pub(crate) fn is_passing(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::OutcomeUnknown)
+}
+
+fn gone(subscription: &Subscription) -> Error {
+    Error::new(
+        ErrorKind::LeaseLost,
+        format!("the cursor of subscription \"{}\" was removed", subscription.name),
+    )
+}
+
+/// Which partition the events of an aggregate belong to.
+pub(crate) fn partition_of(aggregate: AggregateId, partitions: u32) -> u32 {
+    // Ids are given out one after the other, so the remainder spreads them evenly.
+    u32::try_from(aggregate.get() % i64::from(partitions)).unwrap_or(0)
+}

@@ -1,0 +1,120 @@
+//! The parked events of a cursor: which aggregates wait for them, and which of them are tried again.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::Held;
+use crate::engine::{LogQuery, PageLimit};
+use crate::error::Result;
+use crate::event::Event;
+use crate::ids::Position;
+use crate::limits;
+use crate::subscription::cursor::{Parked, ParkedChange};
+use crate::subscription::delivery::Delivery;
+
+/// How many parked events are read at once.
+const PARKED_PAGE: usize = 1_000;
+
+impl Held {
+    /// Looks at the parked events, if somebody has changed something about them.
+    pub(crate) async fn look_at_parked(&mut self) -> Result<()> {
+        if !self.parked_were_changed() {
+            return Ok(());
+        }
+        let (changes, engine) = (self.cursor.parked_changes, Arc::clone(self.subscription.store.engine()));
+        let (mut held_back, mut due, mut after) = (HashSet::new(), Vec::new(), Position::ZERO);
+        loop {
+            let page = engine.parked(&self.context.id, after, PARKED_PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.position;
+            held_back.extend(page.iter().filter(|parked| parked.holds_back).map(|parked| parked.aggregate));
+            due.extend(page.into_iter().filter(|parked| parked.is_due));
+        }
+        due.reverse(); // taken from the end
+        (self.held_back, self.due, self.parked_seen) = (held_back, due, Some(changes));
+        crate::observe::held_back(&self.context.id, self.held_back.len());
+        Ok(())
+    }
+
+    /// Whether operators have changed something about parked events since we looked at them.
+    pub(crate) fn parked_were_changed(&self) -> bool {
+        self.parked_seen != Some(self.cursor.parked_changes)
+    }
+
+    /// Looks at the parked events again, and takes this one, if nobody has dropped it.
+    pub(crate) async fn take_due(&mut self, parked: &Parked) -> Result<bool> {
+        self.look_at_parked().await?;
+        let place = self.due.iter().position(|due| due.position == parked.position);
+        Ok(place.map(|place| self.due.remove(place)).is_some())
+    }
+
+    /// The next parked event that is to be tried again, and what becomes of its row when it is handled.
+    pub(crate) async fn next_due(&mut self) -> Result<Option<(Parked, Delivery, Vec<ParkedChange>)>> {
+        let Some(parked) = self.due.pop() else { return Ok(None) };
+        let before = Position::new(parked.position.get() - 1)?;
+        let limit = PageLimit::events(2)?.and_bytes(limits::PAGE_BYTES)?;
+        let settings = &self.subscription.settings;
+        let filter = settings.filter.clone().with_aggregate(parked.aggregate);
+        let mut query = LogQuery::after(before).with_limit(limit).with_filter(filter);
+        if settings.filter.aggregate().is_some_and(|only| only != parked.aggregate) {
+            query = query.up_to(before);
+        } else if parked.holds_back {
+            // It, and the next of its aggregate that had to wait.
+            query = query.up_to(self.taken_to);
+        } else {
+            query = query.up_to(parked.position);
+        }
+        let (mut event, mut next) = (None, None);
+        while next.is_none() && query.from < query.to {
+            let page = self.subscription.store.read_log(&query).await?;
+            for found in &page.events {
+                let place = if found.position() == parked.position { &mut event } else { &mut next };
+                place.get_or_insert(found);
+            }
+            if page.scanned <= query.from {
+                break;
+            }
+            query.from = page.scanned;
+        }
+        let mut changes = vec![ParkedChange::Remove(parked.position)];
+        if let Some(next) = next {
+            let waiting =
+                Parked { position: next.position(), attempts: 0, error: String::new(), ..parked.clone() };
+            changes.push(ParkedChange::Keep(waiting));
+        }
+        // One that the filter does not let through any more is done.
+        let events: Vec<Event> = event.into_iter().collect();
+        let delivery = Delivery {
+            is_replay: self.is_replay(parked.position),
+            events: events.into(),
+            context: Arc::clone(&self.context),
+            attempt: parked.attempts.saturating_add(1),
+            end: self.taken_to,
+        };
+        Ok(Some((parked, delivery, changes)))
+    }
+
+    /// Whether there are parked events that are to be tried again.
+    pub(crate) fn has_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// What the rows of parked events are by now.
+    pub(crate) fn note_parked(&mut self, changes: &[ParkedChange], of: &Parked) {
+        let mut holds_back = false;
+        for change in changes {
+            if let ParkedChange::Keep(kept) = change {
+                holds_back |= kept.holds_back;
+                if kept.is_due {
+                    self.due.push(kept.clone());
+                }
+            }
+        }
+        if of.holds_back && !holds_back {
+            self.held_back.remove(&of.aggregate);
+        } else if holds_back {
+            self.held_back.insert(of.aggregate);
+        }
+        crate::observe::held_back(&self.context.id, self.held_back.len());
+    }
+}
