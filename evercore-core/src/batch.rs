@@ -1,4 +1,4 @@
-//! What one commit carries, and what it gives back.
+//! The content of one commit, and its receipt.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -14,7 +14,7 @@ use crate::metadata::Metadata;
 use crate::name::{AggregateType, CommandId, Key};
 use crate::time::Timestamp;
 
-/// An aggregate that a commit makes.
+/// A new aggregate in a commit.
 #[derive(Clone, Debug)]
 pub struct NewAggregate {
     /// An id reserved for it.
@@ -25,25 +25,25 @@ pub struct NewAggregate {
     pub key: Option<Key>,
 }
 
-/// A natural key that a commit gives to an aggregate, in place of the one it has, if any.
+/// A new natural key of an aggregate. It replaces an older one.
 #[derive(Clone, Debug)]
 pub struct KeyChange {
     /// The aggregate.
     pub aggregate: AggregateId,
-    /// Its type, within which the key must be free.
+    /// Its type. The key must be free within this type.
     pub aggregate_type: AggregateType,
     /// Its new key.
     pub key: Key,
 }
 
-/// Events that a commit adds to one aggregate, in one go. The engine numbers them from `expected + 1`.
+/// Consecutive new events of one aggregate. The engine numbers them from `expected + 1`.
 #[derive(Clone, Debug)]
 pub struct Append {
     /// The aggregate.
     pub aggregate: AggregateId,
     /// Its type.
     pub aggregate_type: AggregateType,
-    /// The sequence at which the aggregate must be, with what the batch has added before.
+    /// The sequence that the aggregate must have, including events that the batch has added before.
     pub expected: Sequence,
     /// The events, in order; at least one.
     pub events: Vec<NewEvent>,
@@ -56,16 +56,16 @@ impl Append {
     }
 }
 
-/// How a batch changes the sequence of an aggregate that it appends to, all of its appends to it together.
+/// The change that all appends of a batch together make to the sequence of one aggregate.
 #[derive(Clone, Debug)]
 pub struct SequenceChange {
     /// The aggregate.
     pub aggregate: AggregateId,
     /// Its type.
     pub aggregate_type: AggregateType,
-    /// The sequence at which it must be before the batch.
+    /// The sequence that it must have before the batch.
     pub expected: Sequence,
-    /// The sequence at which it will be after the batch.
+    /// The sequence that it has after the batch.
     pub last: Sequence,
 }
 
@@ -74,11 +74,11 @@ pub struct SequenceChange {
 pub struct Guard {
     /// The aggregate.
     pub aggregate: AggregateId,
-    /// The sequence at which it must be.
+    /// The sequence that it must have.
     pub expected: Sequence,
 }
 
-/// The state of an aggregate after an event, kept to spare the replay of what lies before.
+/// The state of an aggregate after an event. It saves the replay of the events before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// The sequence of the last event that is in the state.
@@ -89,9 +89,9 @@ pub struct Snapshot {
     pub state: Payload,
 }
 
-/// Everything one unit of work wants to have written: all of it or nothing of it.
+/// The content of one unit of work, in the form that an engine writes: all of it or nothing.
 ///
-/// What is in a batch has been checked: names and values where they were born, limits and contradictions here.
+/// Its content is checked: names and values when they are made, limits and contradictions when they are added here.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     creates: Vec<NewAggregate>,
@@ -119,12 +119,12 @@ impl Batch {
         Self::default()
     }
 
-    /// Makes an aggregate.
+    /// Adds a new aggregate.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the batch already makes an aggregate with that id, or
     /// [`limits::UNIT_AGGREGATES`] others;
-    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if it already gives that key to another.
+    /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if it already gives that key to another aggregate.
     pub fn create(&mut self, aggregate: NewAggregate) -> Result<()> {
         if self.created.contains_key(&aggregate.id) {
             return Err(Error::invalid(format!("aggregate {} is created twice", aggregate.id)));
@@ -144,7 +144,7 @@ impl Batch {
     /// [`KeyTaken`](crate::ErrorKind::KeyTaken) if the batch already gives that key to another aggregate;
     /// [`Invalid`](crate::ErrorKind::Invalid) if it changes the keys of [`limits::UNIT_AGGREGATES`] others.
     pub fn change_key(&mut self, change: KeyChange) -> Result<()> {
-        // An aggregate that the batch makes is made with the key.
+        // A new aggregate of this batch gets the key at once.
         if !self.created.contains_key(&change.aggregate)
             && !self.key_change_of.contains_key(&change.aggregate)
         {
@@ -180,7 +180,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Adds events to an aggregate, behind all that the batch has so far: the log keeps the order of the appends.
+    /// Adds events to an aggregate, after all other events of the batch. The log keeps the order of the appends.
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) if the batch already has events for that aggregate and `expected`
@@ -238,8 +238,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Names the event that was the aggregate's last when it was read: by its sequence, and by its mark. If the log has lost
-    /// its tail since, another event may have that sequence, and appends and guards are then a conflict.
+    /// Names the last event of the aggregate when it was read, by sequence and mark. If the log has lost its tail since,
+    /// another event may have that sequence. Appends and guards are then a conflict.
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) if the batch has read another event there.
@@ -251,7 +251,7 @@ impl Batch {
         Ok(())
     }
 
-    /// The events that were named as read: of which aggregate, at which sequence, with which mark. In no order.
+    /// The events that were named as read: aggregate, sequence and mark. In no order.
     pub fn reads(&self) -> impl Iterator<Item = (AggregateId, Sequence, Mark)> + '_ {
         self.read.iter().map(|(aggregate, (sequence, mark))| (*aggregate, *sequence, *mark))
     }
@@ -261,8 +261,7 @@ impl Batch {
         self.read.get(&aggregate).filter(|read| read.0 == sequence).map(|read| read.1)
     }
 
-    /// Whether an aggregate that stands at the sequence at which it was read still has the event that was read there;
-    /// `found` is the mark of that event.
+    /// Checks that the last event of an aggregate is still the one that was read at this sequence; `found` is its mark now.
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) if it is another event.
@@ -273,7 +272,7 @@ impl Batch {
         }
     }
 
-    /// Keeps a snapshot, in place of an earlier one of the same aggregate.
+    /// Adds a snapshot, in place of an earlier one of the same aggregate.
     pub fn snapshot(&mut self, aggregate: AggregateId, snapshot: Snapshot) {
         match self.snapshot_of.entry(aggregate) {
             Entry::Occupied(place) => self.snapshots[*place.get()].1 = snapshot,
@@ -284,18 +283,18 @@ impl Batch {
         }
     }
 
-    /// Names the command that the batch carries out, so that it takes effect once, and says what tells it from others
-    /// with the same id; `None`: nothing does. [`Command`](crate::Command) tells what a fingerprint is of.
+    /// Sets the command that the batch carries out, so that it takes effect once, and its fingerprint, if it has one. See
+    /// [`Command`](crate::Command).
     pub fn set_command(&mut self, id: CommandId, fingerprint: Option<i64>) {
         (self.command_id, self.fingerprint) = (Some(id), fingerprint);
     }
 
-    /// The aggregates to make.
+    /// The new aggregates.
     pub fn creates(&self) -> &[NewAggregate] {
         &self.creates
     }
 
-    /// The aggregate to make with this id.
+    /// The new aggregate with this id.
     pub fn created(&self, aggregate: AggregateId) -> Option<&NewAggregate> {
         self.created.get(&aggregate).map(|index| &self.creates[*index])
     }
@@ -305,7 +304,7 @@ impl Batch {
         self.given_keys.get(&(aggregate_type.clone(), key.clone())).copied()
     }
 
-    /// The natural keys to give; at most one per aggregate, none for an aggregate that the batch makes.
+    /// The changed natural keys: at most one per aggregate, none for a new aggregate.
     pub fn key_changes(&self) -> &[KeyChange] {
         &self.key_changes
     }
@@ -322,7 +321,7 @@ impl Batch {
         self.key_change_of.contains_key(&aggregate)
     }
 
-    /// The events to add, in the order in which they go into the log; an aggregate may come several times, none is
+    /// The appends, in the order in which their events go into the log. An aggregate may come several times. No append is
     /// empty.
     pub fn appends(&self) -> &[Append] {
         &self.appends
@@ -349,7 +348,7 @@ impl Batch {
         &self.guards
     }
 
-    /// The snapshots to keep; at most one per aggregate.
+    /// The snapshots, at most one per aggregate.
     pub fn snapshots(&self) -> &[(AggregateId, Snapshot)] {
         &self.snapshots
     }
@@ -359,7 +358,7 @@ impl Batch {
         self.command_id.as_ref()
     }
 
-    /// What tells the command from others with the same id, if anything does.
+    /// The fingerprint of the command, if it has one.
     pub fn fingerprint(&self) -> Option<i64> {
         self.fingerprint
     }
@@ -374,8 +373,8 @@ impl Batch {
         self.bytes
     }
 
-    /// About how many bytes there are on the way to a store: payloads, metadata, snapshots, keys, and what each row costs
-    /// besides. Headers that events in a row share count once. An engine bounds by it how much it sends at once.
+    /// About how many bytes an engine sends to its store: payloads, metadata, snapshots, keys, and a constant for each row.
+    /// Headers that consecutive events share count once. Engines use it to bound the size of a flight.
     pub fn encoded_bytes(&self) -> usize {
         let mut bytes = self.bytes + self.events * ROW_BYTES;
         let mut last: Option<&Arc<Metadata>> = None;
@@ -415,7 +414,7 @@ impl Batch {
     }
 }
 
-/// What a row costs beside its texts and payloads: numbers, times and lengths.
+/// The bytes of a row besides its texts and payloads: numbers, times and lengths.
 const ROW_BYTES: usize = 64;
 
 /// Refuses more events, or payload bytes, than one unit of work may have.
@@ -437,27 +436,27 @@ fn check_limit(what: &str, count: usize, limit: usize) -> Result<()> {
     Ok(())
 }
 
-/// What a commit gives back: where its events stand.
+/// The result of a commit: the positions and sequences of its events.
 ///
-/// The same command id again gives an equal receipt.
+/// A repeated command gets an equal receipt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
     /// The first position of the unit's events; [`Position::ZERO`] if it wrote none.
     pub first: Position,
-    /// The last position of the unit's events: who has read up to here has seen them; [`Position::ZERO`] if it wrote
-    /// none.
+    /// The last position of the unit's events; [`Position::ZERO`] if it wrote none. A reader that is past it has seen them
+    /// all.
     pub last: Position,
     /// When it was committed, by the engine's clock.
     pub recorded_at: Timestamp,
     /// The mark of the unit's events.
     pub mark: Mark,
-    /// The aggregates that were made or got events, each with the sequence it has now, in the batch's order: those
-    /// made first.
+    /// The aggregates that were made or got events, each with its sequence after the commit; new ones first, then in the
+    /// order of the batch.
     pub aggregates: Vec<(AggregateId, Sequence)>,
     pub(crate) repeat: Repeat,
 }
 
-/// Whether a receipt answers a command that had taken effect before. Equal receipts may differ in it.
+/// Whether a receipt answers a repeated command. It does not count when receipts are compared.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Repeat(bool);
 
@@ -484,26 +483,26 @@ impl Receipt {
         Self { first, last, recorded_at, mark: Mark::ALWAYS, aggregates, repeat: Repeat::default() }
     }
 
-    /// The same, with the mark that the events got.
+    /// The same receipt with the mark of the events.
     #[must_use]
     pub fn with_mark(mut self, mark: Mark) -> Self {
         self.mark = mark;
         self
     }
 
-    /// Whether this is the first receipt of a command that had taken effect before, and not that of a commit that wrote
-    /// just now. Such receipts are equal all the same. The answer is lost where a receipt is written as text.
+    /// Whether this is the first receipt of a command that took effect before, and not the receipt of a commit that wrote
+    /// just now. The two are equal. The text form of a receipt does not keep this.
     pub fn is_repeated(&self) -> bool {
         self.repeat.0
     }
 
-    /// The same receipt, as the answer to a command that comes again.
+    /// The same receipt as the answer to a repeated command.
     pub(crate) fn repeated(mut self) -> Self {
         self.repeat = Repeat(true);
         self
     }
 
-    /// The sequence that the unit left the aggregate at, if the unit made it or added to it.
+    /// The sequence of this aggregate after the commit, if the unit made it or added events to it.
     pub fn sequence_of(&self, aggregate: AggregateId) -> Option<Sequence> {
         self.aggregates.iter().find(|(id, _)| *id == aggregate).map(|(_, sequence)| *sequence)
     }
@@ -527,7 +526,7 @@ impl std::str::FromStr for Receipt {
         });
         let head = parts.next().ok_or_else(damaged)??;
         let [first, last, recorded_at, mark] = head[..] else { return Err(damaged()) };
-        // Each number is checked by its type; here a bad one is damage, and no mistake of the caller's.
+        // Each type checks its number. A bad number here means damage, not a mistake of the caller.
         let number = |error: Error| damaged().with_source(error);
         let pair = |part: Result<Vec<i64>>| match part?[..] {
             [id, sequence] => {

@@ -7,7 +7,7 @@ use crate::ids::{AggregateId, Sequence};
 use crate::mark::Mark;
 use crate::name::{AggregateType, CommandId, Key};
 
-/// What an engine finds in its store when [`Batch::check`] asks for it.
+/// The lookups that [`Batch::check`] needs, answered by an engine from its store.
 ///
 /// An engine may read each answer when it is asked for, or all of them before. No other commit may change an answer
 /// before the batch is written.
@@ -15,7 +15,7 @@ pub trait Lookup {
     /// The error of a lookup that failed. A refusal of the batch is converted to this type, too.
     type Error: From<Error>;
 
-    /// What the store remembers of this command id; `None` if it does not know it.
+    /// The stored command with this id; `None` if the store does not know it.
     ///
     /// # Errors
     /// If the lookup fails.
@@ -39,7 +39,7 @@ pub trait Lookup {
 
     /// Whether an aggregate with this id exists. This is asked last, for each aggregate that the batch creates.
     ///
-    /// An engine may answer `false` without a look if its insert fails for an id that is in use. That failure is then
+    /// An engine may always answer `false` if its insert fails for an id that is in use. That failure is then
     /// [`Error::id_in_use`], and nothing of the batch may remain.
     ///
     /// # Errors
@@ -49,18 +49,18 @@ pub trait Lookup {
     }
 }
 
-/// An aggregate in the store, as far as a commit looks at it.
+/// The part of a stored aggregate that a commit checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredAggregate {
     /// Its type.
     pub aggregate_type: AggregateType,
     /// The sequence of its last event; [`Sequence::ZERO`] if it has none.
     pub sequence: Sequence,
-    /// The mark of its last event; [`Mark::ALWAYS`] where the log cannot lose its tail.
+    /// The mark of its last event; [`Mark::ALWAYS`] if the log cannot lose its tail.
     pub mark: Option<Mark>,
 }
 
-/// What an engine must do with a batch that is not refused.
+/// The decision about a batch that is not refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Checked<'b> {
     /// Write nothing and return this receipt: the command took effect before.
@@ -77,7 +77,7 @@ impl Batch {
     ///
     /// If a batch has several faults, the first one in this order is returned:
     ///
-    /// 1. The command id. If the store knows it, nothing else is looked at, and [`KnownCommand::answer`] decides.
+    /// 1. The command id. If the store knows it, nothing else is checked, and [`KnownCommand::answer`] decides.
     /// 2. Appends, in the order in which the batch first names the aggregates. For each: it exists, it has the expected
     ///    type, it has the expected sequence, and its last event is the one that was [read](Batch::has_read).
     /// 3. Guards, in order. For each: the aggregate exists, has the expected sequence, and still has the event that was

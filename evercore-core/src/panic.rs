@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::Error;
 
-/// A panic of the user's code that an engine caught, on its way to the caller as the source of an [`Error`].
+/// A panic of the user's code that an engine caught. It becomes the source of an [`Error`].
 ///
 /// For engines: code of the user may run on another thread, or in a transaction that must be rolled back first. In the
 /// caller, [`Error::resume_panic`] lets the panic continue.

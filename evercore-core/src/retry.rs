@@ -15,10 +15,10 @@ use crate::turn::Turn;
 use crate::unit_of_work::UnitOfWork;
 
 impl EventStore {
-    /// Runs the work, and again while it meets conflicts or an engine that is unavailable, as the policy says.
+    /// Runs the work, and again after a conflict or while the engine is unavailable, within the bounds of the policy.
     ///
-    /// After the first conflict about an aggregate the work waits until it is its turn to write it, as an
-    /// [`update`](Self::update) does, and holds the turn to the end.
+    /// After the first conflict about an aggregate the work waits for its turn to write it, as an
+    /// [`update`](Self::update) does, and keeps the turn to the end.
     ///
     /// ```
     /// # use evercore_core::{Aggregate, EventStore, Json, Result};
@@ -44,12 +44,12 @@ impl EventStore {
     /// }
     /// ```
     ///
-    /// Where the future must be `Send` in a generic place (`tokio::spawn`), write `|| async { … }` or
+    /// If the future must be `Send` in a generic place (`tokio::spawn`), write `|| async { … }` or
     /// `|| { let store = store.clone(); async move { … } }`.
     ///
     /// # Errors
-    /// The work's own error, if it is not [retryable](crate::Error::is_retryable) or the last attempt had it. The
-    /// user's own refusals, made with [`Error::rejected`](crate::Error::rejected), are not tried again.
+    /// The work's error, if it is not [retryable](crate::Error::is_retryable) or if it comes from the last attempt. A
+    /// refusal that the work makes with [`Error::rejected`](crate::Error::rejected) is not tried again.
     pub async fn retry<R, F, W>(&self, mut work: F) -> Result<R>
     where
         F: FnMut() -> W,
@@ -70,14 +70,14 @@ impl EventStore {
 }
 
 impl EventStore {
-    /// Runs the work once per command: as [`retry`](Self::retry), but if the command took effect before, its first
-    /// receipt comes back and the work is not run. For commands that several aggregates take part in; for a single one
-    /// there is [`update_once`](Self::update_once).
+    /// Runs the work once per command. It is [`retry`](Self::retry), but if the command took effect before, this returns
+    /// its first receipt and does not run the work. Use it for commands that change several aggregates; for a single
+    /// aggregate there is [`update_once`](Self::update_once).
     ///
-    /// The work gets a unit of work that carries the command, and commits it, by itself or by a `commit_with` of the
-    /// engine. The command's word is all by which the same id for something else is found, so it should say everything
-    /// that the caller asks for. If the work fails for good, the receipt is looked for again: the same command may have
-    /// come twice at once, and the work has seen what the other one did. A refusal is not remembered.
+    /// The work gets a unit of work that carries the command, and commits it, with [`commit`](UnitOfWork::commit) or with
+    /// the engine's `commit_with`. Only the command's word shows that an id is used again for another request, so the word
+    /// should contain the whole request. If the work fails, this asks for the receipt once more: the same command may have
+    /// arrived twice, and the work may have seen the effect of the other one. A refusal is not remembered.
     ///
     /// ```
     /// # use evercore_core::{Aggregate, Command, CommandId, Error, EventStore, Json, Receipt, Result};
@@ -103,7 +103,7 @@ impl EventStore {
     /// }
     /// ```
     ///
-    /// Where the future must be `Send` in a generic place (`tokio::spawn`), write `|mut work| async move { … }`.
+    /// If the future must be `Send` in a generic place (`tokio::spawn`), write `|mut work| async move { … }`.
     ///
     /// # Errors
     /// As [`retry`](Self::retry), [`CommandReused`](ErrorKind::CommandReused) and
@@ -135,14 +135,14 @@ impl EventStore {
     }
 }
 
-/// A command that is to take effect once, with what tells it from others.
+/// A command with its fingerprint.
 pub(crate) struct Once {
     pub(crate) command: Command,
     pub(crate) fingerprint: Option<i64>,
 }
 
 impl Once {
-    /// Has the unit carry it.
+    /// Sets the command of a unit.
     pub(crate) fn mark(&self, work: &mut UnitOfWork) {
         work.set_command_as(&self.command, self.fingerprint);
     }
@@ -153,8 +153,8 @@ impl Once {
         known.map(|known| known.answer_to(self.fingerprint)).transpose()
     }
 
-    /// What is said instead of an error: if the command took effect meanwhile, for somebody who sent it at the same time
-    /// or in an attempt whose answer was lost, the error only tells that its effect is there.
+    /// The receipt in place of the error, if the command took effect meanwhile: for another caller that sent it at the same
+    /// time, or in an attempt whose answer was lost. The error then only shows that the effect is there.
     pub(crate) async fn receipt_or(&self, store: &EventStore, error: Error) -> Result<Receipt> {
         match self.receipt(store).await {
             Ok(Some(first)) => Ok(first),
@@ -163,10 +163,10 @@ impl Once {
     }
 }
 
-/// How long a waiter leaves the turn to one holder. Then it passes it: the holder may be asleep, or wait for this waiter.
+/// How long a waiter waits for one holder before it passes it. The holder may be asleep, or wait for this waiter.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How many times at most a waiter waits so long for one turn. Then it goes out of turn.
+/// How many holders a waiter passes before it goes on without the turn.
 const WAITS: usize = 10;
 
 /// Counts attempts, and waits for a better moment between them.
@@ -182,7 +182,7 @@ impl<'a> Attempts<'a> {
         Self { store, made: 1, turns: BTreeMap::new() }
     }
 
-    /// Waits until those have gone that came to write this aggregate before, through the same store.
+    /// Waits for the turn to write this aggregate, after all earlier writers of the same store.
     pub(crate) async fn take_turn(&mut self, target: &Target) {
         self.wait_in(self.store.turns().queue_of(target)).await;
     }
@@ -199,9 +199,9 @@ impl<'a> Attempts<'a> {
         self.turns.insert(queue, turn);
     }
 
-    /// Waits for a better moment for the next attempt; false if there is none. After the first conflict about an
-    /// aggregate this is its turn, after others a pause. Turns help against conflicts only: where the engine is
-    /// unavailable they are given back, so that a queue does not find that out one after the other.
+    /// Waits before the next attempt; false if there is none left. After the first conflict about an aggregate this waits
+    /// for its turn, after later ones for a pause. Turns help only against conflicts. If the engine is unavailable they are
+    /// given back, so that the writers of a queue do not learn it one after the other.
     pub(crate) async fn go_on(&mut self, error: &Error) -> bool {
         let policy = self.store.retry_policy();
         if self.made >= policy.attempts {
@@ -225,7 +225,7 @@ impl<'a> Attempts<'a> {
         true
     }
 
-    /// Gives all turns back and takes them again in one order, so that no two writers wait for one another.
+    /// Gives all turns back and takes them again in one order, so that no two writers wait for each other.
     async fn queue_anew(&mut self, another: u64) {
         let mut queues: Vec<u64> = self.turns.keys().copied().chain([another]).collect();
         self.turns.clear();

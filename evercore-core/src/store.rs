@@ -1,4 +1,4 @@
-//! The store, as an application sees it: load, decide, commit, read.
+//! The store: the calls of an application that load and read.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,9 +58,9 @@ impl EventStore {
         Self::shared(Arc::new(engine))
     }
 
-    /// A store on an engine that is used elsewhere too.
+    /// A store on an engine that other code uses too.
     ///
-    /// With the feature `metrics`, it describes its metrics to the recorder: install that before.
+    /// With the feature `metrics` it describes its metrics to the recorder, so install the recorder before.
     pub fn shared(engine: Arc<dyn StorageEngine>) -> Self {
         crate::observe::describe();
         Self { engine, shared: Arc::default(), retry: RetryPolicy::default(), metadata: Arc::default() }
@@ -73,14 +73,14 @@ impl EventStore {
         self
     }
 
-    /// The same store, whose units of work carry this metadata from their beginning: also those of
-    /// [`update`](Self::update), [`update_once`](Self::update_once) and all that decide and commit in one call.
+    /// The same store with this metadata for all its units of work, also those of [`update`](Self::update),
+    /// [`update_once`](Self::update_once) and the other calls that decide and commit.
     ///
     /// ```
     /// # use evercore_core::{Event, EventStore, Metadata, Result};
     /// fn of_request(store: &EventStore, request: &str, cause: &Event) -> Result<EventStore> {
     ///     let metadata = Metadata::new().with_reference(request)?.caused_by(cause);
-    ///     Ok(store.with_metadata(metadata)) // cheap: the engine and all that is known are shared
+    ///     Ok(store.with_metadata(metadata)) // cheap: the engine is shared
     /// }
     /// ```
     #[must_use]
@@ -97,7 +97,7 @@ impl EventStore {
         &self.engine
     }
 
-    /// Which store this is.
+    /// The identity of the store.
     pub(crate) fn identity(&self) -> StoreId {
         self.engine.identity()
     }
@@ -106,8 +106,8 @@ impl EventStore {
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound); [`WrongType`](ErrorKind::WrongType) if the id belongs to another type;
-    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`Codec`](ErrorKind::Codec) if an event does
-    /// not decode; what the engine says when it is out of reach.
+    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`Codec`](ErrorKind::Codec) if an event cannot
+    /// be decoded; those of the engine, such as [`Unavailable`](ErrorKind::Unavailable).
     pub async fn load<T: Aggregate>(&self, target: impl IntoTarget) -> Result<Loaded<T>> {
         let target = target.into_target(&aggregate_type::<T>()?)?;
         let missing = target.not_found();
@@ -117,15 +117,15 @@ impl EventStore {
     /// The id of the aggregate with this natural key, if there is one.
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; what the engine says when it is out of reach.
+    /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; those of the engine.
     pub async fn find<T: Aggregate>(&self, key: impl AsRef<str>) -> Result<Option<AggregateId>> {
         let target = Target::Key(aggregate_type::<T>()?, Key::new(key)?);
         let request = LoadRequest { target, snapshot: None, up_to: Sequence::ZERO, limit: PageLimit::FOLD };
         Ok(self.engine.load(request).await?.map(|history| history.id))
     }
 
-    /// A filter on the events of the aggregate that has this natural key now. The key is looked up once: the filter
-    /// means that aggregate, also when its key changes.
+    /// A filter on the events of the aggregate that has this natural key now. The key is looked up once. If the key
+    /// changes later, the filter still means that aggregate.
     ///
     /// ```
     /// # use evercore_core::{Aggregate, EventStore, LogQuery, Position, Result};
@@ -143,8 +143,8 @@ impl EventStore {
         Ok(Filter::all().with_aggregate(id))
     }
 
-    /// Loads the aggregate with this natural key; if there is none, makes it, without an event, at once. However many
-    /// do so at the same time, one aggregate is made, and all get it; [`Loaded::is_new`] is true for the one that made it.
+    /// Loads the aggregate with this natural key. If there is none, makes it at once, without an event. If several callers
+    /// do this at the same time, one aggregate is made and all get it; [`Loaded::is_new`] is true for the call that made it.
     ///
     /// # Errors
     /// As [`load`](Self::load), but never [`NotFound`](ErrorKind::NotFound), and as [`UnitOfWork::commit`](crate::UnitOfWork::commit).
@@ -162,22 +162,21 @@ impl EventStore {
     /// A page of one aggregate's events, forward or backward.
     ///
     /// # Errors
-    /// What the engine says when it is out of reach.
+    /// Those of the engine.
     pub async fn read_aggregate(&self, query: AggregateQuery) -> Result<Events> {
         self.engine.read_aggregate(query).await
     }
 
-    /// A page of the log. The next page begins at the `scanned` of this one; to read one after the other, there is
-    /// [`log_reader`](Self::log_reader).
+    /// A page of the log. The next page begins at the `scanned` of this one. [`log_reader`](Self::log_reader) reads all
+    /// pages.
     ///
     /// # Errors
-    /// [`CursorAhead`](ErrorKind::CursorAhead) when reading forward from past the end; what the engine says when it is
-    /// out of reach.
+    /// [`CursorAhead`](ErrorKind::CursorAhead) when reading forward from past the end; those of the engine.
     pub async fn read_log(&self, query: &LogQuery) -> Result<LogPage> {
         self.engine.read_log(query).await
     }
 
-    /// Reads the log page by page, each page while the one before is worked on.
+    /// Reads the log page by page, and reads the next page while the caller works on one.
     pub fn log_reader(&self, query: LogQuery) -> LogReader {
         LogReader::new(Arc::clone(&self.engine), query)
     }
@@ -185,15 +184,15 @@ impl EventStore {
     /// The position of the last event.
     ///
     /// # Errors
-    /// What the engine says when it is out of reach.
+    /// Those of the engine.
     pub async fn head(&self) -> Result<Position> {
         self.engine.head().await
     }
 
     /// The position of the last event recorded at this time or before; [`Position::ZERO`] if there is none.
     ///
-    /// It goes by [`Event::recorded_at`](crate::Event::recorded_at), the engine's clock, which never goes back along the
-    /// log. [`Event::time`](crate::Event::time) is the writers' word and has no order, so it cannot be looked for.
+    /// This uses [`Event::recorded_at`](crate::Event::recorded_at), the time of the engine's clock, which never decreases
+    /// along the log. [`Event::time`](crate::Event::time) is set by writers and has no order, so it cannot be searched.
     ///
     /// # Errors
     /// As [`head`](Self::head).
@@ -217,7 +216,7 @@ impl EventStore {
     /// # Errors
     /// As [`head`](Self::head).
     pub async fn position_from(&self, time: Timestamp) -> Result<Option<Position>> {
-        // The head first: what comes after it may have been recorded earlier than a time that is still to come.
+        // The head first: if the time is in the future, events after the head may be recorded before it.
         let head = self.head().await?;
         let before = self.position_before(time).await?;
         Ok((before < head).then(|| before.next()))
@@ -231,7 +230,7 @@ impl EventStore {
         }
     }
 
-    /// Waits until there is an event past `after`, at most this long; tells the position of the last event.
+    /// Waits until there is an event after this position, at most this long, and returns the position of the last event.
     ///
     /// # Errors
     /// As [`head`](Self::head).
@@ -239,12 +238,12 @@ impl EventStore {
         self.engine.wait(after, at_most).await
     }
 
-    /// Registers the names of this aggregate and of its events, and has them at hand for what follows. A name of which
-    /// the codec does not know that it is written, such as that of a variant with an alias, is registered by the first
-    /// commit that has it.
+    /// Registers the names of this aggregate type and of its event types, and keeps them in memory for later calls. A name
+    /// that the codec does not list, such as that of a variant with an alias, is registered by the first commit that uses
+    /// it.
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName) if one is no name; what the engine says when it is out of reach.
+    /// [`InvalidName`](ErrorKind::InvalidName) if a name breaks a rule; those of the engine.
     pub async fn warmup<T: Aggregate>(&self) -> Result<()> {
         let names = T::Codec::event_types().into_iter().map(EventType::from_static);
         let known =
@@ -268,8 +267,8 @@ impl EventStore {
         Ok(self.engine.command(command).await?.and_then(KnownCommand::into_receipt))
     }
 
-    /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will": a
-    /// commit with that id that is still on its way is refused.
+    /// Settles whether the command with this id took effect: its receipt, or `None` for "never, and never will". After
+    /// `None`, a commit with that id that arrives late is refused.
     ///
     /// # Errors
     /// As [`UnitOfWork::commit`](crate::UnitOfWork::commit).
@@ -277,22 +276,22 @@ impl EventStore {
         self.engine.settle(command).await
     }
 
-    /// Closes the engine, for all who share it, once the commits under way have ended. What is called later is
-    /// [`Closed`](ErrorKind::Closed), and subscriptions that run end with that error. Closing again is harmless.
+    /// Closes the engine for all that share it, after the running commits have ended. Later calls are
+    /// [`Closed`](ErrorKind::Closed), and running subscriptions end with that error. Closing again is harmless.
     ///
-    /// A store in memory is gone with it.
+    /// A store in memory is lost when it is closed.
     ///
     /// # Errors
-    /// What the engine says if it cannot close in order.
+    /// Those of the engine, if it cannot close in order.
     pub async fn close(&self) -> Result<()> {
         self.engine.close().await
     }
 
-    /// Forgets the commands that took effect, or were settled, before this time, by the engine's clock; tells how many.
-    /// Nothing else removes a command, so a store that is to run for years needs this now and then.
+    /// Removes the commands that took effect, or were settled, before this time, by the engine's clock, and returns how
+    /// many. Nothing else removes a command, so a store that runs for years needs this now and then.
     ///
-    /// What it costs: a command that is forgotten takes effect again if it still comes, and what was settled as "never"
-    /// may still land. So keep commands for longer than any sender goes on trying, and any answer stays on its way.
+    /// The price: a forgotten command takes effect again if it is sent again, and a command that was settled as "never" may
+    /// still land. So keep commands for longer than any sender retries.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result, Timestamp};
@@ -303,20 +302,20 @@ impl EventStore {
     /// ```
     ///
     /// # Errors
-    /// [`ReadOnly`](ErrorKind::ReadOnly) if this store may not remove rows; what the engine says when it is out of reach.
+    /// [`ReadOnly`](ErrorKind::ReadOnly) if this store may not remove rows; those of the engine.
     pub async fn forget_commands(&self, before: Timestamp) -> Result<u64> {
         self.engine.forget_commands(before).await
     }
 
-    /// How many snapshots did not decode and were passed over, by this store and its clones. Should be 0; each costs
-    /// a replay from the first event.
+    /// How many snapshots could not be decoded and were ignored, by this store and its clones. It should be 0: each of them
+    /// costs a replay from the first event.
     pub fn snapshots_ignored(&self) -> u64 {
         self.shared.snapshots_ignored.load(Ordering::Relaxed)
     }
 
-    /// How many snapshots were not written by this store and its clones, since the state could not be encoded, was over
-    /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), or did not come back as it was written. The events are
-    /// recorded all the same. Should be 0; such an aggregate is replayed from an older snapshot or from its first event.
+    /// How many snapshots were not written by this store and its clones, because the state could not be encoded, was over
+    /// [`limits::PAYLOAD_BYTES`](crate::limits::PAYLOAD_BYTES), or did not survive encoding and decoding. The events are
+    /// recorded all the same. It should be 0: such an aggregate is replayed from an older snapshot or from its first event.
     pub fn snapshots_skipped(&self) -> u64 {
         self.shared.snapshots_skipped.load(Ordering::Relaxed)
     }
@@ -354,7 +353,7 @@ impl EventStore {
         let mut block = self.engine.reserve(ID_BLOCK).await?;
         let first =
             block.next().ok_or_else(|| Error::new(ErrorKind::Backend, "the engine reserved no id"))?;
-        *self.ids() = block; // what others left of a block is lost, and that is harmless
+        *self.ids() = block; // ids left by another caller are lost, which is harmless
         Ok(first)
     }
 

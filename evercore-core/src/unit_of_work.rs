@@ -1,4 +1,4 @@
-//! The unit of work: what was decided, collected until one commit writes all of it or nothing of it.
+//! The unit of work: it collects changes until one commit writes all of them or none.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -24,8 +24,8 @@ use crate::time::Timestamp;
 
 /// Collects new aggregates, events, keys, guards and snapshots, and commits them together.
 ///
-/// Nothing is written, locked or held before [`commit`](Self::commit), and dropping a unit writes nothing. In the log
-/// the unit's events lie together, in the order in which they were recorded.
+/// Nothing is written, locked or held before [`commit`](Self::commit). A drop writes nothing. In the log the unit's events
+/// are contiguous, in the order in which they were recorded.
 ///
 /// ```
 /// # use evercore_core::{Aggregate, EventStore, Json, Result};
@@ -51,19 +51,20 @@ pub struct UnitOfWork {
     store: EventStore,
     batch: Batch,
     staged: Vec<Staged>,
-    /// The payloads of all of them.
+    /// The bytes of all staged payloads.
     staged_bytes: usize,
-    /// Where each aggregate stands with the events staged here, and where it stood before.
+    /// The sequence of each aggregate before the unit, and with the events that are staged here.
     heads: HashMap<AggregateId, Head>,
     /// The key by which this unit found an aggregate.
     found_by: HashMap<AggregateId, Key>,
     command: Option<Command>,
     metadata: Arc<Metadata>,
-    /// When the events of this unit happened, unless one says otherwise; fixed when the first is recorded.
+    /// The time of events that set none. It is fixed when the first event is recorded.
     time: Option<Timestamp>,
     /// Shared with every handle that carries events of this unit.
     committed: Arc<Fate>,
-    /// Aggregates made because their key was not found: if the key is taken by then, somebody was faster.
+    /// Aggregates that were made because their key was not found. If the key is taken at the commit, another unit was
+    /// faster.
     raced: Vec<(AggregateId, Target)>,
 }
 
@@ -78,7 +79,7 @@ struct Staged {
 }
 
 impl Staged {
-    /// What the event's aggregate may know of it; `sequence` is the event's own.
+    /// The context of the event; `sequence` is the event's sequence.
     fn context(&self, sequence: Sequence) -> EventContext<'_> {
         EventContext::new(sequence, self.time, &self.metadata)
     }
@@ -114,7 +115,7 @@ impl UnitOfWork {
         }
     }
 
-    /// Makes a new aggregate without a natural key. Its id is good at once, so other events may name it.
+    /// Makes a new aggregate without a natural key. Other events may name its id at once.
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if `T::TYPE` is not a name; [`Invalid`](ErrorKind::Invalid) if the unit
@@ -124,11 +125,11 @@ impl UnitOfWork {
         self.create_aggregate(None).await
     }
 
-    /// Makes a new aggregate with a natural key; whether the key is free is seen at the commit.
+    /// Makes a new aggregate with a natural key. The commit checks that the key is free.
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule, [`KeyTaken`](ErrorKind::KeyTaken) if this
-    /// unit has given it away already; otherwise as [`create`](Self::create).
+    /// unit already gives it to another aggregate; otherwise as [`create`](Self::create).
     pub async fn create_with_key<T: Aggregate>(&mut self, key: impl AsRef<str>) -> Result<Loaded<T>> {
         let key = Key::new(key)?;
         self.create_aggregate(Some(key)).await
@@ -154,9 +155,9 @@ impl UnitOfWork {
         self.load_target(target).await?.ok_or(missing)
     }
 
-    /// Loads the aggregate with this key, or makes it. If somebody else makes it before this unit commits, the commit
-    /// is a [conflict](Error::is_conflict): run the unit again, for instance with [`EventStore::retry`].
-    /// [`Loaded::is_new`] says which it was.
+    /// Loads the aggregate with this key, or makes it. If another unit makes it before this unit commits, the commit is a
+    /// [conflict](Error::is_conflict): run the unit again, for instance with [`EventStore::retry`].
+    /// [`Loaded::is_new`] tells whether this call made it.
     ///
     /// # Errors
     /// As [`load`](Self::load) and [`create_with_key`](Self::create_with_key), but never
@@ -202,7 +203,7 @@ impl UnitOfWork {
         self.with_staged(target, loaded).await
     }
 
-    /// A key that this unit gives means the aggregate it gives it to.
+    /// A key that this unit gives leads to the aggregate that gets it.
     fn resolve(&self, target: Target) -> Target {
         let Target::Key(wanted, key) = &target else { return target };
         self.batch.holder_of(wanted, key).map_or(target, Target::Id)
@@ -221,7 +222,7 @@ impl UnitOfWork {
         }
         let Some(head) = self.heads.get(&loaded.id()) else { return Ok(Some(loaded)) };
         if loaded.sequence() != head.base {
-            // Found by its key, and it has grown since this unit looked: go back to what the unit has seen.
+            // It was found by its key, and has new events since this unit read it: go back to the state that the unit saw.
             let key = loaded.key().cloned();
             let again = self.store.fold::<T>(Target::Id(loaded.id()), head.base).await?;
             loaded = again.ok_or_else(|| Error::not_found(loaded.id()))?;
@@ -242,10 +243,10 @@ impl UnitOfWork {
         Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
     }
 
-    /// Gives the aggregate another natural key, or its first; whether it is free is seen at the commit.
+    /// Gives the aggregate another natural key, or its first one. The commit checks that the key is free.
     ///
-    /// A key is no event: of two units that rename one aggregate, the later one counts, unless they also record
-    /// events or guard.
+    /// A key is not an event: if two units change the key of one aggregate, both succeed and the later one counts, unless
+    /// they also record events or set a guard.
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) if the key breaks a rule; [`KeyTaken`](ErrorKind::KeyTaken) if this
@@ -266,21 +267,23 @@ impl UnitOfWork {
         Ok(())
     }
 
-    /// Records that something happened: encodes the event, applies it as it is read back, asks the new state whether it
-    /// is valid, and stages the event. So the state in hand is the one that a load will find; see
+    /// Records an event: encodes it, decodes it again, applies the decoded event, validates the new state, and stages the
+    /// event. So the state of the handle is the state that a later load finds; see
     /// [`TRUSTS_CODEC`](Aggregate::TRUSTS_CODEC).
     ///
     /// # Errors
-    /// [`InvalidState`](ErrorKind::InvalidState) if the state refuses; [`Codec`](ErrorKind::Codec) if the event does
-    /// not encode, does not come back as it was written, or does not fit the state; [`Conflict`](ErrorKind::Conflict) if the handle does not have what another handle to the same
-    /// aggregate recorded; [`Invalid`](ErrorKind::Invalid) if it carries events of another unit that did not commit,
-    /// comes from another store, or if the unit would pass [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or
-    /// [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES). The event is then not staged and the aggregate is as before.
+    /// [`InvalidState`](ErrorKind::InvalidState) if `validate` refuses the new state; [`Codec`](ErrorKind::Codec) if the
+    /// event cannot be encoded, does not survive encoding and decoding, or does not fit the state;
+    /// [`Conflict`](ErrorKind::Conflict) if the handle lacks events that another handle to the same aggregate recorded;
+    /// [`Invalid`](ErrorKind::Invalid) if the handle carries events of another unit that did not commit, if it comes from
+    /// another store, or if the unit would pass [`limits::UNIT_EVENTS`](crate::limits::UNIT_EVENTS) or
+    /// [`limits::UNIT_BYTES`](crate::limits::UNIT_BYTES). After an error the event is not staged, and the aggregate is as
+    /// before.
     pub fn record<T: Aggregate>(&mut self, aggregate: &mut Loaded<T>, event: T::Event) -> Result<()> {
         self.stage(aggregate, [event], None)
     }
 
-    /// Records several events, all of them or, after an error, none.
+    /// Records several events. After an error none of them is recorded.
     ///
     /// # Errors
     /// As [`record`](Self::record).
@@ -292,7 +295,7 @@ impl UnitOfWork {
         self.stage(aggregate, events, None)
     }
 
-    /// Records an event with metadata of its own, which goes before that of the unit.
+    /// Records an event with its own metadata, which takes precedence over that of the unit.
     ///
     /// # Errors
     /// As [`record`](Self::record), and [`Invalid`](ErrorKind::Invalid) if its headers and those of the unit together are
@@ -315,7 +318,7 @@ impl UnitOfWork {
         let head = self.head_for(aggregate)?;
         let aggregate_type = aggregate_type::<T>()?;
         let (time, metadata) = self.beside(metadata)?;
-        // A copy takes the events, so that a refused event, or a panic, leaves aggregate and unit as they were.
+        // The events are applied to a copy, so that a refused event, or a panic, leaves aggregate and unit as they were.
         let (mut next, mut staged, mut bytes) = (aggregate.clone(), Vec::new(), self.staged_bytes);
         for event in events {
             let (event_type, payload, event) = write::<T>(&aggregate_type, event)?;
@@ -347,7 +350,7 @@ impl UnitOfWork {
         Ok(())
     }
 
-    /// When an event happens, and what it carries beside its content, where it says `own` of itself.
+    /// The time and the metadata of an event that is recorded with `own`.
     fn beside(&mut self, own: Option<&Metadata>) -> Result<(Timestamp, Arc<Metadata>)> {
         let time = *self.time.get_or_insert_with(|| self.metadata.time().unwrap_or_else(Timestamp::now));
         Ok(match own {
@@ -356,7 +359,7 @@ impl UnitOfWork {
         })
     }
 
-    /// Names the event that the handle stands at, unless that is of this unit.
+    /// Tells the batch the last event of the handle, unless that event belongs to this unit.
     fn note_read<T>(&mut self, aggregate: &Loaded<T>) -> Result<()> {
         match aggregate.mark() {
             Some(mark) => self.batch.has_read(aggregate.id(), aggregate.sequence(), mark),
@@ -364,7 +367,7 @@ impl UnitOfWork {
         }
     }
 
-    /// An error unless the handle is of this store, and what it has read has been or is of this unit.
+    /// Checks that the handle comes from this store, and that its events are committed or belong to this unit.
     fn check<T>(&self, aggregate: &Loaded<T>) -> Result<()> {
         if aggregate.store() != self.store.identity() {
             return Err(stranger(aggregate.id()));
@@ -375,7 +378,7 @@ impl UnitOfWork {
         Ok(())
     }
 
-    /// Where this handle's aggregate stands in this unit; an error if the handle stands elsewhere.
+    /// The sequences of this handle's aggregate in this unit. An error if the handle has another sequence.
     fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
         self.check(aggregate)?;
         let id = aggregate.id();
@@ -388,8 +391,8 @@ impl UnitOfWork {
         }
     }
 
-    /// Keeps the state if the events just recorded passed a multiple of `SNAPSHOT_EVERY`. A state that cannot be kept is
-    /// no reason to refuse events: a load replays them.
+    /// Stages a snapshot if the new events passed a multiple of `SNAPSHOT_EVERY`. If the state cannot be encoded, the events
+    /// are recorded all the same, and a load replays them.
     fn snapshot<T: Aggregate>(&mut self, before: Sequence, after: &Loaded<T>) {
         const {
             assert!(
@@ -410,14 +413,14 @@ impl UnitOfWork {
         }
     }
 
-    /// Demands that the aggregate, which was only read, has not changed when this unit commits.
+    /// Requires that this aggregate, which the unit only reads, has not changed when the unit commits.
     ///
-    /// Without it two units that each read what the other writes can both commit (write skew). After an error the unit
-    /// has no such guard.
+    /// Without a guard, two units that each read what the other one writes can both commit (write skew). After an error
+    /// the unit has no such guard.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the handle comes from another store, if it carries events of another unit that
-    /// did not commit, or if the unit already touches [as many aggregates](crate::limits::UNIT_AGGREGATES) as it may.
+    /// did not commit, or if the unit already has [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES) guards.
     pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) -> Result<()> {
         self.check(aggregate)?;
         self.note_read(aggregate)?;
@@ -429,11 +432,11 @@ impl UnitOfWork {
         self.batch.guard(Guard { aggregate: aggregate.id(), expected })
     }
 
-    /// Sets what all events of this unit carry, in place of what was set earlier. Set it before the first event is
-    /// recorded, since an aggregate [may look at it](Aggregate::apply_with). Give one event metadata of its own with
-    /// [`record_with`](Self::record_with).
+    /// Sets the metadata of all events of this unit, in place of earlier metadata. Set it before the first event is
+    /// recorded, since an aggregate [may use it](Aggregate::apply_with). [`record_with`](Self::record_with) gives one
+    /// event its own metadata.
     ///
-    /// Without a time in it, the events of the unit happened when the first of them was recorded.
+    /// If the metadata has no time, the time of all events is the moment at which the first of them is recorded.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the unit has recorded events under other metadata. They keep it.
@@ -449,49 +452,48 @@ impl UnitOfWork {
         Ok(())
     }
 
-    /// Names the command that this unit carries out, so that it takes effect once: a commit with an id that took
-    /// effect before writes nothing and returns the first receipt, which [says so](Receipt::is_repeated). Handles with
-    /// events of such a unit are of no use to another: load the aggregates again.
+    /// Names the command that this unit carries out, so that the command takes effect once: if its id took effect before,
+    /// the commit writes nothing and returns the first receipt ([`Receipt::is_repeated`]). Handles with events of such a
+    /// unit cannot be used in another unit: load the aggregates again.
     ///
-    /// The aggregates that the unit makes, adds events to or gives a key to tell the command from
-    /// [others](Command) with the same id, together with the command's word if it has one. A unit that is run again may
-    /// find its own effect and refuse it: look for the [receipt](EventStore::receipt) first, or leave both to
-    /// [`EventStore::once`].
+    /// The fingerprint of the [command](Command) covers its word, and the aggregates that the unit makes, adds events to or
+    /// gives a key to. A unit that runs again may see its own effect and refuse: ask for the
+    /// [receipt](EventStore::receipt) first, or use [`EventStore::once`], which does both.
     pub fn set_command(&mut self, command: impl Into<Command>) {
         self.command = Some(command.into());
     }
 
-    /// The same, where it is known what tells the command from others.
+    /// The same with a fingerprint that is known already.
     pub(crate) fn set_command_as(&mut self, command: &Command, fingerprint: Option<i64>) {
         self.batch.set_command(command.id().clone(), fingerprint);
     }
 
-    /// Writes all of it, or nothing of it. A unit that holds nothing is fine and writes nothing.
+    /// Writes the whole unit or nothing. An empty unit is allowed and writes nothing.
     ///
-    /// Once the future is dropped nobody knows whether it was written; with a [command](Self::set_command) one
-    /// can ask.
+    /// After a drop of the future it is unknown whether the unit was written. With a [command](Self::set_command) the
+    /// caller can ask: [`EventStore::settle`].
     ///
     /// # Errors
-    /// [`Conflict`](ErrorKind::Conflict) if an aggregate written or guarded has changed;
+    /// [`Conflict`](ErrorKind::Conflict) if an aggregate of the unit or of a guard has changed;
     /// [`KeyTaken`](ErrorKind::KeyTaken); [`NotFound`](ErrorKind::NotFound) if an aggregate was created by a unit that
     /// did not commit; [`CommandReused`](ErrorKind::CommandReused),
-    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned); [`Invalid`](ErrorKind::Invalid) if the unit has more guards
-    /// than [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES);
-    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which it may be written or not; what the engine says when
-    /// it is out of reach, out of space or closed. After every other error nothing is written.
+    /// [`CommandAbandoned`](ErrorKind::CommandAbandoned);
+    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which the unit may be written or not; those of the engine
+    /// ([`Unavailable`](ErrorKind::Unavailable), [`Full`](ErrorKind::Full), [`ReadOnly`](ErrorKind::ReadOnly),
+    /// [`Closed`](ErrorKind::Closed)). After every error but `OutcomeUnknown` nothing is written.
     pub async fn commit(self) -> Result<Receipt> {
         let engine = Arc::clone(self.store.engine());
         self.commit_by(|batch| engine.commit(batch)).await
     }
 
-    /// Does all that [`commit`](Self::commit) does, but hands the batch to this function instead of
-    /// [`StorageEngine::commit`], whose promises it must keep.
+    /// As [`commit`](Self::commit), but gives the batch to this function instead of [`StorageEngine::commit`]. The function
+    /// must keep the same promises.
     ///
-    /// For engines that can commit in a way of their own, for instance with the user's SQL in the same transaction;
-    /// their users call the engine's method. Look first whether [`engine`](Self::engine) is the engine itself.
+    /// This is for engines with another way to commit, for instance with the user's SQL in the same transaction. Users call
+    /// the method of such an engine. The engine must first check that [`engine`](Self::engine) is itself.
     ///
     /// # Errors
-    /// As [`commit`](Self::commit), and what the function returns.
+    /// As [`commit`](Self::commit), and those of the function.
     pub async fn commit_by<F, C>(mut self, commit: F) -> Result<Receipt>
     where
         F: FnOnce(Batch) -> C + Send,
@@ -502,8 +504,8 @@ impl UnitOfWork {
         let batch = std::mem::take(&mut self.batch);
         match observe::commit(batch.events(), commit(batch)).await {
             Ok(receipt) => {
-                // The first receipt of a repeated command is about what another unit wrote.
-                // Its aggregates may stand where this unit's do, by other events.
+                // The first receipt of a repeated command is about the events of another unit. Its aggregates may have
+                // the same sequences by other events.
                 let is_ours =
                     |(id, head): (&AggregateId, &Head)| receipt.sequence_of(*id) == Some(head.staged);
                 if !receipt.is_repeated() && self.heads.iter().all(is_ours) {
@@ -518,8 +520,8 @@ impl UnitOfWork {
         }
     }
 
-    /// A conflict if somebody has the key of an aggregate that this unit found missing. The key that is taken may be
-    /// another one, which no retry mends.
+    /// A conflict if another unit took the key of an aggregate that this unit found missing. If another key is taken, a
+    /// retry does not help, and the error stays.
     async fn raced_or(&self, raced: Vec<(AggregateId, Target)>, error: Error) -> Error {
         for (id, target) in raced {
             let request =
@@ -531,7 +533,7 @@ impl UnitOfWork {
         error
     }
 
-    /// The engine to which this unit belongs. An engine recognises itself by [`Any`](std::any::Any):
+    /// The engine of this unit. An engine recognises itself by [`Any`](std::any::Any):
     ///
     /// ```
     /// # use evercore_core::{StorageEngine, UnitOfWork};

@@ -423,7 +423,7 @@ impl Cursor {
         self.expires_at = free_from;
     }
 
-    /// From whoever has it: the epoch that it names is old now.
+    /// The old owner loses the lease: its epoch is old now.
     fn take_lease(&mut self) {
         self.end_lease(Timestamp::MIN);
         self.epoch += 1;
@@ -447,7 +447,7 @@ impl Cursor {
         Ok(())
     }
 
-    /// What was live once is a replay when it comes again.
+    /// Events that were live are replay when they come again.
     fn reset(&mut self, position: Position) -> Result<()> {
         if self.status == CursorStatus::Retired {
             return Err(self.is_superseded());

@@ -14,14 +14,14 @@ use crate::time::Timestamp;
 pub trait SubscriptionStorage {
     /// Takes a step on a cursor and returns the cursor after it; `None` if it was removed.
     ///
-    /// * the cursor is read, [the step taken](Step::take) and all of its outcome written, or nothing, in one
-    ///   transaction, which no other step on the same cursor crosses;
-    /// * the time is the engine's clock, never the caller's;
-    /// * no cursor moves past the end of the log, as it is by then, nor past events that are others than those that were read;
+    /// * the cursor is read, [the step taken](Step::take) and its result written, or nothing is written, in one transaction
+    ///   that no other step on the same cursor crosses;
+    /// * the time is that of the engine's clock, never the caller's;
+    /// * no cursor moves past the end of the log, or past events that are not the ones that were read;
     /// * a lease is not lost when the clock goes back;
-    /// * what is acknowledged is durable, as a commit is;
-    /// * a claim does not wait for a handler that has the cursor in hand: it is
-    ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all and everybody waits;
+    /// * an acknowledged step is durable, as a commit is;
+    /// * a claim does not wait for a handler that works on the cursor: it is
+    ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all, so that every call waits;
     /// * after `Unavailable` nothing was written, after `OutcomeUnknown` perhaps.
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>>;
 
