@@ -65,7 +65,7 @@ impl MemoryEngine {
 
     /// Updates a value in every commit: a reader that sees the event also sees the updated value. The handler works on
     /// a copy, which replaces the value once the commit can no longer fail. If the handler fails, the commit is
-    /// [`Rejected`](ErrorKind::Rejected) and writes nothing. Events already in the log are handled at once.
+    /// [`Rejected`](crate::ErrorKind::Rejected) and writes nothing. Events already in the log are handled at once.
     ///
     /// The handler runs while the store is locked, so it must not call the store. Only this projection may write the
     /// value; a write from elsewhere is lost if a commit is running. The cursor is listed among the subscriptions.
@@ -88,9 +88,9 @@ impl MemoryEngine {
     /// ```
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName); [`Invalid`](ErrorKind::Invalid) for version 0, or if the projection
-    /// already exists; [`Rejected`](ErrorKind::Rejected) with the handler's error if it fails on events already in the
-    /// log; [`Closed`](ErrorKind::Closed).
+    /// [`InvalidName`](crate::ErrorKind::InvalidName); [`Invalid`](crate::ErrorKind::Invalid) for version 0, or if the projection
+    /// already exists; [`Rejected`](crate::ErrorKind::Rejected) with the handler's error if it fails on events already in the
+    /// log; [`Closed`](crate::ErrorKind::Closed).
     pub fn inline_projection<S, F>(
         &self,
         name: impl AsRef<str>,
@@ -107,7 +107,7 @@ impl MemoryEngine {
         state.add_inline(InlineProjection::new(id, value, handle))
     }
 
-    /// Closes the engine and all its clones. Later calls fail with [`Closed`](ErrorKind::Closed), and the stored events
+    /// Closes the engine and all its clones. Later calls fail with [`Closed`](crate::ErrorKind::Closed), and the stored events
     /// are gone. Closing again is harmless.
     ///
     /// # Errors
