@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use evercore_postgres::engine::{Step, SubscriptionStorage};
 use evercore_postgres::{
-    CursorId, EventCodec, EventStore, Json, PageLimit, Position, PostgresEngine, Start, Step,
-    SubscriptionName, SubscriptionStorage,
+    CursorId, EventCodec, EventStore, Json, PageLimit, Position, PostgresEngine, Start, SubscriptionName,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use evercore_sqlite::engine::{Step, SubscriptionStorage};
 use evercore_sqlite::{
-    CursorId, EventCodec, EventStore, Json, PageLimit, Position, SqliteEngine, Step, SubscriptionName,
-    SubscriptionStorage,
+    CursorId, EventCodec, EventStore, Json, PageLimit, Position, SqliteEngine, SubscriptionName,
 };
 use rusqlite::Connection;
 

@@ -9,8 +9,8 @@ mod batch;
 mod check;
 mod command;
 mod context;
+mod contract;
 mod decision;
-mod engine;
 mod error;
 mod event;
 mod future;
@@ -45,30 +45,46 @@ mod time;
 mod turn;
 mod unit_of_work;
 
+/// The items that only authors of engines need.
+///
+/// An engine implements [`StorageEngine`] and [`SubscriptionStorage`](engine::SubscriptionStorage). `evercore-memory` is the smallest example, and
+/// `evercore-testkit` tests an engine against the contract.
+pub mod engine {
+    pub use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, SequenceChange, Snapshot};
+    pub use crate::check::{Checked, Lookup, StoredAggregate};
+    pub use crate::command::KnownCommand;
+    pub use crate::contract::{History, LoadRequest, StorageEngine};
+    pub use crate::event::{EventRow, EventsBuilder, NewEvent, Payload};
+    pub use crate::future::BoxFuture;
+    pub use crate::ids::IdBlock;
+    pub use crate::mark::{Mark, Witness};
+    pub use crate::name_table::NameTable;
+    pub use crate::panic::CaughtPanic;
+    pub use crate::subscription::{
+        Advance, Cursors, Outcome, ParkedChange, Sink, Step, StepOutcome, SubscriptionStorage,
+    };
+    pub use crate::target::Target;
+}
+
 pub use aggregate::{Aggregate, Encoded, EventCodec, EventsOnly, StateCodec};
 pub use backoff::RetryPolicy;
-pub use batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, SequenceChange, Snapshot};
-pub use check::{Checked, Lookup, StoredAggregate};
-pub use command::{Command, KnownCommand};
+pub use batch::Receipt;
+pub use command::Command;
 pub use context::EventContext;
-pub use decision::Decision;
-pub use engine::{
-    AggregateQuery, Direction, Filter, History, KnownType, LoadRequest, LogPage, LogQuery, PageLimit,
-    StorageEngine,
+pub use contract::{
+    AggregateQuery, Direction, Filter, KnownType, LogPage, LogQuery, PageLimit, StorageEngine,
 };
+pub use decision::Decision;
 pub use error::{BoxError, Error, ErrorKind, Result};
-pub use event::{Event, EventRow, Events, EventsBuilder, EventsIter, NewEvent, Payload};
+pub use event::{Event, Events, EventsIter};
 pub use future::BoxFuture;
-pub use ids::{AggregateId, IdBlock, Position, Sequence};
+pub use ids::{AggregateId, Position, Sequence};
 #[cfg(feature = "json")]
 pub use json::Json;
 pub use loaded::Loaded;
 pub use log_reader::LogReader;
-pub use mark::{Mark, Witness};
 pub use metadata::{Headers, Metadata};
 pub use name::{AggregateType, CommandId, EventType, Key, OwnerId, SubscriptionName};
-pub use name_table::NameTable;
-pub use panic::CaughtPanic;
 pub use read_store::ReadStore;
 pub use replay::AsOf;
 #[cfg(feature = "json")]
@@ -76,10 +92,9 @@ pub use state::{Patch, StateAggregate};
 pub use store::EventStore;
 pub use store_id::StoreId;
 pub use subscription::{
-    Advance, Cursor, CursorId, CursorState, CursorStatus, Cursors, Delivered, Delivery,
-    EphemeralSubscription, Failure, FailureAction, FailurePolicy, Lease, Outcome, OwnedSubscription, Parked,
-    ParkedChange, RunEnd, Sink, Start, Step, StepOutcome, Subscription, SubscriptionStorage,
+    Cursor, CursorId, CursorState, CursorStatus, Delivered, Delivery, EphemeralSubscription, Failure,
+    FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, RunEnd, Start, Subscription,
 };
-pub use target::{IntoTarget, Target};
+pub use target::IntoTarget;
 pub use time::Timestamp;
 pub use unit_of_work::UnitOfWork;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::ahead::Ahead;
-use crate::engine::{Direction, Filter, LogPage, LogQuery, StorageEngine};
+use crate::contract::{Direction, Filter, LogPage, LogQuery, StorageEngine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::future::BoxFuture;
 use crate::ids::Position;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::engine::{Filter, KnownType};
+use crate::contract::{Filter, KnownType};
 use crate::mark::Mark;
 use crate::name::{AggregateType, EventType};
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::aggregate::Aggregate;
 use crate::batch::Receipt;
-use crate::engine::{AggregateQuery, Filter, KnownType, LogPage, LogQuery};
+use crate::contract::{AggregateQuery, Filter, KnownType, LogPage, LogQuery};
 use crate::error::Result;
 use crate::event::Events;
 use crate::ids::{AggregateId, Position};

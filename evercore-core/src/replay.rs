@@ -3,7 +3,7 @@
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::ahead::Ahead;
 use crate::context::EventContext;
-use crate::engine::{AggregateQuery, Direction, History, LoadRequest, PageLimit};
+use crate::contract::{AggregateQuery, Direction, History, LoadRequest, PageLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::future::BoxFuture;

@@ -9,7 +9,7 @@ use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
 use crate::backoff::RetryPolicy;
 use crate::batch::Receipt;
 use crate::command::KnownCommand;
-use crate::engine::{
+use crate::contract::{
     AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine,
 };
 use crate::error::{Error, ErrorKind, Result};

@@ -10,7 +10,7 @@ use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::batch::{Append, Batch, Guard, KeyChange, NewAggregate, Receipt, Snapshot, check_events};
 use crate::command::{Command, CommandTarget};
 use crate::context::EventContext;
-use crate::engine::{LoadRequest, PageLimit, StorageEngine};
+use crate::contract::{LoadRequest, PageLimit, StorageEngine};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::event::{NewEvent, Payload};
 use crate::ids::{AggregateId, Sequence};

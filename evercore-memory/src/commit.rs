@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use evercore_core::{
-    AggregateId, AggregateType, Append, Batch, Checked, CommandId, Error, Key, KnownCommand, Lookup, Mark,
-    Receipt, Result, Snapshot, StoredAggregate, Timestamp,
-};
+use evercore_core::engine::{Append, Batch, Checked, KnownCommand, Lookup, Mark, Snapshot, StoredAggregate};
+use evercore_core::{AggregateId, AggregateType, CommandId, Error, Key, Receipt, Result, Timestamp};
 
 use crate::state::{AggregateState, State, Stored, StoredCommand};
 

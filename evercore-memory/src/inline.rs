@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use evercore_core::engine::{Batch, EventRow, EventsBuilder, Step};
 use evercore_core::{
-    Batch, BoxError, CursorId, CursorStatus, Error, ErrorKind, Event, EventRow, Events, EventsBuilder,
-    Position, Receipt, Result, Step, limits,
+    BoxError, CursorId, CursorStatus, Error, ErrorKind, Event, Events, Position, Receipt, Result, limits,
 };
 
 use crate::state::{InlineProjection, State, Write};

@@ -7,14 +7,14 @@
 //! pages out of the `Vec`. No lock is held while a task waits.
 
 mod commit;
-mod engine;
 mod inline;
 mod load;
 mod log;
+mod memory_engine;
 mod projection;
 mod state;
 mod subscriptions;
 
-pub use engine::MemoryEngine;
 pub use evercore_core::*;
+pub use memory_engine::MemoryEngine;
 pub use projection::Projection;

@@ -1,8 +1,7 @@
 //! Reading one aggregate.
 
-use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, LoadRequest, Mark, Position, Sequence, Target,
-};
+use evercore_core::engine::{History, LoadRequest, Mark, Target};
+use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Position, Sequence};
 
 use crate::state::State;
 

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Outcome, Sink, Step};
+use evercore_core::engine::{Advance, Outcome, Sink, Step};
+use evercore_core::{BoxError, BoxFuture, Delivery};
 
-use crate::engine::MemoryEngine;
+use crate::memory_engine::MemoryEngine;
 
 type Handle<S> = Box<dyn Fn(&mut S, &Delivery) -> Result<(), BoxError> + Send + Sync>;
 

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use evercore_core::engine::{EventRow, EventsBuilder, KnownCommand, Payload, Snapshot};
 use evercore_core::{
-    AggregateId, AggregateType, BoxError, CommandId, Cursor, CursorId, Event, EventRow, EventType, Events,
-    EventsBuilder, Key, KnownCommand, KnownType, Metadata, PageLimit, Parked, Payload, Position, Sequence,
-    Snapshot, Timestamp,
+    AggregateId, AggregateType, BoxError, CommandId, Cursor, CursorId, Event, EventType, Events, Key,
+    KnownType, Metadata, PageLimit, Parked, Position, Sequence, Timestamp,
 };
 
 /// The whole store. Only [`commit`](crate::commit) changes the log. The cursors are changed in

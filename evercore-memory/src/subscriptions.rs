@@ -1,6 +1,7 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::{Cursor, CursorId, Mark, ParkedChange, Result, Step, StepOutcome};
+use evercore_core::engine::{Mark, ParkedChange, Step, StepOutcome};
+use evercore_core::{Cursor, CursorId, Result};
 
 use crate::state::State;
 

@@ -8,7 +8,7 @@ use evercore_core::{BoxError, BoxFuture, Event, Result};
 use tokio_postgres::Transaction;
 
 use crate::connection::connect::Address;
-use crate::engine::PostgresEngine;
+use crate::postgres_engine::PostgresEngine;
 use crate::settings::{InlineProjection, LONGEST, Schema, Settings, SynchronousCommit};
 
 /// How an engine is connected to its server; everything has a default.

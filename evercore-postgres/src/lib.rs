@@ -3,13 +3,13 @@
 mod builder;
 mod commit;
 mod connection;
-mod engine;
 mod error;
 pub mod guide;
 mod migrate;
 mod names;
 #[cfg(all(test, unix))]
 mod plans;
+mod postgres_engine;
 mod read;
 mod settings;
 mod sql;
@@ -17,8 +17,8 @@ mod store;
 mod subscription;
 
 pub use builder::Builder;
-pub use engine::PostgresEngine;
 pub use evercore_core::*;
+pub use postgres_engine::PostgresEngine;
 pub use settings::SynchronousCommit;
 pub use subscription::projection::Projection;
 pub use {deadpool_postgres, tokio_postgres};

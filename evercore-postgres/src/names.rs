@@ -7,7 +7,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{AggregateType, Batch, EventType, KnownType, Mark, NameTable};
+use evercore_core::engine::{Batch, Mark, NameTable};
+use evercore_core::{AggregateType, EventType, KnownType};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 

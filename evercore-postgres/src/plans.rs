@@ -6,17 +6,15 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use evercore_core::{
-    AggregateType, Append, Batch, CommandId, EventType, Key, Metadata, NewAggregate, NewEvent, Payload,
-    Sequence, Snapshot, StorageEngine, Timestamp,
-};
+use evercore_core::engine::{Append, Batch, NewAggregate, NewEvent, Payload, Snapshot};
+use evercore_core::{AggregateType, CommandId, EventType, Key, Metadata, Sequence, StorageEngine, Timestamp};
 use evercore_testkit::postgres;
 use serde_json::Value;
 use tokio_postgres::Client;
 
 use crate::connection::user_sql::START_TIME;
-use crate::engine::PostgresEngine;
 use crate::migrate::INSPECT;
+use crate::postgres_engine::PostgresEngine;
 use crate::sql::{MADE, Sql};
 
 /// The tables that grow, with their indexes, and the columns that a condition must have so that the index is not read

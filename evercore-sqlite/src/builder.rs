@@ -7,8 +7,8 @@ use evercore_core::{BoxError, Error, Event, Result};
 use rusqlite::Connection;
 
 use crate::connection::path;
-use crate::engine::SqliteEngine;
 use crate::settings::{Durability, Settings};
+use crate::sqlite_engine::SqliteEngine;
 use crate::store::Store;
 use crate::subscription::inline::{self, InlineProjection};
 

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{AggregateType, EventType, KnownType, NameTable};
+use evercore_core::engine::NameTable;
+use evercore_core::{AggregateType, EventType, KnownType};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::error::{Result, damaged};

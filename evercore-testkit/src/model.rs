@@ -4,10 +4,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use evercore_core::engine::{Batch, EventRow, KnownCommand, LoadRequest, NewEvent, Snapshot, Target};
 use evercore_core::{
-    AggregateId, AggregateQuery, AggregateType, Batch, CommandId, Direction, Error, ErrorKind, Event,
-    EventRow, EventType, Filter, KnownCommand, LoadRequest, LogQuery, Metadata, NewEvent, Position, Receipt,
-    Result, Sequence, Snapshot, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, AggregateType, CommandId, Direction, Error, ErrorKind, Event, EventType,
+    Filter, LogQuery, Metadata, Position, Receipt, Result, Sequence, Timestamp, limits,
 };
 
 use crate::tools::*;

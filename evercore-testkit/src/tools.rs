@@ -10,11 +10,14 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
+use evercore_core::engine::{
+    Append, Batch, Guard, History, KeyChange, KnownCommand, LoadRequest, Mark, NewAggregate, NewEvent,
+    Payload, Snapshot, Target,
+};
 use evercore_core::{
-    Aggregate, AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxError, CommandId, Direction,
-    Event, EventType, Events, Guard, History, Json, Key, KeyChange, KnownCommand, KnownType, LoadRequest,
-    LogQuery, Mark, Metadata, NewAggregate, NewEvent, PageLimit, Payload, Position, Receipt, Result,
-    Sequence, Snapshot, StorageEngine, Target, Timestamp,
+    Aggregate, AggregateId, AggregateQuery, AggregateType, BoxError, CommandId, Direction, Event, EventType,
+    Events, Json, Key, KnownType, LogQuery, Metadata, PageLimit, Position, Receipt, Result, Sequence,
+    StorageEngine, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use evercore_core::{AggregateId, BoxError, Delivered, Event, EventStore, EventType, Filter, Position, Sink};
+use evercore_core::engine::Sink;
+use evercore_core::{AggregateId, BoxError, Delivered, Event, EventStore, EventType, Filter, Position};
 use evercore_memory::MemoryEngine;
 use evercore_testkit::block_on;
 use evercore_testkit::projection::{

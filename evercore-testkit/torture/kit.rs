@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use evercore_testkit::projection::{Dice, ProjectionUnderTest, Torture, each, plain_events};
 
-use crate::evercore::{Event, EventStore, Sink};
+use crate::evercore::{Event, EventStore};
 use crate::ground::{Engine, Ground, Place, alone};
 use crate::tally::{counted, sized};
+use evercore_core::engine::Sink;
 
 /// A separate table.
 struct Table {

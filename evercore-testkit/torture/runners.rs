@@ -13,12 +13,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::evercore::{
-    Advance, BoxFuture, CursorId, Delivery, Event, Outcome, PageLimit, Position, Sink, Step, Subscription,
-};
+use crate::evercore::{BoxFuture, CursorId, Delivery, Event, PageLimit, Position, Subscription};
 use crate::ground::{Ground, HAS_ONE_CLOCK, Place, alone};
 use crate::tally::{Notes, Tally, sized, write};
 use crate::unfenced;
+use evercore_core::engine::{Advance, Outcome, Sink, Step};
 
 /// The variable that gives a child its task.
 const RUNNER: &str = "EVERCORE_RUNNER";

@@ -6,9 +6,10 @@
 
 use std::time::Instant;
 
+use evercore_postgres::engine::{Append, Batch, NewAggregate, NewEvent, Payload};
 use evercore_postgres::{
-    Aggregate, AggregateType, Append, Batch, EventStore, EventType, Json, Metadata, NewAggregate, NewEvent,
-    Payload, PostgresEngine, Sequence, StorageEngine, Timestamp,
+    Aggregate, AggregateType, EventStore, EventType, Json, Metadata, PostgresEngine, Sequence, StorageEngine,
+    Timestamp,
 };
 use evercore_testkit::postgres::Server;
 use serde::{Deserialize, Serialize};

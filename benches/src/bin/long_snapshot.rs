@@ -8,9 +8,10 @@
 
 use std::time::{Duration, Instant};
 
+use evercore_postgres::engine::{Advance, Step, SubscriptionStorage};
 use evercore_postgres::{
-    Advance, Aggregate, CursorId, EventStore, Json, Lease, LogQuery, OwnerId, Position, PostgresEngine,
-    Result, Step, SubscriptionName, SubscriptionStorage, tokio_postgres,
+    Aggregate, CursorId, EventStore, Json, Lease, LogQuery, OwnerId, Position, PostgresEngine, Result,
+    SubscriptionName, tokio_postgres,
 };
 use evercore_testkit::postgres::Server;
 use serde::{Deserialize, Serialize};

@@ -170,7 +170,7 @@ pub struct Parked {
     pub is_due: bool,
 }
 
-/// A change of a cursor's parked events, made by a [`Step`](crate::Step).
+/// A change of a cursor's parked events, made by a [`Step`](crate::engine::Step).
 ///
 /// Exhaustive on purpose: an engine must handle every change, and the compiler shows where a new one is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::settings::Start;
 use super::tail::Tail;
-use crate::engine::{Filter, LogPage, LogQuery, PageLimit};
+use crate::contract::{Filter, LogPage, LogQuery, PageLimit};
 use crate::error::Result;
 use crate::event::Events;
 use crate::ids::Position;

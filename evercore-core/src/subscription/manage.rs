@@ -6,7 +6,7 @@ use super::cursor::{Cursor, CursorId, CursorStatus, Parked};
 use super::settings::Start;
 use super::step::Step;
 use crate::batch::Receipt;
-use crate::engine::{LogQuery, PageLimit};
+use crate::contract::{LogQuery, PageLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::name::SubscriptionName;

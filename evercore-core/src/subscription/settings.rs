@@ -7,7 +7,7 @@ use super::cursor::{Cursor, CursorId, CursorStatus};
 use super::failure::FailurePolicy;
 use super::step::Step;
 use crate::backoff::random_bits;
-use crate::engine::{Filter, PageLimit};
+use crate::contract::{Filter, PageLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::limits;

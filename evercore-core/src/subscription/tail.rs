@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::{LogPage, LogQuery, StorageEngine};
+use crate::contract::{LogPage, LogQuery, StorageEngine};
 use crate::error::Result;
 use crate::ids::Position;
 use crate::log_reader::LogReader;

@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Advance, Step};
 use evercore_memory::{
-    Advance, Aggregate, CursorId, Delivery, ErrorKind, EventStore, FailureAction, FailurePolicy, Filter,
-    Json, MemoryEngine, Parked, Position, Step, Subscription,
+    Aggregate, CursorId, Delivery, ErrorKind, EventStore, FailureAction, FailurePolicy, Filter, Json,
+    MemoryEngine, Parked, Position, Subscription,
 };
 use futures_lite::future::{block_on, or, zip};
 use serde::{Deserialize, Serialize};

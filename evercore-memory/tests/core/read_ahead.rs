@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
+use evercore_core::engine::{
+    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+};
 use evercore_memory::{
-    Aggregate, AggregateQuery, AsOf, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error,
-    ErrorKind, EventStore, Events, History, IdBlock, Json, KnownCommand, KnownType, LoadRequest, LogPage,
-    LogQuery, MemoryEngine, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine,
-    StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
+    Aggregate, AggregateQuery, AsOf, BoxFuture, CommandId, Cursor, CursorId, Error, ErrorKind, EventStore,
+    Events, Json, KnownType, LogPage, LogQuery, MemoryEngine, PageLimit, Parked, Position, Receipt, Result,
+    Sequence, StorageEngine, StoreId, SubscriptionName, Timestamp,
 };
 use futures_lite::future::{block_on, poll_once};
 use serde::{Deserialize, Serialize};

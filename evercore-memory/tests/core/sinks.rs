@@ -3,10 +3,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use evercore_memory::{
-    Advance, Aggregate, BoxFuture, Delivery, ErrorKind, EventStore, Json, MemoryEngine, Outcome, Position,
-    Sink,
-};
+use evercore_core::engine::{Advance, Outcome, Sink};
+use evercore_memory::{Aggregate, BoxFuture, Delivery, ErrorKind, EventStore, Json, MemoryEngine, Position};
 use futures_lite::future::block_on;
 use serde::{Deserialize, Serialize};
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use evercore_memory::engine::*;
 use evercore_memory::*;
 use futures_lite::future::{block_on, or, poll_once, zip};
 use serde::{Deserialize, Serialize};

@@ -9,10 +9,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use evercore_core::{
-    AggregateId, Batch, Checked, Error, Mark, NameTable, NewAggregate, Receipt, Result as CoreResult,
-    Sequence, SequenceChange,
-};
+use evercore_core::engine::{Batch, Checked, Mark, NameTable, NewAggregate, SequenceChange};
+use evercore_core::{AggregateId, Error, Receipt, Result as CoreResult, Sequence};
 use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 

@@ -3,10 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use evercore_core::{
-    AggregateId, AggregateType, Batch, CommandId, Error, Key, KnownCommand, Lookup, Mark, NameTable,
-    Result as CoreResult, Sequence, StoredAggregate,
-};
+use evercore_core::engine::{Batch, KnownCommand, Lookup, Mark, NameTable, StoredAggregate};
+use evercore_core::{AggregateId, AggregateType, CommandId, Error, Key, Result as CoreResult, Sequence};
 use tokio_postgres::Row;
 
 use crate::error::{Result, damaged};

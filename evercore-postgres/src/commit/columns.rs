@@ -4,10 +4,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use evercore_core::{
-    AggregateId, Batch, Key, Mark, Metadata, NameTable, Position, Receipt, SequenceChange, Snapshot,
-    Timestamp, Witness,
-};
+use evercore_core::engine::{Batch, Mark, NameTable, SequenceChange, Snapshot, Witness};
+use evercore_core::{AggregateId, Key, Metadata, Position, Receipt, Timestamp};
 use tokio_postgres::Row;
 
 use crate::commit::recent::Book;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use evercore_core::{CommandId, KnownCommand, Receipt, Timestamp};
+use evercore_core::engine::KnownCommand;
+use evercore_core::{CommandId, Receipt, Timestamp};
 use tokio_postgres::types::Type;
 
 use crate::connection::pool::{Checkout, Pools};

@@ -3,14 +3,15 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use evercore_core::{Batch, BoxError, BoxFuture, Error, ErrorKind, Receipt, Result, UnitOfWork};
+use evercore_core::engine::Batch;
+use evercore_core::{BoxError, BoxFuture, Error, ErrorKind, Receipt, Result, UnitOfWork};
 use tokio_postgres::Transaction;
 
 use crate::commit::batch::FlightOutcome;
 use crate::commit::flight::encoded_bytes;
 use crate::commit::with_sql::UserSql;
 use crate::connection::task::in_task;
-use crate::engine::PostgresEngine;
+use crate::postgres_engine::PostgresEngine;
 use crate::store::Store;
 
 impl PostgresEngine {

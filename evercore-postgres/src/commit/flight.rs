@@ -8,7 +8,8 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{Batch, BoxFuture, CommandId, Error, ErrorKind, NameTable, Receipt, Result};
+use evercore_core::engine::{Batch, NameTable};
+use evercore_core::{BoxFuture, CommandId, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 use futures_lite::future::yield_now;
 use tokio::runtime::Handle;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use evercore_core::{Error, ErrorKind, IdBlock, Mark};
+use evercore_core::engine::{IdBlock, Mark};
+use evercore_core::{Error, ErrorKind};
 use tokio_postgres::types::Type;
 
 use crate::connection::pool::{Checkout, Pools};

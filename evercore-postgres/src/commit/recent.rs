@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use evercore_core::{AggregateId, Batch, Mark, NameTable, Position, Receipt, Sequence, Witness};
+use evercore_core::engine::{Batch, Mark, NameTable, Witness};
+use evercore_core::{AggregateId, Position, Receipt, Sequence};
 
 /// How many aggregates to remember, which takes some megabytes. Then the older half is forgotten.
 const MOST: usize = 1 << 16;
@@ -108,7 +109,8 @@ impl Book {
 mod tests {
     use std::sync::Arc;
 
-    use evercore_core::{AggregateType, Append, EventType, Metadata, NewEvent, Payload, Timestamp};
+    use evercore_core::engine::{Append, NewEvent, Payload};
+    use evercore_core::{AggregateType, EventType, Metadata, Timestamp};
 
     use super::*;
 

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use evercore_core::{
-    Batch, BoxError, BoxFuture, NameTable, Position, Receipt, Result as CoreResult, Timestamp,
-};
+use evercore_core::engine::{Batch, NameTable};
+use evercore_core::{BoxError, BoxFuture, Position, Receipt, Result as CoreResult, Timestamp};
 use tokio_postgres::Transaction;
 
 use crate::commit::batch::{Batches, FlightOutcome};

@@ -3,10 +3,8 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, NameTable, Payload,
-    Sequence, Snapshot, Target,
-};
+use evercore_core::engine::{History, LoadRequest, Mark, NameTable, Payload, Snapshot, Target};
+use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Key, Sequence};
 use futures_lite::StreamExt;
 use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};

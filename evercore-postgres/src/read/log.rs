@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use evercore_core::{
-    Direction, Error, ErrorKind, Events, LogPage, LogQuery, Mark, NameTable, PageLimit, Position, Timestamp,
-};
+use evercore_core::engine::{Mark, NameTable};
+use evercore_core::{Direction, Error, ErrorKind, Events, LogPage, LogQuery, PageLimit, Position, Timestamp};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};

@@ -4,10 +4,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use evercore_core::{
-    AggregateId, EventRow, Events, EventsBuilder, Headers, Mark, NameTable, PageLimit, Position, Sequence,
-    Timestamp,
-};
+use evercore_core::engine::{EventRow, EventsBuilder, Mark, NameTable};
+use evercore_core::{AggregateId, Events, Headers, PageLimit, Position, Sequence, Timestamp};
 use futures_lite::StreamExt;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, RowStream};

@@ -5,9 +5,10 @@
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use evercore_core::engine::{CaughtPanic, NameTable, Step};
 use evercore_core::{
-    BoxError, BoxFuture, CaughtPanic, CursorId, CursorStatus, Error, ErrorKind, Event, NameTable, Position,
-    Result as CoreResult, Step, limits,
+    BoxError, BoxFuture, CursorId, CursorStatus, Error, ErrorKind, Event, Position, Result as CoreResult,
+    limits,
 };
 use futures_lite::FutureExt;
 use tokio::time::Instant;

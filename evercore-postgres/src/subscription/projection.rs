@@ -3,13 +3,14 @@
 use std::fmt;
 use std::sync::Arc;
 
-use evercore_core::{Advance, BoxError, BoxFuture, Delivery, Error, ErrorKind, Outcome, Sink, Step};
+use evercore_core::engine::{Advance, Outcome, Sink, Step};
+use evercore_core::{BoxError, BoxFuture, Delivery, Error, ErrorKind};
 use tokio_postgres::Transaction;
 
 use crate::connection::task::in_task;
 use crate::connection::user_sql::{Ended, Fault, UserTransaction};
-use crate::engine::PostgresEngine;
 use crate::error::{Because, PostgresError, Result, passes};
+use crate::postgres_engine::PostgresEngine;
 use crate::store::Store;
 
 /// Names the projection in error texts.

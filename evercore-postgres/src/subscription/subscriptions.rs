@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use evercore_core::engine::{Advance, Cursors, Mark, ParkedChange, Step, StepOutcome};
 use evercore_core::{
-    Advance, AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Cursors, Error, ErrorKind, Failure,
-    Mark, OwnerId, Parked, ParkedChange, Position, Step, StepOutcome, SubscriptionName, Timestamp,
+    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Error, ErrorKind, Failure, OwnerId, Parked,
+    Position, SubscriptionName, Timestamp,
 };
 use futures_lite::future::{poll_fn, zip};
 use tokio::time::{Instant, sleep};

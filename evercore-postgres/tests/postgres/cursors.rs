@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Advance, Mark, Outcome, ParkedChange, Sink, Step, SubscriptionStorage};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::NoTls;
 use evercore_postgres::{
-    Advance, CursorStatus, ErrorKind, EventStore, Lease, Mark, Outcome, ParkedChange, Position,
-    PostgresEngine, Sink, Step, StorageEngine, SubscriptionStorage, Timestamp,
+    CursorStatus, ErrorKind, EventStore, Lease, Position, PostgresEngine, StorageEngine, Timestamp,
 };
 use evercore_testkit::poll_at_most;
 use evercore_testkit::postgres::Server;

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use evercore_core::engine::{Advance, Outcome, Sink, Step, SubscriptionStorage};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, Client, NoTls, Transaction};
 use evercore_postgres::{
-    Advance, AggregateId, BoxError, BoxFuture, Builder, Cursor, CursorId, Delivery, ErrorKind, Event,
-    EventStore, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked, Position, PostgresEngine, Projection,
-    Result, Sink, Step, StorageEngine, SubscriptionName, SubscriptionStorage, Timestamp,
+    AggregateId, BoxError, BoxFuture, Builder, Cursor, CursorId, Delivery, ErrorKind, Event, EventStore,
+    Lease, LogQuery, OwnerId, PageLimit, Parked, Position, PostgresEngine, Projection, Result, StorageEngine,
+    SubscriptionName, Timestamp,
 };
 
 use crate::common::Place;

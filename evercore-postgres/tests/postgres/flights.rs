@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Append, Batch, NewAggregate, NewEvent, Payload, Snapshot};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, Client, NoTls};
 use evercore_postgres::{
-    AggregateType, Append, Batch, CommandId, ErrorKind, EventStore, EventType, Metadata, NewAggregate,
-    NewEvent, Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine,
-    Timestamp,
+    AggregateType, CommandId, ErrorKind, EventStore, EventType, Metadata, Position, PostgresEngine, Receipt,
+    Result, Sequence, StorageEngine, Timestamp,
 };
 use evercore_testkit::postgres::{Proxy, Server};
 use tokio::runtime::Runtime;

@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_postgres::{
-    CursorId, ErrorKind, EventStore, Position, Step, StorageEngine, SubscriptionStorage,
-};
+use evercore_core::engine::{Step, SubscriptionStorage};
+use evercore_postgres::{CursorId, ErrorKind, EventStore, Position, StorageEngine};
 
 use crate::common::{Place, block_on};
 use crate::fixture::*;

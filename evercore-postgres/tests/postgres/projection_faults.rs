@@ -4,10 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use evercore_postgres::{
-    Advance, Cursor, ErrorKind, EventStore, Outcome, ParkedChange, Sink, Step, StorageEngine,
-    SubscriptionStorage,
-};
+use evercore_core::engine::{Advance, Outcome, ParkedChange, Sink, Step, SubscriptionStorage};
+use evercore_postgres::{Cursor, ErrorKind, EventStore, StorageEngine};
 use evercore_testkit::poll_at_most;
 use evercore_testkit::postgres::{Cut, PgBouncer, Proxy, Server, Trigger};
 

@@ -3,9 +3,8 @@
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use evercore_postgres::{
-    ErrorKind, EventStore, FailureAction, FailurePolicy, Outcome, Step, SubscriptionStorage,
-};
+use evercore_core::engine::{Outcome, Step, SubscriptionStorage};
+use evercore_postgres::{ErrorKind, EventStore, FailureAction, FailurePolicy};
 use futures_lite::FutureExt;
 
 use crate::common::block_on;

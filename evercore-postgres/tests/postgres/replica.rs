@@ -140,7 +140,7 @@ fn a_standby_is_tailed_without_a_gap_while_eight_writers_write() {
 
 /// The server is gone, so nothing can have been sent.
 async fn what_writes_is_refused(store: &EventStore, engine: &PostgresEngine) {
-    let mut batch = evercore_postgres::Batch::new();
+    let mut batch = evercore_core::engine::Batch::new();
     batch.set_command(CommandId::new("x").unwrap(), None);
     for refused in [
         kind(engine.commit(batch).await),

@@ -1,9 +1,10 @@
 //! A dump that is restored into a new cluster is the same store, and so is a cluster that is recovered to a point in time:
 //! positions are stored data, not counters of a server.
 
+use evercore_core::engine::{LoadRequest, Target};
 use evercore_postgres::{
-    Aggregate, AggregateId, CommandId, EventStore, LoadRequest, LogQuery, Metadata, PageLimit, Position,
-    PostgresEngine, Receipt, Sequence, StorageEngine, Target, Timestamp,
+    Aggregate, AggregateId, CommandId, EventStore, LogQuery, Metadata, PageLimit, Position, PostgresEngine,
+    Receipt, Sequence, StorageEngine, Timestamp,
 };
 use evercore_testkit::postgres::Server;
 

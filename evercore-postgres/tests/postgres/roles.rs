@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use evercore_core::engine::{
+    Advance, Append, Batch, NewEvent, ParkedChange, Payload, Step, SubscriptionStorage,
+};
 use evercore_postgres::{
-    Advance, AggregateId, AggregateType, Append, Batch, CommandId, CursorId, ErrorKind, EventStore,
-    EventType, KnownType, Lease, LogQuery, Metadata, NewEvent, OwnerId, Parked, ParkedChange, Payload,
-    Position, PostgresEngine, Result, Sequence, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
-    Timestamp,
+    AggregateId, AggregateType, CommandId, CursorId, ErrorKind, EventStore, EventType, KnownType, Lease,
+    LogQuery, Metadata, OwnerId, Parked, Position, PostgresEngine, Result, Sequence, StorageEngine,
+    SubscriptionName, Timestamp,
 };
 use evercore_testkit::postgres::{self, Server};
 
@@ -137,7 +139,7 @@ async fn new_names(engine: &PostgresEngine, n: usize) -> Result<()> {
         metadata: Arc::new(Metadata::new()),
     };
     let mut batch = Batch::new();
-    batch.create(evercore_postgres::NewAggregate { id, aggregate_type: cold.clone(), key: None })?;
+    batch.create(evercore_core::engine::NewAggregate { id, aggregate_type: cold.clone(), key: None })?;
     batch.append(Append {
         aggregate: id,
         aggregate_type: cold,

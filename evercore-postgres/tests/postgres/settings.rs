@@ -5,12 +5,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Append, Batch, NewAggregate, NewEvent, Payload};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, Client, NoTls};
 use evercore_postgres::{
-    AggregateType, Append, Batch, ErrorKind, EventStore, EventType, LogQuery, Metadata, NewAggregate,
-    NewEvent, PageLimit, Payload, Position, PostgresEngine, Sequence, StorageEngine, SynchronousCommit,
-    Timestamp,
+    AggregateType, ErrorKind, EventStore, EventType, LogQuery, Metadata, PageLimit, Position, PostgresEngine,
+    Sequence, StorageEngine, SynchronousCommit, Timestamp,
 };
 use evercore_testkit::postgres::Server;
 

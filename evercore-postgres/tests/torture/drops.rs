@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Append, Batch, NewAggregate, NewEvent, Payload};
 use evercore_postgres::{
-    AggregateId, AggregateQuery, AggregateType, Append, Batch, BoxFuture, Direction, EventStore, EventType,
-    KnownType, LogQuery, NewAggregate, NewEvent, PageLimit, Payload, Position, PostgresEngine, Receipt,
-    Result, Sequence, StorageEngine, Timestamp,
+    AggregateId, AggregateQuery, AggregateType, BoxFuture, Direction, EventStore, EventType, KnownType,
+    LogQuery, PageLimit, Position, PostgresEngine, Receipt, Result, Sequence, StorageEngine, Timestamp,
 };
 use evercore_testkit::poll_at_most;
 use evercore_testkit::postgres::Server;

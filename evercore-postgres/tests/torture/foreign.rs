@@ -4,14 +4,16 @@
 use std::process::Command;
 use std::sync::Arc;
 
+use evercore_core::engine::{
+    Append, Batch, Guard, History, KeyChange, KnownCommand, LoadRequest, NewAggregate, NewEvent, Payload,
+    Snapshot, Target,
+};
 use evercore_memory::MemoryEngine;
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
 use evercore_postgres::tokio_postgres::{self, NoTls};
 use evercore_postgres::{
-    AggregateId, AggregateType, Append, Batch, CommandId, Direction, Event, EventStore, EventType, Filter,
-    Guard, History, Key, KeyChange, KnownCommand, LoadRequest, LogQuery, Metadata, NewAggregate, NewEvent,
-    PageLimit, Payload, Position, PostgresEngine, Receipt, Result, Sequence, Snapshot, StorageEngine, Target,
-    Timestamp,
+    AggregateId, AggregateType, CommandId, Direction, Event, EventStore, EventType, Filter, Key, LogQuery,
+    Metadata, PageLimit, Position, PostgresEngine, Receipt, Result, Sequence, StorageEngine, Timestamp,
 };
 use evercore_testkit::postgres::Server;
 use tokio::task::JoinSet;

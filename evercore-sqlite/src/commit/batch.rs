@@ -5,9 +5,11 @@
 
 use std::sync::Arc;
 
+use evercore_core::engine::{
+    Batch, Checked, KeyChange, KnownCommand, Lookup, Mark, NameTable, Snapshot, StoredAggregate,
+};
 use evercore_core::{
-    AggregateId, AggregateType, Batch, Checked, CommandId, Error, Key, KeyChange, KnownCommand, Lookup, Mark,
-    Metadata, NameTable, Position, Receipt, Sequence, Snapshot, StoredAggregate,
+    AggregateId, AggregateType, CommandId, Error, Key, Metadata, Position, Receipt, Sequence,
 };
 use rusqlite::{Connection, OptionalExtension, ffi, params};
 

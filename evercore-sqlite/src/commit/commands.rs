@@ -1,6 +1,7 @@
 //! The command ids in the store.
 
-use evercore_core::{CommandId, KnownCommand, Receipt, Timestamp};
+use evercore_core::engine::KnownCommand;
+use evercore_core::{CommandId, Receipt, Timestamp};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::error::Result;

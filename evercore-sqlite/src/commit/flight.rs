@@ -3,7 +3,8 @@
 //! The flush is the expensive part. So everything that is queued when a flight begins goes with it, and each batch gets
 //! its own result. The flight is led by the engine's own thread, or by the caller with `commit_on_caller_thread`.
 
-use evercore_core::{Batch, BoxError, Error, ErrorKind, Receipt, Result};
+use evercore_core::engine::Batch;
+use evercore_core::{BoxError, Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 use rusqlite::Connection;
 

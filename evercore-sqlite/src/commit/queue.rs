@@ -9,7 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use evercore_core::{Batch, Error, ErrorKind, Receipt, Result};
+use evercore_core::engine::Batch;
+use evercore_core::{Error, ErrorKind, Receipt, Result};
 use futures_channel::oneshot;
 
 use crate::commit::flight::{Answer, Flights, Job, OwnSql, refuse};

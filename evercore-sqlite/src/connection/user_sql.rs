@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_core::{BoxError, CaughtPanic, Error, ErrorKind};
+use evercore_core::engine::CaughtPanic;
+use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::Connection;
 
 use crate::error::{Because, Fault, Result};

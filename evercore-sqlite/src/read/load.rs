@@ -1,9 +1,7 @@
 //! Loading one aggregate.
 
-use evercore_core::{
-    AggregateId, AggregateQuery, Direction, Events, History, Key, LoadRequest, Mark, Payload, Sequence,
-    Snapshot, Target,
-};
+use evercore_core::engine::{History, LoadRequest, Mark, Payload, Snapshot, Target};
+use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Key, Sequence};
 use rusqlite::{Connection, Row};
 
 use crate::error::{Result, damaged};

@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use evercore_core::{
-    AggregateId, EventRow, Events, EventsBuilder, Headers, NameTable, PageLimit, Position, Sequence,
-    Timestamp,
-};
+use evercore_core::engine::{EventRow, EventsBuilder, NameTable};
+use evercore_core::{AggregateId, Events, Headers, PageLimit, Position, Sequence, Timestamp};
 use rusqlite::types::{FromSqlError, ValueRef};
 use rusqlite::{Connection, Row, Rows};
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use evercore_core::{BoxError, CursorId, Event, PageLimit, Position, Result, Step};
+use evercore_core::engine::Step;
+use evercore_core::{BoxError, CursorId, Event, PageLimit, Position, Result};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::connection::user_sql;

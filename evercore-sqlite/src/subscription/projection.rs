@@ -3,13 +3,14 @@
 use std::fmt;
 use std::sync::Arc;
 
-use evercore_core::{Advance, BoxError, BoxFuture, CaughtPanic, Delivery, Outcome, Result, Sink, Step};
+use evercore_core::engine::{Advance, CaughtPanic, Outcome, Sink, Step};
+use evercore_core::{BoxError, BoxFuture, Delivery, Result};
 use rusqlite::Connection;
 
 use crate::connection::transaction::{self, Failure};
 use crate::connection::user_sql;
-use crate::engine::SqliteEngine;
 use crate::error::{self, SqliteError};
+use crate::sqlite_engine::SqliteEngine;
 use crate::store::Store;
 use crate::subscription::subscriptions;
 

@@ -1,8 +1,9 @@
 //! The cursors of subscriptions, and their parked events.
 
+use evercore_core::engine::{Mark, ParkedChange, Step, StepOutcome};
 use evercore_core::{
-    AggregateId, Cursor, CursorId, CursorStatus, Failure, Mark, OwnerId, Parked, ParkedChange, Position,
-    Step, StepOutcome, SubscriptionName, Timestamp,
+    AggregateId, Cursor, CursorId, CursorStatus, Failure, OwnerId, Parked, Position, SubscriptionName,
+    Timestamp,
 };
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, params};

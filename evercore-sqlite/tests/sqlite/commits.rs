@@ -5,10 +5,10 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use evercore_core::engine::{Batch, KeyChange, LoadRequest, Payload, Snapshot, Target};
 use evercore_sqlite::{
-    AggregateId, Batch, CommandId, Direction, ErrorKind, EventType, Filter, Key, KeyChange, KnownType,
-    LoadRequest, LogQuery, PageLimit, Payload, Position, Receipt, Result, Sequence, Snapshot, SqliteEngine,
-    StorageEngine, Target, Timestamp,
+    AggregateId, CommandId, Direction, ErrorKind, EventType, Filter, Key, KnownType, LogQuery, PageLimit,
+    Position, Receipt, Result, Sequence, SqliteEngine, StorageEngine, Timestamp,
 };
 
 use crate::common::{
@@ -125,7 +125,7 @@ fn a_dropped_commit_is_written_whole_or_not_at_all() {
     });
 }
 
-async fn load(engine: &SqliteEngine, id: AggregateId) -> Option<evercore_sqlite::History> {
+async fn load(engine: &SqliteEngine, id: AggregateId) -> Option<evercore_core::engine::History> {
     let request = LoadRequest {
         target: Target::Id(id),
         snapshot: Some(1),

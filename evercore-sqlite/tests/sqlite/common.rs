@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use evercore_core::engine::{Append, Batch, Guard, NewAggregate, NewEvent, Payload};
 use evercore_sqlite::{
-    AggregateId, AggregateType, Append, Batch, ErrorKind, EventType, Guard, Key, LogQuery, Metadata,
-    NewAggregate, NewEvent, Payload, Receipt, Result, Sequence, SqliteEngine, StorageEngine, Timestamp,
+    AggregateId, AggregateType, ErrorKind, EventType, Key, LogQuery, Metadata, Receipt, Result, Sequence,
+    SqliteEngine, StorageEngine, Timestamp,
 };
 pub(crate) use futures_lite::future::block_on;
 use tempfile::TempDir;

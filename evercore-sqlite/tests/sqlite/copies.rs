@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use evercore_sqlite::{Batch, ErrorKind, SqliteEngine, StorageEngine};
+use evercore_core::engine::Batch;
+use evercore_sqlite::{ErrorKind, SqliteEngine, StorageEngine};
 use rusqlite::Connection;
 
 use crate::common::{Folder, append, block_on, create, event, kind, one_event, positions};

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use evercore_sqlite::{AggregateId, Batch, ErrorKind, SqliteEngine, StorageEngine};
+use evercore_core::engine::Batch;
+use evercore_sqlite::{AggregateId, ErrorKind, SqliteEngine, StorageEngine};
 use rusqlite::Connection;
 
 use crate::common::{Folder, append, as_child, block_on, child, create, event, kind, one_event, positions};

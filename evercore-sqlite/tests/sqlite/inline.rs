@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Batch, Step, SubscriptionStorage};
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Aggregate, AggregateId, Batch, BoxError, Builder, CursorId, CursorStatus, ErrorKind, Event, EventStore,
-    Json, Position, Result, SqliteEngine, Start, Step, StorageEngine, SubscriptionName, SubscriptionStorage,
+    Aggregate, AggregateId, BoxError, Builder, CursorId, CursorStatus, ErrorKind, Event, EventStore, Json,
+    Position, Result, SqliteEngine, Start, StorageEngine, SubscriptionName,
 };
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS shop_log (position INTEGER, event TEXT, payload BLOB) STRICT";

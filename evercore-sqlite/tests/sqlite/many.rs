@@ -4,7 +4,8 @@ use std::fs;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use evercore_sqlite::{Batch, ErrorKind, LogQuery, Position, SqliteEngine, StorageEngine};
+use evercore_core::engine::Batch;
+use evercore_sqlite::{ErrorKind, LogQuery, Position, SqliteEngine, StorageEngine};
 use futures_lite::future;
 use rusqlite::Connection;
 

@@ -8,13 +8,13 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
+use evercore_core::engine::{Advance, Batch, Outcome, ParkedChange, Sink, Step, SubscriptionStorage};
 use evercore_memory::MemoryEngine;
 use evercore_sqlite::rusqlite::Connection;
 use evercore_sqlite::{
-    Advance, AggregateId, Batch, BoxError, Cursor, CursorId, CursorStatus, Delivery, ErrorKind, Event,
-    EventStore, Failure, FailureAction, FailurePolicy, Lease, LogQuery, Outcome, OwnerId, PageLimit, Parked,
-    ParkedChange, Position, Projection, Result, Sink, SqliteEngine, Step, StorageEngine, SubscriptionName,
-    SubscriptionStorage, Timestamp,
+    AggregateId, BoxError, Cursor, CursorId, CursorStatus, Delivery, ErrorKind, Event, EventStore, Failure,
+    FailureAction, FailurePolicy, Lease, LogQuery, OwnerId, PageLimit, Parked, Position, Projection, Result,
+    SqliteEngine, StorageEngine, SubscriptionName, Timestamp,
 };
 
 use crate::common::{Folder, append, as_child, block_on, child, create, event, kind};

@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{
+    Append, Batch, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand, LoadRequest,
+    NewAggregate, NewEvent, ParkedChange, Step, SubscriptionStorage, Target,
+};
 use evercore_core::{
-    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
-    Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
-    KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, NewAggregate, NewEvent,
-    PageLimit, Parked, ParkedChange, Position, Receipt, Result, Step, StorageEngine, StoreId,
-    SubscriptionName, SubscriptionStorage, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Direction, Error, ErrorKind, Event,
+    EventType, Events, Filter, Key, KnownType, Lease, LogPage, LogQuery, PageLimit, Parked, Position,
+    Receipt, Result, StorageEngine, StoreId, SubscriptionName, Timestamp, limits,
 };
 
 use super::Fault;

@@ -9,12 +9,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use evercore_core::engine::{
+    Append, Batch, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand, LoadRequest,
+    NewAggregate, NewEvent, Step, SubscriptionStorage, Target,
+};
 use evercore_core::{
-    AggregateId, AggregateQuery, Append, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Direction,
-    Error, ErrorKind, Event, EventRow, EventType, Events, EventsBuilder, Filter, History, IdBlock, Key,
-    KeyChange, KnownCommand, KnownType, Lease, LoadRequest, LogPage, LogQuery, Metadata, NewAggregate,
-    NewEvent, PageLimit, Parked, Position, Receipt, Result, Sequence, Step, StorageEngine, StoreId,
-    SubscriptionName, SubscriptionStorage, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Direction, Error, ErrorKind, Event,
+    EventType, Events, Filter, Key, KnownType, Lease, LogPage, LogQuery, Metadata, PageLimit, Parked,
+    Position, Receipt, Result, Sequence, StorageEngine, StoreId, SubscriptionName, Timestamp, limits,
 };
 
 pub use fault::Fault;
@@ -191,7 +193,7 @@ impl Broken {
         }
         if self.has(Fault::CutsPayloads) {
             let text = event.payload.as_bytes().split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
-            event.payload = evercore_core::Payload::new(text).unwrap_or_default();
+            event.payload = evercore_core::engine::Payload::new(text).unwrap_or_default();
         }
         if self.has(Fault::LosesEmptyTexts) && event.metadata.reference() == Some("") {
             event.metadata = Arc::new(Metadata::new());

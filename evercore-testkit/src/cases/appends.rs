@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use evercore_core::{AggregateId, ErrorKind, Mark, Position, Sequence, limits};
+use evercore_core::engine::Mark;
+use evercore_core::{AggregateId, ErrorKind, Position, Sequence, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -138,7 +139,7 @@ pub(crate) async fn the_largest_unit_is_written_and_a_larger_one_refused(fixture
     let engine = fixture.engine();
     let id = new_id(&engine).await;
     let mut batch = unit().create(id, "user").append(id, "user", 0, limits::UNIT_EVENTS as i64).0;
-    let mut more = evercore_core::Append {
+    let mut more = evercore_core::engine::Append {
         aggregate: id,
         aggregate_type: type_named("user"),
         expected: at(limits::UNIT_EVENTS as i64),
@@ -181,7 +182,7 @@ pub(crate) async fn or_nothing_of_it_keys_snapshots_and_command_included(fixture
     assert!(!exists(&engine, made).await);
     assert_eq!(holder(&engine, "user", "first").await, None);
     assert_eq!(holder(&engine, "user", "made").await, None);
-    let target = evercore_core::Target::Id(first);
+    let target = evercore_core::engine::Target::Id(first);
     assert_eq!(load(&engine, target, Some(1), Sequence::MAX).await.unwrap().snapshot, None);
     assert_eq!(receipt_of(&engine, &command("command")).await, None);
 }

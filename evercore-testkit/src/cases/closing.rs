@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{LoadRequest, Step, Target};
 use evercore_core::{
-    AggregateQuery, CursorId, Direction, ErrorKind, LoadRequest, LogQuery, PageLimit, Position, Sequence,
-    Step, SubscriptionName, Target, Timestamp,
+    AggregateQuery, CursorId, Direction, ErrorKind, LogQuery, PageLimit, Position, Sequence,
+    SubscriptionName, Timestamp,
 };
 
 use crate::fixture::Fixture;

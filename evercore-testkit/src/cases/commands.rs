@@ -3,9 +3,10 @@
 use std::sync::Barrier;
 use std::time::Duration;
 
+use evercore_core::engine::KnownCommand;
 use evercore_core::{
-    AggregateId, AggregateQuery, Command, CommandId, Direction, Error, ErrorKind, KnownCommand, LogQuery,
-    Position, Sequence, Timestamp, limits,
+    AggregateId, AggregateQuery, Command, CommandId, Direction, Error, ErrorKind, LogQuery, Position,
+    Sequence, Timestamp, limits,
 };
 
 use crate::fixture::Fixture;

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use evercore_core::engine::{Advance, Mark, ParkedChange, Step, Witness};
 use evercore_core::{
-    Advance, Cursor, CursorId, CursorStatus, ErrorKind, Failure, Lease, LogQuery, Mark, OwnerId, Parked,
-    ParkedChange, Position, Result, Step, SubscriptionName, Timestamp, Witness,
+    Cursor, CursorId, CursorStatus, ErrorKind, Failure, Lease, LogQuery, OwnerId, Parked, Position, Result,
+    SubscriptionName, Timestamp,
 };
 
 use crate::fixture::Fixture;

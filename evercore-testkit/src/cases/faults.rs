@@ -1,8 +1,9 @@
 //! A batch with several faults gets the same error from every engine: the first in the order of [`Batch::check`].
 //!
-//! [`Batch::check`]: evercore_core::Batch::check
+//! [`Batch::check`]: evercore_core::engine::Batch::check
 
-use evercore_core::{AggregateId, ErrorKind, Mark};
+use evercore_core::engine::Mark;
+use evercore_core::{AggregateId, ErrorKind};
 
 use crate::fixture::Fixture;
 use crate::tools::*;

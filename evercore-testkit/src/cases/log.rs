@@ -3,9 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use evercore_core::{
-    CursorId, ErrorKind, Filter, LogQuery, OwnerId, Position, Step, SubscriptionName, Timestamp, Witness,
-};
+use evercore_core::engine::{Step, Witness};
+use evercore_core::{CursorId, ErrorKind, Filter, LogQuery, OwnerId, Position, SubscriptionName, Timestamp};
 
 use crate::fixture::Fixture;
 use crate::tools::*;

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use evercore_core::engine::{LoadRequest, NewEvent, Target};
 use evercore_core::{
-    AggregateId, AggregateQuery, AsOf, Direction, ErrorKind, Event, Filter, LoadRequest, LogQuery, Metadata,
-    NewEvent, PageLimit, Position, Sequence, Target, Timestamp, limits,
+    AggregateId, AggregateQuery, AsOf, Direction, ErrorKind, Event, Filter, LogQuery, Metadata, PageLimit,
+    Position, Sequence, Timestamp, limits,
 };
 
 use crate::fixture::Fixture;

@@ -1,6 +1,7 @@
 //! Snapshots: one per aggregate, and they never change a result.
 
-use evercore_core::{AggregateId, AsOf, ErrorKind, Json, Sequence, Snapshot, StateCodec, Target, limits};
+use evercore_core::engine::{Snapshot, Target};
+use evercore_core::{AggregateId, AsOf, ErrorKind, Json, Sequence, StateCodec, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;

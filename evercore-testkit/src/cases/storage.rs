@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::{Advance, ParkedChange, Snapshot, Step, Target};
 use evercore_core::{
-    Advance, AggregateId, Cursor, CursorId, ErrorKind, Event, Failure, KnownType, Lease, OwnerId, Parked,
-    ParkedChange, Position, Receipt, Sequence, Snapshot, Step, SubscriptionName, Target, Timestamp,
+    AggregateId, Cursor, CursorId, ErrorKind, Event, Failure, KnownType, Lease, OwnerId, Parked, Position,
+    Receipt, Sequence, SubscriptionName, Timestamp,
 };
 
 use crate::fixture::Fixture;

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use evercore_core::{AggregateId, ErrorKind, Metadata, Payload, Position, Sequence, Timestamp, limits};
+use evercore_core::engine::Payload;
+use evercore_core::{AggregateId, ErrorKind, Metadata, Position, Sequence, Timestamp, limits};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -206,7 +207,7 @@ pub(crate) async fn nothing_shows_a_key_or_a_payload(fixture: &mut Fixture) {
     for error in [taken, stale, missing] {
         shown += &format!("{error} {error:?}");
     }
-    let found = load(&engine, evercore_core::Target::Id(id), Some(1), Sequence::MAX).await.unwrap();
+    let found = load(&engine, evercore_core::engine::Target::Id(id), Some(1), Sequence::MAX).await.unwrap();
     shown += &format!("{engine:?} {receipt:?} {found:?} {:?}", log(&engine).await);
     shown += &format!("{:?}", fixture.store());
     assert!(!shown.contains("sesame"), "{shown}");
@@ -236,7 +237,7 @@ pub(crate) async fn empty_texts_are_not_none(fixture: &mut Fixture) {
         written.push(event_with("Happened", b"", Timestamp::now(), metadata));
     }
     unit().events(id, "user", 0, written.clone()).commit(&engine).await.unwrap();
-    let by_key = evercore_core::Target::Key(type_named("user"), key("ann"));
+    let by_key = evercore_core::engine::Target::Key(type_named("user"), key("ann"));
     let by_key = load(&engine, by_key, None, Sequence::MAX).await.unwrap().events;
     let paths = [
         log(&engine).await,

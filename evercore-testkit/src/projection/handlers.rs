@@ -5,7 +5,8 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::task::Poll;
 
-use evercore_core::{Advance, BoxError, BoxFuture, Delivered, Delivery, Outcome, Sink};
+use evercore_core::engine::{Advance, Outcome, Sink};
+use evercore_core::{BoxError, BoxFuture, Delivered, Delivery};
 
 /// The sink of a handler that [`Subscription::run`](evercore_core::Subscription::run) takes.
 pub fn each<F, H>(handler: F) -> impl Sink + use<F, H>

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use evercore_core::engine::{Advance, Outcome, Sink};
 use evercore_core::{
-    Advance, CursorId, Delivery, Error, ErrorKind, Outcome, OwnedSubscription, Position, Result, Sink,
-    SubscriptionName,
+    CursorId, Delivery, Error, ErrorKind, OwnedSubscription, Position, Result, SubscriptionName,
 };
 
 use super::ProjectionUnderTest;

@@ -9,16 +9,15 @@
 //! * a projection that was built from the first event without faults, and
 //! * the fold.
 //!
-//! A sink that [holds its cursor](evercore_core::Sink::holds_cursor) delivers exactly once. It must equal the fold up
+//! A sink that [holds its cursor](evercore_core::engine::Sink::holds_cursor) delivers exactly once. It must equal the fold up
 //! to its cursor even after a crash.
 //!
 //! ```
 //! use std::collections::BTreeMap;
 //! use std::sync::{Arc, Mutex};
 //!
-//! use evercore_memory::{
-//!     Aggregate, AggregateId, Event, EventCodec, EventStore, Json, MemoryEngine, Sequence, Sink,
-//! };
+//! use evercore_core::engine::Sink;
+//! use evercore_memory::{Aggregate, AggregateId, Event, EventCodec, EventStore, Json, MemoryEngine, Sequence};
 //! use evercore_testkit::block_on;
 //! use evercore_testkit::projection::{Dice, ProjectionUnderTest, Torture, each};
 //! use serde::{Deserialize, Serialize};
@@ -111,7 +110,8 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
-use evercore_core::{Event, EventStore, Sink, StorageEngine};
+use evercore_core::engine::Sink;
+use evercore_core::{Event, EventStore, StorageEngine};
 
 pub use dice::{Dice, plain_events};
 pub use fault::Fault;

@@ -5,9 +5,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use evercore_core::{
-    Advance, BoxFuture, CursorId, Delivery, Error, ErrorKind, Outcome, Position, Sink, Start,
-};
+use evercore_core::engine::{Advance, Outcome, Sink};
+use evercore_core::{BoxFuture, CursorId, Delivery, Error, ErrorKind, Position, Start};
 
 use super::ProjectionUnderTest;
 use super::fault::Fault;

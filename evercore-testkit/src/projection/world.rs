@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
+use evercore_core::engine::{Outcome, Sink, Step};
 use evercore_core::{
     Cursor, CursorId, Delivery, Event, EventStore, FailureAction, FailurePolicy, Filter, Lease, LogQuery,
-    Outcome, Position, Sink, Step, Subscription,
+    Position, Subscription,
 };
 
 use super::ProjectionUnderTest;

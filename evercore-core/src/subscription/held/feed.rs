@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Held, PASS_BY, partition_of};
-use crate::engine::{LogPage, LogQuery};
+use crate::contract::{LogPage, LogQuery};
 use crate::error::Result;
 use crate::event::Event;
 use crate::ids::Position;

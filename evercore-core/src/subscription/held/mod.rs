@@ -16,7 +16,7 @@ use super::delivery::Context;
 use super::settings::Subscription;
 use super::step::{Advance, Step};
 use super::tail::Tail;
-use crate::engine::LogQuery;
+use crate::contract::LogQuery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::ids::{AggregateId, Position};

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Held;
-use crate::engine::{LogQuery, PageLimit};
+use crate::contract::{LogQuery, PageLimit};
 use crate::error::Result;
 use crate::event::Event;
 use crate::ids::Position;

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use evercore_core::engine::Step;
 use evercore_core::{
-    CursorStatus, ErrorKind, Filter, LogQuery, Metadata, Position, RunEnd, Start, Step, Timestamp,
+    CursorStatus, ErrorKind, Filter, LogQuery, Metadata, Position, RunEnd, Start, Timestamp,
 };
 
 use crate::fixture::Fixture;

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
+use evercore_core::engine::{
+    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+};
 use evercore_core::{
-    AggregateQuery, Batch, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, Events, History, IdBlock,
-    KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position, Receipt, Result, Step,
-    StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
+    AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Error, Events, KnownType, LogPage, LogQuery,
+    Parked, Position, Receipt, Result, StorageEngine, StoreId, SubscriptionName, Timestamp,
 };
 
 use crate::connection::connect::Address;

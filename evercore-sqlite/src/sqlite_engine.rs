@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use evercore_core::engine::{
+    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+};
 use evercore_core::{
-    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, ErrorKind,
-    Events, History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position,
-    Receipt, Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
-    UnitOfWork,
+    AggregateQuery, BoxError, BoxFuture, CommandId, Cursor, CursorId, Error, ErrorKind, Events, KnownType,
+    LogPage, LogQuery, Parked, Position, Receipt, Result, StorageEngine, StoreId, SubscriptionName,
+    Timestamp, UnitOfWork,
 };
 use rusqlite::Connection;
 

@@ -5,10 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
+use evercore_core::engine::{
+    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+};
 use evercore_core::{
-    AggregateQuery, Batch, BoxError, BoxFuture, CommandId, Cursor, CursorId, Cursors, Error, Event, Events,
-    History, IdBlock, KnownCommand, KnownType, LoadRequest, LogPage, LogQuery, Parked, Position, Receipt,
-    Result, Step, StorageEngine, StoreId, SubscriptionName, SubscriptionStorage, Timestamp,
+    AggregateQuery, BoxError, BoxFuture, CommandId, Cursor, CursorId, Error, Event, Events, KnownType,
+    LogPage, LogQuery, Parked, Position, Receipt, Result, StorageEngine, StoreId, SubscriptionName,
+    Timestamp,
 };
 use futures_lite::future::or;
 use futures_timer::Delay;
