@@ -79,7 +79,8 @@ impl Batch {
     ///
     /// 1. The command id. If the store knows it, nothing else is checked, and [`KnownCommand::answer`] decides.
     /// 2. Appends, in the order in which the batch first names the aggregates. For each: it exists, it has the expected
-    ///    type, it has the expected sequence, and its last event is the one that was [read](Batch::has_read).
+    ///    type, it has the expected sequence, and its last event is the one that was [read](Batch::has_read). A batch that
+    ///    would reach [`Sequence::MAX`] is a conflict too.
     /// 3. Guards, in order. For each: the aggregate exists, has the expected sequence, and still has the event that was
     ///    read.
     /// 4. Snapshots: the aggregates exist.

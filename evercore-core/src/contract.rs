@@ -374,7 +374,7 @@ impl Filter {
         self
     }
 
-    /// Only events of this aggregate. [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) finds the aggregate by
+    /// Only events of this aggregate, also if its natural key changes. [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) finds the aggregate by
     /// its natural key.
     #[must_use]
     pub fn with_aggregate(mut self, aggregate: AggregateId) -> Self {

@@ -88,7 +88,8 @@ pub enum ErrorKind {
     CommandReused,
     /// The command id was settled as "never committed" and can never take effect. Use a new id.
     CommandAbandoned,
-    /// The answer to a write was lost, so it may have taken effect or not. Settle it with the same command id, or read.
+    /// It is not known whether a write took effect: its answer was lost, or the disk failed during it. Settle it with the
+    /// same command id, or read.
     OutcomeUnknown,
     /// The position is past the end of the log: the store has lost its tail, or it is another store. Do not read on.
     #[non_exhaustive]
@@ -272,7 +273,7 @@ impl Error {
         Self::new(ErrorKind::ReadOnly, "the engine was opened for reading only")
     }
 
-    /// The answer to a write was lost. `what` names it, for instance "the commit".
+    /// It is not known whether a write took effect. `what` names it, for instance "the commit".
     pub fn outcome_unknown(what: &str) -> Self {
         Self::new(ErrorKind::OutcomeUnknown, format!("whether {what} took effect is not known"))
     }

@@ -76,7 +76,7 @@ impl EventStore {
     ///
     /// The work gets a unit of work that carries the command, and commits it, with [`commit`](UnitOfWork::commit) or with
     /// the engine's `commit_with`. Only the command's word shows that an id is used again for another request, so the word
-    /// should contain the whole request. If the work fails, this asks for the receipt once more: the same command may have
+    /// should contain the whole request. If the work fails and no attempt is left, this asks for the receipt once more: the same command may have
     /// arrived twice, and the work may have seen the effect of the other one. A refusal is not remembered.
     ///
     /// ```

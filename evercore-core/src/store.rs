@@ -291,7 +291,7 @@ impl EventStore {
     /// many. Nothing else removes a command, so a store that runs for years needs this now and then.
     ///
     /// The price: a forgotten command takes effect again if it is sent again, and a command that was settled as "never" may
-    /// still land. So keep commands for longer than any sender retries.
+    /// still land. So keep commands for longer than any sender retries, and longer than a message can be delayed.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result, Timestamp};

@@ -420,7 +420,9 @@ impl UnitOfWork {
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the handle comes from another store, if it carries events of another unit that
-    /// did not commit, or if the unit already has [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES) guards.
+    /// did not commit, or if the unit already has [`limits::UNIT_AGGREGATES`](crate::limits::UNIT_AGGREGATES) guards;
+    /// [`Conflict`](ErrorKind::Conflict) if the unit has read another event at this sequence, because the log has lost its
+    /// tail.
     pub fn guard<T: Aggregate>(&mut self, aggregate: &Loaded<T>) -> Result<()> {
         self.check(aggregate)?;
         self.note_read(aggregate)?;
@@ -478,9 +480,9 @@ impl UnitOfWork {
     /// [`KeyTaken`](ErrorKind::KeyTaken); [`NotFound`](ErrorKind::NotFound) if an aggregate was created by a unit that
     /// did not commit; [`CommandReused`](ErrorKind::CommandReused),
     /// [`CommandAbandoned`](ErrorKind::CommandAbandoned);
-    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which the unit may be written or not; those of the engine
-    /// ([`Unavailable`](ErrorKind::Unavailable), [`Full`](ErrorKind::Full), [`ReadOnly`](ErrorKind::ReadOnly),
-    /// [`Closed`](ErrorKind::Closed)). After every error but `OutcomeUnknown` nothing is written.
+    /// [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), after which the unit may be written or not; [`Rejected`](ErrorKind::Rejected) by an
+    /// inline projection; those of the engine, such as [`Unavailable`](ErrorKind::Unavailable), [`Full`](ErrorKind::Full),
+    /// [`ReadOnly`](ErrorKind::ReadOnly) and [`Closed`](ErrorKind::Closed). After every error but `OutcomeUnknown` nothing is written.
     pub async fn commit(self) -> Result<Receipt> {
         let engine = Arc::clone(self.store.engine());
         self.commit_by(|batch| engine.commit(batch)).await

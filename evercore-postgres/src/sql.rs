@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::settings::{Schema, Settings};
 
 /// Locks the log against other writers: locks the single row of `log_end`, found from the top of its index.
-pub(crate) const LOCK_LOG_END: &str = "SELECT one FROM @log_end
+pub(crate) const LOCK_LOG_END: &str = "SELECT position FROM @log_end
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0) FOR UPDATE";
 
 /// A statement and the types of its parameters.

@@ -47,7 +47,12 @@ impl Store {
         let watch = Arc::new(Watch::new(Arc::clone(&pools), Arc::clone(&log)));
         let cursors = Arc::new(CursorStore::new(Arc::clone(&pools)));
         let commands = Arc::new(Commands::new(Arc::clone(&pools)));
-        let batches = Batches::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&commands));
+        let batches = Batches::new(
+            Arc::clone(&pools),
+            Arc::clone(&names),
+            Arc::clone(&commands),
+            Arc::clone(&log.seen),
+        );
         let batches = Arc::new(batches);
         let inline = InlineProjections {
             pools: Arc::clone(&pools),
@@ -85,7 +90,6 @@ impl Store {
             }
         };
         let store_id = pools.read(read).await?;
-        batches.recent.ends_at(log.seen.get());
         if let Some(address) = &pools.address {
             address.hosts.follow(&store_id, log.seen.subscribe());
         }
@@ -93,7 +97,7 @@ impl Store {
         Ok(Self {
             identity: StoreId::of(&store_id),
             store_id,
-            loader: Loader::new(Arc::clone(&pools), Arc::clone(&names)),
+            loader: Loader::new(Arc::clone(&pools), Arc::clone(&names), Arc::clone(&log.seen)),
             ids: Ids::new(Arc::clone(&pools)),
             pools,
             names,

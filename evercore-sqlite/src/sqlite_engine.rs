@@ -74,7 +74,7 @@ impl SqliteEngine {
     ///
     /// # Errors
     /// [`NotAStore`](ErrorKind::NotAStore) if the backup is damaged or not a store, or if `path` is a folder;
-    /// [`Unavailable`](ErrorKind::Unavailable) if another application or process uses the file at `path`;
+    /// [`Unavailable`](ErrorKind::Unavailable) if another application or process uses the file at `path`, be it a store or not;
     /// [`Invalid`](ErrorKind::Invalid) if both paths lead to the same file, also through links, and for paths that
     /// [`open`](Self::open) refuses; [`Full`](ErrorKind::Full) if the disk is full; [`Backend`](ErrorKind::Backend) if
     /// the folder does not exist. After an error the old store is unchanged.
@@ -139,15 +139,21 @@ impl SqliteEngine {
     /// the engine is closed, but the newest commits are still in the write-ahead log beside the file, so keep both
     /// together; [`Backend`](ErrorKind::Backend) if the disk failed.
     pub async fn close(&self) -> Result<()> {
-        self.queue.end();
-        self.unblock(Store::close).await
+        let queue = Arc::clone(&self.queue);
+        // Both or neither: a dropped future may not leave an open store with a queue that has ended.
+        self.unblock(move |store| {
+            queue.end();
+            store.close()
+        })
+        .await
     }
 
     /// Commits a unit of work together with your own SQL in one transaction, for example a row of a read model or a
     /// message in an outbox. Either all of it is written, or nothing.
     ///
     /// The SQL runs first, and then the unit is checked and written. Like every commit it queues for the one writer,
-    /// but it is not combined with others: it has its own transaction and its own flush. With a
+    /// but it is not combined with others: it has its own transaction and its own flush. It runs on a thread that may
+    /// block; with [`commit_on_caller_thread`](Builder::commit_on_caller_thread) that is the caller's. With a
     /// [command](UnitOfWork::set_command) it takes effect once: if the command took effect before, the SQL does not
     /// run. The unit may be empty; that is how you create a table.
     ///

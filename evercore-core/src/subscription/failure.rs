@@ -13,7 +13,7 @@ pub struct FailurePolicy {
     pub attempts: u32,
     /// The upper bound of the first pause; each is a random part of its bound, and bounds double.
     pub first_pause: Duration,
-    /// The upper bound of all pauses, and of the rest after a stop. During the rest the cursor cannot be claimed, so a
+    /// The upper bound of all pauses, and the length of the rest after a stop. During the rest the cursor cannot be claimed, so a
     /// program that starts its subscription again at once does not fail at full speed.
     pub longest_pause: Duration,
     /// What to do after the last try.

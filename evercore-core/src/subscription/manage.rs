@@ -150,7 +150,8 @@ impl EventStore {
         }
     }
 
-    /// Pauses a subscription. Its owners finish the event at hand and stop, and it cannot be claimed until it is resumed.
+    /// Pauses a subscription. Its owners finish the delivery at hand, which may have many events, and stop. It cannot be
+    /// claimed until it is resumed.
     /// Callers of [`run`](super::Subscription::run) wait and then go on.
     ///
     /// An owner that works through a clone of this store learns of it at once. Other owners learn of it with their next

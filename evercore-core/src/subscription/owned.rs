@@ -105,7 +105,7 @@ impl OwnedSubscription {
     }
 
     /// Acknowledges a delivery and all before it: the cursor moves past them. It is no error to acknowledge a delivery
-    /// twice.
+    /// that the cursor has passed already.
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost) if another owner has claimed the cursor, or it was reset: the cursor did not move,

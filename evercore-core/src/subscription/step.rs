@@ -74,7 +74,7 @@ pub enum Step {
         /// The position.
         from: Position,
     },
-    /// Forbids further claims. The owner finishes the event at hand and stops.
+    /// Forbids further claims. The owner finishes the delivery at hand and stops.
     Pause,
     /// Ends a pause.
     Resume,

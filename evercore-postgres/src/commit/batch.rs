@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evercore_core::engine::{Batch, Checked, Mark, NameTable, NewAggregate, SequenceChange};
-use evercore_core::{AggregateId, Error, Receipt, Result as CoreResult, Sequence};
+use evercore_core::{AggregateId, Error, Position, Receipt, Result as CoreResult, Sequence};
 use futures_lite::future::zip;
 use tokio_postgres::types::Type;
 
@@ -22,6 +22,7 @@ use crate::commit::statement::WriteSql;
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged, is_ours, is_rolled_back, is_stale, takes_no_writes};
 use crate::names::{self, Names};
+use crate::read::head::SeenHead;
 use crate::sql::{LOCK_LOG_END, Sender, Sql};
 
 const AGGREGATES: &str = "
@@ -51,13 +52,15 @@ pub(crate) enum FlightOutcome {
 #[derive(Debug)]
 pub(crate) struct Batches {
     pools: Arc<Pools>,
-    names: Arc<Names>,
+    pub(crate) names: Arc<Names>,
     commands: Arc<Commands>,
     lock: Sql,
     aggregates: Sql,
     holders: Sql,
     write: WriteSql,
     pub(crate) recent: Recent,
+    /// The statement finds the row of `log_end` from here.
+    seen: Arc<SeenHead>,
     /// Whether a statement of the current flight may have reached the server.
     pub(crate) is_sent: AtomicBool,
 }
@@ -77,7 +80,12 @@ pub(crate) struct Sorted<'a> {
 }
 
 impl Batches {
-    pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>, commands: Arc<Commands>) -> Self {
+    pub(crate) fn new(
+        pools: Arc<Pools>,
+        names: Arc<Names>,
+        commands: Arc<Commands>,
+        seen: Arc<SeenHead>,
+    ) -> Self {
         let schema = &pools.settings.schema;
         Self {
             lock: Sql::new(schema, LOCK_LOG_END, &[]),
@@ -89,6 +97,7 @@ impl Batches {
             pools,
             names,
             commands,
+            seen,
         }
     }
 
@@ -122,7 +131,6 @@ impl Batches {
         match answer {
             Ok(rows) => match rows.first().map(|row| new_rows.written(row)) {
                 Some(Ok(written)) => {
-                    self.recent.ends_at(written.log_end);
                     let receipts = written.receipts.iter().map(|(_, receipt)| receipt);
                     let batches: Vec<_> = new_rows.batches().zip(receipts).collect();
                     self.recent.note(&batches, new_rows.witness, table);
@@ -146,7 +154,7 @@ impl Batches {
     /// The rows to write if no other commit was faster; `None` if a batch needs the careful way.
     fn optimistic<'a>(&self, batches: &[&'a Batch], table: &NameTable) -> Result<Option<NewRows<'a>>> {
         let mut dependencies = Dependencies::default();
-        let mut new_rows = NewRows::assuming(table, self.recent.log_end());
+        let mut new_rows = NewRows::assuming(table, self.seen.get());
         for (index, batch) in batches.iter().enumerate() {
             if !dependencies.takes(batch, table, &mut new_rows) {
                 return Ok(None);
@@ -222,7 +230,6 @@ impl Batches {
     /// The outcomes after the transaction has committed. Only now may others use the names that it registered.
     pub(crate) fn complete(&self, sorted: Sorted<'_>, written: Written) -> Vec<CoreResult<Receipt>> {
         let mut outcomes = sorted.outcomes;
-        self.recent.ends_at(written.log_end);
         written.receipts.into_iter().for_each(|(index, receipt)| outcomes[index] = Some(Ok(receipt)));
         if sorted.is_table_new {
             self.names.learn(Arc::unwrap_or_clone(sorted.table));
@@ -264,7 +271,7 @@ impl Batches {
         table: &Arc<NameTable>,
         begin: Option<&str>,
     ) -> Result<(Known, Arc<NameTable>)> {
-        let ask = Questions::about(batches, table);
+        let (ask, known_end) = (Questions::about(batches, table), self.seen.get());
         let (lock, aggregates) = (sender.ready(&self.lock).await?, sender.ready(&self.aggregates).await?);
         let (holders, commands) = (sender.ready(&self.holders).await?, self.commands.ready(sender).await?);
         let names = self.names.mark(sender).await?;
@@ -280,9 +287,10 @@ impl Batches {
         )
         .await;
         begun?;
-        if locked?.is_empty() {
-            return Err(damaged("the end of the log is missing"));
-        }
+        let locked = locked?;
+        let log_end = locked.first().ok_or_else(|| damaged("the end of the log is missing"))?;
+        // If the log has lost its tail, the end that was seen is too high, and no statement would find the row.
+        self.seen.found(known_end, Position::new(log_end.try_get(0)?).map_err(damaged)?);
         let (aggregates, commands) = (aggregates?, commands?);
         let known = Known::read(&aggregates, &holders?, &commands)?;
         match names::check_mark(&names?, table) {

@@ -351,7 +351,7 @@ impl<'a> NewRows<'a> {
             (*index, Receipt::of(batch, before.plus(*place), recorded_at).with_mark(Mark::new(self.mark)))
         };
         let receipts = self.batches.iter().map(receipt).collect();
-        Ok(Written { receipts, log_end: before.plus(self.events.aggregates.len()) })
+        Ok(Written { receipts })
     }
 }
 
@@ -359,8 +359,6 @@ impl<'a> NewRows<'a> {
 pub(crate) struct Written {
     /// The receipt of each batch, with the index of the batch.
     pub(crate) receipts: Vec<(usize, Receipt)>,
-    /// The end of the log after these rows.
-    pub(crate) log_end: Position,
 }
 
 #[derive(Debug, Default)]

@@ -5,7 +5,6 @@
 //! witness, it need not check the aggregates.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use evercore_core::engine::{Batch, Mark, NameTable, Witness};
@@ -16,11 +15,7 @@ const MOST: usize = 1 << 16;
 
 /// The memory that the flights of an engine share.
 #[derive(Debug, Default)]
-pub(crate) struct Recent {
-    book: Mutex<Book>,
-    /// The end of the log when this engine last wrote to it.
-    log_end: AtomicI64,
-}
+pub(crate) struct Recent(Mutex<Book>);
 
 /// The sequences of aggregates, and the witness for them.
 #[derive(Debug, Default)]
@@ -41,17 +36,7 @@ pub(crate) struct Reached {
 
 impl Recent {
     pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The end of the log when this engine last wrote to it. The log ends there or later, unless it has lost its tail.
-    pub(crate) fn log_end(&self) -> Position {
-        Position::new(self.log_end.load(Ordering::Relaxed)).unwrap_or_default()
-    }
-
-    /// Records the end of the log. It may be smaller than before if the log has lost its tail.
-    pub(crate) fn ends_at(&self, log_end: Position) {
-        self.log_end.store(log_end.get(), Ordering::Relaxed);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets everything, because the witness may be lost.

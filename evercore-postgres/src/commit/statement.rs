@@ -44,7 +44,7 @@ const SAME_END: &str = concat!(
 const AT_THE_TOP: &str = "
     WHERE position >= (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
 
-/// The same row, found from the end of the log that this engine has last seen: the versions below it are not visited,
+/// The same row, found from the end of the log that this engine has seen: the versions below it are not visited,
 /// and there is no second search. If the log has lost its tail, no row is found, and nothing is written.
 const FROM_KNOWN_END: &str = "
     WHERE position >= ?::bigint";

@@ -59,6 +59,7 @@ impl BatchesWithSql {
         table: &Arc<NameTable>,
         sql: Option<UserSql>,
     ) -> Result<(FlightOutcome, bool)> {
+        let mut table = Arc::clone(table);
         let what = if sql.is_some() { SQL_OF_COMMIT_WITH } else { "an inline projection" };
         let transaction = UserTransaction::begin(&self.pools, checkout).await?;
         let sender = transaction.sender();
@@ -73,6 +74,7 @@ impl BatchesWithSql {
             }
             let ran = transaction.run(what, || sql(transaction.sql())).await;
             ran.map_err(|fault| fault.into_error(what))?;
+            table = self.batches.names.table(); // the SQL took its time, and other names may be known now
         }
         if let [batch] = batches
             && batch.is_empty()
@@ -80,7 +82,7 @@ impl BatchesWithSql {
             let receipt = Receipt::of(batch, Position::ZERO, Timestamp::now());
             return Self::end(transaction, what, || vec![Ok(receipt)]).await;
         }
-        let check = self.batches.lock_and_check(sender, batches, table, None);
+        let check = self.batches.lock_and_check(sender, batches, &table, None);
         let sorted = self.pools.in_time(check).await?;
         if sorted.new_rows.is_empty() {
             let outcomes = sorted.outcomes.into_iter().flatten().collect();

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use deadpool_postgres::Transaction;
 use evercore_core::{BoxError, BoxFuture, Error, ErrorKind};
+use futures_lite::future::zip;
 use tokio_postgres::IsolationLevel;
 
 use crate::connection::pool::{Checkout, Pools};
@@ -75,8 +76,10 @@ impl<'c> UserTransaction<'c> {
         sql: impl FnOnce() -> BoxFuture<'t, Result<(), BoxError>>,
     ) -> Result<(), Fault> {
         let (pools, sender) = (self.pools, self.sender());
-        pools.in_time(sender.execute(&settings_for_user_sql(&pools.settings))).await?;
-        let before = self.start_time().await?;
+        let settings = settings_for_user_sql(&pools.settings);
+        let (set, before) = zip(pools.in_time(sender.execute(&settings)), self.start_time()).await;
+        set?;
+        let before = before?;
         let (began, at_most) = (Instant::now(), pools.settings.sql_timeout);
         let outcome = tokio::time::timeout(at_most, sql()).await;
         // The server's time-out may have ended a statement just before ours. Neither stops code that blocks.

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use evercore_core::engine::{History, LoadRequest, Mark, NameTable, Payload, Snapshot, Target};
-use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Key, Sequence};
+use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Key, Position, Sequence};
 use futures_lite::StreamExt;
 use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
@@ -13,6 +13,7 @@ use tokio_postgres::{Row, RowStream};
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, check_mark, type_id};
+use crate::read::head::SeenHead;
 use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Source, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
@@ -33,10 +34,10 @@ const FROM_SNAPSHOT: &str = "
     ), usable AS MATERIALIZED (
         SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
     )
-    SELECT 0::bigint, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
-           natural_key, NULL, NULL, NULL, mark,
-           (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
-    FROM a
+    SELECT l.position, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
+           natural_key, NULL, NULL, NULL, mark, l.names
+    FROM a CROSS JOIN (SELECT l.position, l.names FROM @log_end l
+                       WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) AS l
     UNION ALL
     (SELECT {event_columns}, NULL::bigint FROM @events
      WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
@@ -45,10 +46,11 @@ const FROM_SNAPSHOT: &str = "
 /// The same for callers that want all events: without snapshots, and without the query for the last sequence, which is
 /// that of the last row unless there are more rows than were asked for.
 const FROM_FIRST: &str = "
-    SELECT 0::bigint, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
-           a.natural_key, NULL, NULL, NULL, NULL::bigint,
-           (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1)
-    FROM @aggregates a WHERE {which}
+    SELECT l.position, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
+           a.natural_key, NULL, NULL, NULL, NULL::bigint, l.names
+    FROM @aggregates a CROSS JOIN (SELECT l.position, l.names FROM @log_end l
+                                   WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) AS l
+    WHERE {which}
     UNION ALL
     (SELECT {event_columns}, NULL::bigint FROM @events
      WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE {which}) ORDER BY sequence LIMIT $1)";
@@ -90,6 +92,8 @@ impl ByTarget {
 pub(crate) struct Loader {
     pools: Arc<Pools>,
     names: Arc<Names>,
+    /// Each load also reads the end of the log.
+    seen: Arc<SeenHead>,
     usual_size: UsualSize,
     from_snapshot: ByTarget,
     from_first: ByTarget,
@@ -99,7 +103,7 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
+    pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>, seen: Arc<SeenHead>) -> Self {
         const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
         let schema = &pools.settings.schema;
         let events = |text: &str| {
@@ -114,6 +118,7 @@ impl Loader {
             usual_size: UsualSize::default(),
             pools,
             names,
+            seen,
         }
     }
 
@@ -133,10 +138,11 @@ impl Loader {
     ) -> Result<Option<History>> {
         let mut page =
             Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), request.limit);
-        let asked = page.ask();
+        let (asked, known) = (page.ask(), self.seen.get());
         let mut rows = self.send(checkout.sender()?, request, asked).await?;
         let Some(row) = rows.try_next().await? else { return Ok(None) };
         let first = FirstRow::of(&row)?;
+        self.seen.found(known, first.log_end);
         if first.names != table.mark() {
             return Err(PostgresError::OtherNames);
         }
@@ -235,13 +241,14 @@ struct FirstRow {
     snapshot: Option<Snapshot>,
     /// The mark of the names.
     names: Mark,
+    log_end: Position,
 }
 
 impl FirstRow {
     fn of(row: &Row) -> Result<Self> {
-        if row.try_get::<_, i64>(0)? != 0 {
-            return Err(damaged("the server sent the events of an aggregate before the aggregate itself"));
-        }
+        let names = row.try_get::<_, Option<i64>>(12)?.ok_or_else(|| {
+            damaged("the server sent the events of an aggregate before the aggregate itself")
+        })?;
         Ok(Self {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             type_id: row.try_get(3)?,
@@ -254,7 +261,8 @@ impl FirstRow {
                 None => None,
             },
             snapshot: snapshot(row)?,
-            names: Mark::new(row.try_get(12)?),
+            names: Mark::new(names),
+            log_end: Position::new(row.try_get(0)?).map_err(damaged)?,
         })
     }
 }

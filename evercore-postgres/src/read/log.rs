@@ -253,13 +253,13 @@ pub(crate) struct Log {
     sql: LogSql,
     usual_size: UsualSize,
     /// The end of the log that this engine has seen.
-    pub(crate) seen: SeenHead,
+    pub(crate) seen: Arc<SeenHead>,
 }
 
 impl Log {
     pub(crate) fn new(pools: Arc<Pools>, names: Arc<Names>) -> Self {
         let sql = LogSql::new(&pools.settings.schema);
-        Self { pools, names, sql, usual_size: UsualSize::default(), seen: SeenHead::default() }
+        Self { pools, names, sql, usual_size: UsualSize::default(), seen: Arc::default() }
     }
 
     /// Makes the statements that are otherwise made on first use, to check their plans.

@@ -92,6 +92,7 @@ impl Queue {
             }
             Err(error) => refuse(self.shared.take_jobs(), &error),
         }
+        self.shared.end_with(&self.store);
         answer.try_recv().ok().flatten().unwrap_or_else(|| Err(Error::outcome_unknown("the commit")))
     }
 
@@ -196,7 +197,9 @@ impl Shared {
                     catch_unwind(AssertUnwindSafe(|| self.work(&store, jobs, write)))
                 }
                 Next::RefreshHead => catch_unwind(AssertUnwindSafe(|| {
-                    self.store.upgrade().into_iter().for_each(|store| store.refresh_head());
+                    let Some(store) = self.store.upgrade() else { return };
+                    store.refresh_head();
+                    self.end_with(&store);
                 })),
                 Next::End => return,
             };
@@ -242,6 +245,11 @@ impl Shared {
         if let Some(write) = write {
             write(store);
         }
+        self.end_with(store);
+    }
+
+    /// Ends the queue if the store has closed itself after a failed flush.
+    fn end_with(&self, store: &Store) {
         if store.check_open().is_err() {
             self.end();
         }
