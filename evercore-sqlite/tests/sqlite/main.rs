@@ -11,6 +11,5 @@ mod executors;
 mod faults;
 mod files;
 mod inline;
-mod many;
 mod own_sql;
 mod subscriptions;
