@@ -153,7 +153,7 @@ impl SqliteEngine {
     ///
     /// The SQL runs first, and then the unit is checked and written. Like every commit it queues for the one writer,
     /// but it is not combined with others: it has its own transaction and its own flush. It runs on a thread that may
-    /// block; with [`commit_on_caller_thread`](Builder::commit_on_caller_thread) that is the caller's. With a
+    /// block; with [`commit_on_caller_thread`](crate::Builder::commit_on_caller_thread) that is the caller's. With a
     /// [command](UnitOfWork::set_command) it takes effect once: if the command took effect before, the SQL does not
     /// run. The unit may be empty; that is how you create a table.
     ///
