@@ -520,7 +520,8 @@ impl std::str::FromStr for Receipt {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let damaged = || Error::new(crate::ErrorKind::NotAStore, "a stored receipt does not read");
+        let damaged =
+            || Error::new(crate::ErrorKind::NotAStore, "a stored receipt is damaged, restore a backup");
         let mut parts = text.split(';').map(|part| {
             part.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>().map_err(|_| damaged())
         });

@@ -200,7 +200,7 @@ impl<'a> Attempts<'a> {
     }
 
     /// Waits before the next attempt; false if there is none left. After the first conflict about an aggregate this waits
-    /// for its turn, after later ones for a pause. Turns help only against conflicts. If the engine is unavailable they are
+    /// for its turn, after later ones for a pause. TurnQueues help only against conflicts. If the engine is unavailable they are
     /// given back, so that the writers of a queue do not learn it one after the other.
     pub(crate) async fn go_on(&mut self, error: &Error) -> bool {
         let policy = self.store.retry_policy();

@@ -23,7 +23,7 @@ use crate::race::Signal;
 use crate::store_id::StoreId;
 use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
-use crate::turn::Turns;
+use crate::turn::TurnQueues;
 
 /// How many ids are reserved at once.
 const ID_BLOCK: u32 = 256;
@@ -49,7 +49,7 @@ struct Shared {
     cursor_moves: Signal,
     /// Sent when an operator has changed a subscription.
     operator_calls: Signal,
-    turns: Turns,
+    turns: TurnQueues,
 }
 
 impl EventStore {
@@ -328,7 +328,7 @@ impl EventStore {
         &self.shared.operator_calls
     }
 
-    pub(crate) fn turns(&self) -> &Turns {
+    pub(crate) fn turns(&self) -> &TurnQueues {
         &self.shared.turns
     }
 

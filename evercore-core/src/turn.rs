@@ -12,7 +12,7 @@ use std::task::{Poll, Waker};
 use crate::target::Target;
 /// A queue for each aggregate that is being written. Empty queues are not kept.
 #[derive(Default)]
-pub(crate) struct Turns {
+pub(crate) struct TurnQueues {
     queues: Mutex<Queues>,
     hasher: RandomState,
 }
@@ -29,7 +29,7 @@ struct Place {
     waker: Option<Waker>,
 }
 
-impl Turns {
+impl TurnQueues {
     /// The queue for this aggregate. Two aggregates that share a queue by chance only wait for each other.
     pub(crate) fn queue_of(&self, target: &Target) -> u64 {
         match target {
@@ -76,7 +76,7 @@ fn ahead_of(places: &VecDeque<Place>, ticket: u64) -> Option<usize> {
 
 /// A place in a queue. A drop gives the turn to the next place.
 pub(crate) struct Turn<'a> {
-    turns: &'a Turns,
+    turns: &'a TurnQueues,
     queue: u64,
     ticket: u64,
 }
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn turns_come_in_order_and_wake_the_next_alone() {
-        let turns = Turns::default();
+        let turns = TurnQueues::default();
         let (second_wakes, third_wakes) = (Arc::default(), Arc::default());
         let (first, second, third) = (turns.enter(1), turns.enter(1), turns.enter(1));
         let other = turns.enter(2);
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_waiter_that_is_dropped_leaves_the_queue_and_passes_its_wake_on() {
-        let turns = Turns::default();
+        let turns = TurnQueues::default();
         let (second_wakes, third_wakes, fourth_wakes) = (Arc::default(), Arc::default(), Arc::default());
         let (first, second, third, fourth) = (turns.enter(1), turns.enter(1), turns.enter(1), turns.enter(1));
         assert!(
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_holder_that_does_not_move_is_passed_and_harms_nobody_later() {
-        let turns = Turns::default();
+        let turns = TurnQueues::default();
         let wakes = Arc::default();
         let (first, second, third) = (turns.enter(1), turns.enter(1), turns.enter(1));
         assert!(!comes(&second, &wakes));

@@ -54,7 +54,7 @@ pub struct UnitOfWork {
     /// The bytes of all staged payloads.
     staged_bytes: usize,
     /// The sequence of each aggregate before the unit, and with the events that are staged here.
-    heads: HashMap<AggregateId, Head>,
+    reached: HashMap<AggregateId, Reach>,
     /// The key by which this unit found an aggregate.
     found_by: HashMap<AggregateId, Key>,
     command: Option<Command>,
@@ -85,8 +85,9 @@ impl Staged {
     }
 }
 
+/// The sequence of an aggregate before this unit, and with the staged events.
 #[derive(Clone, Copy)]
-struct Head {
+struct Reach {
     base: Sequence,
     staged: Sequence,
 }
@@ -106,7 +107,7 @@ impl UnitOfWork {
             batch: Batch::new(),
             staged: Vec::new(),
             staged_bytes: 0,
-            heads: HashMap::new(),
+            reached: HashMap::new(),
             found_by: HashMap::new(),
             command: None,
             time: None,
@@ -139,8 +140,8 @@ impl UnitOfWork {
         let aggregate_type = aggregate_type::<T>()?;
         let id = self.store.next_id().await?;
         self.batch.create(NewAggregate { id, aggregate_type, key: key.clone() })?;
-        let head = Head { base: Sequence::ZERO, staged: Sequence::ZERO };
-        self.heads.insert(id, head);
+        let head = Reach { base: Sequence::ZERO, staged: Sequence::ZERO };
+        self.reached.insert(id, head);
         Ok(Loaded::new(self.store.identity(), id, key, T::default()).created().staged_in(&self.committed))
     }
 
@@ -194,7 +195,7 @@ impl UnitOfWork {
             return self.replay_staged(created).map(Some);
         }
         let up_to = match &target {
-            Target::Id(id) => self.heads.get(id).map(|head| head.base),
+            Target::Id(id) => self.reached.get(id).map(|head| head.base),
             Target::Key(..) => None,
         };
         let Some(loaded) = self.store.fold::<T>(target.clone(), up_to.unwrap_or(Sequence::MAX)).await? else {
@@ -220,7 +221,7 @@ impl UnitOfWork {
             (Some(change), Target::Id(_)) => loaded.set_key(change.key.clone()),
             (None, _) => {}
         }
-        let Some(head) = self.heads.get(&loaded.id()) else { return Ok(Some(loaded)) };
+        let Some(head) = self.reached.get(&loaded.id()) else { return Ok(Some(loaded)) };
         if loaded.sequence() != head.base {
             // It was found by its key, and has new events since this unit read it: go back to the state that the unit saw.
             let key = loaded.key().cloned();
@@ -240,7 +241,7 @@ impl UnitOfWork {
                 .map_err(|source| Error::not_decoded(&event.event_type, None, source))?;
             advance(&mut loaded, decoded, event)?;
         }
-        Ok(if self.heads.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
+        Ok(if self.reached.contains_key(&id) { loaded.staged_in(&self.committed) } else { loaded })
     }
 
     /// Gives the aggregate another natural key, or its first one. The commit checks that the key is free.
@@ -346,7 +347,7 @@ impl UnitOfWork {
         self.staged.append(&mut staged);
         self.staged_bytes = bytes;
         *aggregate = next.staged_in(&self.committed);
-        self.heads.insert(aggregate.id(), Head { staged: aggregate.sequence(), ..head });
+        self.reached.insert(aggregate.id(), Reach { staged: aggregate.sequence(), ..head });
         Ok(())
     }
 
@@ -379,15 +380,15 @@ impl UnitOfWork {
     }
 
     /// The sequences of this handle's aggregate in this unit. An error if the handle has another sequence.
-    fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Head> {
+    fn head_for<T: Aggregate>(&self, aggregate: &Loaded<T>) -> Result<Reach> {
         self.check(aggregate)?;
         let id = aggregate.id();
-        match self.heads.get(&id) {
+        match self.reached.get(&id) {
             Some(head) if head.staged != aggregate.sequence() => {
                 Err(Error::conflict(id, aggregate.sequence(), head.staged))
             }
             Some(head) => Ok(*head),
-            None => Ok(Head { base: aggregate.sequence(), staged: aggregate.sequence() }),
+            None => Ok(Reach { base: aggregate.sequence(), staged: aggregate.sequence() }),
         }
     }
 
@@ -427,7 +428,7 @@ impl UnitOfWork {
         self.check(aggregate)?;
         self.note_read(aggregate)?;
         let read = aggregate.sequence();
-        let expected = match self.heads.get(&aggregate.id()) {
+        let expected = match self.reached.get(&aggregate.id()) {
             Some(head) if (head.base..=head.staged).contains(&read) => head.base,
             _ => read,
         };
@@ -509,8 +510,8 @@ impl UnitOfWork {
                 // The first receipt of a repeated command is about the events of another unit. Its aggregates may have
                 // the same sequences by other events.
                 let is_ours =
-                    |(id, head): (&AggregateId, &Head)| receipt.sequence_of(*id) == Some(head.staged);
-                if !receipt.is_repeated() && self.heads.iter().all(is_ours) {
+                    |(id, head): (&AggregateId, &Reach)| receipt.sequence_of(*id) == Some(head.staged);
+                if !receipt.is_repeated() && self.reached.iter().all(is_ours) {
                     self.committed.get_or_init(|| receipt.mark);
                 }
                 Ok(receipt)

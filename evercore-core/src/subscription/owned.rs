@@ -80,7 +80,7 @@ impl OwnedSubscription {
             self.held.renew_if_due().await?;
             if self.held.is_paused() {
                 // It may have been resumed meanwhile.
-                self.held.look().await?;
+                self.held.refresh().await?;
             }
             if self.held.is_paused() {
                 let message = format!("subscription \"{}\" is paused", self.held.subscription.name());
@@ -96,7 +96,7 @@ impl OwnedSubscription {
                         return Ok(delivery);
                     }
                 }
-                First::Right(()) => self.held.look().await?,
+                First::Right(()) => self.held.refresh().await?,
             }
             if self.held.has_nothing_out() {
                 self.held.pass_by().await?;

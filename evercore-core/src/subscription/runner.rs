@@ -93,7 +93,7 @@ impl Runner<'_> {
                     }
                 }
                 First::Right(First::Left(())) => {}
-                First::Right(First::Right(())) => self.held.look().await?,
+                First::Right(First::Right(())) => self.held.refresh().await?,
             }
         }
     }
@@ -149,7 +149,7 @@ impl Runner<'_> {
         if !matches!(error.kind(), ErrorKind::NotFound) {
             return Ok(error);
         }
-        self.held.look().await?;
+        self.held.refresh().await?;
         let message = format!(
             "the projection belongs to another store than subscription \"{}\"",
             self.held.context.id.subscription
@@ -197,7 +197,7 @@ impl Runner<'_> {
                 let outcome = outcome.unwrap_or_else(|error| Outcome::Failed { handled: 0, error });
                 if self.sink.holds_cursor() && matches!(outcome, Outcome::Failed { .. }) {
                     // Nobody has renewed it meanwhile; if nobody has claimed it either, it is still ours.
-                    self.held.look().await?;
+                    self.held.refresh().await?;
                 }
                 let outcome = if let Outcome::Handled(0) = outcome { nothing_handled() } else { outcome };
                 observe::delivered(delivery, &outcome, began.elapsed());
@@ -225,7 +225,7 @@ impl Runner<'_> {
             match self.held.keeping(race(paused.as_mut(), interrupted)).await? {
                 First::Left(()) => return Ok(!self.is_to_give_up()),
                 First::Right(First::Left(())) => return Ok(false),
-                First::Right(First::Right(())) => self.held.look().await?,
+                First::Right(First::Right(())) => self.held.refresh().await?,
             }
             if self.is_to_give_up() {
                 return Ok(false);
@@ -295,7 +295,7 @@ impl Runner<'_> {
                     }
                 }
                 Outcome::Refused(error) if matches!(error.kind(), ErrorKind::LeaseLost) => {
-                    self.held.look().await?;
+                    self.held.refresh().await?;
                     if !self.held.parked_were_changed() {
                         return Err(error);
                     }

@@ -131,7 +131,7 @@ enum Claimed {
 }
 
 /// Which cursors there are, and who has them.
-struct Look {
+struct CursorOwners {
     free: Vec<u32>,
     /// By owner, those whose lease holds and for which nobody asks.
     owned: HashMap<OwnerId, Vec<u32>>,
@@ -296,7 +296,7 @@ pub(crate) async fn before_next_claim(subscription: &Subscription, seen: u64) {
     let (time, store) = (runner::between_claims(subscription.settings.lease), &subscription.store);
     let given_back = store.cursor_moves().after(seen);
     if matches!(race(store.engine().pause(time), given_back).await, First::Right(())) {
-        // A ring may come with each move of a cursor: not every one is worth a look.
+        // A ring may come with each move of a cursor: not each of them is worth a query.
         store.engine().pause(time / 10).await;
     }
 }
@@ -307,39 +307,44 @@ async fn claim_one(
     held: &[u32],
     stop: &Stop,
 ) -> Result<Claimed> {
-    let mut look = Look::at(subscription, owner, held).await?;
-    if look.is_retired && !look.is_there {
+    let mut owners = CursorOwners::at(subscription, owner, held).await?;
+    if owners.is_retired && !owners.is_there {
         return Ok(Claimed::Superseded);
     }
-    if !look.is_there {
+    if !owners.is_there {
         let message = format!("subscription \"{}\" was removed", subscription.name);
         return Err(Error::new(ErrorKind::NotFound, message));
     }
     // Not all of them in the same order: who comes at the same time wants the same.
-    if !look.free.is_empty() {
-        let first = crate::backoff::random_bits() as usize % look.free.len();
-        look.free.rotate_left(first);
+    if !owners.free.is_empty() {
+        let first = crate::backoff::random_bits() as usize % owners.free.len();
+        owners.free.rotate_left(first);
     }
     let mut refused = Error::already_owned(&subscription.cursor_id(0));
-    for partition in look.free.drain(..) {
+    for partition in owners.free.drain(..) {
         match Held::claim(subscription, partition, owner, stop.flag()).await {
             Ok(held) => return Ok(Claimed::One(Box::new(held))),
             Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused) => {
                 refused = error;
             }
-            // Just now; the next look knows whether that was the last.
+            // Just now; the next query shows whether that was the last.
             Err(error) if matches!(error.kind(), ErrorKind::Superseded) => {}
             Err(error) => return Err(error),
         }
     }
-    want_one(subscription, owner, held, &look).await?;
+    want_one(subscription, owner, held, &owners).await?;
     Err(refused)
 }
 
 /// Asks whoever has most for one, if that is at least two more than we have; what was asked for counts as given.
-async fn want_one(subscription: &Subscription, owner: &OwnerId, held: &[u32], look: &Look) -> Result<()> {
-    let Some(most) = look.owned.values().max_by_key(|owned| owned.len()) else { return Ok(()) };
-    if most.len() < held.len() + look.asked + 2 {
+async fn want_one(
+    subscription: &Subscription,
+    owner: &OwnerId,
+    held: &[u32],
+    owners: &CursorOwners,
+) -> Result<()> {
+    let Some(most) = owners.owned.values().max_by_key(|owned| owned.len()) else { return Ok(()) };
+    if most.len() < held.len() + owners.asked + 2 {
         return Ok(());
     }
     let which = most[crate::backoff::random_bits() as usize % most.len()];
@@ -349,32 +354,32 @@ async fn want_one(subscription: &Subscription, owner: &OwnerId, held: &[u32], lo
     Ok(())
 }
 
-impl Look {
+impl CursorOwners {
     async fn at(subscription: &Subscription, owner: &OwnerId, held: &[u32]) -> Result<Self> {
         let name: &SubscriptionName = &subscription.name;
         let found = subscription.store.engine().cursors(Some(name)).await?;
         let own = |cursor: &&Cursor| cursor.id.version == subscription.settings.version;
-        let mut look =
+        let mut owners =
             Self { free: Vec::new(), owned: HashMap::new(), asked: 0, is_there: false, is_retired: false };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
             if cursor.status == CursorStatus::Retired {
-                look.is_retired = true;
+                owners.is_retired = true;
                 continue;
             }
-            look.is_there = true;
+            owners.is_there = true;
             match &cursor.owner {
                 Some(other) if other != owner && cursor.is_owned(found.now) => {
                     match cursor.wanted_by.as_ref().filter(|_| cursor.wanted_until > found.now) {
-                        Some(wanted) => look.asked += usize::from(wanted == owner),
-                        None => look.owned.entry(other.clone()).or_default().push(partition),
+                        Some(wanted) => owners.asked += usize::from(wanted == owner),
+                        None => owners.owned.entry(other.clone()).or_default().push(partition),
                     }
                 }
                 _ if held.contains(&partition) => {}
-                _ => look.free.push(partition),
+                _ => owners.free.push(partition),
             }
         }
-        Ok(look)
+        Ok(owners)
     }
 }
 

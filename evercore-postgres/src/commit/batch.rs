@@ -167,7 +167,7 @@ impl Batches {
                 added => added?,
             }
         }
-        new_rows.rely_on(&self.recent.book());
+        new_rows.rely_on(&self.recent.memory());
         Ok(Some(new_rows))
     }
 

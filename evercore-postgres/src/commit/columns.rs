@@ -8,7 +8,7 @@ use evercore_core::engine::{Batch, Mark, NameTable, SequenceChange, Snapshot, Wi
 use evercore_core::{AggregateId, Key, Metadata, Position, Receipt, Timestamp};
 use tokio_postgres::Row;
 
-use crate::commit::recent::Book;
+use crate::commit::recent::Memory;
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::sql_id;
 
@@ -203,13 +203,13 @@ impl<'a> NewRows<'a> {
 
     /// Makes the statement check for the witness instead of the aggregates that this engine knows. A single aggregate
     /// is checked itself, because that is no slower.
-    pub(crate) fn rely_on(&mut self, book: &Book) {
-        self.witness = book.witness().filter(|_| self.expected.aggregates.len() > 1);
+    pub(crate) fn rely_on(&mut self, memory: &Memory) {
+        self.witness = memory.witness().filter(|_| self.expected.aggregates.len() > 1);
         if self.witness.is_none() {
             return;
         }
         self.expected.retain(|id, type_id, sequence, mark| {
-            let reached = AggregateId::new(id).ok().and_then(|id| book.reached(id));
+            let reached = AggregateId::new(id).ok().and_then(|id| memory.reached(id));
             let is_known = reached.is_some_and(|reached| {
                 sql_id(reached.type_id) == type_id
                     && reached.sequence.get() == sequence

@@ -15,11 +15,11 @@ const MOST: usize = 1 << 16;
 
 /// The memory that the flights of an engine share.
 #[derive(Debug, Default)]
-pub(crate) struct Recent(Mutex<Book>);
+pub(crate) struct Recent(Mutex<Memory>);
 
 /// The sequences of aggregates, and the witness for them.
 #[derive(Debug, Default)]
-pub(crate) struct Book {
+pub(crate) struct Memory {
     witness: Option<Witness>,
     recent: HashMap<AggregateId, Reached>,
     /// Those that were recent before. They are forgotten when the recent ones take their place.
@@ -35,13 +35,13 @@ pub(crate) struct Reached {
 }
 
 impl Recent {
-    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
+    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets everything, because the witness may be lost.
     pub(crate) fn forget(&self) {
-        *self.book() = Book::default();
+        *self.memory() = Memory::default();
     }
 
     /// Records the batches of one transaction. If it has not checked for the present witness, its own last event cannot
@@ -52,27 +52,27 @@ impl Recent {
         checked_witness: Option<Witness>,
         table: &NameTable,
     ) {
-        let mut book = self.book();
-        if book.witness != checked_witness {
+        let mut memory = self.memory();
+        if memory.witness != checked_witness {
             return;
         }
         let last = batches.iter().rfind(|(_, receipt)| receipt.last > Position::ZERO);
         let Some((_, last)) = last else { return };
-        book.witness = Some(Witness::new(last.last, last.mark));
+        memory.witness = Some(Witness::new(last.last, last.mark));
         for (batch, receipt) in batches {
             let made = batch.creates().iter().map(|made| (made.id, &made.aggregate_type, Sequence::ZERO));
             let grown = batch.sequence_changes().iter();
             let grown = grown.map(|change| (change.aggregate, &change.aggregate_type, change.last));
             for (aggregate, aggregate_type, sequence) in made.chain(grown) {
                 if let Some(type_id) = table.aggregate_type_id(aggregate_type) {
-                    book.insert(aggregate, Reached { type_id, sequence, mark: receipt.mark });
+                    memory.insert(aggregate, Reached { type_id, sequence, mark: receipt.mark });
                 }
             }
         }
     }
 }
 
-impl Book {
+impl Memory {
     pub(crate) fn witness(&self) -> Option<Witness> {
         self.witness
     }
@@ -136,8 +136,8 @@ mod tests {
     fn a_commit_becomes_the_witness_only_if_it_has_found_the_one_before() {
         let recent = Recent::default();
         note(&recent, &grown(7, 0), 0, None);
-        let witness = || recent.book().witness();
-        let reached = |number| recent.book().reached(id(number)).map(|reached| reached.sequence.get());
+        let witness = || recent.memory().witness();
+        let reached = |number| recent.memory().reached(id(number)).map(|reached| reached.sequence.get());
         let first = witness();
         assert_eq!(first.map(|witness| witness.position.get()), Some(1));
         // It has not checked: the first event may be lost, and with it aggregate 7.
@@ -156,11 +156,11 @@ mod tests {
         let recent = Recent::default();
         for number in 1..=3 * MOST {
             let number = i64::try_from(number).unwrap();
-            let witness = recent.book().witness();
+            let witness = recent.memory().witness();
             note(&recent, &grown(number, 0), number, witness);
         }
-        let book = recent.book();
-        assert!(book.recent.len() + book.older.len() <= MOST);
-        assert!(book.reached(id(1)).is_none() && book.reached(id(3 * MOST as i64)).is_some());
+        let memory = recent.memory();
+        assert!(memory.recent.len() + memory.older.len() <= MOST);
+        assert!(memory.reached(id(1)).is_none() && memory.reached(id(3 * MOST as i64)).is_some());
     }
 }

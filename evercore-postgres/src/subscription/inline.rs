@@ -28,11 +28,11 @@ pub(crate) struct InlineProjections {
     pub(crate) names: Arc<Names>,
     pub(crate) log: Arc<Log>,
     pub(crate) cursors: Arc<CursorStore>,
-    pub(crate) all: Vec<Inline>,
+    pub(crate) all: Vec<NamedProjection>,
 }
 
 /// An inline projection whose name was checked.
-pub(crate) struct Inline {
+pub(crate) struct NamedProjection {
     id: CursorId,
     handle: Arc<InlineHandler>,
 }
@@ -91,7 +91,7 @@ impl InlineProjections {
     }
 
     /// Handles one page in its own transaction, without the lock of the log. Returns whether there is more.
-    async fn catch_up_once(&self, inline: &Inline) -> Result<bool> {
+    async fn catch_up_once(&self, inline: &NamedProjection) -> Result<bool> {
         let mut checkout = self.pools.to_commit().await?;
         let transaction = UserTransaction::begin(&self.pools, &mut checkout).await?;
         let sender = transaction.sender();
@@ -110,7 +110,7 @@ impl InlineProjections {
     /// Handles a page of events after the cursor, and moves the cursor. Returns whether there is more.
     async fn take_page(
         &self,
-        inline: &Inline,
+        inline: &NamedProjection,
         transaction: &UserTransaction<'_>,
         table: &Arc<NameTable>,
         head: Position,
@@ -139,7 +139,7 @@ impl InlineProjections {
     }
 }
 
-impl Inline {
+impl NamedProjection {
     /// Calls the handler. A panic becomes an error that carries it to the caller, since the flight runs in another
     /// task.
     fn handle<'t>(
@@ -160,15 +160,15 @@ impl Inline {
 }
 
 /// Checks the inline projections before the store is opened.
-pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<Inline>> {
-    let mut checked: Vec<Inline> = Vec::with_capacity(settings.inline.len());
+pub(crate) fn checked(settings: &Settings) -> CoreResult<Vec<NamedProjection>> {
+    let mut checked: Vec<NamedProjection> = Vec::with_capacity(settings.inline.len());
     for InlineProjection { name, version, handle } in &settings.inline {
         let id = CursorId::of_inline(name, *version, checked.iter().map(|other| &other.id))?;
         if settings.read_only {
             let why = "needs to write, but the engine is connected for reading only";
             return Err(Error::invalid(format!("inline projection \"{name}\" {why}")));
         }
-        checked.push(Inline { id, handle: Arc::clone(handle) });
+        checked.push(NamedProjection { id, handle: Arc::clone(handle) });
     }
     Ok(checked)
 }

@@ -145,7 +145,7 @@ impl Layer {
         }
         for append in batch.appends() {
             let mut events = append.events.clone();
-            self.spoil(&mut events)?;
+            self.damage(&mut events)?;
             read.append(Append { events, ..append.clone() })?;
         }
         for (place, guard) in batch.guards().iter().enumerate() {
@@ -173,7 +173,7 @@ impl Layer {
         Ok(self.inner.load(LoadRequest { target, snapshot: None, up_to, limit }).await?.is_some())
     }
 
-    fn spoil(&self, events: &mut [NewEvent]) -> Result<()> {
+    fn damage(&self, events: &mut [NewEvent]) -> Result<()> {
         for event in &mut *events {
             let composed = event.event_type.as_str().replace("e\u{301}", "\u{e9}");
             if self.strikes(Fault::ComposesNames, composed != event.event_type.as_str()) {

@@ -160,7 +160,7 @@ impl Broken {
             appends.sort_by_key(|append| append.aggregate);
         }
         for append in appends {
-            let events = append.events.iter().map(|event| self.spoil(event)).collect();
+            let events = append.events.iter().map(|event| self.damage(event)).collect();
             read.append(Append { events, ..append })?;
         }
         if !self.has(Fault::ForgetsGuards) {
@@ -185,7 +185,7 @@ impl Broken {
         folded.unwrap_or_else(|| key.clone())
     }
 
-    fn spoil(&self, event: &NewEvent) -> NewEvent {
+    fn damage(&self, event: &NewEvent) -> NewEvent {
         let mut event = event.clone();
         if self.has(Fault::CutsTimes) {
             let micros = event.time.as_micros().div_euclid(1_000) * 1_000;

@@ -61,7 +61,7 @@ impl Held {
     }
 
     /// Looks at the cursor, whatever the time.
-    pub(crate) async fn look(&mut self) -> Result<()> {
+    pub(crate) async fn refresh(&mut self) -> Result<()> {
         self.heard = self.subscription.store.operator_calls().count();
         self.renew().await
     }

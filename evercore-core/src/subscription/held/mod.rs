@@ -157,7 +157,7 @@ impl Held {
     pub(crate) async fn was_moved(&mut self, asked_at: Instant, cursor: Cursor) -> Result<()> {
         self.cursor = cursor;
         self.moved(asked_at);
-        if Instant::now() < self.next_renewal { Ok(()) } else { self.look().await }
+        if Instant::now() < self.next_renewal { Ok(()) } else { self.refresh().await }
     }
 
     fn moved(&mut self, asked_at: Instant) {

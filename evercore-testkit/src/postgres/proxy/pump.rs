@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Shared;
-use super::filter::{Filter, Then};
+use super::filter::{Filter, NextAction};
 use super::link::Link;
 use super::replies::Replies;
 use super::requests::Requests;
@@ -48,7 +48,7 @@ fn read(shared: &Shared, mut from: &TcpStream, mut filter: impl Filter, queue: &
         if !bytes.is_empty() {
             send(Item::Bytes(bytes));
         }
-        if then == Then::Cut {
+        if then == NextAction::Cut {
             return send(Item::Cut);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Then};
+use super::filter::{Filter, NextAction};
 use super::link::Link;
 use super::wire;
 
@@ -28,15 +28,15 @@ impl<'a> Replies<'a> {
 }
 
 impl Filter for Replies<'_> {
-    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then) {
+    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, NextAction) {
         self.arrived.extend_from_slice(arrived);
         if self.link.asked_to_encrypt.swap(false, Ordering::SeqCst) {
             // A single byte. Nothing follows it until the client goes on.
             self.link.is_encrypted.store(self.arrived.first() != Some(&b'N'), Ordering::SeqCst);
-            return (std::mem::take(&mut self.arrived), Then::GoOn);
+            return (std::mem::take(&mut self.arrived), NextAction::GoOn);
         }
         if self.link.is_encrypted.load(Ordering::SeqCst) {
-            return (std::mem::take(&mut self.arrived), Then::GoOn);
+            return (std::mem::take(&mut self.arrived), NextAction::GoOn);
         }
         let (mut end, mut passed) = (0, 0);
         while let Some(length) = wire::message(&self.arrived[end..]) {
@@ -45,12 +45,12 @@ impl Filter for Replies<'_> {
             if !self.is_last() {
                 passed = end;
             } else if is_ready {
-                return (self.arrived.drain(..passed).collect(), Then::Cut);
+                return (self.arrived.drain(..passed).collect(), NextAction::Cut);
             }
             self.ended += u64::from(is_ready);
         }
         let bytes = self.arrived[..passed].to_vec();
         self.arrived.drain(..end);
-        (bytes, Then::GoOn)
+        (bytes, NextAction::GoOn)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::filter::{Filter, Then};
+use super::filter::{Filter, NextAction};
 use super::link::Link;
 use super::{Cut, Shared, wire};
 
@@ -69,26 +69,26 @@ impl<'a> Requests<'a> {
 }
 
 impl Filter for Requests<'_> {
-    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, Then) {
+    fn take(&mut self, arrived: &[u8]) -> (Vec<u8>, NextAction) {
         self.arrived.extend_from_slice(arrived);
         // A message without a kind begins with a zero; a TLS handshake does not.
         if !self.has_started && self.arrived.first().is_some_and(|byte| *byte != 0) {
             self.link.is_encrypted.store(true, Ordering::SeqCst);
         }
         if self.link.is_encrypted.load(Ordering::SeqCst) {
-            return (std::mem::take(&mut self.arrived), Then::GoOn);
+            return (std::mem::take(&mut self.arrived), NextAction::GoOn);
         }
-        let (mut end, mut then) = (0, Then::GoOn);
+        let (mut end, mut then) = (0, NextAction::GoOn);
         while !self.is_over
-            && then == Then::GoOn
+            && then == NextAction::GoOn
             && let Some(length) = self.next_message(end)
         {
             match self.judge(end, end + length) {
                 Verdict::Pass => end += length,
-                Verdict::CutBefore => then = Then::Cut,
+                Verdict::CutBefore => then = NextAction::Cut,
                 Verdict::CutBehind => {
                     end += length;
-                    then = Then::Cut;
+                    then = NextAction::Cut;
                 }
             }
         }
