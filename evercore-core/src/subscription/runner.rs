@@ -21,7 +21,7 @@ use crate::time::Timestamp;
 pub(crate) enum Ended {
     /// It was told to stop.
     Stopped,
-    /// The subscription is paused, or somebody with fewer cursors gets this one.
+    /// The subscription is paused, or a worker with fewer cursors gets this one.
     GivenUp,
     /// A newer version has taken over.
     Superseded,
@@ -214,7 +214,7 @@ impl Runner<'_> {
         }
     }
 
-    /// The pause before the next attempt; false if there is to be none, because of a shutdown or of operators.
+    /// Pauses before the next attempt; false if a shutdown or an operator ends the attempts.
     async fn pause(&mut self, attempts: u32) -> Result<bool> {
         let policy = self.held.subscription.settings.failure;
         let pause = backoff(attempts, policy.first_pause, policy.longest_pause);
@@ -273,7 +273,7 @@ impl Runner<'_> {
         Ok(Error::new(ErrorKind::Rejected, message).with_source(error))
     }
 
-    /// Tries a parked event again that somebody wants to be tried again, once.
+    /// Tries a parked event once more, because an operator has asked for it.
     async fn retry_parked(&mut self) -> Result<()> {
         if let Some((parked, delivery, changes)) = self.held.next_due().await? {
             let advance = self.held.change_parked(delivery.end(), changes.clone());
@@ -318,7 +318,7 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Writes what became of a parked event; false, and nothing is written, if operators have changed something meanwhile.
+    /// Writes the result of a parked event. False, and nothing is written, if an operator has changed parked events meanwhile.
     async fn change_parked(
         &mut self,
         parked: &Parked,
@@ -339,12 +339,12 @@ impl Runner<'_> {
     }
 }
 
-/// A sink that gets nowhere has failed, or it would be asked again without a pause.
+/// A sink without progress counts as failed; otherwise it would be called again without a pause.
 fn nothing_handled() -> Outcome {
     Outcome::Failed { handled: 0, error: "the sink has handled nothing".into() }
 }
 
-/// How long to wait before a claim after so many leases that were lost before anything was done.
+/// The pause before a claim, after this many leases in a row that were lost without progress.
 pub(crate) fn after_losses(losses: u32, lease: Duration) -> Duration {
     let pause = Duration::from_millis(10).saturating_mul(1 << losses.saturating_sub(1).min(10));
     if losses == 0 { Duration::ZERO } else { pause.min(between_claims(lease)) }

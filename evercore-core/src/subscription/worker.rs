@@ -1,4 +1,4 @@
-//! Whoever runs a subscription: claims partitions, runs them beside each other, shares them with others.
+//! Runs a subscription: claims partitions, runs them concurrently, and shares them with other workers.
 
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
@@ -20,27 +20,26 @@ use crate::name::{OwnerId, SubscriptionName};
 use crate::observe;
 use crate::race::{First, race};
 
-/// Why a subscription is not run any more, without an error.
+/// Why a run ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RunEnd {
-    /// The shutdown came: what was done is acknowledged, nothing else, and the lease is given back.
+    /// The shutdown came. Finished work is acknowledged, and the lease is given back.
     ShutDown,
     /// A newer version has taken over.
     Superseded,
 }
 
 impl Subscription {
-    /// Runs the handler for each event, until the shutdown is ready. The cursor is moved after each batch, so an event
-    /// may come again: after a crash, after a lost lease.
+    /// Runs the handler for each event, until the shutdown is ready. The cursor moves after each batch, so after a crash or
+    /// a lost lease an event may come again.
     ///
-    /// Handlers of one partition run one after the other. The lease is renewed while a handler waits for something; one
-    /// that blocks its thread for longer than the lease loses it. Where an engine is out of reach, it is tried again. While
-    /// the subscription is paused this waits, and goes on when it is resumed.
+    /// Handlers of one partition run one after the other. The lease is renewed while a handler waits; a handler that blocks
+    /// its thread for longer than the lease loses it. While the engine is unavailable, this tries again. While the
+    /// subscription is paused, this waits and then goes on.
     ///
-    /// A handler owns what it needs: a `move` closure that clones an [`Arc`] for each event. One that panics has failed, as
-    /// if it had returned an error. If this future is dropped, the lease is not given back but ends by itself; so end it by
-    /// the shutdown.
+    /// A handler owns its data: use a `move` closure that clones an [`Arc`] for each event. A panic counts as an error of
+    /// the handler. After a drop of this future the lease is not given back but expires, so end a run by the shutdown.
     ///
     /// ```
     /// # use evercore_core::{EventStore, Result};
@@ -57,10 +56,10 @@ impl Subscription {
     ///
     /// # Errors
     /// [`Rejected`](ErrorKind::Rejected) with the handler's error if the policy is to stop;
-    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused) if it is
-    /// [not to wait](Self::without_standby); [`NotFound`](ErrorKind::NotFound) if the subscription was removed meanwhile;
-    /// [`Invalid`](ErrorKind::Invalid) if the number of partitions is another than before;
-    /// [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; what else the engine says.
+    /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused)
+    /// [without standby](Self::without_standby); [`NotFound`](ErrorKind::NotFound) if the subscription was removed meanwhile;
+    /// [`Invalid`](ErrorKind::Invalid) if the cursors have another number of partitions;
+    /// [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; those of the engine.
     pub async fn run<F, H>(&self, shutdown: impl Future<Output = ()> + Send, handler: F) -> Result<RunEnd>
     where
         F: Fn(Delivered) -> H + Send + Sync + 'static,
@@ -69,8 +68,8 @@ impl Subscription {
         self.run_sink(shutdown, Each(handler)).await
     }
 
-    /// The same for all events of a batch together. After a failure its events come one by one, to find the one at fault:
-    /// those before it for a second time.
+    /// As [`run`](Self::run), with all events of a batch together. After a failure they come one by one, to find the event
+    /// at fault, so the events before it come a second time.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -86,7 +85,8 @@ impl Subscription {
         self.run_sink(shutdown, Batches(handler)).await
     }
 
-    /// The same into an engine's projection, whose handler writes in the transaction that moves the cursor: exactly once.
+    /// As [`run`](Self::run), with an engine's projection. Its handler writes in the transaction that moves the cursor, so
+    /// each event counts exactly once.
     ///
     /// # Errors
     /// As [`run`](Self::run); [`Invalid`](ErrorKind::Invalid) if the projection belongs to another store.
@@ -117,25 +117,25 @@ struct Worker {
     /// The try to get one more cursor; it waits before it ends.
     claiming: Option<BoxFuture<'static, Result<Claimed>>>,
     has_failed: Option<Error>,
-    /// How many leases in a row were lost before anything was done: the next claim comes after a pause.
+    /// How many leases in a row were lost without progress. The next claim comes after a pause.
     losses: u32,
 }
 
 enum Claimed {
     /// One more.
     One(Box<Held>),
-    /// None for now; that was waited for already.
+    /// None for now. The wait is over already.
     None,
     /// There will be none any more.
     Superseded,
 }
 
-/// Which cursors there are, and who has them.
+/// The cursors of the subscription by owner.
 struct CursorOwners {
     free: Vec<u32>,
-    /// By owner, those whose lease holds and for which nobody asks.
+    /// The owned cursors that no other worker asks for.
     owned: HashMap<OwnerId, Vec<u32>>,
-    /// How many we ask for already: their owners let go when they see it, which may be many looks later.
+    /// How many cursors this worker asks for already. Their owners may notice that much later.
     asked: usize,
     is_there: bool,
     is_retired: bool,
@@ -211,7 +211,7 @@ impl Worker {
             }
             Ended::Superseded => None,
             Ended::Failed(error) => {
-                // The others end in peace first.
+                // The other runners finish first.
                 self.has_failed.get_or_insert(error);
                 self.stop.set_now();
                 None
@@ -240,7 +240,7 @@ impl Worker {
     }
 }
 
-/// Sees to it that there are cursors, as soon as the engine can be reached.
+/// Makes the cursors as soon as the engine can be reached.
 async fn declare(subscription: Subscription, stop: Arc<Stop>) -> Result<()> {
     loop {
         match subscription.declare().await {
@@ -253,7 +253,7 @@ async fn declare(subscription: Subscription, stop: Arc<Stop>) -> Result<()> {
     }
 }
 
-/// Tries to get one more cursor. Where there is none to be had, that is waited for.
+/// Tries to get one more cursor. If none is free, it waits.
 async fn claim(
     subscription: Subscription,
     owner: OwnerId,
@@ -291,7 +291,7 @@ async fn claim(
     }
 }
 
-/// Until a lease may have been given back, since so many rings, or has ended by itself.
+/// Waits until a lease may have been given back after this many signals, or may have expired.
 pub(crate) async fn before_next_claim(subscription: &Subscription, seen: u64) {
     let (time, store) = (runner::between_claims(subscription.settings.lease), &subscription.store);
     let given_back = store.cursor_moves().after(seen);
@@ -315,7 +315,7 @@ async fn claim_one(
         let message = format!("subscription \"{}\" was removed", subscription.name);
         return Err(Error::new(ErrorKind::NotFound, message));
     }
-    // Not all of them in the same order: who comes at the same time wants the same.
+    // In a random order, since workers that start together would all claim the same cursor.
     if !owners.free.is_empty() {
         let first = crate::backoff::random_bits() as usize % owners.free.len();
         owners.free.rotate_left(first);
@@ -336,7 +336,8 @@ async fn claim_one(
     Err(refused)
 }
 
-/// Asks whoever has most for one, if that is at least two more than we have; what was asked for counts as given.
+/// Asks the owner with the most cursors for one, if it has at least two more than this worker. A cursor that was asked for
+/// counts as given.
 async fn want_one(
     subscription: &Subscription,
     owner: &OwnerId,

@@ -21,18 +21,19 @@ impl Held {
         self.tail = Tail::new(self.subscription.store.engine(), query, self.read);
     }
 
-    /// Whether everything that was handed out is acknowledged, so that the cursor may move past what concerns nobody.
+    /// Whether all returned events are acknowledged, so that the cursor may move past events that are not for this
+    /// subscription.
     pub(crate) fn has_nothing_out(&self) -> bool {
         self.handed_out <= self.cursor.position
     }
 
-    /// What is to be delivered next; `None` if nothing came in that time. What is handed out is not handed out again,
-    /// unless it is [put back](Self::put_back).
+    /// The next delivery; `None` if no event came in that time. An event is returned once, unless it is
+    /// [put back](Self::put_back).
     pub(crate) async fn next(&mut self, at_most: Duration) -> Result<Option<Delivery>> {
         if let Some(delivery) = self.take_pending() {
             return Ok(Some(delivery));
         }
-        // Not for long while the cursor is to be moved past something.
+        // A short wait if the cursor must soon move past events of others.
         let at_most = if self.has_nothing_out() && self.taken_to > self.cursor.position {
             at_most.min(PASS_BY)
         } else {
@@ -94,7 +95,7 @@ impl Held {
         self.cursor.live_from.is_none_or(|from| position <= from)
     }
 
-    /// Hands out again what was not handled, the next `alone` of it one by one, because one of those fails.
+    /// Returns unhandled events again, the next `alone` of them one by one, because one of those fails.
     pub(crate) fn put_back_alone(&mut self, delivery: &Delivery, handled: usize, alone: usize) {
         let mut tried = delivery.events().iter().skip(handled).take(alone);
         if let Some(last) = tried.next_back() {
@@ -103,7 +104,7 @@ impl Held {
         self.put_back();
     }
 
-    /// Hands out again what is behind the cursor: read anew, since what was passed over in between may concern somebody now.
+    /// Reads again from the cursor on, since events that were passed over may be for this subscription now.
     pub(crate) fn put_back(&mut self) {
         self.pending.clear();
         self.taken_to = self.cursor.position;

@@ -10,11 +10,11 @@ use crate::subscription::Failure;
 use crate::subscription::cursor::CursorStatus;
 use crate::subscription::step::Step;
 
-/// How often a lease is renewed again whose renewal the engine did not answer.
+/// How often a renewal is repeated that the engine did not answer.
 const RENEW_AGAIN: Duration = Duration::from_millis(100);
 
 impl Held {
-    /// The lease lasts until here, by our own clock; a little less, for the way.
+    /// When the lease expires, by this process's clock, less a little time for the answer's way.
     pub(super) fn valid_until(&self) -> Instant {
         let time = self.subscription.settings.lease;
         self.renewed_at + (time - time / 10)
@@ -39,7 +39,7 @@ impl Held {
                 return Ok(done);
             }
             self.check_time()?;
-            // An answer that does not come is no renewal.
+            // Without an answer the lease does not count as renewed.
             let too_late = until(self.valid_until());
             match race(work.as_mut(), race(self.renew(), too_late)).await {
                 First::Left(done) => return Ok(done),
@@ -49,18 +49,18 @@ impl Held {
         }
     }
 
-    /// Renews the lease if it is time to. That the engine is out of reach is no harm before the lease ends.
+    /// Renews the lease if it is time. An unavailable engine does no harm before the lease expires.
     pub(crate) async fn renew_if_due(&mut self) -> Result<()> {
         self.check_time()?;
         if Instant::now() < self.next_renewal { Ok(()) } else { self.renew().await }
     }
 
-    /// How often operators had changed something when we last looked.
+    /// The count of operators' changes at the last query.
     pub(crate) fn heard(&self) -> u64 {
         self.heard
     }
 
-    /// Looks at the cursor, whatever the time.
+    /// Queries the cursor now.
     pub(crate) async fn refresh(&mut self) -> Result<()> {
         self.heard = self.subscription.store.operator_calls().count();
         self.renew().await
@@ -84,12 +84,12 @@ impl Held {
         }
     }
 
-    /// Renews the lease whatever the time, or finds that it is lost; the cursor is as it stands now.
+    /// Renews the lease now, or finds that it is lost. The cursor is then up to date.
     pub(super) async fn hold(&mut self) -> Result<()> {
         self.step(&Step::renew(self.context.lease.clone(), self.subscription.settings.lease)).await
     }
 
-    /// Whether somebody who has fewer cursors asks for this one. The engine's time is that of the last step.
+    /// Whether a worker with fewer cursors asks for this one, by the engine's time of the last step.
     pub(crate) fn is_wanted(&self) -> bool {
         let time = self.subscription.settings.lease;
         self.cursor.wanted_by.is_some() && self.cursor.wanted_until.plus(time) > self.cursor.expires_at

@@ -23,13 +23,13 @@ use crate::ids::{AggregateId, Position};
 use crate::mark::Witness;
 use crate::name::OwnerId;
 
-/// How long the cursor may stand behind what was passed over, before it is moved for that alone.
+/// How long events may have been passed over before the cursor moves for that alone.
 const PASS_BY: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) subscription: Subscription,
-    /// As it was when it was last stepped on.
+    /// The cursor after the last step.
     pub(crate) cursor: Cursor,
     pub(crate) context: Arc<Context>,
     /// Before the lease was asked for or renewed the last time, by a clock that does not jump.
@@ -38,20 +38,20 @@ pub(crate) struct Held {
     moved_at: Instant,
     began_at: Position,
     tail: Tail,
-    /// Where the log ended when it was last read.
+    /// The end of the log at the last read.
     head: Position,
-    /// What was read and is not yet taken, and where the cursor stands when it is done.
+    /// Events that were read and not yet delivered, each with the position of the cursor after it.
     pending: VecDeque<Event>,
     pending_end: Position,
     /// The event at which the last page ended.
     read: Option<Witness>,
-    /// Everything up to here was handed out or passed over.
+    /// Every event up to here was delivered or passed over.
     taken_to: Position,
-    /// The last event that was handed out.
+    /// The last event that was delivered.
     handed_out: Position,
     /// Deliver one by one up to here, because one of them fails.
     alone_to: Position,
-    /// How often operators had changed something by then.
+    /// The count of operators' changes at the last query.
     heard: u64,
     parked_seen: Option<i64>,
     held_back: HashSet<AggregateId>,
@@ -114,7 +114,7 @@ impl Held {
         self.cursor.position > self.began_at
     }
 
-    /// What moves the cursor to there, from where it stands.
+    /// The move of the cursor to this position.
     pub(crate) fn advance_to(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
         let time = self.subscription.settings.lease;
         let from = self.cursor.position;
@@ -123,7 +123,7 @@ impl Held {
         Advance { lease, from, to, time, parked, parked_seen: None, read }
     }
 
-    /// The same for a parked event that is tried again: what an operator says meanwhile goes before it.
+    /// The same for a parked event that is tried again. An operator's change of it meanwhile takes precedence.
     pub(crate) fn change_parked(&self, to: Position, parked: Vec<ParkedChange>) -> Advance {
         Advance { parked_seen: self.parked_seen, ..self.advance_to(to, parked) }
     }
@@ -168,7 +168,7 @@ impl Held {
         crate::observe::moved(&self.cursor, self.head);
     }
 
-    /// Moves the cursor past what concerns nobody, if it stands behind it for long enough.
+    /// Moves the cursor past events that are not for this subscription, if they were passed over long enough ago.
     pub(crate) async fn pass_by(&mut self) -> Result<()> {
         if self.taken_to > self.cursor.position && self.moved_at.elapsed() >= PASS_BY {
             self.advance(self.advance_to(self.taken_to, Vec::new())).await?;

@@ -16,7 +16,7 @@ use crate::subscription::delivery::Delivery;
 const PARKED_PAGE: usize = 1_000;
 
 impl Held {
-    /// Looks at the parked events, if somebody has changed something about them.
+    /// Reads the parked events again if an operator has changed them.
     pub(crate) async fn look_at_parked(&mut self) -> Result<()> {
         if !self.parked_were_changed() {
             return Ok(());
@@ -36,19 +36,19 @@ impl Held {
         Ok(())
     }
 
-    /// Whether operators have changed something about parked events since we looked at them.
+    /// Whether operators have changed parked events since they were read.
     pub(crate) fn parked_were_changed(&self) -> bool {
         self.parked_seen != Some(self.cursor.parked_changes)
     }
 
-    /// Looks at the parked events again, and takes this one, if nobody has dropped it.
+    /// Reads the parked events again, and takes this one if it was not dropped.
     pub(crate) async fn take_due(&mut self, parked: &Parked) -> Result<bool> {
         self.look_at_parked().await?;
         let place = self.due.iter().position(|due| due.position == parked.position);
         Ok(place.map(|place| self.due.remove(place)).is_some())
     }
 
-    /// The next parked event that is to be tried again, and what becomes of its row when it is handled.
+    /// The next parked event to try again, and the change of its row if it is handled.
     pub(crate) async fn next_due(&mut self) -> Result<Option<(Parked, Delivery, Vec<ParkedChange>)>> {
         let Some(parked) = self.due.pop() else { return Ok(None) };
         let before = Position::new(parked.position.get() - 1)?;
@@ -94,12 +94,12 @@ impl Held {
         Ok(Some((parked, delivery, changes)))
     }
 
-    /// Whether there are parked events that are to be tried again.
+    /// Whether there are parked events to try again.
     pub(crate) fn has_due(&self) -> bool {
         !self.due.is_empty()
     }
 
-    /// What the rows of parked events are by now.
+    /// The present rows of parked events.
     pub(crate) fn note_parked(&mut self, changes: &[ParkedChange], of: &Parked) {
         let mut holds_back = false;
         for change in changes {

@@ -7,8 +7,7 @@ use crate::subscription::cursor::CursorStatus;
 use crate::subscription::step::Step;
 
 impl Held {
-    /// While this version is being built beside an older one: reads as far as that one has come, and takes over when it
-    /// is as far.
+    /// Builds this version while an older one goes on: reads as far as that one is, and takes over when it has caught up.
     pub(crate) async fn build(&mut self) -> Result<()> {
         if self.cursor.live_from.is_some() || !self.pending.is_empty() || !self.tail.is_at_bound() {
             return Ok(());
@@ -26,11 +25,11 @@ impl Held {
             return Ok(());
         }
         if older.iter().any(|other| other.status == CursorStatus::Paused) {
-            // Whoever paused it did not mean this one either.
+            // The pause applies to this version too.
             store.engine().pause(PASS_BY).await;
             return Ok(());
         }
-        // From here on the older ones stand still, and what they have done is a replay for this one.
+        // From here on the older versions stand still, and the events that they have handled are replay for this one.
         let mut from = self.cursor.position;
         for other in older {
             let retired = store.engine().step(&other.id, &Step::Retire).await?;
