@@ -18,8 +18,8 @@ use rusqlite::Connection;
 
 use common::{Folder, as_child, block_on, child, create, event, kind, one_event};
 
-/// Threads and processor time belong to the process, so only one test at a time measures them.
-static MEASURES: Mutex<()> = Mutex::new(());
+/// Threads and processor time belong to the process, so these tests run one at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 #[cfg(target_os = "linux")]
 fn threads() -> usize {
@@ -45,7 +45,7 @@ fn processor_seconds() -> f64 {
 #[test]
 fn a_commit_does_not_wait_for_a_thousand_waiting_reads() {
     const READS: usize = 1_000;
-    let _alone = MEASURES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let folder = Folder::new();
     block_on(async {
         let builder = SqliteEngine::builder().busy_timeout(Duration::from_secs(60));
@@ -87,7 +87,7 @@ fn a_commit_does_not_wait_for_a_thousand_waiting_reads() {
 #[test]
 fn a_thousand_idle_waiters_cost_as_much_as_one_and_hear_of_others() {
     const WAITERS: usize = 1_000;
-    let _alone = MEASURES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let folder = Folder::new();
     block_on(async {
         let engine = SqliteEngine::open(folder.store()).await.unwrap();
@@ -120,6 +120,7 @@ fn a_thousand_idle_waiters_cost_as_much_as_one_and_hear_of_others() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_store_takes_three_descriptors_and_who_has_none_left_is_told() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(folder) = as_child() {
         let mut stores = Vec::new();
         let (before, started) = (descriptors(), threads());
@@ -155,6 +156,7 @@ fn a_store_takes_three_descriptors_and_who_has_none_left_is_told() {
 
 #[test]
 fn a_backup_takes_no_turn_of_the_reads() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let folder = Folder::new();
     block_on(async {
         let builder = SqliteEngine::builder().read_connections(1).busy_timeout(Duration::from_millis(50));
@@ -178,6 +180,7 @@ fn a_backup_takes_no_turn_of_the_reads() {
 
 #[test]
 fn an_archive_is_read_without_a_file_beside_it() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let folder = Folder::new();
     let archive = folder.file("archive %41?.db");
     block_on(async {
@@ -197,6 +200,7 @@ fn an_archive_is_read_without_a_file_beside_it() {
 
 #[test]
 fn a_backup_takes_the_place_of_a_store_and_the_store_is_kept() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let folder = Folder::new();
     let backup = folder.file("backup.db");
     block_on(async {
