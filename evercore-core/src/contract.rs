@@ -14,12 +14,13 @@ use crate::event::{Event, EventRow, Events};
 use crate::future::BoxFuture;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::mark::{Mark, Witness};
+use crate::metadata;
 use crate::name::{AggregateType, CommandId, EventType, Key};
+use crate::page_limit::PageLimit;
 use crate::store_id::StoreId;
 use crate::subscription::SubscriptionStorage;
 use crate::target::Target;
 use crate::time::Timestamp;
-use crate::{limits, metadata};
 
 /// The storage of events. Engines implement it, and [`EventStore`](crate::EventStore) calls it.
 ///
@@ -243,71 +244,6 @@ impl AggregateQuery {
         self.limit = limit;
         self
     }
-}
-
-/// The most events and bytes of a page. A page ends at the limit that it meets first, but has at least one event (unless
-/// `events` is 0).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageLimit {
-    events: usize,
-    bytes: usize,
-}
-
-impl PageLimit {
-    /// The limit for replaying a history. Such small pages stay in the processor's caches: on SQLite, with histories of
-    /// 10,000 events, pages of 10,000 were slower by a third.
-    pub(crate) const FOLD: Self = Self { events: 1_000, bytes: 512 * 1024 };
-
-    /// At most this many events, and the default number of bytes.
-    ///
-    /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_EVENTS`].
-    pub fn events(events: usize) -> Result<Self> {
-        check_page("events", events, limits::PAGE_EVENTS)?;
-        Ok(Self { events, ..Self::default() })
-    }
-
-    /// The same limit with at most this many bytes: payloads, references, correlation and causation ids, and headers.
-    ///
-    /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) over [`limits::PAGE_BYTES`].
-    pub fn and_bytes(self, bytes: usize) -> Result<Self> {
-        check_page("bytes", bytes, limits::PAGE_BYTES)?;
-        Ok(Self { bytes, ..self })
-    }
-
-    /// The most events.
-    pub const fn max_events(self) -> usize {
-        self.events
-    }
-
-    /// The most bytes, as [`and_bytes`](Self::and_bytes) counts them.
-    pub const fn max_bytes(self) -> usize {
-        self.bytes
-    }
-
-    /// The same limit with at least one event, so that a reader always makes progress.
-    pub(crate) fn at_least_one(self) -> Self {
-        Self { events: self.events.max(1), ..self }
-    }
-
-    /// Whether a page that holds `events` events and `bytes` bytes has room for one event of `next` bytes.
-    pub const fn has_room(self, events: usize, bytes: usize, next: usize) -> bool {
-        events < self.events && (events == 0 || bytes + next <= self.bytes)
-    }
-}
-
-impl Default for PageLimit {
-    fn default() -> Self {
-        Self { events: limits::DEFAULT_PAGE_EVENTS, bytes: limits::DEFAULT_PAGE_BYTES }
-    }
-}
-
-fn check_page(what: &str, count: usize, limit: usize) -> Result<()> {
-    if count > limit {
-        return Err(Error::invalid(format!("a page of {count} {what}, the limit is {limit}")));
-    }
-    Ok(())
 }
 
 /// A filter of events. An event passes if it matches every part that is set.

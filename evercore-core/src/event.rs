@@ -8,6 +8,7 @@ use crate::ids::{AggregateId, Position, Sequence};
 use crate::limits;
 use crate::metadata::{Headers, Metadata};
 use crate::name::{AggregateType, EventType};
+use crate::page_limit::PageLimit;
 use crate::time::Timestamp;
 
 /// The content of an event or of a snapshot, at most [`limits::PAYLOAD_BYTES`] bytes.
@@ -111,7 +112,11 @@ impl EventsBuilder {
 
     /// Adds the next event.
     pub fn push(&mut self, row: EventRow<'_>) {
-        self.bytes += row.bytes();
+        self.add(row, row.bytes());
+    }
+
+    fn add(&mut self, row: EventRow<'_>, bytes: usize) {
+        self.bytes += bytes;
         let page = &mut self.page;
         let stored = Row {
             position: row.position,
@@ -129,6 +134,16 @@ impl EventsBuilder {
         };
         page.bytes.extend_from_slice(row.payload);
         page.rows.push(stored);
+    }
+
+    /// Adds the next event if the page has room for it within this limit. Returns whether it had.
+    pub fn push_within(&mut self, limit: PageLimit, row: EventRow<'_>) -> bool {
+        let bytes = row.bytes();
+        let has_room = limit.has_room(self.len(), self.bytes, bytes);
+        if has_room {
+            self.add(row, bytes);
+        }
+        has_room
     }
 
     /// How many events the page has so far.

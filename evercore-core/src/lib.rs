@@ -27,6 +27,7 @@ mod metadata;
 mod name;
 mod name_table;
 mod observe;
+mod page_limit;
 mod panic;
 mod race;
 mod read_store;
@@ -58,7 +59,7 @@ pub mod engine {
     pub use crate::future::BoxFuture;
     pub use crate::ids::IdBlock;
     pub use crate::mark::{Mark, Witness};
-    pub use crate::name_table::NameTable;
+    pub use crate::name_table::{NameCache, NameTable};
     pub use crate::panic::CaughtPanic;
     pub use crate::subscription::{
         Advance, Cursors, Outcome, ParkedChange, Sink, Step, StepOutcome, SubscriptionStorage,
@@ -71,9 +72,7 @@ pub use backoff::RetryPolicy;
 pub use batch::Receipt;
 pub use command::Command;
 pub use context::EventContext;
-pub use contract::{
-    AggregateQuery, Direction, Filter, KnownType, LogPage, LogQuery, PageLimit, StorageEngine,
-};
+pub use contract::{AggregateQuery, Direction, Filter, KnownType, LogPage, LogQuery, StorageEngine};
 pub use decision::Decision;
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use event::{Event, Events, EventsIter};
@@ -85,6 +84,7 @@ pub use loaded::Loaded;
 pub use log_reader::LogReader;
 pub use metadata::{Headers, Metadata};
 pub use name::{AggregateType, CommandId, EventType, Key, OwnerId, SubscriptionName};
+pub use page_limit::PageLimit;
 pub use read_store::ReadStore;
 pub use replay::AsOf;
 #[cfg(feature = "json")]

@@ -1,10 +1,50 @@
 //! Type names and the ids that an engine stores instead of them.
 
 use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::contract::{Filter, KnownType};
+use crate::error::{Error, ErrorKind, Result};
 use crate::mark::Mark;
 use crate::name::{AggregateType, EventType};
+
+/// One more than the largest id of a name. A larger one means a damaged store, and must not fill the memory.
+const MAX_TYPE_ID: u32 = 1 << 24;
+
+/// The names known now. A reader takes the current table and keeps it while it reads. For engines that store ids
+/// instead of names.
+#[derive(Debug, Default)]
+pub struct NameCache(RwLock<Arc<NameTable>>);
+
+impl NameCache {
+    /// A cache that begins with this table. A transaction takes one of its own, since it may find names that are not
+    /// committed yet.
+    pub fn new(table: Arc<NameTable>) -> Self {
+        Self(RwLock::new(table))
+    }
+
+    /// The names known now.
+    pub fn table(&self) -> Arc<NameTable> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces the names with all committed ones, just read from the store. Names that the store has lost are dropped.
+    pub fn replace(&self, mut committed: NameTable) -> Arc<NameTable> {
+        let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        committed.share_with(&table);
+        *table = Arc::new(committed);
+        Arc::clone(&table)
+    }
+
+    /// Adds the names that a transaction found or registered. Call it after the transaction has committed.
+    pub fn add(&self, committed: NameTable) {
+        if committed.is_empty() {
+            return;
+        }
+        let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut table).add(committed);
+    }
+}
 
 /// Type names and their ids, found in both directions. For engines that store ids instead of names.
 ///
@@ -28,6 +68,36 @@ impl NameTable {
     /// An empty table.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A stored id of a name, checked.
+    ///
+    /// # Errors
+    /// [`NotAStore`](ErrorKind::NotAStore) if no name can have this id: the store is damaged.
+    pub fn type_id(stored: i64) -> Result<u32> {
+        u32::try_from(stored).ok().filter(|id| (1..MAX_TYPE_ID).contains(id)).ok_or_else(|| {
+            Error::new(ErrorKind::NotAStore, format!("the type id {stored} in the store is out of range"))
+        })
+    }
+
+    /// Adds a stored aggregate type, and one of its event types if it has any.
+    ///
+    /// # Errors
+    /// [`NotAStore`](ErrorKind::NotAStore) if an id is out of range; [`InvalidName`](ErrorKind::InvalidName).
+    pub fn add_stored(&mut self, aggregate_type: (i64, &str), event_type: Option<(i64, &str)>) -> Result<()> {
+        let of = Self::type_id(aggregate_type.0)?;
+        let aggregate_type = match self.aggregate_type(of) {
+            Some(known) => known.clone(),
+            None => {
+                let name = AggregateType::new(aggregate_type.1)?;
+                self.set_aggregate_type(of, &name);
+                name
+            }
+        };
+        if let Some((id, name)) = event_type {
+            self.set_event_type(Self::type_id(id)?, &aggregate_type, &EventType::new(name)?);
+        }
+        Ok(())
     }
 
     /// Whether the table has no names.
@@ -115,7 +185,7 @@ impl NameTable {
 
     /// Uses the allocations of another table for the names that both have, because names in the same allocation are
     /// faster to compare.
-    pub fn share_with(&mut self, other: &Self) {
+    fn share_with(&mut self, other: &Self) {
         for name in other.aggregate_types.iter().flatten() {
             if let Some(id) = self.aggregate_type_id(name) {
                 set(&mut self.aggregate_types, id, name.clone());

@@ -3,13 +3,14 @@
 use crate::aggregate::{Aggregate, EventCodec, StateCodec, aggregate_type};
 use crate::ahead::Ahead;
 use crate::context::EventContext;
-use crate::contract::{AggregateQuery, Direction, History, LoadRequest, PageLimit};
+use crate::contract::{AggregateQuery, Direction, History, LoadRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Events};
 use crate::future::BoxFuture;
 use crate::ids::{AggregateId, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::observe;
+use crate::page_limit::PageLimit;
 use crate::store::EventStore;
 use crate::store_id::StoreId;
 use crate::target::{IntoTarget, Target};

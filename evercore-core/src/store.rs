@@ -9,9 +9,7 @@ use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
 use crate::backoff::RetryPolicy;
 use crate::batch::Receipt;
 use crate::command::KnownCommand;
-use crate::contract::{
-    AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, PageLimit, StorageEngine,
-};
+use crate::contract::{AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, StorageEngine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Events;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
@@ -19,6 +17,7 @@ use crate::loaded::Loaded;
 use crate::log_reader::LogReader;
 use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
+use crate::page_limit::PageLimit;
 use crate::race::Signal;
 use crate::store_id::StoreId;
 use crate::target::{IntoTarget, Target};

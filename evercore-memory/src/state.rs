@@ -122,11 +122,9 @@ impl State {
         let mut page = EventsBuilder::new();
         for position in positions {
             let Some(event) = self.at(position) else { continue };
-            let row = event.row(position);
-            if !limit.has_room(page.len(), page.bytes(), row.bytes()) {
+            if !page.push_within(limit, event.row(position)) {
                 return (page.finish(), true);
             }
-            page.push(row);
         }
         (page.finish(), false)
     }

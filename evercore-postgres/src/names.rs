@@ -5,9 +5,9 @@
 //! others may have registered names meanwhile, or a failover may have lost names and their ids now belong to other
 //! names.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
-use evercore_core::engine::{Batch, Mark, NameTable};
+use evercore_core::engine::{Batch, Mark, NameCache, NameTable};
 use evercore_core::{AggregateType, EventType, KnownType};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
@@ -37,13 +37,10 @@ const INSERT_AGGREGATE_TYPES: &str =
 const INSERT_EVENT_TYPES: &str = "INSERT INTO @event_types (id, aggregate_type_id, name)
     SELECT * FROM unnest($1::int[], $2::int[], $3::text[])";
 
-/// The largest id of a name. A larger one means a damaged store, and must not fill the memory.
-const MAX_TYPE_ID: u32 = 1 << 24;
-
-/// The names known now. A reader takes a copy of the table's pointer and keeps it while it reads.
+/// The names known now.
 #[derive(Debug)]
 pub(crate) struct Names {
-    table: RwLock<Arc<NameTable>>,
+    known: NameCache,
     all: Sql,
     mark: Sql,
     lock: Sql,
@@ -55,7 +52,7 @@ pub(crate) struct Names {
 impl Names {
     pub(crate) fn new(schema: &Schema) -> Self {
         Self {
-            table: RwLock::default(),
+            known: NameCache::default(),
             all: Sql::new(schema, ALL, &[]),
             mark: Sql::new(schema, MARK, &[]),
             lock: Sql::new(schema, LOCK_LOG_END, &[]),
@@ -74,7 +71,7 @@ impl Names {
     }
 
     pub(crate) fn table(&self) -> Arc<NameTable> {
-        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
+        self.known.table()
     }
 
     /// Reads all names. Do not call it inside a transaction that registers names.
@@ -102,11 +99,8 @@ impl Names {
     }
 
     /// Replaces the known names with the committed ones, which drops names that were lost.
-    pub(crate) fn learn(&self, mut fresh: NameTable) -> Arc<NameTable> {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        fresh.share_with(&table);
-        *table = Arc::new(fresh);
-        Arc::clone(&table)
+    pub(crate) fn learn(&self, fresh: NameTable) -> Arc<NameTable> {
+        self.known.replace(fresh)
     }
 
     /// The mark of the names in the store.
@@ -125,14 +119,8 @@ fn read(rows: &[Row]) -> Result<NameTable> {
     let mut table = NameTable::new();
     for row in rows {
         let Some(of) = row.try_get::<_, Option<i32>>(0)? else { continue };
-        let of = type_id(of)?;
-        if table.aggregate_type(of).is_none() {
-            table.set_aggregate_type(of, &AggregateType::new(row.try_get::<_, &str>(1)?).map_err(damaged)?);
-        }
-        let Some(id) = row.try_get::<_, Option<i32>>(2)? else { continue };
-        let name = EventType::new(row.try_get::<_, &str>(3)?).map_err(damaged)?;
-        let Some(aggregate_type) = table.aggregate_type(of).cloned() else { continue };
-        table.set_event_type(type_id(id)?, &aggregate_type, &name);
+        let event_type = row.try_get::<_, Option<i32>>(2)?.map(i64::from).zip(row.try_get(3)?);
+        table.add_stored((i64::from(of), row.try_get(1)?), event_type).map_err(damaged)?;
     }
     table.mark_complete();
     let row = rows.first().ok_or_else(|| damaged("the table of names is empty"))?;
@@ -142,10 +130,7 @@ fn read(rows: &[Row]) -> Result<NameTable> {
 
 /// A type id in the store.
 pub(crate) fn type_id(stored: i32) -> Result<u32> {
-    u32::try_from(stored)
-        .ok()
-        .filter(|id| (1..MAX_TYPE_ID).contains(id))
-        .ok_or_else(|| damaged(format!("a name has the id {stored}")))
+    NameTable::type_id(i64::from(stored)).map_err(damaged)
 }
 
 /// A type id as it is sent to the server.

@@ -1,8 +1,8 @@
 //! Type names and their ids in the file. The cache contains only names that are committed.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
-use evercore_core::engine::NameTable;
+use evercore_core::engine::{NameCache, NameTable};
 use evercore_core::{AggregateType, EventType, KnownType};
 use rusqlite::{Connection, OptionalExtension};
 
@@ -18,42 +18,28 @@ const ALL_NAMES: &str = "SELECT a.id, a.name, e.id, e.name
     FROM aggregate_types a LEFT JOIN event_types e ON e.aggregate_type_id = a.id";
 const LAST_EVENT_TYPE: &str = "SELECT coalesce(max(id), 0) FROM event_types";
 
-/// The largest id of a name. A larger one means a damaged file, and must not fill the memory.
-const MAX_TYPE_ID: u32 = 1 << 24;
-
-/// The names known now. A reader takes the current table and keeps it while it reads.
+/// The names known now.
 #[derive(Debug, Default)]
-pub(crate) struct Names(RwLock<Arc<NameTable>>);
+pub(crate) struct Names(NameCache);
 
 impl Names {
     pub(crate) fn table(&self) -> Arc<NameTable> {
-        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        self.0.table()
     }
 
     /// A copy for a transaction, which may learn names that are not committed yet.
     pub(crate) fn copy(&self) -> Self {
-        Self(RwLock::new(self.table()))
+        Self(NameCache::new(self.table()))
     }
 
     /// Adds the names that a transaction found or registered. Call it after the transaction has committed.
     pub(crate) fn learn(&self, committed: NameTable) {
-        if committed.is_empty() {
-            return;
-        }
-        let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        Arc::make_mut(&mut table).add(committed);
+        self.0.add(committed);
     }
 
     /// Reads all names. Do not call it inside a transaction that writes.
     pub(crate) fn reload(&self, connection: &Connection) -> Result<Arc<NameTable>> {
-        let mut fresh = read(connection)?;
-        let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if fresh.complete_to() >= table.complete_to() {
-            // Keeps the allocations of known names, because pages compare names by their address first.
-            fresh.add(NameTable::clone(&table));
-            *table = Arc::new(fresh);
-        }
-        Ok(Arc::clone(&table))
+        Ok(self.0.replace(read(connection)?))
     }
 
     /// A table with all names that are committed.
@@ -99,15 +85,10 @@ fn read(connection: &Connection) -> Result<NameTable> {
     let mut statement = connection.prepare_cached(ALL_NAMES)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        let aggregate_type_id = type_id(row.get(0)?)?;
-        if table.aggregate_type(aggregate_type_id).is_none() {
-            let name = AggregateType::new(row.get_ref(1)?.as_str().map_err(damaged)?).map_err(damaged)?;
-            table.set_aggregate_type(aggregate_type_id, &name);
-        }
-        let Some(event_type_id) = row.get::<_, Option<i64>>(2)?.map(type_id).transpose()? else { continue };
-        let name = EventType::new(row.get_ref(3)?.as_str().map_err(damaged)?).map_err(damaged)?;
-        let Some(aggregate_type) = table.aggregate_type(aggregate_type_id).cloned() else { continue };
-        table.set_event_type(event_type_id, &aggregate_type, &name);
+        let aggregate_type = (row.get(0)?, row.get_ref(1)?.as_str().map_err(damaged)?);
+        let event_type = row.get_ref(3)?.as_str_or_null().map_err(damaged)?;
+        let event_type = row.get::<_, Option<i64>>(2)?.zip(event_type);
+        table.add_stored(aggregate_type, event_type).map_err(damaged)?;
     }
     table.mark_complete();
     Ok(table)
@@ -115,8 +96,7 @@ fn read(connection: &Connection) -> Result<NameTable> {
 
 /// Checks an id from the file.
 fn type_id(stored: i64) -> Result<u32> {
-    let id = u32::try_from(stored).ok().filter(|id| (1..MAX_TYPE_ID).contains(id));
-    id.ok_or_else(|| damaged(format!("the type id {stored} is out of range")))
+    NameTable::type_id(stored).map_err(damaged)
 }
 
 /// The names that a transaction looks up and registers. If it is rolled back, they are dropped.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use super::settings::Start;
 use super::tail::Tail;
-use crate::contract::{Filter, LogPage, LogQuery, PageLimit};
+use crate::contract::{Filter, LogPage, LogQuery};
 use crate::error::Result;
 use crate::event::Events;
 use crate::ids::Position;
+use crate::page_limit::PageLimit;
 use crate::store::EventStore;
 
 /// The longest single wait for the log. Another one follows it.

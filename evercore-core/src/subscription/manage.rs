@@ -6,10 +6,11 @@ use super::cursor::{Cursor, CursorId, CursorStatus, Parked};
 use super::settings::Start;
 use super::step::Step;
 use crate::batch::Receipt;
-use crate::contract::{LogQuery, PageLimit};
+use crate::contract::LogQuery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::name::SubscriptionName;
+use crate::page_limit::PageLimit;
 use crate::race::race;
 use crate::store::EventStore;
 

@@ -7,11 +7,12 @@ use super::cursor::{Cursor, CursorId, CursorStatus};
 use super::failure::FailurePolicy;
 use super::step::Step;
 use crate::backoff::random_bits;
-use crate::contract::{Filter, PageLimit};
+use crate::contract::Filter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
+use crate::page_limit::PageLimit;
 use crate::store::EventStore;
 use crate::time::Timestamp;
 

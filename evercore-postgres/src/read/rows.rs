@@ -220,11 +220,10 @@ impl<'a> Page<'a> {
             causation_id: row.try_get(9)?,
             headers: headers.as_ref(),
         };
-        if !self.limit.has_room(self.events.len(), self.events.bytes(), event.bytes()) {
+        if !self.events.push_within(self.limit, event) {
             self.is_full = true;
             return Ok(());
         }
-        self.events.push(event);
         self.mark = self.last.mark;
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())

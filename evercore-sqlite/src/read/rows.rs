@@ -85,12 +85,8 @@ impl<'a> Page<'a> {
             causation_id: more(10)?,
             headers: headers.as_ref(),
         };
-        if !self.limit.has_room(self.events.len(), self.events.bytes(), event.bytes()) {
-            self.is_full = true;
-            return Ok(());
-        }
-        self.events.push(event);
-        self.is_full = self.events.len() == self.limit.max_events();
+        self.is_full =
+            !self.events.push_within(self.limit, event) || self.events.len() == self.limit.max_events();
         Ok(())
     }
 

@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Held;
-use crate::contract::{LogQuery, PageLimit};
+use crate::contract::LogQuery;
 use crate::error::Result;
 use crate::event::Event;
 use crate::ids::Position;
 use crate::limits;
+use crate::page_limit::PageLimit;
 use crate::subscription::cursor::{Parked, ParkedChange};
 use crate::subscription::delivery::Delivery;
 
