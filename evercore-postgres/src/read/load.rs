@@ -20,7 +20,8 @@ use crate::sql::{Sender, Sql};
 
 /// Reads an aggregate, its newest usable snapshot and the events after it in one statement, so that they are
 /// consistent. The first row is the aggregate, with the snapshot in the columns of times and payload. The other rows
-/// are its events. The last column of the first row is the mark of the names.
+/// are its events. In the columns of the causation id and the headers, the first row has the mark of the last event and
+/// the mark of the names: columns of their own would be empty in every other row.
 const FROM_SNAPSHOT: &str = "
     WITH a AS MATERIALIZED (
         SELECT a.id, a.aggregate_type_id, a.natural_key, coalesce(e.sequence, 0) AS sequence, e.mark,
@@ -35,28 +36,26 @@ const FROM_SNAPSHOT: &str = "
         SELECT coalesce(max(snapshot_sequence), 0) AS sequence FROM a WHERE snapshot_sequence <= sequence
     )
     SELECT l.position, id, sequence, aggregate_type_id, snapshot_sequence, version, state,
-           natural_key, NULL, NULL, NULL, mark, l.names
+           natural_key, NULL, mark::text, l.names::text
     FROM a CROSS JOIN (SELECT l.position, l.names FROM @log_end l
                        WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) AS l
     UNION ALL
-    (SELECT {event_columns}, NULL::bigint FROM @events
+    (SELECT {event_columns} FROM @events
      WHERE aggregate_id = (SELECT id FROM a) AND sequence > (SELECT sequence FROM usable) AND sequence <= $2
      ORDER BY sequence LIMIT $3)";
 
-/// The same for callers that want all events: without snapshots, and without the query for the last sequence, which is
-/// that of the last row unless there are more rows than were asked for.
+/// The same for callers that want all events, without snapshots.
 const FROM_FIRST: &str = "
-    SELECT l.position, a.id, NULL::bigint, a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
-           a.natural_key, NULL, NULL, NULL, NULL::bigint, l.names
+    SELECT l.position, a.id, coalesce(e.sequence, 0), a.aggregate_type_id, NULL::bigint, NULL::bigint, NULL::bytea,
+           a.natural_key, NULL, e.mark::text, l.names::text
     FROM @aggregates a CROSS JOIN (SELECT l.position, l.names FROM @log_end l
                                    WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) AS l
+    LEFT JOIN LATERAL (SELECT e.sequence, e.mark FROM @events e WHERE e.aggregate_id = a.id
+                       ORDER BY e.sequence DESC LIMIT 1) e ON true
     WHERE {which}
     UNION ALL
-    (SELECT {event_columns}, NULL::bigint FROM @events
+    (SELECT {event_columns} FROM @events
      WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE {which}) ORDER BY sequence LIMIT $1)";
-
-const LAST: &str =
-    "SELECT sequence, mark FROM @events WHERE aggregate_id = $1 ORDER BY sequence DESC LIMIT 1";
 
 const FORWARD: &str = "SELECT {event_columns} FROM @events
     WHERE aggregate_id = $4 AND sequence > $1 AND sequence <= $2 ORDER BY sequence LIMIT $3";
@@ -97,7 +96,6 @@ pub(crate) struct Loader {
     usual_size: UsualSize,
     from_snapshot: ByTarget,
     from_first: ByTarget,
-    last: Sql,
     forward: Arc<Sql>,
     backward: Arc<Sql>,
 }
@@ -112,7 +110,6 @@ impl Loader {
         Self {
             from_snapshot: ByTarget::new(schema, FROM_SNAPSHOT, &NUMBERS[..3]),
             from_first: ByTarget::new(schema, FROM_FIRST, &NUMBERS[..1]),
-            last: Sql::new(schema, LAST, &NUMBERS[..1]),
             forward: events(FORWARD),
             backward: events(BACKWARD),
             usual_size: UsualSize::default(),
@@ -147,11 +144,7 @@ impl Loader {
             return Err(PostgresError::OtherNames);
         }
         let count = page.take_all(rows, asked).await?;
-        let (sequence, mark) = match first.last {
-            Some(last) => last,
-            None if count < asked && !page.is_full => page.last_row()?,
-            None => self.last(checkout.sender()?, first.id).await?,
-        };
+        let (sequence, mark) = (first.sequence, first.mark);
         let end = sequence.min(request.up_to);
         let rest = self.range(Direction::Forward, first.id, (Sequence::ZERO, end));
         page.go_on(rest, asked, count).await?;
@@ -161,13 +154,6 @@ impl Loader {
         let aggregate_type = aggregate_type.ok_or_else(unknown)?;
         let snapshot = first.snapshot.filter(|snapshot| snapshot.sequence <= sequence);
         Ok(Some(History { id: first.id, aggregate_type, key: first.key, sequence, mark, snapshot, events }))
-    }
-
-    async fn last(&self, sender: Sender<'_>, id: AggregateId) -> Result<(Sequence, Option<Mark>)> {
-        let Some(row) = sender.row(&self.last, &[&id.get()]).await? else {
-            return Ok((Sequence::ZERO, None));
-        };
-        Ok((Sequence::new(row.try_get(0)?).map_err(damaged)?, Some(Mark::new(row.try_get(1)?))))
     }
 
     async fn send(
@@ -236,8 +222,10 @@ struct FirstRow {
     id: AggregateId,
     type_id: i32,
     key: Option<Key>,
-    /// The sequence and the mark of its last event; `None` if the query did not ask for them.
-    last: Option<(Sequence, Option<Mark>)>,
+    /// The sequence of its last event, zero if it has none.
+    sequence: Sequence,
+    /// The mark of its last event.
+    mark: Option<Mark>,
     snapshot: Option<Snapshot>,
     /// The mark of the names.
     names: Mark,
@@ -246,25 +234,25 @@ struct FirstRow {
 
 impl FirstRow {
     fn of(row: &Row) -> Result<Self> {
-        let names = row.try_get::<_, Option<i64>>(12)?.ok_or_else(|| {
+        let names = mark(row, 10).ok().flatten().ok_or_else(|| {
             damaged("the server sent the events of an aggregate before the aggregate itself")
         })?;
         Ok(Self {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             type_id: row.try_get(3)?,
             key: row.try_get::<_, Option<&str>>(7)?.map(Key::new).transpose().map_err(damaged)?,
-            last: match row.try_get(2)? {
-                Some(sequence) => {
-                    let mark: Option<i64> = row.try_get(11)?;
-                    Some((Sequence::new(sequence).map_err(damaged)?, mark.map(Mark::new)))
-                }
-                None => None,
-            },
+            sequence: Sequence::new(row.try_get(2)?).map_err(damaged)?,
+            mark: mark(row, 9)?,
             snapshot: snapshot(row)?,
-            names: Mark::new(names),
+            names,
             log_end: Position::new(row.try_get(0)?).map_err(damaged)?,
         })
     }
+}
+
+fn mark(row: &Row, column: usize) -> Result<Option<Mark>> {
+    let text = row.try_get::<_, Option<&str>>(column)?;
+    text.map(|text| text.parse().map(Mark::new).map_err(damaged)).transpose()
 }
 
 fn snapshot(row: &Row) -> Result<Option<Snapshot>> {

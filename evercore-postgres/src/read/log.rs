@@ -13,7 +13,7 @@ use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
 use crate::names::{Names, sql_id};
 use crate::read::head::SeenHead;
-use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Rest, Source, UsualSize};
+use crate::read::rows::{MARKED_EVENT_COLUMNS, Order, Page, Range, Rest, Source, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
@@ -123,8 +123,9 @@ impl LogSql {
     fn new(schema: &Schema) -> Self {
         let directed = |text: &str, ranges: [&str; 2], more: &[Type]| {
             [0, 1].map(|direction| {
-                let text =
-                    text.replace("{event_columns}", EVENT_COLUMNS).replace("{shift}", SHIFTS[direction]);
+                let text = text
+                    .replace("{event_columns}", MARKED_EVENT_COLUMNS)
+                    .replace("{shift}", SHIFTS[direction]);
                 let types = [&NUMBERS, more].concat();
                 Arc::new(Sql::new(schema, &text.replace("{range}", ranges[direction]), &types))
             })
@@ -198,7 +199,7 @@ fn merged(schema: &Schema, direction: usize, types: usize) -> Sql {
     let order = ["ORDER BY position LIMIT $3", "ORDER BY position DESC LIMIT $3"][direction];
     let part = |number: usize| {
         let range = RANGES[direction];
-        format!("(SELECT {EVENT_COLUMNS} FROM @events WHERE event_type_id = ${number} AND {range})")
+        format!("(SELECT {MARKED_EVENT_COLUMNS} FROM @events WHERE event_type_id = ${number} AND {range})")
     };
     let parts: Vec<String> = (4..4 + types).map(part).collect();
     let text = match &parts[..] {

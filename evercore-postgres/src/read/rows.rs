@@ -17,7 +17,14 @@ use crate::sql::{Sender, Sql};
 
 /// The columns of an event, in the order that a page expects.
 pub(crate) const EVENT_COLUMNS: &str = "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
+     reference, correlation_id, causation_id, headers";
+
+/// The same with the mark, for pages of the log.
+pub(crate) const MARKED_EVENT_COLUMNS: &str = "position, aggregate_id, sequence, event_type_id, event_time, recorded_at, payload, \
      reference, correlation_id, causation_id, headers, mark";
+
+/// The index of the mark.
+const MARK: usize = 11;
 
 /// The average size of the last page's events in bytes. From it follows how many rows to ask for, so that a page with a
 /// limit in bytes fills and the server sends little more.
@@ -65,7 +72,7 @@ pub(crate) struct Page<'a> {
     last: LastRow,
     /// The end of the log when the page was begun. Later events belong to another page.
     head: Position,
-    /// The mark of the last event taken.
+    /// The mark of the last event taken, if the rows have marks.
     pub(crate) mark: Option<Mark>,
     /// Whether the limit was met.
     pub(crate) is_full: bool,
@@ -173,7 +180,7 @@ impl<'a> Page<'a> {
         while !self.is_full {
             let Some(row) = rows.try_next().await? else { break };
             count += 1;
-            let mark = Some(Mark::new(row.try_get(11)?));
+            let mark = if row.len() > MARK { Some(Mark::new(row.try_get(MARK)?)) } else { None };
             self.last = LastRow { position: row.try_get(0)?, sequence: row.try_get(2)?, mark };
             if self.last.position <= self.head.get() {
                 self.take(&row)?;
@@ -227,11 +234,6 @@ impl<'a> Page<'a> {
         self.mark = self.last.mark;
         self.is_full = self.events.len() == self.limit.max_events();
         Ok(())
-    }
-
-    /// The sequence and the mark of the last row received; zero if there was none.
-    pub(crate) fn last_row(&self) -> Result<(Sequence, Option<Mark>)> {
-        Ok((Sequence::new(self.last.sequence).map_err(damaged)?, self.last.mark))
     }
 
     /// The events, and whether the limit ended them.
