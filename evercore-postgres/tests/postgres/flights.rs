@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use evercore_core::engine::{Append, Batch, NewAggregate, NewEvent, Payload, Snapshot};
 use evercore_postgres::deadpool_postgres::{Manager, Pool};
-use evercore_postgres::tokio_postgres::{self, Client, NoTls};
+use evercore_postgres::tokio_postgres::{self, Client, IsolationLevel, NoTls};
 use evercore_postgres::{
     AggregateType, CommandId, ErrorKind, EventStore, EventType, Metadata, Position, PostgresEngine, Receipt,
     Result, Sequence, StorageEngine, Timestamp,
@@ -304,6 +304,53 @@ fn a_commit_without_events_does_not_write_log_end() {
         place(&store, "c").await.unwrap();
         assert_ne!(version(), before);
         assert_eq!(store.load::<Order>("c").await.unwrap().events, 2);
+    });
+}
+
+/// A commit looks for the end of the log after the last one that its engine has seen. Loads count too: otherwise the
+/// first commit after a quiet time would pass all versions that an old snapshot keeps.
+#[test]
+fn a_commit_after_a_load_passes_no_old_versions_of_log_end() {
+    block_on(async {
+        let Some(at) = Place::fresh() else { return };
+        let (quiet, busy) = (at.engine().await, EventStore::new(at.engine().await));
+        let quiet_store = EventStore::new(quiet.clone());
+        place(&busy, "first").await.unwrap();
+        let mut side = side(&at.url).await;
+        let repeatable = side.build_transaction().isolation_level(IsolationLevel::RepeatableRead);
+        let old = repeatable.start().await.unwrap();
+        old.query("SELECT count(*) FROM pg_class", &[]).await.unwrap();
+        for number in 0..500 {
+            place(&busy, &number.to_string()).await.unwrap();
+        }
+        busy.close().await.unwrap();
+        drop(busy);
+        let passed = || {
+            let sql = "SELECT sum(idx_tup_read) FROM pg_stat_all_indexes WHERE relid = '@log_end'::regclass";
+            at.psql(sql).parse::<u64>().unwrap()
+        };
+        // A session reports what it has read when it ends.
+        let settled = async || {
+            let mut seen = passed();
+            for _ in 0..5 {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                let now = passed();
+                if std::mem::replace(&mut seen, now) == now {
+                    break;
+                }
+            }
+            seen
+        };
+        let before = settled().await;
+        let mut order = quiet_store.load::<Order>("0").await.unwrap();
+        let mut work = quiet_store.begin();
+        work.record(&mut order, OrderEvent::Placed).unwrap();
+        work.commit().await.unwrap();
+        quiet.close().await.unwrap();
+        soon("the sessions have ended", async || passed() > before).await;
+        let passed = settled().await - before;
+        old.rollback().await.unwrap();
+        assert!(passed < 250, "{passed} versions were read");
     });
 }
 

@@ -1,8 +1,11 @@
 //! Which files can be opened as a store.
 
 use std::fs;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
-use evercore_sqlite::{Aggregate, ErrorKind, EventStore, Json, SqliteEngine, StorageEngine};
+use evercore_sqlite::{Aggregate, ErrorKind, EventStore, Json, Position, SqliteEngine, StorageEngine};
+use futures_lite::future::{poll_once, zip};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +33,35 @@ fn a_store_opens_again_with_all_it_had() {
         assert_eq!(positions(&engine).await, [1]);
         let debug = format!("{engine:?}");
         assert!(debug.contains("store.db") && debug.contains("PowerLoss"), "{debug}");
+    });
+}
+
+/// The queue of commits and the store end together, or neither ends. The only thread for blocking work is busy here, so
+/// a dropped call has not begun.
+#[test]
+fn a_dropped_close_leaves_a_store_that_works() {
+    let Some(path) = as_child() else {
+        let folder = Folder::new();
+        let mut child = child("files::a_dropped_close_leaves_a_store_that_works", &folder.store());
+        assert!(child.env("BLOCKING_MAX_THREADS", "1").status().unwrap().success());
+        return;
+    };
+    block_on(async {
+        let engine = SqliteEngine::open(path).await.unwrap();
+        let (send, receive) = std::sync::mpsc::channel::<()>();
+        let busy = blocking::unblock(move || receive.recv());
+        assert!(poll_once(pin!(engine.close())).await.is_none());
+        drop(send);
+        busy.await.unwrap_err();
+        create(&engine, None).await.unwrap();
+        // The queue's thread also looks for commits of other engines.
+        let (other, began) = (SqliteEngine::open(engine.path().unwrap()).await.unwrap(), Instant::now());
+        let wait = engine.wait(Position::new(1).unwrap(), Duration::from_secs(10));
+        let (head, _) = zip(wait, create(&other, None)).await;
+        assert_eq!(head.unwrap().get(), 2);
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        engine.close().await.unwrap();
+        assert_eq!(kind(create(&engine, None).await), ErrorKind::Closed);
     });
 }
 
