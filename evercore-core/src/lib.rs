@@ -62,7 +62,8 @@ pub mod engine {
     pub use crate::name_table::{NameCache, NameTable};
     pub use crate::panic::CaughtPanic;
     pub use crate::subscription::{
-        Advance, Cursors, Outcome, ParkedChange, Sink, Step, StepOutcome, SubscriptionStorage,
+        Advance, ChangeOutcome, Changed, Cursors, Outcome, ParkedChange, Sink, Step, StepOutcome, Subject,
+        SubscriptionChange, SubscriptionStorage,
     };
     pub use crate::target::Target;
 }
@@ -93,7 +94,8 @@ pub use store::EventStore;
 pub use store_id::StoreId;
 pub use subscription::{
     Cursor, CursorId, CursorState, CursorStatus, Delivered, Delivery, EphemeralSubscription, Failure,
-    FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, RunEnd, Start, Subscription,
+    FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, Promotion, RunEnd, Selection, Start,
+    Subscription, VersionState,
 };
 pub use target::IntoTarget;
 pub use time::Timestamp;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::engine::{
-    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    SubscriptionStorage,
 };
 use evercore_core::{
     AggregateQuery, BoxError, BoxFuture, CommandId, Cursor, CursorId, Error, Event, Events, KnownType,
@@ -253,6 +254,14 @@ impl StorageEngine for MemoryEngine {
 impl SubscriptionStorage for MemoryEngine {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         Box::pin(async move { self.state()?.step(id, step) })
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        Box::pin(async move { self.state()?.change(name, change) })
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {

@@ -1,7 +1,7 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::engine::{Mark, ParkedChange, Step, StepOutcome};
-use evercore_core::{Cursor, CursorId, Result};
+use evercore_core::engine::{Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange};
+use evercore_core::{Cursor, CursorId, Result, SubscriptionName};
 
 use crate::state::State;
 
@@ -26,6 +26,21 @@ impl State {
             None => self.cursors.remove(id),
         };
         outcome.cursor
+    }
+
+    pub(crate) fn change(&mut self, name: &SubscriptionName, change: &SubscriptionChange) -> Result<Changed> {
+        let of_name = self.cursors.values().filter(|cursor| cursor.id.subscription == *name);
+        let cursors: Vec<Cursor> = of_name.cloned().collect();
+        let count = |cursor: &Cursor| {
+            let parked = self.parked.get(&cursor.id).map_or(0, |parked| parked.len());
+            (cursor.id.clone(), u64::try_from(parked).unwrap_or(u64::MAX))
+        };
+        let parked = cursors.iter().map(count).collect();
+        let outcome = change.take(name, &Subject { cursors, parked, now: self.now(), head: self.head() })?;
+        for (id, written) in outcome.writes {
+            self.put(&id, written);
+        }
+        Ok(outcome.changed)
     }
 
     fn change_parked(&mut self, id: &CursorId, change: ParkedChange) {

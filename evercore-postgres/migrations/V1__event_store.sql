@@ -114,6 +114,7 @@ CREATE TABLE cursors (
     wanted_by       TEXT COLLATE "C",
     wanted_until    BIGINT           NOT NULL,
     live_from       BIGINT,
+    is_held         BOOLEAN          NOT NULL, -- whether the version waits for its promotion
     status          INTEGER          NOT NULL, -- 0 active, 1 paused, 2 retired
     failed_position BIGINT,
     failed_attempts BIGINT,

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use evercore_core::engine::{
-    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    SubscriptionStorage,
 };
 use evercore_core::{
     AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Error, Events, KnownType, LogPage, LogQuery,
@@ -176,6 +177,18 @@ impl SubscriptionStorage for PostgresEngine {
             self.0.pools.check_writable()?;
             let (store, id, step) = (Arc::clone(&self.0), id.clone(), step.clone());
             Ok(in_task(async move { store.cursors.step(&id, &step).await }).await??)
+        })
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        Box::pin(async move {
+            self.0.pools.check_writable()?;
+            let (store, name, change) = (Arc::clone(&self.0), name.clone(), change.clone());
+            Ok(in_task(async move { store.cursors.change(&name, &change).await }).await??)
         })
     }
 

@@ -160,7 +160,7 @@ impl Builder {
     /// To fill the tables again: pause the cursor, reset it, empty the tables, and resume it. No event that is
     /// committed meanwhile is missed or handled twice. The next commit with events waits until the tables are filled.
     /// For a long log, use a new version with new tables instead, which opening fills. The cursor of an old version
-    /// stays until you [remove](evercore_core::EventStore::remove_subscription) it.
+    /// stays until you [remove](evercore_core::EventStore::remove_version) it.
     ///
     /// Every commit waits for the handler, so it must be quick. The rules for the SQL of
     /// [`commit_with`](crate::SqliteEngine::commit_with) apply to it. It may take [`sql_timeout`](Self::sql_timeout)

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    SubscriptionStorage,
 };
 use evercore_core::{
     AggregateQuery, BoxError, BoxFuture, CommandId, Cursor, CursorId, Error, ErrorKind, Events, KnownType,
@@ -409,6 +410,19 @@ impl SubscriptionStorage for SqliteEngine {
             self.write(move |store| store.write(|connection| subscriptions::take(connection, &id, &step)))
                 .await
         })
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        let (name, change) = (name.clone(), change.clone());
+        Box::pin(
+            self.write(move |store| {
+                store.write(|connection| subscriptions::change(connection, &name, &change))
+            }),
+        )
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {

@@ -88,6 +88,7 @@ CREATE TABLE cursors (
     wanted_by        TEXT,
     wanted_until     INTEGER NOT NULL,
     live_from        INTEGER,
+    is_held          INTEGER NOT NULL, -- whether the version waits for its promotion
     status           INTEGER NOT NULL, -- 0 active, 1 paused, 2 retired
     failed_position  INTEGER,
     failed_attempts  INTEGER,

@@ -46,6 +46,53 @@ impl CursorId {
     }
 }
 
+/// Which cursors of a subscription an operator means: all, or those of a version, of a partition, or of both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Selection {
+    version: Option<u32>,
+    partition: Option<u32>,
+}
+
+impl Selection {
+    /// All cursors.
+    pub const fn all() -> Self {
+        Self { version: None, partition: None }
+    }
+
+    /// Those of a version.
+    pub const fn of_version(version: u32) -> Self {
+        Self { version: Some(version), partition: None }
+    }
+
+    /// Those of a partition, in all versions.
+    pub const fn of_partition(partition: u32) -> Self {
+        Self { version: None, partition: Some(partition) }
+    }
+
+    /// Of these, only those of this partition.
+    #[must_use]
+    pub const fn and_partition(mut self, partition: u32) -> Self {
+        self.partition = Some(partition);
+        self
+    }
+
+    /// The only version, if it is restricted to one.
+    pub const fn version(self) -> Option<u32> {
+        self.version
+    }
+
+    /// The only partition, if it is restricted to one.
+    pub const fn partition(self) -> Option<u32> {
+        self.partition
+    }
+
+    /// Whether this cursor is one of them.
+    pub fn has(self, id: &CursorId) -> bool {
+        self.version.is_none_or(|version| version == id.version)
+            && self.partition.is_none_or(|partition| partition == id.partition)
+    }
+}
+
 impl Error {
     /// Another owner holds the lease of the cursor, or has the cursor in hand.
     pub fn already_owned(cursor: &CursorId) -> Self {
@@ -90,6 +137,9 @@ pub struct Cursor {
     /// Events after this position are live, events up to it are replay. `None` while the version is being built: then all
     /// are replay.
     pub live_from: Option<Position>,
+    /// Whether the version waits for its [promotion](crate::EventStore::promote_version) while it is not live, instead of
+    /// taking over by itself.
+    pub is_held: bool,
     /// Whether it may be moved.
     pub status: CursorStatus,
     /// The event at which the subscription stopped, until it gets past that event.
@@ -106,7 +156,8 @@ pub enum CursorStatus {
     Active,
     /// An operator has paused the subscription.
     Paused,
-    /// A newer version has taken over, for good.
+    /// A newer version has taken over. It stands still until its version is
+    /// [promoted](crate::EventStore::promote_version).
     Retired,
 }
 

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::cursor::{Cursor, CursorId, CursorStatus, Parked};
+use super::change::{Changed, SubscriptionChange, live_version};
+use super::cursor::{Cursor, CursorId, CursorStatus, Parked, Selection};
 use super::settings::Start;
 use super::step::Step;
 use crate::batch::Receipt;
@@ -32,7 +33,7 @@ pub struct CursorState {
     pub is_ahead: bool,
     /// How many events of the log come after the cursor, also those that its filter leaves out. It grows without end if the
     /// cursor never moves again: if a newer version has taken over ([`Retired`](CursorStatus::Retired)), or if no program
-    /// has that inline projection any more. [`EventStore::remove_subscription`] removes such cursors.
+    /// has that inline projection any more. [`EventStore::remove_version`] removes such cursors.
     pub lag_events: u64,
     /// How long ago the oldest of those was recorded, by the engine's clock; zero if there is none.
     pub lag_time: Duration,
@@ -83,22 +84,22 @@ impl EventStore {
     pub async fn subscription_states(&self, name: impl AsRef<str>) -> Result<Vec<CursorState>> {
         let name = SubscriptionName::new(name)?;
         let states = self.states(Some(&name)).await?;
-        if states.is_empty() { Err(no_subscription(&name)) } else { Ok(states) }
+        if states.is_empty() { Err(Error::no_subscription(&name)) } else { Ok(states) }
     }
 
-    /// The version of a projection that readers should use: the newest that has caught up and taken over. If there is
-    /// none, the oldest that is not retired.
+    /// The version of a projection that readers should use: the one that was live first, until a newer one has taken over
+    /// or another one was [promoted](Self::promote_version).
     ///
     /// # Errors
     /// As [`subscription_states`](Self::subscription_states).
     pub async fn live_version(&self, name: impl AsRef<str>) -> Result<u32> {
         let name = SubscriptionName::new(name)?;
-        Ok(live(self.known(&name).await?)?.0)
+        Ok(live(&name, &self.known(&name).await?)?.0)
     }
 
     async fn known(&self, name: &SubscriptionName) -> Result<Vec<Cursor>> {
         let cursors = self.engine().cursors(Some(name)).await?.cursors;
-        if cursors.is_empty() { Err(no_subscription(name)) } else { Ok(cursors) }
+        if cursors.is_empty() { Err(Error::no_subscription(name)) } else { Ok(cursors) }
     }
 
     /// Waits until a projection has handled the events of a commit, so that a writer can read its own write there. Returns
@@ -139,7 +140,7 @@ impl EventStore {
         let (name, began) = (SubscriptionName::new(name)?, Instant::now());
         loop {
             let seen = self.cursor_moves().count();
-            if live(self.known(&name).await?)?.1 >= position {
+            if live(&name, &self.known(&name).await?)?.1 >= position {
                 return Ok(());
             }
             let left = at_most.saturating_sub(began.elapsed());
@@ -160,17 +161,18 @@ impl EventStore {
     /// owners: one may still write after it has returned.
     ///
     /// # Errors
-    /// As [`subscription_states`](Self::subscription_states).
+    /// [`Superseded`](ErrorKind::Superseded) if all versions are retired; otherwise as
+    /// [`subscription_states`](Self::subscription_states).
     pub async fn pause_subscription(&self, name: impl AsRef<str>) -> Result<()> {
-        self.step_on_all(name, &Step::Pause).await
+        self.change_subscription(&SubscriptionName::new(name)?, each(Step::Pause)).await.map(drop)
     }
 
     /// The opposite of [`pause_subscription`](Self::pause_subscription); also ends the rest after a failure.
     ///
     /// # Errors
-    /// As [`subscription_states`](Self::subscription_states).
+    /// As [`pause_subscription`](Self::pause_subscription).
     pub async fn resume_subscription(&self, name: impl AsRef<str>) -> Result<()> {
-        self.step_on_all(name, &Step::Resume).await
+        self.change_subscription(&SubscriptionName::new(name)?, each(Step::Resume)).await.map(drop)
     }
 
     /// Moves a subscription to another place of the log. Its owners lose their leases. Events up to the old position are
@@ -187,58 +189,97 @@ impl EventStore {
     pub async fn reset_subscription(&self, name: impl AsRef<str>, to: Start) -> Result<()> {
         let name = SubscriptionName::new(name)?;
         let position = to.resolve(self).await?;
-        let active = self.known(&name).await?.into_iter().filter(|it| it.status != CursorStatus::Retired);
-        for cursor in active {
-            if !self.engine().parked(&cursor.id, Position::ZERO, 1).await?.is_empty() {
-                let message = format!("subscription \"{name}\" has parked events: resume or drop them first");
-                return Err(Error::invalid(message));
-            }
-        }
-        self.step_on_all(name, &Step::reset(position)).await
+        self.change_subscription(&name, each(Step::reset(position))).await.map(drop)
     }
 
     /// Removes one version of a subscription with its cursors and parked events. Its runners lose their leases. The
-    /// handler's effects stay. If the version is run again, it begins from its start, and unless an older version exists,
-    /// all events are live.
+    /// handler's effects stay.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) while a newer version
-    /// is being built, since it would take events that this one has handled for live: remove the newer one first, or let
-    /// it take over; those of the engine.
-    pub async fn remove_subscription(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) if it is the live one
+    /// and there are others: promote another one first, or [remove all](Self::remove_subscription); those of the engine.
+    pub async fn remove_version(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
         let name = SubscriptionName::new(name)?;
-        let known = self.known(&name).await?;
-        let is_built_upon = |newer: &Cursor| newer.id.version > version && newer.live_from.is_none();
-        if let Some(newer) = known.iter().find(|cursor| is_built_upon(cursor)) {
-            let message = format!(
-                "version {} of subscription \"{name}\" is being built from version {version}; remove it first, or let it take over",
-                newer.id.version
-            );
-            return Err(Error::invalid(message));
-        }
-        let cursors = known.into_iter().filter(|cursor| cursor.id.version == version);
-        let ids: Vec<CursorId> = cursors.map(|cursor| cursor.id).collect();
-        if ids.is_empty() {
-            return Err(no_subscription(&name));
-        }
-        for id in ids {
-            self.engine().step(&id, &Step::Remove).await?;
-        }
-        self.operator_calls().send();
-        Ok(())
+        self.change_subscription(&name, SubscriptionChange::remove(Some(version))).await.map(drop)
     }
 
-    /// Takes a step on each cursor that is not retired.
-    async fn step_on_all(&self, name: impl AsRef<str>, step: &Step) -> Result<()> {
+    /// Removes a subscription with all its versions, their cursors and parked events. Its runners lose their leases. The
+    /// handlers' effects stay. If it is run again, it begins from its start, and all events are live.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such subscription; those of the engine.
+    pub async fn remove_subscription(&self, name: impl AsRef<str>) -> Result<()> {
         let name = SubscriptionName::new(name)?;
-        for cursor in self.known(&name).await? {
-            if cursor.status != CursorStatus::Retired {
-                self.engine().step(&cursor.id, step).await?;
-            }
-        }
+        self.change_subscription(&name, SubscriptionChange::remove(None)).await.map(drop)
+    }
+
+    /// Makes any version live, also one that is held, and an older one that is retired. The version that was live is held
+    /// if it is newer, and retired if it is older. All of this is one step.
+    ///
+    /// Events that the version before has handled are [replay](super::Delivery::is_replay) for the promoted one, so no event
+    /// is live twice and none is left out. Events that the other version has parked stay listed with it:
+    /// [`Promotion::left_parked`] counts them.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) if it is live already;
+    /// those of the engine.
+    pub async fn promote_version(&self, name: impl AsRef<str>, version: u32) -> Result<Promotion> {
+        self.promote(&SubscriptionName::new(name)?, Some(version)).await
+    }
+
+    /// [Promotes](Self::promote_version) the version before: the newest one that is retired and older than the live one.
+    /// The version that was live is held. A later version of it, when it is deployed, takes over from the older one.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if there is no such version, for instance because it was removed; otherwise as
+    /// [`promote_version`](Self::promote_version).
+    pub async fn roll_back(&self, name: impl AsRef<str>) -> Result<Promotion> {
+        self.promote(&SubscriptionName::new(name)?, None).await
+    }
+
+    async fn promote(&self, name: &SubscriptionName, version: Option<u32>) -> Result<Promotion> {
+        let changed = self.change_subscription(name, SubscriptionChange::promote(version)).await?;
+        let (live, _) = live(name, &changed.cursors)?;
+        let own = changed.cursors.iter().filter(|cursor| cursor.id.version == live);
+        let behind = own.map(|cursor| {
+            let to_replay = cursor.live_from.unwrap_or_default().get() - cursor.position.get();
+            u64::try_from(to_replay).unwrap_or(0)
+        });
+        let (former, left_parked) = (changed.former.last().copied(), changed.left_parked);
+        Ok(Promotion { version: live, former, behind: behind.max().unwrap_or(0), left_parked })
+    }
+
+    /// Lets a version that is being built wait for its [promotion](Self::promote_version), as
+    /// [`held`](super::Subscription::held) does from the start.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) if it is held already,
+    /// live or retired; those of the engine.
+    pub async fn hold_version(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
+        let name = SubscriptionName::new(name)?;
+        self.change_subscription(&name, SubscriptionChange::hold(version, true)).await.map(drop)
+    }
+
+    /// The opposite of [`hold_version`](Self::hold_version): the version takes over by itself when it has caught up.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such version; [`Invalid`](ErrorKind::Invalid) if it is not held; those
+    /// of the engine.
+    pub async fn release_version(&self, name: impl AsRef<str>, version: u32) -> Result<()> {
+        let name = SubscriptionName::new(name)?;
+        self.change_subscription(&name, SubscriptionChange::hold(version, false)).await.map(drop)
+    }
+
+    /// Changes several cursors together, and tells owners and waiters of this store.
+    pub(crate) async fn change_subscription(
+        &self,
+        name: &SubscriptionName,
+        change: SubscriptionChange,
+    ) -> Result<Changed> {
+        let changed = self.engine().change(name, &change).await?;
         self.operator_calls().send();
         self.cursor_moves().send();
-        Ok(())
+        Ok(changed)
     }
 
     /// The parked events of a subscription, of all its versions and partitions, with the cursor to which each belongs.
@@ -285,32 +326,34 @@ impl EventStore {
     }
 }
 
-/// The live version, and the position that all its partitions have reached.
-fn live(mut cursors: Vec<Cursor>) -> Result<(u32, Position)> {
-    let is_over = |cursor: &Cursor| cursor.status == CursorStatus::Retired;
-    let going: Vec<u32> = cursors.iter().filter(|it| !is_over(it)).map(|it| it.id.version).collect();
-    if !going.is_empty() {
-        cursors.retain(|cursor| going.contains(&cursor.id.version));
-    }
-    let mut versions: Vec<(u32, bool, Position)> = Vec::new();
-    for cursor in cursors {
-        let is_built = cursor.live_from.is_some_and(|from| cursor.position >= from);
-        match versions.last_mut() {
-            Some((version, all_built, least)) if *version == cursor.id.version => {
-                *all_built &= is_built;
-                *least = cursor.position.min(*least);
-            }
-            _ => versions.push((cursor.id.version, is_built, cursor.position)),
-        }
-    }
-    // After a reset a version is before its start for a while. It still serves readers better than one that is being built.
-    let newest_built = versions.iter().rev().find(|(_, is_built, _)| *is_built);
-    let found = newest_built.or(versions.first());
-    found
-        .map(|(version, _, position)| (*version, *position))
-        .ok_or_else(|| Error::new(ErrorKind::NotFound, "there is no such subscription"))
+/// The result of a [promotion](EventStore::promote_version).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Promotion {
+    /// The version that is live now.
+    pub version: u32,
+    /// The version that was live before; `None` if there was none.
+    pub former: Option<u32>,
+    /// How many events of the log the live version has still to handle as replay before it is as far as the former one
+    /// was. Its tables lack them until then. With several partitions it is the largest number.
+    pub behind: u64,
+    /// How many events the former version has parked. They stay listed with it, and the live version gets them as replay.
+    pub left_parked: u64,
 }
 
-fn no_subscription(name: &SubscriptionName) -> Error {
-    Error::new(ErrorKind::NotFound, format!("there is no subscription \"{name}\""))
+/// The same step on each cursor that is not retired.
+fn each(step: Step) -> SubscriptionChange {
+    SubscriptionChange::each(Selection::all(), step)
+}
+
+/// The live version, and the position that all its partitions have reached. If no version is live, it is the oldest that
+/// is not retired, or else the newest.
+fn live(name: &SubscriptionName, cursors: &[Cursor]) -> Result<(u32, Position)> {
+    let going = || cursors.iter().filter(|cursor| cursor.status != CursorStatus::Retired);
+    let version = live_version(cursors)
+        .or_else(|| going().map(|cursor| cursor.id.version).min())
+        .or_else(|| cursors.iter().map(|cursor| cursor.id.version).max());
+    let Some(version) = version else { return Err(Error::no_subscription(name)) };
+    let own = cursors.iter().filter(|cursor| cursor.id.version == version);
+    Ok((version, own.map(|cursor| cursor.position).min().unwrap_or_default()))
 }

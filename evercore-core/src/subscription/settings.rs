@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::cursor::{Cursor, CursorId, CursorStatus};
+use super::change::SubscriptionChange;
+use super::cursor::CursorId;
 use super::failure::FailurePolicy;
-use super::step::Step;
 use crate::backoff::random_bits;
 use crate::contract::Filter;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::ids::Position;
 use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
@@ -93,6 +93,7 @@ pub(crate) struct Settings {
     pub(crate) lease: Duration,
     pub(crate) grace: Duration,
     pub(crate) failure: FailurePolicy,
+    pub(crate) is_held: bool,
     pub(crate) is_standby: bool,
     pub(crate) label: Option<Arc<str>>,
 }
@@ -115,6 +116,7 @@ impl EventStore {
                 lease: Duration::from_secs(30),
                 grace: Duration::from_secs(30),
                 failure: FailurePolicy::default(),
+                is_held: false,
                 is_standby: true,
                 label: None,
             },
@@ -167,14 +169,28 @@ impl Subscription {
         self
     }
 
-    /// The version of the projection. The default is 1. A new version has its own cursor. It is built from its start
-    /// while the old version continues, takes over when it has caught up, and gets all events before that as
-    /// [replay](super::Delivery::is_replay). It should write to another place than the old version. Events that the old
-    /// version has parked are replay for the new one too, so resume or drop them first. A new version does not take over
-    /// from a paused one. The old cursors stay, retired, until they are [removed](EventStore::remove_subscription).
+    /// The version of the projection. The default is 1. A new version has its own cursors. It is built from its start
+    /// while the old version continues, and gets all events that the old one has handled as
+    /// [replay](super::Delivery::is_replay). It should write to another place than the old version.
+    ///
+    /// It takes over when the stored positions of all its partitions have reached those of the live version. That is one
+    /// step: the version is live, and all older versions are retired. Until then the old version is live. The take-over
+    /// waits while the live version is paused or has parked events: resume or drop them, or
+    /// [promote](EventStore::promote_version) the new version. The old cursors stay, so that
+    /// [`roll_back`](EventStore::roll_back) can return to them, until they are [removed](EventStore::remove_version).
     #[must_use]
     pub fn with_version(mut self, version: u32) -> Self {
         self.settings.version = version;
+        self
+    }
+
+    /// Builds a new version and lets it follow the live one, but not take over before it is
+    /// [promoted](EventStore::promote_version). This is stored when the cursors of the version are made, so it does not
+    /// change a version that exists: see [`hold_version`](EventStore::hold_version). The first version of a subscription is
+    /// live at once.
+    #[must_use]
+    pub fn held(mut self) -> Self {
+        self.settings.is_held = true;
         self
     }
 
@@ -222,10 +238,10 @@ impl Subscription {
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the version is 0, or the number of partitions is another than before;
-    /// [`Superseded`](crate::ErrorKind::Superseded) if it has no cursors and a newer version has;
+    /// [`Superseded`](crate::ErrorKind::Superseded) if this version has no cursors and a newer version has;
     /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start is past the end of the log; and the engine's errors.
     pub async fn declare(&self) -> Result<()> {
-        let Settings { version, partitions, start, .. } = self.settings;
+        let Settings { version, partitions, start, is_held, .. } = self.settings;
         if version == 0 {
             return Err(Error::invalid("the version of a subscription must be at least 1"));
         }
@@ -233,38 +249,13 @@ impl Subscription {
             let most = limits::PARTITIONS;
             return Err(Error::invalid(format!("{partitions} partitions are not between 1 and {most}")));
         }
-        let engine = self.store.engine();
-        let known = engine.cursors(Some(&self.name)).await?.cursors;
-        let other = known.iter().find(|cursor| cursor.partitions != partitions);
-        if let Some(Cursor { partitions: others, .. }) = other {
-            return Err(Error::invalid(format!(
-                "subscription \"{}\" has {others} partitions, not {partitions}",
-                self.name
-            )));
-        }
-        let own: Vec<_> = known.iter().filter(|cursor| cursor.id.version == version).collect();
-        if u32::try_from(own.len()).is_ok_and(|own| own == partitions) {
+        let known = self.store.engine().cursors(Some(&self.name)).await?.cursors;
+        let own = known.iter().filter(|it| it.id.version == version && it.partitions == partitions);
+        if u32::try_from(own.count()).is_ok_and(|own| own == partitions) {
             return Ok(());
         }
-        if own.is_empty() && known.iter().any(|cursor| cursor.id.version > version) {
-            let message =
-                format!("version {version} of subscription \"{}\" comes after a newer one", self.name);
-            return Err(Error::new(ErrorKind::Superseded, message));
-        }
-        // An earlier call that was cut short has resolved the start already.
-        let start = match own.first().and_then(|begun| begun.live_from) {
-            Some(resolved) => resolved,
-            None => start.resolve(&self.store).await?,
-        };
-        // Events that an older version has not handled yet belong to this version, even if its own start is later.
-        let others = known.iter().filter(|it| it.id.version < version && it.status != CursorStatus::Retired);
-        let position = others.map(|older| older.position).fold(start, Position::min);
-        let is_first = known.iter().all(|cursor| cursor.id.version >= version);
-        let live_from = is_first.then_some(start);
-        for partition in 0..partitions {
-            let declare = Step::Declare { partitions, position, live_from };
-            engine.step(&self.cursor_id(partition), &declare).await?;
-        }
-        Ok(())
+        let start = start.resolve(&self.store).await?;
+        let declare = SubscriptionChange::declare(version, partitions, start, is_held);
+        self.store.engine().change(&self.name, &declare).await.map(drop)
     }
 }

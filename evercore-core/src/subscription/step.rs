@@ -176,6 +176,13 @@ pub struct StepOutcome {
     pub parked: Vec<ParkedChange>,
 }
 
+impl StepOutcome {
+    /// The cursor is removed, with its parked events.
+    pub(crate) fn removed() -> Self {
+        Self { cursor: None, parked: vec![ParkedChange::RemoveAll] }
+    }
+}
+
 impl Step {
     /// The step that makes a cursor unless there is one.
     pub const fn declare(partitions: u32, position: Position, live_from: Option<Position>) -> Self {
@@ -297,12 +304,7 @@ impl Step {
                 cursor.reset(*position)?;
                 parked.push(ParkedChange::RemoveAll);
             }
-            Self::Retire => {
-                if cursor.status != CursorStatus::Retired {
-                    cursor.take_lease();
-                    cursor.status = CursorStatus::Retired;
-                }
-            }
+            Self::Retire => cursor.retire(),
             Self::ResumeParked { .. } if cursor.status == CursorStatus::Retired => {
                 return Err(cursor.is_superseded());
             }
@@ -314,9 +316,21 @@ impl Step {
                 cursor.parked_changes += 1;
                 parked.push(position.map_or(ParkedChange::RemoveAll, ParkedChange::Remove));
             }
-            Self::Remove => return Ok(StepOutcome { cursor: None, parked: vec![ParkedChange::RemoveAll] }),
+            Self::Remove => return Ok(StepOutcome::removed()),
         }
         Ok(StepOutcome { cursor: Some(cursor), parked })
+    }
+
+    /// Whether this is a step of an operator, which needs no lease and may be taken on several cursors at once.
+    pub const fn is_of_operator(&self) -> bool {
+        matches!(
+            self,
+            Self::Pause
+                | Self::Resume
+                | Self::Reset { .. }
+                | Self::ResumeParked { .. }
+                | Self::DropParked { .. }
+        )
     }
 
     /// Whether this is a claim. A claim need not wait for another transaction that holds the cursor: it counts as owned.
@@ -350,6 +364,7 @@ fn declare(
         wanted_by: None,
         wanted_until: Timestamp::MIN,
         live_from,
+        is_held: false,
         status: CursorStatus::Active,
         failure: None,
         parked_changes: 0,
@@ -386,7 +401,7 @@ impl Cursor {
     }
 
     /// Checks that this is still the lease: the cursor was not claimed, reset or retired since.
-    fn check(&self, lease: &Lease) -> Result<()> {
+    pub(super) fn check(&self, lease: &Lease) -> Result<()> {
         if self.status == CursorStatus::Retired {
             return Err(self.is_superseded());
         }
@@ -424,9 +439,16 @@ impl Cursor {
     }
 
     /// The old owner loses the lease: its epoch is old now.
-    fn take_lease(&mut self) {
+    pub(super) fn take_lease(&mut self) {
         self.end_lease(Timestamp::MIN);
         self.epoch += 1;
+    }
+
+    pub(super) fn retire(&mut self) {
+        if self.status != CursorStatus::Retired {
+            self.take_lease();
+            self.status = CursorStatus::Retired;
+        }
     }
 
     fn pause(&mut self) -> Result<()> {

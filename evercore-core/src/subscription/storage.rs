@@ -1,5 +1,6 @@
-//! The part of an engine that subscriptions need: three calls on cursors.
+//! The part of an engine that subscriptions need: four calls on cursors.
 
+use super::change::{Changed, SubscriptionChange};
 use super::cursor::{Cursor, CursorId, Parked};
 use super::step::Step;
 use crate::error::Result;
@@ -10,7 +11,8 @@ use crate::time::Timestamp;
 
 /// The part of a [`StorageEngine`](crate::StorageEngine) that keeps the cursors of durable subscriptions.
 ///
-/// [`Step::take`] is the rule of a step. The engine only makes sure that steps on one cursor run one after the other.
+/// [`Step::take`] is the rule of a step, and [`SubscriptionChange::take`] that of a change of several cursors. The engine
+/// only makes sure that steps on one cursor, and changes of it, run one after the other.
 pub trait SubscriptionStorage {
     /// Takes a step on a cursor and returns the cursor after it; `None` if it was removed.
     ///
@@ -24,6 +26,23 @@ pub trait SubscriptionStorage {
     ///   [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the engine has one writer for all, so that every call waits;
     /// * after `Unavailable` nothing was written, after `OutcomeUnknown` perhaps.
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>>;
+
+    /// Changes any cursors of one subscription together, and returns the subscription after it.
+    ///
+    /// * all cursors of the subscription are read and held, [the change taken](SubscriptionChange::take) and all of its result
+    ///   written, or nothing is written, in one transaction that no step on one of the cursors and no other change of the
+    ///   subscription crosses, also if that one makes or removes cursors;
+    /// * the cursors are held in order of their ids, so two changes do not wait for each other;
+    /// * a change [waits](SubscriptionChange::waits) for a handler that works on one of the cursors in a transaction, as
+    ///   a step does, at most as long as the engine waits for a lock: then it is `Unavailable`, and nothing was written;
+    /// * a take-over does not wait for such a handler: it is [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the
+    ///   engine has one writer for all, so that every call waits;
+    /// * otherwise the promises of [`step`](Self::step) hold: the engine's clock, durability, `OutcomeUnknown`.
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>>;
 
     /// The cursors of one subscription, or of all, ordered by id, and the engine's time.
     ///

@@ -7,7 +7,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionStorage,
+    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    SubscriptionStorage,
 };
 use evercore_memory::{
     Aggregate, AggregateQuery, AsOf, BoxFuture, CommandId, Cursor, CursorId, Error, ErrorKind, EventStore,
@@ -47,6 +48,14 @@ impl Watched {
 impl SubscriptionStorage for Watched {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         self.inner.step(id, step)
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        self.inner.change(name, change)
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {

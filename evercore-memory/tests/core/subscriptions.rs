@@ -72,6 +72,13 @@ impl SubscriptionStorage for Late {
             done
         })
     }
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        self.0.change(name, change)
+    }
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         self.0.cursors(of)
     }
@@ -280,7 +287,7 @@ fn an_old_version_does_not_come_back() {
         .await
         .unwrap();
         assert_eq!(store.live_version("s").await.unwrap(), 2);
-        store.remove_subscription("s", 1).await.unwrap();
+        store.remove_version("s", 1).await.unwrap();
         let again = sub(1).claim().await;
         if let Ok(mut one) = again {
             let d = one.next().await.unwrap();

@@ -124,11 +124,11 @@ fn a_version_is_not_removed_while_a_newer_one_is_being_built() {
         let store = grown(4).await;
         assert_eq!(handle(&version(&store, 1), 4).await, [false; 4]);
         version(&store, 2).declare().await.unwrap();
-        let refused = store.remove_subscription("tallies", 1).await.unwrap_err();
+        let refused = store.remove_version("tallies", 1).await.unwrap_err();
         assert_eq!(*refused.kind(), ErrorKind::Invalid, "{refused}");
         assert_eq!(handle(&version(&store, 2), 4).await, [true; 4]);
-        store.remove_subscription("tallies", 2).await.unwrap();
-        store.remove_subscription("tallies", 1).await.unwrap();
+        store.remove_version("tallies", 2).await.unwrap();
+        store.remove_version("tallies", 1).await.unwrap();
         assert!(store.subscriptions().await.unwrap().is_empty());
     });
 }

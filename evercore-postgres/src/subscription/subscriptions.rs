@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use evercore_core::engine::{Advance, Cursors, Mark, ParkedChange, Step, StepOutcome};
+use evercore_core::engine::{
+    Advance, Changed, Cursors, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange,
+};
 use evercore_core::{
     AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Error, ErrorKind, Failure, OwnerId, Parked,
     Position, SubscriptionName, Timestamp,
@@ -15,7 +17,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::connection::pool::{Checkout, Pools};
-use crate::error::{Because, PostgresError, Result, damaged, is_rolled_back};
+use crate::error::{Because, PostgresError, Result, damaged, is_rolled_back, passes};
 use crate::read::rows::Rest;
 use crate::settings::Schema;
 use crate::sql::{LOCK_LOG_END, Ready, Sender, Sql};
@@ -28,7 +30,7 @@ const ATTEMPTS: usize = 3;
 const STEP_OF_ANOTHER: Duration = Duration::from_millis(100);
 
 const CURSOR_COLUMNS: &str = "subscription, version, partition, partitions, position, epoch, owner, expires_at, \
-     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, parked_changes";
+     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, parked_changes, is_held";
 
 const PARKED_COLUMNS: &str = "position, aggregate_id, holds_back, attempts, error, parked_at, is_due";
 
@@ -46,6 +48,7 @@ const SERVER_TIME: &str =
 /// Fills in the parts that several statements share.
 fn sql(schema: &Schema, text: &str, types: &[Type]) -> Sql {
     let text = text.replace("{this_cursor}", THIS_CURSOR).replace("{of_cursor}", OF_CURSOR);
+    let text = text.replace("{keys}", KEYS);
     let text = text.replace("{cursor_columns}", CURSOR_COLUMNS).replace("{parked_columns}", PARKED_COLUMNS);
     Sql::new(schema, &text.replace("{server_time}", SERVER_TIME), types)
 }
@@ -61,12 +64,12 @@ const HOLD_IF_FREE: &str = "SELECT {cursor_columns} FROM @cursors{this_cursor} F
 const CLOCK_AND_MARK: &str = "SELECT {server_time}, (SELECT max(revision) FROM @cursors{of_cursor}) IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)";
 
 /// Does nothing if another caller has made the cursor meanwhile.
-const MAKE: &str = "INSERT INTO @cursors ({cursor_columns}, revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, 0 \
+const MAKE: &str = "INSERT INTO @cursors ({cursor_columns}, revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, 0 \
      WHERE (SELECT max(revision) FROM @cursors{of_cursor}) IS NULL RETURNING position";
 
 const MOVE: &str = "UPDATE @cursors SET partitions = $4, position = $5, epoch = $6, owner = $7, expires_at = $8, wanted_by = $9, \
          wanted_until = $10, live_from = $11, status = $12, failed_position = $13, failed_attempts = $14, \
-         failed_error = $15, parked_changes = $16, revision = revision + 1{this_cursor} RETURNING position";
+         failed_error = $15, parked_changes = $16, is_held = $17, revision = revision + 1{this_cursor} RETURNING position";
 
 /// The most frequent step in one statement: [`Step::take`] of an advance that changes no parked event. It updates no
 /// row if the step would be refused. The step is then taken the long way, which finds the reason.
@@ -103,6 +106,25 @@ const OF_ONE: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @c
        ORDER BY version, partition, revision DESC LIMIT 1) AS n)
      SELECT * FROM newest";
 
+/// The newest live row of each cursor of a subscription.
+const KEYS: &str = "WITH RECURSIVE newest AS ((SELECT version, partition, revision FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
+     UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT version, partition, revision FROM @cursors WHERE subscription = $1 AND (version, partition) > (p.version, p.partition)
+       ORDER BY version, partition, revision DESC LIMIT 1) AS n)";
+
+/// Locks all cursors of a subscription, one after the other in order of their ids. `>=` as in [`THIS_CURSOR`].
+const HOLD_ALL: &str = "{keys}
+     SELECT c.* FROM newest n CROSS JOIN LATERAL (SELECT {cursor_columns} FROM @cursors WHERE subscription = $1
+       AND version = n.version AND partition = n.partition AND revision >= n.revision FOR UPDATE{skip}) AS c";
+
+/// Sent after the locks, as a separate statement: it sees the cursors that others have made or removed before.
+const CLOCK_AND_COUNT: &str = "{keys} SELECT {server_time}, (SELECT pg_catalog.count(*) FROM newest), (SELECT max(l.position) FROM @log_end l WHERE l.position >= 0)";
+
+const COUNT: &str = "{keys} SELECT pg_catalog.count(*) FROM newest";
+
+const COUNT_PARKED: &str =
+    "{keys} SELECT n.version, n.partition, (SELECT pg_catalog.count(*) FROM @parked_events p
+     WHERE p.subscription = $1 AND p.version = n.version AND p.partition = n.partition) FROM newest n";
+
 /// The statements of this module.
 #[derive(Debug)]
 struct SubscriptionSql {
@@ -124,6 +146,11 @@ struct SubscriptionSql {
     all: Sql,
     of_one: Sql,
     now: Sql,
+    hold_all: Sql,
+    hold_all_if_free: Sql,
+    clock_and_count: Sql,
+    count: Sql,
+    count_parked: Sql,
 }
 
 impl SubscriptionSql {
@@ -132,7 +159,7 @@ impl SubscriptionSql {
         const T: Type = Type::TEXT;
         const B: Type = Type::BOOL;
         const ID: [Type; 3] = [T, N, N];
-        const CURSOR: [Type; 16] = [T, N, N, N, N, N, T, N, T, N, N, Type::INT4, N, N, T, N];
+        const CURSOR: [Type; 17] = [T, N, N, N, N, N, T, N, T, N, N, Type::INT4, N, N, T, N, B];
         const EVENT: [Type; 10] = [T, N, N, N, N, B, N, T, N, B];
         let sql = |text: &str, types: &[Type]| sql(schema, text, types);
         Self {
@@ -152,6 +179,11 @@ impl SubscriptionSql {
             all: sql(ALL, &[]),
             of_one: sql(OF_ONE, &[T]),
             now: sql("SELECT {server_time}", &[]),
+            hold_all: sql(&HOLD_ALL.replace("{skip}", ""), &[T]),
+            hold_all_if_free: sql(&HOLD_ALL.replace("{skip}", " SKIP LOCKED"), &[T]),
+            clock_and_count: sql(CLOCK_AND_COUNT, &[T]),
+            count: sql(COUNT, &[T]),
+            count_parked: sql(COUNT_PARKED, &[T]),
         }
     }
 }
@@ -264,7 +296,7 @@ impl CursorStore {
         Ok(cursor)
     }
 
-    async fn step_once(&self, id: &CursorId, step: &Step) -> Result<Stepped> {
+    async fn step_once(&self, id: &CursorId, step: &Step) -> Result<Stepped<Option<Cursor>>> {
         let pools = &self.pools;
         let checkout = pools.to_write().await?;
         let sender = checkout.sender()?;
@@ -293,6 +325,101 @@ impl CursorStore {
         stepped
     }
 
+    /// Changes several cursors of a subscription in one transaction.
+    pub(crate) async fn change(
+        &self,
+        name: &SubscriptionName,
+        change: &SubscriptionChange,
+    ) -> Result<Changed> {
+        let until = Instant::now() + STEP_OF_ANOTHER;
+        let mut conflicts = 0;
+        while conflicts < ATTEMPTS {
+            match self.pools.again_if_stale(|| self.change_once(name, change)).await {
+                Ok(Stepped::To(changed)) => return Ok(changed),
+                Ok(Stepped::Conflict) => conflicts += 1,
+                Ok(Stepped::Held) if Instant::now() < until => sleep(STEP_OF_ANOTHER / 10).await,
+                Ok(Stepped::Held) => return Err(held_by_a_handler(name).into()),
+                // A commit that has locked the log's end waits for an inline cursor which this change holds.
+                Err(error) if passes(&error) && conflicts + 1 < ATTEMPTS => conflicts += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        let message = "others kept making or removing cursors of the same subscription, and nothing was written: try again";
+        Err(Error::new(ErrorKind::Unavailable, message).into())
+    }
+
+    /// Two round trips. Three if it makes cursors, because the transaction ends only after they were made.
+    async fn change_once(
+        &self,
+        name: &SubscriptionName,
+        change: &SubscriptionChange,
+    ) -> Result<Stepped<Changed>> {
+        let pools = &self.pools;
+        let checkout = pools.to_write().await?;
+        let sender = checkout.sender()?;
+        let stepped = match pools.in_time(self.hold_all(sender, name, change.waits())).await? {
+            Some(subject) => match change.take(name, &subject) {
+                Ok(outcome) if outcome.writes.is_empty() => Ok(Stepped::To(outcome.changed)),
+                Ok(outcome) => {
+                    let is_new = |(id, _): &(CursorId, StepOutcome)| {
+                        subject.cursors.iter().all(|cursor| cursor.id != *id)
+                    };
+                    let makes = outcome.writes.iter().any(is_new);
+                    let writes = Writes::of_all(&self.sql, name, &subject, &outcome.writes, makes);
+                    let count = i64::try_from(subject.cursors.len()).map_err(damaged)?;
+                    if makes && !pools.in_time(writes.make(sender, count)).await? {
+                        Ok(Stepped::Conflict)
+                    } else {
+                        let commit = if makes { Writes::none() } else { writes };
+                        if !commit.commit(pools, sender).await? {
+                            return Err(damaged("a cursor that is held does not exist"));
+                        }
+                        checkout.put_back();
+                        return Ok(Stepped::To(outcome.changed));
+                    }
+                }
+                Err(refused) => Err(refused.into()),
+            },
+            None if change.waits() => Ok(Stepped::Conflict),
+            None => Ok(Stepped::Held),
+        };
+        if pools.in_time(sender.execute("ROLLBACK")).await.is_ok() {
+            checkout.put_back();
+        }
+        stepped
+    }
+
+    /// Begins a transaction, and locks and reads all cursors of a subscription. `None` if others have made or removed one
+    /// meanwhile, or hold one and this does not wait.
+    async fn hold_all(
+        &self,
+        sender: Sender<'_>,
+        name: &SubscriptionName,
+        waits: bool,
+    ) -> Result<Option<Subject>> {
+        let sql = &self.sql;
+        let hold = sender.ready(if waits { &sql.hold_all } else { &sql.hold_all_if_free }).await?;
+        let (clock, parked) =
+            (sender.ready(&sql.clock_and_count).await?, sender.ready(&sql.count_parked).await?);
+        let begin = self.pools.settings.begin();
+        let name = name.as_str();
+        let values: &[&(dyn ToSql + Sync)] = &[&name];
+        let rest = zip(clock.rows(values), parked.rows(values));
+        let (begun, (rows, (clock, parked))) =
+            zip(sender.begin(Some(&begin)), zip(hold.rows(values), rest)).await;
+        begun?;
+        let cursors: Vec<Cursor> = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
+        let clock = clock?;
+        let clock = clock.first().ok_or_else(|| damaged("the server's clock is missing"))?;
+        if i64::try_from(cursors.len()).ok() != Some(clock.try_get(1)?) {
+            return Ok(None);
+        }
+        let head: Option<i64> = clock.try_get(2)?;
+        let parked = parked?.iter().map(|row| read_count(name, row)).collect::<Result<_>>()?;
+        let head = Position::new(head.unwrap_or(0)).map_err(damaged)?;
+        Ok(Some(Subject { cursors, parked, now: time(clock, 0)?, head }))
+    }
+
     /// Takes a step within an open transaction.
     pub(crate) async fn step_within(
         &self,
@@ -316,7 +443,9 @@ impl CursorStore {
 
     /// Writes a cursor that is held.
     pub(crate) async fn put(&self, sender: Sender<'_>, cursor: &Cursor) -> Result<()> {
-        Writes { statements: vec![(&self.sql.put, cursor_values(cursor))], of_cursor: 0 }.send(sender).await
+        Writes { statements: vec![(&self.sql.put, cursor_values(cursor))], of_cursors: vec![0] }
+            .send(sender)
+            .await
     }
 
     async fn hold_for(
@@ -355,13 +484,18 @@ impl CursorStore {
     }
 }
 
+fn held_by_a_handler(name: &SubscriptionName) -> Error {
+    let message = format!("a handler works on a cursor of subscription \"{name}\": try again");
+    Error::new(ErrorKind::AlreadyOwned, message)
+}
+
 /// The outcome of one attempt at a step.
-enum Stepped {
-    /// The cursor after the step.
-    To(Option<Cursor>),
+enum Stepped<T> {
+    /// The cursor after the step, or the subscription after the change.
+    To(T),
     /// Another caller has made the cursor meanwhile. Nothing was written.
     Conflict,
-    /// Another caller holds the cursor, and a claim does not wait for it.
+    /// Another caller holds the cursor, and a claim or a take-over does not wait for it.
     Held,
 }
 
@@ -384,26 +518,58 @@ impl Held {
 /// The statements of a step, with their values.
 struct Writes<'a> {
     statements: Vec<(&'a Sql, Rest)>,
-    /// The index of the statement that writes the cursor.
-    of_cursor: usize,
+    /// The indexes of the statements that write the cursors. Each returns a row if it has written.
+    of_cursors: Vec<usize>,
 }
 
 impl<'a> Writes<'a> {
     fn of(sql: &'a SubscriptionSql, id: &CursorId, held: &Held, taken: &StepOutcome) -> Self {
-        let mut writes = Vec::new();
-        match (&held.cursor, &taken.cursor) {
-            (None, Some(cursor)) => {
-                writes.extend([(&sql.before_make, Rest::new()), (&sql.make, cursor_values(cursor))]);
-            }
-            (Some(known), Some(cursor)) if known != cursor || !taken.parked.is_empty() => {
-                writes.push((&sql.put, cursor_values(cursor)));
-            }
-            (Some(_), None) => writes.push((&sql.remove, values_of(id))),
-            _ => {}
+        let mut writes = Self::none();
+        if held.cursor.is_none() {
+            writes.statements.push((&sql.before_make, Rest::new()));
         }
-        let of_cursor = writes.len().saturating_sub(1);
-        writes.extend(taken.parked.iter().map(|change| parked_write(sql, id, change)));
-        Self { statements: writes, of_cursor }
+        writes.add(sql, id, held.cursor.as_ref(), taken);
+        writes
+    }
+
+    /// The statements of a change of several cursors. If it makes some, they come after the lock and the count.
+    fn of_all(
+        sql: &'a SubscriptionSql,
+        name: &SubscriptionName,
+        before: &Subject,
+        changes: &[(CursorId, StepOutcome)],
+        makes: bool,
+    ) -> Self {
+        let mut writes = Self::none();
+        if makes {
+            let name: Value = Box::new(name.as_str().to_owned());
+            writes.statements.extend([(&sql.before_make, Rest::new()), (&sql.count, vec![name])]);
+        }
+        for (id, taken) in changes {
+            let known = before.cursors.iter().find(|cursor| cursor.id == *id);
+            writes.add(sql, id, known, taken);
+        }
+        writes
+    }
+
+    fn none() -> Self {
+        Self { statements: Vec::new(), of_cursors: Vec::new() }
+    }
+
+    fn add(&mut self, sql: &'a SubscriptionSql, id: &CursorId, known: Option<&Cursor>, taken: &StepOutcome) {
+        let write = match (known, &taken.cursor) {
+            (None, Some(cursor)) => Some((&sql.make, cursor_values(cursor))),
+            (Some(known), Some(cursor)) if known != cursor || !taken.parked.is_empty() => {
+                Some((&sql.put, cursor_values(cursor)))
+            }
+            (Some(_), None) => Some((&sql.remove, values_of(id))),
+            _ => None,
+        };
+        if let Some(write) = write {
+            self.of_cursors.push(self.statements.len());
+            self.statements.push(write);
+        }
+        self.statements.extend(taken.parked.iter().map(|change| parked_write(sql, id, change)));
     }
 
     fn is_empty(&self) -> bool {
@@ -412,10 +578,21 @@ impl<'a> Writes<'a> {
 
     /// Sends all statements together.
     async fn send(self, sender: Sender<'_>) -> Result<()> {
-        match self.rows(&self.ready(sender).await?).await?.get(self.of_cursor) {
-            Some(rows) if rows.is_empty() => Err(damaged("a cursor that is held does not exist")),
-            _ => Ok(()),
-        }
+        let rows = self.rows(&self.ready(sender).await?).await?;
+        if self.are_written(&rows) { Ok(()) } else { Err(damaged("a cursor that is held does not exist")) }
+    }
+
+    /// Sends all statements of a change that makes cursors; `false` if others have made or removed cursors of this
+    /// subscription, so that there are not this many.
+    async fn make(&self, sender: Sender<'_>, count: i64) -> Result<bool> {
+        let rows = self.rows(&self.ready(sender).await?).await?;
+        let counted = rows.get(1).and_then(|rows| rows.first());
+        let found: i64 = counted.ok_or_else(|| damaged("the count is missing"))?.try_get(0)?;
+        Ok(found == count && self.are_written(&rows))
+    }
+
+    fn are_written(&self, rows: &[Vec<Row>]) -> bool {
+        self.of_cursors.iter().all(|index| rows.get(*index).is_some_and(|rows| !rows.is_empty()))
     }
 
     /// Sends all statements together with the COMMIT; `false` if the cursor was to be made and exists already.
@@ -425,7 +602,7 @@ impl<'a> Writes<'a> {
             let (rows, committed) = zip(self.rows(&ready), sender.execute("COMMIT")).await;
             // After an error, COMMIT rolls back without reporting one.
             let rows = rows?;
-            let is_written = !rows.get(self.of_cursor).is_some_and(Vec::is_empty);
+            let is_written = self.are_written(&rows);
             committed.map(|()| is_written)
         };
         pools.notices.watch(pools.in_time(sent), |is_written| *is_written).await.map_err(unless_rolled_back)
@@ -537,6 +714,7 @@ fn cursor_values(cursor: &Cursor) -> Rest {
         Box::new(failure.map(|failure| i64::from(failure.attempts))),
         Box::new(failure.map(|failure| failure.error.clone())),
         Box::new(cursor.parked_changes),
+        Box::new(cursor.is_held),
     ]);
     values
 }
@@ -566,7 +744,15 @@ fn read_cursor(row: &Row) -> Result<Cursor> {
         status: CursorStatus::from_code(row.try_get(11)?).map_err(damaged)?,
         failure,
         parked_changes: row.try_get(15)?,
+        is_held: row.try_get(16)?,
     })
+}
+
+/// How many parked events a cursor has.
+fn read_count(name: &str, row: &Row) -> Result<(CursorId, u64)> {
+    let subscription = SubscriptionName::new(name).map_err(damaged)?;
+    let id = CursorId { subscription, version: small(row, 0)?, partition: small(row, 1)? };
+    Ok((id, row.try_get::<_, i64>(2)?.unsigned_abs()))
 }
 
 fn read_failure(row: &Row, position: i64) -> Result<Failure> {

@@ -24,7 +24,7 @@ fn one_that_was_removed_while_the_engine_runs_is_left_alone() {
         let store = EventStore::new(engine.clone());
         self::place(&store, "first").await.unwrap();
         place_with(&engine, "first", own("SELECT 1")).await.unwrap();
-        store.remove_subscription("inline", 1).await.unwrap();
+        store.remove_subscription("inline").await.unwrap();
         self::place(&store, "first").await.unwrap();
         place_with(&engine, "first", own("SELECT 1")).await.unwrap();
         assert_eq!((positions(&engine).await, seen(&place)), (up_to(4), up_to(2)));

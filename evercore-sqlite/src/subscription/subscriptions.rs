@@ -1,6 +1,8 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::engine::{Mark, ParkedChange, Step, StepOutcome};
+use std::collections::HashMap;
+
+use evercore_core::engine::{Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange};
 use evercore_core::{
     AggregateId, Cursor, CursorId, CursorStatus, Failure, OwnerId, Parked, Position, SubscriptionName,
     Timestamp,
@@ -16,7 +18,7 @@ macro_rules! select_cursors {
         concat!(
             "SELECT subscription, version, partition, partitions, position, epoch, owner, expires_at, ",
             "wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, ",
-            "parked_changes FROM cursors ",
+            "parked_changes, is_held FROM cursors ",
             $rest
         )
     };
@@ -29,8 +31,8 @@ const CURSORS_OF: &str = select_cursors!("WHERE subscription = ?1 ORDER BY versi
 const PUT_CURSOR: &str = "
     INSERT OR REPLACE INTO cursors (subscription, version, partition, partitions, position, epoch, owner, expires_at,
                                     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts,
-                                    failed_error, parked_changes)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)";
+                                    failed_error, parked_changes, is_held)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)";
 
 const REMOVE_CURSOR: &str = "DELETE FROM cursors WHERE subscription = ?1 AND version = ?2 AND partition = ?3";
 
@@ -38,6 +40,8 @@ const PARKED: &str = "
     SELECT position, aggregate_id, holds_back, attempts, error, parked_at, is_due FROM parked_events
     WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND position > ?4
     ORDER BY position LIMIT ?5";
+
+const COUNT_PARKED: &str = "SELECT version, partition, count(*) FROM parked_events WHERE subscription = ?1 GROUP BY version, partition";
 
 const KEEP_PARKED: &str = "
     INSERT OR REPLACE INTO parked_events (subscription, version, partition, position, aggregate_id, holds_back,
@@ -59,7 +63,49 @@ const PARKED_IS_DUE: &str = "
 pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Result<Option<Cursor>> {
     let before = cursor(connection, id)?;
     let outcome = outcome(connection, id, step, before.clone())?;
-    if outcome.cursor != before {
+    write(connection, id, before.as_ref(), &outcome)?;
+    Ok(outcome.cursor)
+}
+
+/// Changes several cursors in the open transaction.
+pub(crate) fn change(
+    connection: &Connection,
+    name: &SubscriptionName,
+    change: &SubscriptionChange,
+) -> Result<Changed> {
+    let subject = Subject {
+        cursors: cursors(connection, Some(name))?,
+        parked: count_parked(connection, name)?,
+        now: Timestamp::now(),
+        head: LogEnd::read(connection)?.position,
+    };
+    let outcome = change.take(name, &subject)?;
+    for (id, written) in &outcome.writes {
+        let before = subject.cursors.iter().find(|cursor| cursor.id == *id);
+        write(connection, id, before, written)?;
+    }
+    Ok(outcome.changed)
+}
+
+fn count_parked(connection: &Connection, name: &SubscriptionName) -> Result<HashMap<CursorId, u64>> {
+    let mut statement = connection.prepare_cached(COUNT_PARKED)?;
+    let mut rows = statement.query([name.as_str()])?;
+    let mut counts = HashMap::new();
+    while let Some(row) = rows.next()? {
+        let id = CursorId { subscription: name.clone(), version: row.get(0)?, partition: row.get(1)? };
+        counts.insert(id, row.get::<_, i64>(2)?.unsigned_abs());
+    }
+    Ok(counts)
+}
+
+/// Writes a cursor if it has changed, and its parked events.
+fn write(
+    connection: &Connection,
+    id: &CursorId,
+    before: Option<&Cursor>,
+    outcome: &StepOutcome,
+) -> Result<()> {
+    if outcome.cursor.as_ref() != before {
         match &outcome.cursor {
             Some(cursor) => put(connection, cursor)?,
             None => drop(connection.prepare_cached(REMOVE_CURSOR)?.execute(key(id))?),
@@ -68,7 +114,7 @@ pub(crate) fn take(connection: &Connection, id: &CursorId, step: &Step) -> Resul
     for change in &outcome.parked {
         change_parked(connection, id, change)?;
     }
-    Ok(outcome.cursor)
+    Ok(())
 }
 
 /// Works out the result of a step. Changes nothing yet.
@@ -131,6 +177,7 @@ fn cursor_of(row: &Row<'_>) -> Result<Cursor> {
         status: CursorStatus::from_code(row.get(11)?).map_err(damaged)?,
         failure,
         parked_changes: row.get(15)?,
+        is_held: row.get(16)?,
     })
 }
 
@@ -165,6 +212,7 @@ fn put(connection: &Connection, cursor: &Cursor) -> Result<()> {
         failure.map(|failure| failure.attempts),
         failure.map(|failure| failure.error.as_str()),
         cursor.parked_changes,
+        cursor.is_held,
     ])?;
     Ok(())
 }
@@ -248,6 +296,8 @@ mod tests {
         assert_eq!(plan(CURSORS_OF), ["SEARCH cursors USING PRIMARY KEY (subscription=?)"]);
         let after = "(subscription=? AND version=? AND partition=? AND position>?)";
         assert_eq!(plan(PARKED), [format!("SEARCH parked_events USING PRIMARY KEY {after}")]);
+        let of_name = "SEARCH parked_events USING PRIMARY KEY (subscription=?)";
+        assert_eq!(plan(COUNT_PARKED), [of_name]);
         for sql in [PARKED_IS_DUE, REMOVE_ALL_PARKED] {
             assert_eq!(plan(sql), [format!("SEARCH parked_events USING PRIMARY KEY {whole}")]);
         }

@@ -118,6 +118,8 @@ faults! {
     DeclaresAgain,
     /// A pause is not stored.
     ForgetsPauses,
+    /// A change of several cursors is made cursor by cursor.
+    ChangesOneByOne,
     /// A closed engine keeps working.
     ForgetsToClose,
     /// After reopening, cursors without an owner are gone.

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use evercore_core::engine::{
-    Append, Batch, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand, LoadRequest,
-    NewAggregate, NewEvent, ParkedChange, Step, SubscriptionStorage, Target,
+    Append, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand,
+    LoadRequest, NewAggregate, NewEvent, ParkedChange, Step, SubscriptionChange, SubscriptionStorage, Target,
 };
 use evercore_core::{
     AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Direction, Error, ErrorKind, Event,
@@ -56,6 +56,7 @@ struct Notes {
 enum Write {
     Batch(Box<Batch>),
     Step(CursorId, Step),
+    Change(SubscriptionName, SubscriptionChange),
     Settled(CommandId),
     Reserved(u32),
     Names(Vec<KnownType>),
@@ -98,7 +99,7 @@ impl Layer {
         let is_commit = matches!(write, Write::Batch(_));
         let is_late = match &write {
             Write::Settled(_) if self.strikes(Fault::LosesSettling, true) => return Ok(()),
-            Write::Step(..) => {
+            Write::Step(..) | Write::Change(..) => {
                 self.strikes(Fault::LosesSteps, true) || self.strikes(Fault::LosesTheLast, true)
             }
             _ => self.strikes(Fault::LosesTheLast, true),
@@ -114,6 +115,7 @@ impl Layer {
             match write {
                 Write::Batch(batch) => drop(disk.commit(*batch).await),
                 Write::Step(id, step) => drop(disk.step(&id, &step).await),
+                Write::Change(name, change) => drop(disk.change(&name, &change).await),
                 Write::Settled(id) => drop(disk.settle(&id).await),
                 Write::Reserved(count) => drop(disk.reserve(count).await),
                 Write::Names(types) => drop(disk.warmup(&types).await),
@@ -429,6 +431,19 @@ impl Layer {
         Ok(cursor)
     }
 
+    async fn change_badly(&self, name: &SubscriptionName, change: &SubscriptionChange) -> Result<Changed> {
+        if let (SubscriptionChange::Remove { .. }, Fault::LeavesParked) = (change, self.fault) {
+            for cursor in self.inner.cursors(Some(name)).await?.cursors {
+                let parked = self.inner.parked(&cursor.id, Position::ZERO, 1_000).await?;
+                self.strikes(Fault::LeavesParked, !parked.is_empty());
+                self.notes().left.insert(cursor.id, parked);
+            }
+        }
+        let changed = self.inner.change(name, change).await?;
+        self.save(Write::Change(name.clone(), change.clone())).await?;
+        Ok(changed)
+    }
+
     async fn cursors_badly(&self, of: Option<&SubscriptionName>) -> Result<Cursors> {
         let mut found = self.inner.cursors(of).await?;
         if let (Fault::ListsByPrefix, Some(of)) = (self.fault, of) {
@@ -583,6 +598,14 @@ impl StorageEngine for Layer {
 impl SubscriptionStorage for Layer {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         Box::pin(self.step_badly(id, step))
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        Box::pin(self.change_badly(name, change))
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Append, Batch, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand, LoadRequest,
-    NewAggregate, NewEvent, Step, SubscriptionStorage, Target,
+    Append, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand,
+    LoadRequest, NewAggregate, NewEvent, Step, SubscriptionChange, SubscriptionStorage, Target,
 };
 use evercore_core::{
-    AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Direction, Error, ErrorKind, Event,
-    EventType, Events, Filter, Key, KnownType, Lease, LogPage, LogQuery, Metadata, PageLimit, Parked,
-    Position, Receipt, Result, Sequence, StorageEngine, StoreId, SubscriptionName, Timestamp, limits,
+    AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, CursorStatus, Direction, Error,
+    ErrorKind, Event, EventType, Events, Filter, Key, KnownType, Lease, LogPage, LogQuery, Metadata,
+    PageLimit, Parked, Position, Receipt, Result, Selection, Sequence, StorageEngine, StoreId,
+    SubscriptionName, Timestamp, limits,
 };
 
 pub use fault::Fault;
@@ -142,6 +143,25 @@ impl Broken {
             _ => {}
         }
         self.inner.step(id, &step).await
+    }
+
+    async fn change_badly(&self, name: &SubscriptionName, change: &SubscriptionChange) -> Result<Changed> {
+        if let SubscriptionChange::Each { which, step, .. } = change {
+            let is_lost = matches!(step, Step::Pause) && self.has(Fault::ForgetsPauses);
+            let cursors = self.inner.cursors(Some(name)).await?.cursors;
+            let selected = cursors.iter().filter(|cursor| which.has(&cursor.id));
+            if !is_lost && self.has(Fault::ChangesOneByOne) {
+                for cursor in selected.filter(|cursor| cursor.status != CursorStatus::Retired) {
+                    let of_one = Selection::of_version(cursor.id.version).and_partition(cursor.id.partition);
+                    self.inner.change(name, &SubscriptionChange::each(of_one, step.clone())).await?;
+                }
+            }
+            if is_lost || self.fault == Fault::ChangesOneByOne {
+                let cursors = self.inner.cursors(Some(name)).await?.cursors;
+                return Ok(Changed { cursors, former: Vec::new(), left_parked: 0 });
+            }
+        }
+        self.inner.change(name, change).await
     }
 
     /// The batch as this engine understands it.
@@ -520,6 +540,14 @@ impl StorageEngine for Broken {
 impl SubscriptionStorage for Broken {
     fn step<'a>(&'a self, id: &'a CursorId, step: &'a Step) -> BoxFuture<'a, Result<Option<Cursor>>> {
         Box::pin(self.step_badly(id, step.clone()))
+    }
+
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        Box::pin(self.change_badly(name, change))
     }
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {

@@ -5,6 +5,7 @@
 
 mod aggregates;
 mod appends;
+mod changes;
 mod closing;
 mod commands;
 mod cursors;
@@ -353,6 +354,17 @@ cases! {
         each_cursor_has_its_own_parked_events_in_order,
         cursors_are_listed_by_the_whole_name,
         every_step_is_kept_with_all_that_came_of_it,
+    }
+    changes {
+        a_change_returns_the_subscription_as_it_is_listed,
+        a_change_that_is_refused_changes_no_cursor,
+        a_change_is_seen_as_a_whole_and_loses_no_step,
+        racing_declarations_make_each_version_once_and_whole,
+        a_version_takes_over_with_all_partitions_at_once,
+        a_take_over_waits_for_what_is_paused_parked_or_held,
+        versions_are_promoted_and_rolled_back_in_one_step,
+        nothing_that_changes_nothing_is_a_success,
+        changes_from_two_engines_follow_one_another [Further],
     }
     subscriptions {
         it_begins_where_it_is_told_to,

@@ -173,7 +173,7 @@ impl<P: ProjectionUnderTest> Life<P> {
         let subscription = self.world.subscription(&id, 100);
         let ran = subscription.run_sink(self.world.caught_up(&id, 0), projection.handler()).await;
         ran.map_err(|error| format!("the subscription stopped while building again: {error:?}"))?;
-        self.world.store.remove_subscription(&id.subscription, id.version).await.unwrap();
+        self.world.store.remove_subscription(&id.subscription).await.unwrap();
         Ok(projection.model().await)
     }
 }

@@ -156,7 +156,7 @@ pub(crate) async fn a_new_version_is_built_beside_the_old_one_and_takes_over(fix
     assert_eq!(store.live_version("totals").await.unwrap(), 2);
     let ended = old.run(engine.pause(SOON), |_| async { panic!("the old version is over") }).await.unwrap();
     assert_eq!(ended, RunEnd::Superseded);
-    store.remove_subscription("totals", 1).await.unwrap();
+    store.remove_version("totals", 1).await.unwrap();
     assert_eq!(store.subscription_states("totals").await.unwrap().len(), 1);
 }
 

@@ -72,9 +72,18 @@ pub(super) const ROWS: &[Row] = &[
         &[
             "cursors::every_field_of_a_cursor_comes_back",
             "subscriptions::it_is_paused_and_resumed",
+            "changes::a_take_over_waits_for_what_is_paused_parked_or_held",
+            "changes::nothing_that_changes_nothing_is_a_success",
             "cursors::a_retired_or_removed_cursor_is_nobodys",
             "storage::all_of_a_store_is_there_after_a_crash",
             "storage::all_of_a_store_is_there_after_reopening",
+        ],
+        &[]),
+    row(Fault::ChangesOneByOne,
+        &[
+            "changes::a_change_that_is_refused_changes_no_cursor",
+            "changes::a_change_is_seen_as_a_whole_and_loses_no_step",
+            "changes::nothing_that_changes_nothing_is_a_success",
         ],
         &[]),
     row(Fault::ForgetsToClose,
