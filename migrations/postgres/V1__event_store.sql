@@ -120,6 +120,7 @@ CREATE TABLE cursors (
     failed_attempts BIGINT,
     failed_error    TEXT,
     parked_changes  BIGINT           NOT NULL,
+    lost_leases     BIGINT           NOT NULL, -- in a row, without a move
     revision        BIGINT           NOT NULL -- how often the row was written
 ) WITH (
     -- As with log_end, each move leaves a dead version of a row.

@@ -94,6 +94,7 @@ CREATE TABLE cursors (
     failed_attempts  INTEGER,
     failed_error     TEXT,
     parked_changes   INTEGER NOT NULL,
+    lost_leases      INTEGER NOT NULL, -- in a row, without a move
     PRIMARY KEY (subscription, version, partition)
 ) STRICT, WITHOUT ROWID;
 

@@ -146,6 +146,9 @@ pub struct Cursor {
     pub failure: Option<Failure>,
     /// Grows whenever an operator resumes or drops parked events.
     pub parked_changes: i64,
+    /// How many owners in a row lost the lease to another one without a move of the cursor, while they were not idle. The
+    /// handler may block its thread at the next event, or end its process.
+    pub lost_leases: u32,
 }
 
 /// Whether a cursor may be moved.

@@ -39,6 +39,8 @@ pub enum Step {
         lease: Lease,
         /// How long the lease lasts from now.
         time: Duration,
+        /// Whether the owner has nothing to handle. Then leases that were [lost](Cursor::lost_leases) before are forgotten.
+        is_idle: bool,
     },
     /// Moves the cursor, and renews the lease.
     Advance(Advance),
@@ -51,6 +53,14 @@ pub enum Step {
         failure: Failure,
         /// How long the cursor cannot be claimed, so that a poison event is not tried at full speed.
         rest: Duration,
+    },
+    /// Stores why an event is not handled yet, for operators and for the next owner. The lease stays.
+    #[non_exhaustive]
+    Report {
+        /// The lease.
+        lease: Lease,
+        /// The reason.
+        failure: Failure,
     },
     /// Ends the lease, so that another owner can begin at once. It is no error if the lease is lost already.
     #[non_exhaustive]
@@ -196,7 +206,12 @@ impl Step {
 
     /// The step that prolongs the lease.
     pub const fn renew(lease: Lease, time: Duration) -> Self {
-        Self::Renew { lease, time }
+        Self::Renew { lease, time, is_idle: false }
+    }
+
+    /// The step that prolongs the lease of an owner that has nothing to handle.
+    pub const fn renew_idle(lease: Lease, time: Duration) -> Self {
+        Self::Renew { lease, time, is_idle: true }
     }
 
     /// The step that ends the lease.
@@ -207,6 +222,11 @@ impl Step {
     /// The step that stores why the owner stops.
     pub const fn fail(lease: Lease, failure: Failure, rest: Duration) -> Self {
         Self::Fail { lease, failure, rest }
+    }
+
+    /// The step that stores why an event is not handled yet.
+    pub const fn report(lease: Lease, failure: Failure) -> Self {
+        Self::Report { lease, failure }
     }
 
     /// The step that asks the owner to release the cursor.
@@ -272,9 +292,12 @@ impl Step {
         match self {
             Self::Declare { .. } => {}
             Self::Claim { owner, time } => cursor.claim(owner, *time, now)?,
-            Self::Renew { lease, time } => {
+            Self::Renew { lease, time, is_idle } => {
                 cursor.check(lease)?;
                 cursor.expires_at = now.plus(*time);
+                if *is_idle {
+                    cursor.lost_leases = 0;
+                }
             }
             Self::Advance(advance) => {
                 cursor.advance(advance, now, found)?;
@@ -283,6 +306,11 @@ impl Step {
             Self::Fail { lease, failure, rest } => {
                 cursor.check(lease)?;
                 cursor.end_lease(now.plus(*rest));
+                cursor.failure = Some(failure.clone());
+                cursor.lost_leases = 0;
+            }
+            Self::Report { lease, failure } => {
+                cursor.check(lease)?;
                 cursor.failure = Some(failure.clone());
             }
             Self::Release { lease } => {
@@ -368,6 +396,7 @@ fn declare(
         status: CursorStatus::Active,
         failure: None,
         parked_changes: 0,
+        lost_leases: 0,
     };
     Ok(StepOutcome { cursor: Some(cursor), parked: Vec::new() })
 }
@@ -392,6 +421,9 @@ impl Cursor {
             self.wanted_until > now && self.wanted_by.as_ref().is_some_and(|wanted| wanted != owner);
         if is_wanted && self.owner.is_none() {
             return Err(Error::already_owned(&self.id));
+        }
+        if self.owner.is_some() && !is_own {
+            self.lost_leases = self.lost_leases.saturating_add(1);
         }
         self.owner = Some(owner.clone());
         self.epoch += 1;
@@ -427,6 +459,7 @@ impl Cursor {
         }
         self.position = advance.to;
         self.expires_at = now.plus(advance.time);
+        self.lost_leases = 0;
         if self.failure.as_ref().is_some_and(|failure| failure.position <= advance.to) {
             self.failure = None;
         }
@@ -463,6 +496,7 @@ impl Cursor {
     fn resume(&mut self) -> Result<()> {
         self.pause()?;
         self.status = CursorStatus::Active;
+        self.lost_leases = 0;
         if self.owner.is_none() {
             self.end_lease(Timestamp::MIN);
         }
@@ -478,6 +512,7 @@ impl Cursor {
         self.take_lease();
         self.position = position;
         self.failure = None;
+        self.lost_leases = 0;
         self.parked_changes += 1;
         Ok(())
     }

@@ -30,7 +30,8 @@ const ATTEMPTS: usize = 3;
 const STEP_OF_ANOTHER: Duration = Duration::from_millis(100);
 
 const CURSOR_COLUMNS: &str = "subscription, version, partition, partitions, position, epoch, owner, expires_at, \
-     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, parked_changes, is_held";
+     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, parked_changes, is_held, \
+     lost_leases";
 
 const PARKED_COLUMNS: &str = "position, aggregate_id, holds_back, attempts, error, parked_at, is_due";
 
@@ -64,16 +65,16 @@ const HOLD_IF_FREE: &str = "SELECT {cursor_columns} FROM @cursors{this_cursor} F
 const CLOCK_AND_MARK: &str = "SELECT {server_time}, (SELECT max(revision) FROM @cursors{of_cursor}) IS NOT NULL, (SELECT e.mark FROM @events e WHERE e.position >= $4 ORDER BY e.position LIMIT 1)";
 
 /// Does nothing if another caller has made the cursor meanwhile.
-const MAKE: &str = "INSERT INTO @cursors ({cursor_columns}, revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, 0 \
+const MAKE: &str = "INSERT INTO @cursors ({cursor_columns}, revision) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, 0 \
      WHERE (SELECT max(revision) FROM @cursors{of_cursor}) IS NULL RETURNING position";
 
 const MOVE: &str = "UPDATE @cursors SET partitions = $4, position = $5, epoch = $6, owner = $7, expires_at = $8, wanted_by = $9, \
          wanted_until = $10, live_from = $11, status = $12, failed_position = $13, failed_attempts = $14, \
-         failed_error = $15, parked_changes = $16, is_held = $17, revision = revision + 1{this_cursor} RETURNING position";
+         failed_error = $15, parked_changes = $16, is_held = $17, lost_leases = $18, revision = revision + 1{this_cursor} RETURNING position";
 
 /// The most frequent step in one statement: [`Step::take`] of an advance that changes no parked event. It updates no
 /// row if the step would be refused. The step is then taken the long way, which finds the reason.
-const ADVANCE: &str = "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least({server_time} + $8, $9),
+const ADVANCE: &str = "UPDATE @cursors SET revision = revision + 1, position = $7, expires_at = least({server_time} + $8, $9), lost_leases = 0,
          failed_position = CASE WHEN failed_position > $7 THEN failed_position END,
          failed_attempts = CASE WHEN failed_position > $7 THEN failed_attempts END,
          failed_error = CASE WHEN failed_position > $7 THEN failed_error END{this_cursor} AND owner = $4 AND epoch = $5 AND status <> 2 AND position = $6 AND $7 >= $6
@@ -159,7 +160,7 @@ impl SubscriptionSql {
         const T: Type = Type::TEXT;
         const B: Type = Type::BOOL;
         const ID: [Type; 3] = [T, N, N];
-        const CURSOR: [Type; 17] = [T, N, N, N, N, N, T, N, T, N, N, Type::INT4, N, N, T, N, B];
+        const CURSOR: [Type; 18] = [T, N, N, N, N, N, T, N, T, N, N, Type::INT4, N, N, T, N, B, N];
         const EVENT: [Type; 10] = [T, N, N, N, N, B, N, T, N, B];
         let sql = |text: &str, types: &[Type]| sql(schema, text, types);
         Self {
@@ -715,6 +716,7 @@ fn cursor_values(cursor: &Cursor) -> Rest {
         Box::new(failure.map(|failure| failure.error.clone())),
         Box::new(cursor.parked_changes),
         Box::new(cursor.is_held),
+        Box::new(i64::from(cursor.lost_leases)),
     ]);
     values
 }
@@ -745,6 +747,7 @@ fn read_cursor(row: &Row) -> Result<Cursor> {
         failure,
         parked_changes: row.try_get(15)?,
         is_held: row.try_get(16)?,
+        lost_leases: small(row, 17)?,
     })
 }
 

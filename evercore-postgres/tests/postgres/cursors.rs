@@ -147,6 +147,7 @@ fn a_move_in_one_statement_is_the_step_of_all_engines() {
                 format!("live_from = {}", of(&mut random, &["0", "3", "NULL"])),
                 format!("status = {}", of(&mut random, &["0", "0", "1", "2"])),
                 format!("parked_changes = {}", of(&mut random, &["0", "7"])),
+                format!("lost_leases = {}", of(&mut random, &["0", "2"])),
             ];
             set.push(match of(&mut random, &["", "2", "3", "4", "5", "6"]).as_str() {
                 "" => "failed_position = NULL, failed_attempts = NULL, failed_error = NULL".to_owned(),

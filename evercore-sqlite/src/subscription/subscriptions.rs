@@ -18,7 +18,7 @@ macro_rules! select_cursors {
         concat!(
             "SELECT subscription, version, partition, partitions, position, epoch, owner, expires_at, ",
             "wanted_by, wanted_until, live_from, status, failed_position, failed_attempts, failed_error, ",
-            "parked_changes, is_held FROM cursors ",
+            "parked_changes, is_held, lost_leases FROM cursors ",
             $rest
         )
     };
@@ -31,8 +31,8 @@ const CURSORS_OF: &str = select_cursors!("WHERE subscription = ?1 ORDER BY versi
 const PUT_CURSOR: &str = "
     INSERT OR REPLACE INTO cursors (subscription, version, partition, partitions, position, epoch, owner, expires_at,
                                     wanted_by, wanted_until, live_from, status, failed_position, failed_attempts,
-                                    failed_error, parked_changes, is_held)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)";
+                                    failed_error, parked_changes, is_held, lost_leases)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)";
 
 const REMOVE_CURSOR: &str = "DELETE FROM cursors WHERE subscription = ?1 AND version = ?2 AND partition = ?3";
 
@@ -178,6 +178,7 @@ fn cursor_of(row: &Row<'_>) -> Result<Cursor> {
         failure,
         parked_changes: row.get(15)?,
         is_held: row.get(16)?,
+        lost_leases: row.get(17)?,
     })
 }
 
@@ -213,6 +214,7 @@ fn put(connection: &Connection, cursor: &Cursor) -> Result<()> {
         failure.map(|failure| failure.error.as_str()),
         cursor.parked_changes,
         cursor.is_held,
+        cursor.lost_leases,
     ])?;
     Ok(())
 }

@@ -112,6 +112,62 @@ pub(crate) async fn every_claim_raises_the_epoch_also_for_the_same_owner(fixture
     assert_eq!(claimed(&engine, &id, "other", LONG).await.epoch, 3);
 }
 
+pub(crate) async fn lost_leases_are_counted_until_the_cursor_moves(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lost = async || the(&engine, &id).await.lost_leases;
+    let claims = std::cell::Cell::new(0);
+    let lose = async || {
+        claims.set(claims.get() + 1);
+        let lease = claimed(&engine, &id, &format!("owner {}", claims.get()), SHORT).await;
+        engine.pause(SHORT * 2).await;
+        lease
+    };
+    lose().await;
+    assert_eq!(lost().await, 0, "nobody had it before");
+    lose().await;
+    lose().await;
+    let lease = claimed(&engine, &id, "owner 3", LONG).await;
+    assert_eq!(lost().await, 2, "the same owner is still there, and has not lost it to another");
+    step(&engine, &id, Step::renew(lease.clone(), LONG)).await.unwrap();
+    assert_eq!(lost().await, 2, "the owner may still be at the event");
+    let moved = Advance::new(lease, place(0), place(1), SHORT);
+    step(&engine, &id, Step::Advance(moved)).await.unwrap();
+    assert_eq!(lost().await, 0);
+    engine.pause(SHORT * 2).await;
+    step(&engine, &id, Step::renew_idle(lose().await, SHORT)).await.unwrap();
+    assert_eq!(lost().await, 0, "an idle owner has no event that could be at fault");
+    engine.pause(SHORT * 2).await;
+    step(&engine, &id, Step::release(lose().await)).await.unwrap();
+    lose().await;
+    assert_eq!(lost().await, 1, "a lease that was given back is not lost");
+    step(&engine, &id, Step::Resume).await.unwrap();
+    assert_eq!(lost().await, 0);
+    lose().await;
+    let failure = Failure { position: place(2), attempts: 4, error: "no".to_owned() };
+    step(&engine, &id, Step::fail(lose().await, failure, Duration::ZERO)).await.unwrap();
+    assert_eq!(lost().await, 0, "the failure counts the attempts from here on");
+    lose().await;
+    lose().await;
+    step(&engine, &id, Step::reset(place(3))).await.unwrap();
+    assert_eq!(lost().await, 0);
+}
+
+pub(crate) async fn a_reported_failure_leaves_the_lease(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = declared(&engine, "mails").await;
+    let lease = claimed(&engine, &id, "first", LONG).await;
+    let failure = Failure { position: place(2), attempts: 2, error: "not yet".to_owned() };
+    let reported = step(&engine, &id, Step::report(lease.clone(), failure.clone())).await.unwrap();
+    assert_eq!((reported.failure, reported.owner), (Some(failure.clone()), Some(owner("first"))));
+    step(&engine, &id, advance(&lease, 0, 1)).await.unwrap();
+    assert_eq!(the(&engine, &id).await.failure, Some(failure.clone()));
+    step(&engine, &id, advance(&lease, 1, 2)).await.unwrap();
+    assert_eq!(the(&engine, &id).await.failure, None);
+    claimed(&engine, &id, "first", LONG).await;
+    assert_kind!(step(&engine, &id, Step::report(lease, failure)).await, ErrorKind::LeaseLost);
+}
+
 pub(crate) async fn a_lease_that_has_expired_is_taken_over(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let id = declared(&engine, "mails").await;

@@ -334,6 +334,8 @@ cases! {
         cursors_are_listed_in_order_with_the_engines_time,
         a_claim_is_refused_while_another_has_the_lease,
         every_claim_raises_the_epoch_also_for_the_same_owner,
+        lost_leases_are_counted_until_the_cursor_moves,
+        a_reported_failure_leaves_the_lease,
         a_lease_that_has_expired_is_taken_over,
         a_lease_that_is_renewed_lasts,
         a_move_renews_the_lease,
