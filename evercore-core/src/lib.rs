@@ -93,9 +93,9 @@ pub use state::{Patch, StateAggregate};
 pub use store::EventStore;
 pub use store_id::StoreId;
 pub use subscription::{
-    Cursor, CursorId, CursorState, CursorStatus, Delivered, Delivery, EphemeralSubscription, Failure,
-    FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, Promotion, RunEnd, Selection, Start,
-    Subscription, VersionState,
+    Cursor, CursorId, CursorState, CursorStatus, Delivered, Delivery, EphemeralSubscription, Failed,
+    FailedEvent, Failure, FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, Promotion, RunEnd,
+    Selection, Start, Subscription, VersionState,
 };
 pub use target::IntoTarget;
 pub use time::Timestamp;

@@ -11,6 +11,7 @@ use std::time::Duration;
 #[cfg(feature = "tracing")]
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::ids::Position;
 use crate::subscription::{Cursor, CursorId, Delivery, Outcome};
 
@@ -79,6 +80,16 @@ const COUNTERS: &[(&str, &str)] = &[
     ("evercore_deliveries_total", "Deliveries to handlers of subscriptions."),
     ("evercore_delivered_events_total", "Events that handlers have handled."),
     ("evercore_handler_failures_total", "Handler calls that failed."),
+    ("evercore_rests_total", "Partitions that rest, because their handler failed at an event."),
+    (
+        "evercore_dependency_waits_total",
+        "Failures that no event causes: a dependency of the handler is down, or its read model is locked or slow.",
+    ),
+    ("evercore_subscription_store_errors_total", "Errors of the store that a subscription waited out."),
+    (
+        "evercore_smaller_deliveries_total",
+        "Deliveries to projections that were made smaller, because they were slow.",
+    ),
     ("evercore_parked_events_total", "Events that were parked after their handler had failed."),
     ("evercore_skipped_events_total", "Events that were skipped after their handler had failed."),
     (
@@ -194,7 +205,7 @@ pub(crate) fn delivered(delivery: &Delivery, outcome: &Outcome, time: Duration) 
     let handled = match outcome {
         Outcome::Advanced(_) => delivery.events().len(),
         Outcome::Handled(handled) | Outcome::Failed { handled, .. } => *handled,
-        Outcome::Refused(_) => 0,
+        Outcome::Hindered { .. } | Outcome::Refused(_) => 0,
     };
     count!("evercore_deliveries_total", 1, "subscription" => name(delivery.cursor()));
     count!("evercore_delivered_events_total", handled as u64, "subscription" => name(delivery.cursor()));
@@ -203,39 +214,121 @@ pub(crate) fn delivered(delivery: &Delivery, outcome: &Outcome, time: Duration) 
         .record(time.as_secs_f64());
 }
 
-pub(crate) fn retried(cursor: &CursorId) {
-    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
-    say!(warn, subscription = cursor.subscription.as_str(), "a handler failed; its events are tried again");
-}
-
-pub(crate) fn stopped(cursor: &CursorId, position: Position) {
+pub(crate) fn retried(cursor: &CursorId, delivery: &Delivery, pause: Duration) {
     count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
     say!(
-        error,
+        warn,
         subscription = cursor.subscription.as_str(),
-        position = position.get(),
-        "a subscription stops, because its handler failed"
+        partition = cursor.partition,
+        first = delivery.events().first().map(|event| event.position().get()),
+        events = delivery.events().len(),
+        attempt = delivery.attempt(),
+        pause_ms = pause.as_millis() as u64,
+        "a handler failed; its events are tried again"
     );
 }
 
-pub(crate) fn skipped(cursor: &CursorId, position: Position) {
+pub(crate) fn stopped(cursor: &CursorId, position: Position, attempts: u32) {
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    count!("evercore_rests_total", 1, "subscription" => name(cursor));
+    say!(
+        error,
+        subscription = cursor.subscription.as_str(),
+        partition = cursor.partition,
+        position = position.get(),
+        attempts,
+        "a partition of a subscription stops and rests, because its handler failed"
+    );
+}
+
+/// Something that a handler needs is down, or its read model is locked.
+pub(crate) fn waits(cursor: &CursorId, event: Option<&Event>, probes: u32) {
+    count!("evercore_dependency_waits_total", 1, "subscription" => name(cursor));
+    if is_told(probes) {
+        say!(
+            warn,
+            subscription = cursor.subscription.as_str(),
+            partition = cursor.partition,
+            position = event.map(|event| event.position().get()),
+            probes,
+            "what a handler needs is down or locked; one event is tried again and again"
+        );
+    }
+}
+
+/// What a handler needs is there again.
+pub(crate) fn works_again(cursor: &CursorId) {
+    say!(
+        info,
+        subscription = cursor.subscription.as_str(),
+        partition = cursor.partition,
+        "what a handler needs is there again"
+    );
+}
+
+/// The engine failed this many times in a row, and the subscription waits.
+pub(crate) fn store_failed(cursor: &CursorId, error: &Error, failures: u32) {
+    count!("evercore_subscription_store_errors_total", 1, "subscription" => name(cursor));
+    if is_told(failures) {
+        say!(
+            warn,
+            subscription = cursor.subscription.as_str(),
+            kind = kind(error),
+            failures,
+            "the store failed; a subscription waits and tries again"
+        );
+    }
+}
+
+/// The 1st, 2nd, 4th, 8th, … of many in a row.
+#[cfg_attr(not(feature = "tracing"), allow(dead_code))]
+const fn is_told(nth: u32) -> bool {
+    nth.is_power_of_two()
+}
+
+/// Deliveries have another size from now on, because the last one took this long.
+pub(crate) fn resized(cursor: &CursorId, events: usize, took: Duration) {
+    count!("evercore_smaller_deliveries_total", 1, "subscription" => name(cursor));
+    say!(
+        warn,
+        subscription = cursor.subscription.as_str(),
+        partition = cursor.partition,
+        events,
+        took_ms = took.as_millis() as u64,
+        "a delivery took too much of its time limit; the next ones have fewer events"
+    );
+}
+
+pub(crate) fn too_many_parked(cursor: &CursorId, position: Position) {
+    say!(
+        error,
+        subscription = cursor.subscription.as_str(),
+        partition = cursor.partition,
+        position = position.get(),
+        "too many events are parked; the partition rests instead"
+    );
+}
+
+pub(crate) fn skipped(cursor: &CursorId, position: Position, attempts: u32) {
     count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
     count!("evercore_skipped_events_total", 1, "subscription" => name(cursor));
     say!(
         error,
         subscription = cursor.subscription.as_str(),
         position = position.get(),
+        attempts,
         "an event is skipped, because its handler failed"
     );
 }
 
-pub(crate) fn parked_one(cursor: &CursorId, position: Position) {
+pub(crate) fn parked_one(cursor: &CursorId, position: Position, attempts: u32) {
     count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
     count!("evercore_parked_events_total", 1, "subscription" => name(cursor));
     say!(
         error,
         subscription = cursor.subscription.as_str(),
         position = position.get(),
+        attempts,
         "an event is parked, because its handler failed"
     );
 }
@@ -299,6 +392,12 @@ fn kind(error: &Error) -> &'static str {
         ErrorKind::OutcomeUnknown => "OutcomeUnknown",
         ErrorKind::Unavailable => "Unavailable",
         ErrorKind::Full => "Full",
+        ErrorKind::ReadOnly => "ReadOnly",
+        ErrorKind::Backend => "Backend",
+        ErrorKind::NotAStore => "NotAStore",
+        ErrorKind::SchemaTooNew { .. } => "SchemaTooNew",
+        ErrorKind::Invalid => "Invalid",
+        ErrorKind::CursorAhead { .. } => "CursorAhead",
         ErrorKind::Closed => "Closed",
         ErrorKind::Rejected => "Rejected",
         _ => "other",

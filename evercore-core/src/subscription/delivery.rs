@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::cursor::{Cursor, CursorId, Lease};
 use super::step::Advance;
@@ -30,12 +31,15 @@ pub(crate) struct Context {
     pub(crate) id: CursorId,
     pub(crate) lease: Lease,
     pub(crate) is_stopping: Arc<AtomicBool>,
+    /// The subscription was paused, or another worker gets this cursor.
+    pub(crate) gives_up: AtomicBool,
 }
 
 impl Delivery {
     /// A first delivery of live events, for sinks and tests of sinks.
     pub fn new(id: CursorId, lease: Lease, events: Vec<Event>) -> Self {
-        let context = Arc::new(Context { id, lease, is_stopping: Arc::default() });
+        let context =
+            Arc::new(Context { id, lease, is_stopping: Arc::default(), gives_up: AtomicBool::new(false) });
         let end = events.last().map(|event| event.position()).unwrap_or_default();
         Self { events: events.into(), context, attempt: 1, is_replay: false, end }
     }
@@ -51,7 +55,8 @@ impl Delivery {
         self.end
     }
 
-    /// The number of this try: 1 for the first. A new owner begins with 1 again.
+    /// The number of this try: 1 for the first. Tries of other owners count, as far as they were stored with the cursor: each
+    /// failure of an event that was tried alone, and each lease that was lost at the event.
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
@@ -72,9 +77,10 @@ impl Delivery {
         &self.context.lease
     }
 
-    /// Whether the runner wants to stop. A handler of many events may then return early, with an error.
+    /// Whether the runner wants to stop: the shutdown has come, the subscription is paused, or another process gets the
+    /// cursor. A handler of many events may then return early, with an error, which does not count.
     pub fn is_stopping(&self) -> bool {
-        self.context.is_stopping.load(Ordering::Acquire)
+        self.context.is_stopping.load(Ordering::Acquire) || self.context.gives_up.load(Ordering::Acquire)
     }
 
     /// One event of this delivery, to be skipped or parked alone.
@@ -156,6 +162,12 @@ pub trait Sink: Send + Sync {
     /// `true` only if the cursor is moved in a transaction before the handler runs in it; otherwise another owner gets the
     /// cursor as soon as the lease ends.
     fn holds_cursor(&self) -> bool;
+
+    /// How long a delivery may take. The runner gives the sink fewer events at a time if it needs more than half of that, and
+    /// more again if it is quick.
+    fn time_limit(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The result of a delivery.
@@ -173,6 +185,14 @@ pub enum Outcome {
         handled: usize,
         /// The handler's error.
         error: BoxError,
+    },
+    /// The handler failed for a reason that no event causes: the read model is locked or slow. The cursor did not move. The
+    /// try does not count.
+    Hindered {
+        /// The handler's error.
+        error: BoxError,
+        /// Whether the delivery took longer than its [limit](Sink::time_limit). Fewer events are given then.
+        is_too_slow: bool,
     },
     /// The engine failed, or refused to move the cursor.
     Refused(Error),

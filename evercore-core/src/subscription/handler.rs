@@ -5,15 +5,47 @@ use std::any::Any;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use super::delivery::{Delivered, Delivery, Outcome, Sink};
 use super::step::Advance;
+use crate::contract::StorageEngine;
 use crate::error::BoxError;
 use crate::future::BoxFuture;
+use crate::race::{First, race};
+
+/// How long a handler may take.
+pub(crate) struct HandlerTime {
+    pub(crate) engine: Arc<dyn StorageEngine>,
+    pub(crate) at_most: Option<Duration>,
+}
+
+impl HandlerTime {
+    /// Drops work that takes longer, which is then a failure.
+    async fn within(&self, work: impl Future<Output = Result<(), BoxError>>) -> Result<(), BoxError> {
+        let Some(at_most) = self.at_most else { return work.await };
+        match race(work, self.engine.pause(at_most)).await {
+            First::Left(done) => done,
+            First::Right(()) => Err(format!("the handler took longer than {at_most:?}").into()),
+        }
+    }
+}
+
+/// When a handler of single events has its events acknowledged before the end of the batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AckEvery {
+    pub(crate) events: usize,
+    pub(crate) time: Duration,
+}
 
 /// Calls a handler for each event.
-pub(crate) struct Each<F>(pub(crate) F);
+pub(crate) struct Each<F> {
+    pub(crate) handle: F,
+    pub(crate) time: HandlerTime,
+    pub(crate) ack: AckEvery,
+}
 
 impl<F, H> Sink for Each<F>
 where
@@ -22,11 +54,14 @@ where
 {
     fn deliver<'a>(&'a self, delivery: &'a Delivery, _: &'a Advance) -> BoxFuture<'a, Outcome> {
         Box::pin(async move {
+            let began = Instant::now();
             for (handled, event) in delivery.iter().enumerate() {
-                if handled > 0 && delivery.is_stopping() {
+                let is_time = handled >= self.ack.events || began.elapsed() >= self.ack.time;
+                if handled > 0 && (is_time || delivery.is_stopping()) {
                     return Outcome::Handled(handled);
                 }
-                if let Err(error) = caught(async { (self.0)(event).await }).await.flatten() {
+                let work = self.time.within(async { (self.handle)(event).await });
+                if let Err(error) = caught(work).await.flatten() {
                     return Outcome::Failed { handled, error };
                 }
             }
@@ -44,7 +79,10 @@ where
 }
 
 /// Calls a handler for all events of a delivery.
-pub(crate) struct Batches<F>(pub(crate) F);
+pub(crate) struct Batches<F> {
+    pub(crate) handle: F,
+    pub(crate) time: HandlerTime,
+}
 
 impl<F, H> Sink for Batches<F>
 where
@@ -53,7 +91,7 @@ where
 {
     fn deliver<'a>(&'a self, delivery: &'a Delivery, _: &'a Advance) -> BoxFuture<'a, Outcome> {
         Box::pin(async move {
-            match (self.0)(delivery.clone()).await {
+            match self.time.within(async { (self.handle)(delivery.clone()).await }).await {
                 Ok(()) => Outcome::Handled(delivery.events().len()),
                 Err(error) => Outcome::Failed { handled: 0, error },
             }

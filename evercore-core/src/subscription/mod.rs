@@ -15,6 +15,7 @@ mod manage;
 mod owned;
 mod runner;
 mod settings;
+mod spawn;
 mod step;
 mod stop;
 mod storage;
@@ -25,7 +26,7 @@ pub use change::{ChangeOutcome, Changed, Subject, SubscriptionChange, VersionSta
 pub use cursor::{Cursor, CursorId, CursorStatus, Failure, Lease, Parked, ParkedChange, Selection};
 pub use delivery::{Delivered, Delivery, Outcome, Sink};
 pub use ephemeral::EphemeralSubscription;
-pub use failure::{FailureAction, FailurePolicy};
+pub use failure::{Failed, FailedEvent, FailureAction, FailurePolicy};
 pub use manage::{CursorState, Promotion};
 pub use owned::OwnedSubscription;
 pub use settings::{Start, Subscription};

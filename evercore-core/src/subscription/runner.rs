@@ -1,20 +1,26 @@
 //! Runs one cursor from its claim to the end of its lease: delivers, moves the cursor, retries, skips, parks.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::cursor::{Failure, Parked, ParkedChange, stored_error};
 use super::delivery::{Delivery, Outcome, Sink};
-use super::failure::FailureAction;
+use super::failure::{Failed, FailedEvent, FailureAction, is_lost_too_often};
 use super::handler::caught;
-use super::held::{Held, is_passing};
+use super::held::{Held, is_waited_out};
+use super::step::Advance;
 use super::stop::Stop;
 use crate::backoff::backoff;
 use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::observe;
 use crate::race::{First, others_first, race};
 use crate::time::Timestamp;
+
+/// The pauses before a move of the cursor is tried again.
+const ADVANCE_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// Why a runner stopped.
 #[derive(Debug)]
@@ -23,12 +29,18 @@ pub(crate) enum Ended {
     Stopped,
     /// The subscription is paused, or a worker with fewer cursors gets this one.
     GivenUp,
+    /// The handler failed at an event. The cursor rests for a while.
+    Rests,
     /// A newer version has taken over.
     Superseded,
-    /// The lease is lost or the engine out of reach: claim again.
+    /// The lease is lost or the engine does not work: claim again.
     Lost {
         /// Whether the cursor has moved before.
         has_moved: bool,
+        /// Whether the log was read before.
+        has_read: bool,
+        /// The engine's error, if there is one.
+        error: Option<Error>,
     },
     /// For good.
     Failed(Error),
@@ -36,22 +48,26 @@ pub(crate) enum Ended {
 
 /// Runs until it ends, and gives the lease back if it still has it.
 pub(crate) async fn run(mut held: Held, sink: Arc<dyn Sink>, stop: Arc<Stop>) -> Ended {
-    let mut runner = Runner { held: &mut held, sink: sink.as_ref(), stop: &stop };
+    let mut runner = Runner { held: &mut held, sink: &sink, stop: &stop, probes: 0, ended: None };
     let ended = match runner.work().await {
         Ok(ended) => ended,
-        Err(error) => match error.kind() {
-            ErrorKind::Superseded => Ended::Superseded,
-            ErrorKind::LeaseLost | ErrorKind::NotFound => {
-                observe::lease_changed(&held.context.id, "lost");
-                Ended::Lost { has_moved: held.has_moved() }
+        Err(error) => {
+            let (has_moved, has_read) = (held.has_moved(), held.has_read);
+            match error.kind() {
+                ErrorKind::Superseded => Ended::Superseded,
+                ErrorKind::LeaseLost | ErrorKind::NotFound => {
+                    observe::lease_changed(&held.context.id, "lost");
+                    Ended::Lost { has_moved, has_read, error: None }
+                }
+                ErrorKind::TailLost { position } => {
+                    observe::tail_lost(&held.context.id, *position);
+                    Ended::Lost { has_moved, has_read, error: None }
+                }
+                // This engine never answers again.
+                ErrorKind::Closed => Ended::Failed(error),
+                _ => Ended::Lost { has_moved, has_read, error: Some(error) },
             }
-            ErrorKind::TailLost { position } => {
-                observe::tail_lost(&held.context.id, *position);
-                Ended::Lost { has_moved: held.has_moved() }
-            }
-            _ if is_passing(&error) => Ended::Lost { has_moved: held.has_moved() },
-            _ => Ended::Failed(error),
-        },
+        }
     };
     // If it cannot be given back, it ends by itself.
     if held.release().await.is_ok() && matches!(ended, Ended::Stopped | Ended::GivenUp) {
@@ -62,17 +78,27 @@ pub(crate) async fn run(mut held: Held, sink: Arc<dyn Sink>, stop: Arc<Stop>) ->
 
 struct Runner<'a> {
     held: &'a mut Held,
-    sink: &'a dyn Sink,
+    sink: &'a Arc<dyn Sink>,
     stop: &'a Stop,
+    /// How often in a row an event was tried while something that the handler needs was down.
+    probes: u32,
+    /// Why it ends, if it is decided.
+    ended: Option<Ended>,
 }
 
 impl Runner<'_> {
     async fn work(&mut self) -> Result<Ended> {
+        self.held.begin_small_after_losses();
         loop {
+            if let Some(ended) = self.ended.take() {
+                return Ok(ended);
+            }
             if self.stop.is_set() {
                 return Ok(Ended::Stopped);
             }
-            if self.is_to_give_up() {
+            let gives_up = self.is_to_give_up();
+            self.held.context.gives_up.store(gives_up, Ordering::Release);
+            if gives_up {
                 return Ok(Ended::GivenUp);
             }
             self.held.renew_if_due().await?;
@@ -80,8 +106,10 @@ impl Runner<'_> {
             self.held.build().await?;
             self.retry_parked().await?;
             self.held.pass_by().await?;
-            let time = self.held.subscription.settings.lease / 3;
-            let time = if self.held.has_due() { Duration::ZERO } else { time };
+            let time = self.held.until_parked_again(self.held.subscription.settings.lease / 3);
+            // An operator's change may have been heard while a handler was at work.
+            let is_due = self.held.has_due() || self.held.parked_were_changed();
+            let time = if is_due { Duration::ZERO } else { time };
             let (store, heard) = (self.held.subscription.store.clone(), self.held.heard());
             let interrupted = race(self.stop.set(), store.operator_calls().after(heard));
             match race(self.held.next(time), interrupted).await {
@@ -99,78 +127,179 @@ impl Runner<'_> {
     }
 
     fn is_to_give_up(&self) -> bool {
-        self.held.is_paused() || (self.held.is_wanted() && self.stop.may_give_up())
+        is_to_give_up(self.held, self.stop)
+    }
+
+    /// Moves the cursor. While the engine fails, this tries again until the lease ends: the handled events would come again
+    /// otherwise.
+    async fn advance(&mut self, advance: Advance) -> Result<()> {
+        let engine = Arc::clone(self.held.subscription.store.engine());
+        let mut failures = 0;
+        loop {
+            let error = match self.held.advance(advance.clone()).await {
+                Err(error) if is_waited_out(&error) => error,
+                outcome => return outcome,
+            };
+            failures += 1;
+            observe::store_failed(&self.held.context.id, &error, failures);
+            if self.stop.is_set() || self.held.check_time().is_err() {
+                return Err(error);
+            }
+            let pause = backoff(failures, ADVANCE_AGAIN.0, ADVANCE_AGAIN.1);
+            race(engine.pause(pause), self.stop.set()).await;
+        }
     }
 
     /// Has a delivery handled, whatever it takes.
     async fn handle(&mut self, mut delivery: Delivery) -> Result<()> {
+        if is_lost_too_often(self.held.cursor.lost_leases, &self.held.subscription.settings.failure) {
+            return self.give_up_unseen(&delivery).await;
+        }
         loop {
             let advance = self.held.advance_to(delivery.end(), Vec::new());
             let asked_at = Instant::now();
             let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
+            let (events, took) = (delivery.events().len(), asked_at.elapsed());
             match outcome {
-                Outcome::Handled(count) if count >= delivery.events().len() => {
-                    return self.held.advance(advance).await;
+                Outcome::Handled(count) if count >= events => {
+                    self.succeeded(events, took);
+                    return self.advance(advance).await;
                 }
                 Outcome::Handled(count) => {
+                    self.succeeded(count, took);
                     self.move_past(&delivery, count).await?;
-                    self.held.put_back();
+                    self.held.return_rest(&delivery, count);
                     return Ok(());
                 }
                 Outcome::Advanced(cursor) => {
-                    self.held.was_moved(asked_at, cursor).await?;
+                    self.succeeded(events, took);
+                    return self.held.was_moved(asked_at, cursor).await;
+                }
+                Outcome::Refused(error) => return self.refused(error).await,
+                // A handler may end early when it is to stop, and that is nobody's fault.
+                Outcome::Failed { handled, .. } if delivery.is_stopping() => {
+                    self.move_past(&delivery, handled).await?;
+                    self.held.return_rest(&delivery, handled);
                     return Ok(());
                 }
-                Outcome::Refused(error) => return Err(self.refused(error).await?),
-                // A handler may end early when it is to stop, and that is nobody's fault.
-                Outcome::Failed { handled, .. } if self.stop.is_set() => {
-                    return self.move_past(&delivery, handled).await;
+                Outcome::Hindered { is_too_slow: true, .. } if events > 1 => {
+                    self.held.give_fewer(events, took);
+                    self.held.return_rest(&delivery, 0);
+                    return Ok(());
                 }
-                Outcome::Failed { handled, error } if delivery.events().len() > 1 => {
+                Outcome::Hindered { error, .. } => return self.probe(&delivery, 0, error).await,
+                Outcome::Failed { handled, error } if events > 1 => {
                     return self.take_apart(&delivery, handled, error).await;
                 }
                 Outcome::Failed { error, .. } => {
-                    if delivery.attempt() >= self.held.subscription.settings.failure.attempts {
-                        return self.give_up(&delivery, error).await;
-                    }
-                    observe::retried(delivery.cursor());
-                    if !self.pause(delivery.attempt()).await? {
+                    let pause = match self.action(&delivery, 0, &error) {
+                        FailureAction::DependencyDown => return self.probe(&delivery, 0, error).await,
+                        FailureAction::RetryAfter(pause) => pause,
+                        action => return self.give_up(&delivery, action, error).await,
+                    };
+                    observe::retried(delivery.cursor(), &delivery, pause);
+                    self.note_try(&delivery, 0, delivery.attempt(), &error).await?;
+                    if !self.pause(pause).await? {
                         self.held.put_back();
                         return Ok(());
                     }
-                    delivery.attempt += 1;
+                    delivery.attempt = delivery.attempt.saturating_add(1);
                 }
             }
         }
     }
 
+    /// Handled events: whatever was down is there again.
+    fn succeeded(&mut self, events: usize, took: Duration) {
+        if self.probes > 0 {
+            observe::works_again(&self.held.context.id);
+        }
+        self.probes = 0;
+        self.held.resize(events, took, self.sink.time_limit());
+    }
+
+    /// What to do about a failure at this event of a delivery.
+    fn action(&self, delivery: &Delivery, index: usize, error: &BoxError) -> FailureAction {
+        let settings = &self.held.subscription.settings;
+        let Some(event) = delivery.events().get(index) else { return FailureAction::Rest };
+        let failed = FailedEvent {
+            error: &**error,
+            event,
+            attempt: delivery.attempt(),
+            is_replay: delivery.is_replay(),
+            cursor: delivery.cursor(),
+            policy: settings.failure,
+        };
+        settings.decide.as_ref().map_or_else(|| failed.usual(), |decide| (decide.0)(&failed))
+    }
+
+    /// Stores a failed try with the cursor, so that it counts for the next owner too.
+    async fn note_try(
+        &mut self,
+        delivery: &Delivery,
+        index: usize,
+        tries: u32,
+        error: &BoxError,
+    ) -> Result<()> {
+        let Some(event) = delivery.events().get(index) else { return Ok(()) };
+        let failure = Failure { position: event.position(), attempts: tries, error: stored_error(&**error) };
+        self.held.note_failed(failure.position, tries);
+        self.held.report(failure).await
+    }
+
+    /// Something that the handler needs is down, or the read model is locked. One event is tried after a pause, and no try
+    /// counts.
+    async fn probe(&mut self, delivery: &Delivery, handled: usize, error: BoxError) -> Result<()> {
+        self.move_past(delivery, handled).await?;
+        self.probes = self.probes.saturating_add(1);
+        let pause = self.held.subscription.settings.failure.pause(self.probes);
+        observe::waits(delivery.cursor(), delivery.events().get(handled), self.probes);
+        let tries = if handled == 0 { delivery.attempt().saturating_sub(1) } else { 0 };
+        self.note_try(delivery, handled, tries, &error).await?;
+        self.held.give_one();
+        self.pause(pause).await?;
+        self.held.put_back();
+        Ok(())
+    }
+
     /// A sink that does not find the cursor, which is there, looks in another store; otherwise the error says it all.
-    async fn refused(&mut self, error: Error) -> Result<Error> {
+    async fn refused(&mut self, error: Error) -> Result<()> {
         if !matches!(error.kind(), ErrorKind::NotFound) {
-            return Ok(error);
+            return Err(error);
         }
         self.held.refresh().await?;
         let message = format!(
             "the projection belongs to another store than subscription \"{}\"",
             self.held.context.id.subscription
         );
-        Ok(Error::invalid(message).with_source(error))
+        self.ended = Some(Ended::Failed(Error::invalid(message).with_source(error)));
+        Ok(())
     }
 
     /// Several events were tried together, and one of them fails.
     async fn take_apart(&mut self, delivery: &Delivery, handled: usize, error: BoxError) -> Result<()> {
-        self.move_past(delivery, handled).await?;
         let is_known = self.sink.tells_which();
-        if is_known
-            && self.held.subscription.settings.failure.attempts <= 1
-            && let Some(failed) = delivery.only(handled)
-        {
-            self.give_up(&failed, error).await?;
-            self.held.put_back();
-            return Ok(());
+        let action = self.action(delivery, handled, &error);
+        let pause = match action {
+            FailureAction::DependencyDown => return self.probe(delivery, handled, error).await,
+            FailureAction::RetryAfter(pause) => pause,
+            // The one at fault is not known yet.
+            _ if !is_known => self.held.subscription.settings.failure.pause(delivery.attempt()),
+            action => {
+                self.move_past(delivery, handled).await?;
+                if let Some(failed) = delivery.only(handled) {
+                    self.give_up(&failed, action, error).await?;
+                }
+                self.held.put_back();
+                return Ok(());
+            }
+        };
+        self.move_past(delivery, handled).await?;
+        observe::retried(delivery.cursor(), delivery, pause);
+        if is_known {
+            self.note_try(delivery, handled, delivery.attempt(), &error).await?;
         }
-        observe::retried(delivery.cursor());
-        if self.pause(delivery.attempt()).await? {
+        if self.pause(pause).await? {
             let tried = if is_known { 1 } else { delivery.events().len() };
             self.held.put_back_alone(delivery, handled, tried);
         } else {
@@ -180,22 +309,46 @@ impl Runner<'_> {
     }
 
     /// `None`: the shutdown came, and the handler did not end in time.
-    async fn deliver(&mut self, delivery: &Delivery, advance: &super::Advance) -> Result<Option<Outcome>> {
+    async fn deliver(&mut self, delivery: &Delivery, advance: &Advance) -> Result<Option<Outcome>> {
         let began = Instant::now();
-        let (stop, grace) = (self.stop, self.held.subscription.settings.grace);
-        let engine = Arc::clone(self.held.subscription.store.engine());
-        let too_late = async move {
+        let (stop, settings) = (self.stop, &self.held.subscription.settings);
+        let (store, grace) = (self.held.subscription.store.clone(), settings.grace);
+        let too_late = async {
             stop.set().await;
-            engine.pause(grace).await;
+            store.engine().pause(grace).await;
         };
-        let delivered = caught(async { self.sink.deliver(delivery, advance).await });
-        let delivered = observe::within(delivery, delivered);
-        let work = race(delivered, too_late);
-        let first = if self.sink.holds_cursor() { work.await } else { self.held.keeping(work).await? };
+        let delivered: BoxFuture<'_, Outcome> = match &settings.spawner {
+            None => Box::pin(handled(&**self.sink, delivery, advance)),
+            Some(spawner) => {
+                let (sink, delivery, advance) = (Arc::clone(self.sink), delivery.clone(), advance.clone());
+                let task = spawner.spawn(async move { handled(&*sink, &delivery, &advance).await });
+                Box::pin(async { task.await.unwrap_or_else(no_task) })
+            }
+        };
+        let mut work = std::pin::pin!(race(delivered, too_late));
+        let first = if self.sink.holds_cursor() {
+            work.await
+        } else {
+            loop {
+                let context = Arc::clone(&self.held.context);
+                let tell = move |held: &Held| {
+                    context.gives_up.store(is_to_give_up(held, stop), Ordering::Release);
+                };
+                let heard = store.operator_calls().after(self.held.heard());
+                match self.held.keeping_and(race(work.as_mut(), heard), &tell).await? {
+                    First::Left(first) => break first,
+                    First::Right(()) => {
+                        self.held.refresh().await?;
+                        tell(self.held);
+                    }
+                }
+            }
+        };
         Ok(match first {
             First::Left(outcome) => {
-                let outcome = outcome.unwrap_or_else(|error| Outcome::Failed { handled: 0, error });
-                if self.sink.holds_cursor() && matches!(outcome, Outcome::Failed { .. }) {
+                if self.sink.holds_cursor()
+                    && matches!(outcome, Outcome::Failed { .. } | Outcome::Hindered { .. })
+                {
                     // Nobody has renewed it meanwhile; if nobody has claimed it either, it is still ours.
                     self.held.refresh().await?;
                 }
@@ -209,15 +362,13 @@ impl Runner<'_> {
 
     async fn move_past(&mut self, delivery: &Delivery, handled: usize) -> Result<()> {
         match handled.checked_sub(1).and_then(|last| delivery.events().get(last)) {
-            Some(last) => self.held.advance(self.held.advance_to(last.position(), Vec::new())).await,
+            Some(last) => self.advance(self.held.advance_to(last.position(), Vec::new())).await,
             None => Ok(()),
         }
     }
 
     /// Pauses before the next attempt; false if a shutdown or an operator ends the attempts.
-    async fn pause(&mut self, attempts: u32) -> Result<bool> {
-        let policy = self.held.subscription.settings.failure;
-        let pause = backoff(attempts, policy.first_pause, policy.longest_pause);
+    async fn pause(&mut self, pause: Duration) -> Result<bool> {
         let store = self.held.subscription.store.clone();
         let mut paused = store.engine().pause(pause);
         loop {
@@ -233,8 +384,26 @@ impl Runner<'_> {
         }
     }
 
-    /// One event that was tried often enough.
-    async fn give_up(&mut self, delivery: &Delivery, error: BoxError) -> Result<()> {
+    /// An event at which lease after lease was lost. It is not tried any more, as it would cost this lease too.
+    async fn give_up_unseen(&mut self, delivery: &Delivery) -> Result<()> {
+        let lost = self.held.cursor.lost_leases;
+        let error = format!(
+            "the lease was lost {lost} times at this event: its handler blocks its thread, or ends the process"
+        );
+        let action = match self.held.subscription.settings.failure.action {
+            FailureAction::RetryAfter(_) | FailureAction::DependencyDown => FailureAction::Rest,
+            action => action,
+        };
+        if let Some(mut first) = delivery.only(0) {
+            first.attempt = lost;
+            self.give_up(&first, action, error.into()).await?;
+            self.held.put_back();
+        }
+        Ok(())
+    }
+
+    /// One event that is not tried any more now.
+    async fn give_up(&mut self, delivery: &Delivery, action: FailureAction, error: BoxError) -> Result<()> {
         let Some(event) = delivery.events().first() else { return Ok(()) };
         let (position, attempts, text) = (event.position(), delivery.attempt(), stored_error(&*error));
         let parked = |holds_back| Parked {
@@ -246,34 +415,49 @@ impl Runner<'_> {
             parked_at: Timestamp::now(),
             is_due: false,
         };
-        let kept = match self.held.subscription.settings.failure.action {
-            FailureAction::Stop => return Err(self.stop_at(position, attempts, error).await?),
-            FailureAction::Skip => {
-                observe::skipped(delivery.cursor(), position);
-                return self.held.advance(self.held.advance_to(delivery.end(), Vec::new())).await;
+        let parks = matches!(action, FailureAction::Park | FailureAction::ParkAlone);
+        let kept = match action {
+            _ if parks && self.held.parked_are_too_many() => {
+                observe::too_many_parked(delivery.cursor(), position);
+                return self.rest_at(position, attempts, text).await;
             }
             FailureAction::Park => parked(true),
             FailureAction::ParkAlone => parked(false),
+            FailureAction::Skip => {
+                observe::skipped(delivery.cursor(), position, attempts);
+                return self.advance(self.held.advance_to(delivery.end(), Vec::new())).await;
+            }
+            FailureAction::Stop => {
+                self.rest_at(position, attempts, text).await?;
+                let error = match error.downcast::<Failed>() {
+                    Ok(failed) => failed.into_source(),
+                    Err(error) => error,
+                };
+                let message = format!(
+                    "the handler of subscription \"{}\" failed at position {position} after {attempts} attempts",
+                    self.held.context.id.subscription
+                );
+                self.ended = Some(Ended::Failed(Error::new(ErrorKind::Rejected, message).with_source(error)));
+                return Ok(());
+            }
+            _ => return self.rest_at(position, attempts, text).await,
         };
         let changes = vec![ParkedChange::Keep(kept.clone())];
-        self.held.advance(self.held.advance_to(delivery.end(), changes.clone())).await?;
-        self.held.note_parked(&changes, &kept);
-        observe::parked_one(delivery.cursor(), position);
+        self.advance(self.held.advance_to(delivery.end(), changes.clone())).await?;
+        self.held.note_parked(&changes, &kept, false);
+        observe::parked_one(delivery.cursor(), position, attempts);
         Ok(())
     }
 
-    async fn stop_at(&mut self, position: Position, attempts: u32, error: BoxError) -> Result<Error> {
-        let id = &self.held.context.id;
-        let message = format!(
-            "the handler of subscription \"{}\" failed at position {position} after {attempts} attempts",
-            id.subscription
-        );
-        observe::stopped(id, position);
-        self.held.fail(Failure { position, attempts, error: stored_error(&*error) }).await?;
-        Ok(Error::new(ErrorKind::Rejected, message).with_source(error))
+    /// Stops before an event. If the engine does not take the failure, the lease ends by itself.
+    async fn rest_at(&mut self, position: Position, attempts: u32, error: String) -> Result<()> {
+        observe::stopped(&self.held.context.id, position, attempts);
+        self.held.fail(Failure { position, attempts, error }).await?;
+        self.ended = Some(Ended::Rests);
+        Ok(())
     }
 
-    /// Tries a parked event once more, because an operator has asked for it.
+    /// Tries a parked event once more, because an operator has asked for it or its time has come.
     async fn retry_parked(&mut self) -> Result<()> {
         if let Some((parked, delivery, changes)) = self.held.next_due().await? {
             let advance = self.held.change_parked(delivery.end(), changes.clone());
@@ -285,7 +469,7 @@ impl Runner<'_> {
             match outcome {
                 Outcome::Advanced(cursor) => {
                     self.held.was_moved(asked_at, cursor).await?;
-                    self.held.note_parked(&changes, &parked);
+                    self.held.note_parked(&changes, &parked, true);
                 }
                 Outcome::Handled(_) => {
                     while !self.change_parked(&parked, delivery.end(), changes.clone()).await? {
@@ -300,13 +484,14 @@ impl Runner<'_> {
                         return Err(error);
                     }
                 }
-                Outcome::Refused(error) => return Err(self.refused(error).await?),
-                Outcome::Failed { .. } if self.stop.is_set() => {}
-                Outcome::Failed { error, .. } => {
-                    observe::retried(delivery.cursor());
+                Outcome::Refused(error) => return self.refused(error).await,
+                Outcome::Failed { .. } | Outcome::Hindered { .. } if delivery.is_stopping() => {}
+                Outcome::Failed { error, .. } | Outcome::Hindered { error, .. } => {
+                    observe::retried(delivery.cursor(), &delivery, Duration::ZERO);
                     let again = Parked {
                         attempts: delivery.attempt(),
                         error: stored_error(&*error),
+                        parked_at: Timestamp::now(),
                         is_due: false,
                         ..parked.clone()
                     };
@@ -326,17 +511,34 @@ impl Runner<'_> {
         changes: Vec<ParkedChange>,
     ) -> Result<bool> {
         let advance = self.held.change_parked(to, changes.clone());
-        match self.held.advance(advance).await {
+        match self.advance(advance).await {
             Err(error) if matches!(error.kind(), ErrorKind::LeaseLost) && self.held.parked_were_changed() => {
                 Ok(false)
             }
             moved => {
                 moved?;
-                self.held.note_parked(&changes, parked);
+                self.held.note_parked(&changes, parked, true);
                 Ok(true)
             }
         }
     }
+}
+
+/// Calls the sink. A panic becomes a failure.
+async fn handled(sink: &dyn Sink, delivery: &Delivery, advance: &Advance) -> Outcome {
+    let delivered = caught(async { sink.deliver(delivery, advance).await });
+    let outcome = observe::within(delivery, delivered).await;
+    outcome.unwrap_or_else(|error| Outcome::Failed { handled: 0, error })
+}
+
+/// The task of a handler did not end by itself.
+fn no_task() -> Outcome {
+    let message = "the spawner has dropped the handler's task: the runtime may be shutting down";
+    Outcome::Refused(Error::new(ErrorKind::Unavailable, message))
+}
+
+fn is_to_give_up(held: &Held, stop: &Stop) -> bool {
+    held.is_paused() || (held.is_wanted() && stop.may_give_up())
 }
 
 /// A sink without progress counts as failed; otherwise it would be called again without a pause.

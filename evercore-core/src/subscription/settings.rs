@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use super::change::SubscriptionChange;
 use super::cursor::CursorId;
-use super::failure::FailurePolicy;
+use super::failure::{Decide, FailedEvent, FailureAction, FailurePolicy};
+use super::handler::AckEvery;
+use super::spawn::Spawner;
 use crate::backoff::random_bits;
-use crate::contract::Filter;
+use crate::contract::{Filter, PageLimit};
 use crate::error::{Error, Result};
+use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::limits;
 use crate::name::{OwnerId, SubscriptionName};
@@ -94,6 +97,12 @@ pub(crate) struct Settings {
     pub(crate) grace: Duration,
     pub(crate) failure: FailurePolicy,
     pub(crate) is_held: bool,
+    pub(crate) decide: Option<Decide>,
+    pub(crate) handler_time: Option<Duration>,
+    pub(crate) ack: AckEvery,
+    pub(crate) most_parked: usize,
+    pub(crate) retry_parked: Option<Duration>,
+    pub(crate) spawner: Option<Spawner>,
     pub(crate) is_standby: bool,
     pub(crate) label: Option<Arc<str>>,
 }
@@ -117,6 +126,12 @@ impl EventStore {
                 grace: Duration::from_secs(30),
                 failure: FailurePolicy::default(),
                 is_held: false,
+                decide: None,
+                handler_time: None,
+                ack: AckEvery { events: usize::MAX, time: Duration::from_secs(1) },
+                most_parked: 10_000,
+                retry_parked: None,
+                spawner: None,
                 is_standby: true,
                 label: None,
             },
@@ -162,10 +177,92 @@ impl Subscription {
         self
     }
 
-    /// What happens when an event cannot be handled.
+    /// What happens when an event cannot be handled: the same for every error. The default is to try five times and then to
+    /// let the partition [rest](FailureAction::Rest), while others go on.
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.settings.failure = policy;
+        self
+    }
+
+    /// A function that decides about each failure, by the error, the event and the attempt. It is asked after each failed try.
+    /// [`FailedEvent::usual`] is what happens without it. Pauses of [`on_failure`](Self::on_failure) apply where the answer
+    /// has none.
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, FailureAction, Result, Subscription};
+    /// # fn mails(store: &EventStore) -> Result<Subscription> {
+    /// let mails = store.subscription("mails")?.decide_on_failure(|failed| {
+    ///     match failed.error.downcast_ref::<std::io::Error>() {
+    ///         // The mail server is down. No event is at fault.
+    ///         Some(_) => FailureAction::DependencyDown,
+    ///         None if failed.attempt >= 3 => FailureAction::Park,
+    ///         None => failed.usual(),
+    ///     }
+    /// });
+    /// # Ok(mails) }
+    /// ```
+    #[must_use]
+    pub fn decide_on_failure(
+        mut self,
+        decide: impl Fn(&FailedEvent<'_>) -> FailureAction + Send + Sync + 'static,
+    ) -> Self {
+        self.settings.decide = Some(Decide(Arc::new(decide)));
+        self
+    }
+
+    /// How long a handler may take: for one event with [`run`](Self::run), for one delivery with
+    /// [`run_batches`](Self::run_batches). A handler that takes longer is dropped at its await, and has failed. There is no
+    /// limit by default. A handler that blocks its thread cannot be dropped. A projection has the engine's time-out for the
+    /// user's SQL instead.
+    #[must_use]
+    pub fn with_handler_timeout(mut self, time: Duration) -> Self {
+        self.settings.handler_time = Some(time);
+        self
+    }
+
+    /// [`run`](Self::run) moves the cursor after this many events or this time, whichever comes first, and at the end of each
+    /// batch. After a crash at most that much is handled again. The default is each second. 0 events count as 1.
+    #[must_use]
+    pub fn with_ack_every(mut self, events: usize, time: Duration) -> Self {
+        self.settings.ack = AckEvery { events: events.max(1), time };
+        self
+    }
+
+    /// The most events that one partition parks; the default is 10,000. With that many parked events it
+    /// [rests](FailureAction::Rest) instead of parking more, since then the handler is broken and not the events.
+    #[must_use]
+    pub fn with_most_parked(mut self, events: usize) -> Self {
+        self.settings.most_parked = events;
+        self
+    }
+
+    /// Tries parked events again after this time, and after the same time again if that fails. By default they wait for
+    /// [`resume_parked`](EventStore::resume_parked).
+    #[must_use]
+    pub fn retrying_parked(mut self, after: Duration) -> Self {
+        self.settings.retry_parked = Some(after);
+        self
+    }
+
+    /// Runs handlers in tasks of the application's runtime: each partition has one task at a time. Then partitions use several
+    /// CPUs, and a handler that blocks its thread costs neither its own lease nor the leases of others. Without this, all
+    /// partitions of a run share the task that awaits it.
+    ///
+    /// The runtime must have another thread for a handler that blocks.
+    ///
+    /// ```
+    /// # use evercore_core::{BoxFuture, EventStore, Result, Subscription};
+    /// # mod tokio { pub fn spawn(_: evercore_core::BoxFuture<'static, ()>) {} }
+    /// # fn images(store: &EventStore) -> Result<Subscription> {
+    /// let images = store.subscription("images")?.with_partitions(4).with_spawner(|task| {
+    ///     tokio::spawn(task);
+    /// });
+    /// # Ok(images) }
+    /// ```
+    #[must_use]
+    pub fn with_spawner(mut self, spawn: impl Fn(BoxFuture<'static, ()>) + Send + Sync + 'static) -> Self {
+        self.settings.spawner = Some(Spawner(Arc::new(spawn)));
         self
     }
 

@@ -1,14 +1,15 @@
 //! The shutdown of one worker, shared by its runners.
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::Poll;
 
-/// Whether the worker is shutting down. The runners are polled together with the worker, so no wake-up is needed.
+use crate::race::Signal;
+
+/// Whether the worker is shutting down.
 #[derive(Debug, Default)]
 pub(crate) struct Stop {
     is_set: Arc<AtomicBool>,
+    signal: Signal,
     /// How many cursors this worker has.
     held: AtomicUsize,
 }
@@ -20,11 +21,12 @@ impl Stop {
 
     /// Waits for the shutdown.
     pub(crate) async fn set(&self) {
-        poll_fn(|_| if self.is_set() { Poll::Ready(()) } else { Poll::Pending }).await;
+        self.signal.after(0).await;
     }
 
     pub(crate) fn set_now(&self) {
         self.is_set.store(true, Ordering::Release);
+        self.signal.send();
     }
 
     /// The flag alone, for deliveries.

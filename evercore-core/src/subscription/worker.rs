@@ -8,8 +8,8 @@ use std::task::{Context, Poll};
 
 use super::cursor::{Cursor, CursorStatus};
 use super::delivery::{Delivered, Delivery, Sink};
-use super::handler::{Batches, Each};
-use super::held::{Held, is_passing};
+use super::handler::{Batches, Each, HandlerTime};
+use super::held::Held;
 use super::runner::{self, Ended};
 use super::settings::Subscription;
 use super::step::Step;
@@ -31,12 +31,16 @@ pub enum RunEnd {
 }
 
 impl Subscription {
-    /// Runs the handler for each event, until the shutdown is ready. The cursor moves after each batch, so after a crash or
-    /// a lost lease an event may come again.
+    /// Runs the handler for each event, until the shutdown is ready. The cursor moves after each batch and
+    /// [each second](Self::with_ack_every), so after a crash or a lost lease an event may come again.
     ///
     /// Handlers of one partition run one after the other. The lease is renewed while a handler waits; a handler that blocks
-    /// its thread for longer than the lease loses it. While the engine is unavailable, this tries again. While the
-    /// subscription is paused, this waits and then goes on.
+    /// its thread for longer than the lease loses it, unless there is a [spawner](Self::with_spawner).
+    ///
+    /// Nothing but the shutdown, a newer version, the removal of the subscription, and [`Stop`](crate::FailureAction::Stop)
+    /// ends a run that has begun. Whatever the store answers, also that it is read-only, full, or refuses the login, the run
+    /// tries again, at least each second. Tracing warns of it, and a metric counts it. While the subscription is paused, the
+    /// run waits. A partition whose event fails [rests](crate::FailureAction::Rest), and the others go on.
     ///
     /// A handler owns its data: use a `move` closure that clones an [`Arc`] for each event. A panic counts as an error of
     /// the handler. After a drop of this future the lease is not given back but expires, so end a run by the shutdown.
@@ -55,17 +59,22 @@ impl Subscription {
     /// ```
     ///
     /// # Errors
-    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if the policy is to stop;
+    /// [`Rejected`](ErrorKind::Rejected) with the handler's error if the policy or the handler asks for
+    /// [`Stop`](crate::FailureAction::Stop); [`NotFound`](ErrorKind::NotFound) if the subscription was removed meanwhile;
     /// [`AlreadyOwned`](ErrorKind::AlreadyOwned) and [`Paused`](ErrorKind::Paused)
-    /// [without standby](Self::without_standby); [`NotFound`](ErrorKind::NotFound) if the subscription was removed meanwhile;
-    /// [`Invalid`](ErrorKind::Invalid) if the cursors have another number of partitions;
-    /// [`CursorAhead`](ErrorKind::CursorAhead) if the log has lost its end; those of the engine.
+    /// [without standby](Self::without_standby), if it has no partition;
+    /// [`Closed`](ErrorKind::Closed) if the engine is closed, since it never answers again.
+    ///
+    /// Mistakes that show when it begins, before it has read anything: as [`declare`](Self::declare), with
+    /// [`CursorAhead`](ErrorKind::CursorAhead) if the stored cursor is past the end of the log,
+    /// [`NotAStore`](ErrorKind::NotAStore) and [`SchemaTooNew`](ErrorKind::SchemaTooNew).
     pub async fn run<F, H>(&self, shutdown: impl Future<Output = ()> + Send, handler: F) -> Result<RunEnd>
     where
         F: Fn(Delivered) -> H + Send + Sync + 'static,
         H: Future<Output = Result<(), BoxError>> + Send + 'static,
     {
-        self.run_sink(shutdown, Each(handler)).await
+        let each = Each { handle: handler, time: self.handler_time(), ack: self.settings.ack };
+        self.run_sink(shutdown, each).await
     }
 
     /// As [`run`](Self::run), with all events of a batch together. After a failure they come one by one, to find the event
@@ -82,7 +91,11 @@ impl Subscription {
         F: Fn(Delivery) -> H + Send + Sync + 'static,
         H: Future<Output = Result<(), BoxError>> + Send + 'static,
     {
-        self.run_sink(shutdown, Batches(handler)).await
+        self.run_sink(shutdown, Batches { handle: handler, time: self.handler_time() }).await
+    }
+
+    fn handler_time(&self) -> HandlerTime {
+        HandlerTime { engine: Arc::clone(self.store.engine()), at_most: self.settings.handler_time }
     }
 
     /// As [`run`](Self::run), with an engine's projection. Its handler writes in the transaction that moves the cursor, so
@@ -117,6 +130,12 @@ struct Worker {
     /// The try to get one more cursor; it waits before it ends.
     claiming: Option<BoxFuture<'static, Result<Claimed>>>,
     has_failed: Option<Error>,
+    /// How often in a row the engine has failed.
+    failures: u32,
+    /// Whether it has had a cursor.
+    has_run: bool,
+    /// Whether it has read the log.
+    has_read: bool,
     /// How many leases in a row were lost without progress. The next claim comes after a pause.
     losses: u32,
 }
@@ -124,8 +143,8 @@ struct Worker {
 enum Claimed {
     /// One more.
     One(Box<Held>),
-    /// None for now. The wait is over already.
-    None,
+    /// None for now, perhaps because of an error of the engine. The wait is over already.
+    None(Option<Error>),
     /// There will be none any more.
     Superseded,
 }
@@ -139,13 +158,27 @@ struct CursorOwners {
     asked: usize,
     is_there: bool,
     is_retired: bool,
+    /// A cursor cannot be claimed yet, because its handler has failed.
+    rests: bool,
 }
 
 impl Worker {
     fn new(subscription: Subscription, sink: Arc<dyn Sink>) -> Result<Self> {
         let owner = subscription.new_owner()?;
         let (stop, runners) = (Arc::default(), Vec::new());
-        Ok(Self { subscription, owner, sink, stop, runners, claiming: None, has_failed: None, losses: 0 })
+        Ok(Self {
+            subscription,
+            owner,
+            sink,
+            stop,
+            runners,
+            claiming: None,
+            has_failed: None,
+            failures: 0,
+            has_run: false,
+            has_read: false,
+            losses: 0,
+        })
     }
 
     async fn work(&mut self) -> Result<RunEnd> {
@@ -166,6 +199,7 @@ impl Worker {
                     held,
                     Arc::clone(&self.stop),
                     self.losses,
+                    !self.has_run,
                 )));
             }
             if let Some(end) = self.next().await? {
@@ -201,8 +235,19 @@ impl Worker {
     fn note_end(&mut self, ended: Ended) -> Option<RunEnd> {
         self.stop.set_held(self.runners.len());
         match ended {
-            Ended::Stopped | Ended::GivenUp => None,
-            Ended::Lost { has_moved } => {
+            Ended::Stopped | Ended::GivenUp | Ended::Rests => None,
+            Ended::Lost { has_moved, has_read, error } => {
+                self.has_read |= has_read;
+                match error {
+                    // It is another store, or a copy from before.
+                    Some(error)
+                        if matches!(error.kind(), ErrorKind::CursorAhead { .. }) && !self.has_read =>
+                    {
+                        return self.note_end(Ended::Failed(error));
+                    }
+                    Some(error) => self.note_failure(&error),
+                    None => {}
+                }
                 self.losses = if has_moved { 0 } else { self.losses.saturating_add(1) };
                 None
             }
@@ -225,32 +270,61 @@ impl Worker {
                 let partition = held.context.id.partition;
                 let runner = runner::run(*held, Arc::clone(&self.sink), Arc::clone(&self.stop));
                 self.runners.push((partition, Box::pin(runner)));
+                self.failures = 0;
+                self.has_run = true;
                 self.stop.set_held(self.runners.len());
                 Ok(None)
             }
-            Ok(Claimed::None) => Ok(None),
+            Ok(Claimed::None(error)) => {
+                if let Some(error) = error {
+                    self.note_failure(&error);
+                }
+                Ok(None)
+            }
             Ok(Claimed::Superseded) if self.has_failed.is_none() => {
                 Ok(self.runners.is_empty().then_some(RunEnd::Superseded))
             }
             Ok(Claimed::Superseded) => Ok(None),
-            Err(error) if self.runners.is_empty() => Err(error),
+            Err(error) if self.runners.is_empty() => Err(self.has_failed.take().unwrap_or(error)),
             // The runners meet it too, if it is in everybody's way.
             Err(_) => Ok(None),
         }
     }
+
+    fn note_failure(&mut self, error: &Error) {
+        self.failures = self.failures.saturating_add(1);
+        observe::store_failed(&self.subscription.cursor_id(0), error, self.failures);
+    }
 }
 
-/// Makes the cursors as soon as the engine can be reached.
+/// Makes the cursors as soon as the engine works. A mistake of the program ends this at once.
 async fn declare(subscription: Subscription, stop: Arc<Stop>) -> Result<()> {
+    let mut failures = 0;
     loop {
         match subscription.declare().await {
-            Err(error) if is_passing(&error) && !stop.is_set() => {
+            Err(error) if !is_mistake(&error) && !stop.is_set() => {
+                failures += 1;
+                observe::store_failed(&subscription.cursor_id(0), &error, failures);
                 let time = runner::between_claims(subscription.settings.lease);
                 race(subscription.store.engine().pause(time), stop.set()).await;
             }
             outcome => return outcome,
         }
     }
+}
+
+/// An error that waiting does not mend, when a run begins.
+fn is_mistake(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Invalid
+            | ErrorKind::InvalidName
+            | ErrorKind::CursorAhead { .. }
+            | ErrorKind::Superseded
+            | ErrorKind::NotAStore
+            | ErrorKind::SchemaTooNew { .. }
+            | ErrorKind::Closed
+    )
 }
 
 /// Tries to get one more cursor. If none is free, it waits.
@@ -260,6 +334,7 @@ async fn claim(
     held: Vec<u32>,
     stop: Arc<Stop>,
     losses: u32,
+    is_first: bool,
 ) -> Result<Claimed> {
     let seen = subscription.store.cursor_moves().count();
     if losses > 0 {
@@ -267,27 +342,28 @@ async fn claim(
         let pause = runner::after_losses(losses, subscription.settings.lease);
         race(subscription.store.engine().pause(pause), stop.set()).await;
         if stop.is_set() {
-            return Ok(Claimed::None);
+            return Ok(Claimed::None(None));
         }
     }
-    let outcome = claim_one(&subscription, &owner, &held, &stop).await;
+    let outcome = claim_one(&subscription, &owner, &held, &stop, is_first).await;
     let must_wait = match &outcome {
         Ok(Claimed::One(_)) => false,
-        Ok(Claimed::None | Claimed::Superseded) => true,
-        Err(error) if is_passing(error) => true,
+        Ok(Claimed::None(_) | Claimed::Superseded) => true,
         Err(_) if !held.is_empty() => true,
-        Err(error) => {
-            subscription.settings.is_standby
-                && matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused)
-        }
+        Err(error) => match error.kind() {
+            ErrorKind::AlreadyOwned | ErrorKind::Paused => subscription.settings.is_standby,
+            ErrorKind::NotFound | ErrorKind::Closed => false,
+            _ => true,
+        },
     };
     if !must_wait {
         return outcome;
     }
     race(before_next_claim(&subscription, seen), stop.set()).await;
     match outcome {
-        Ok(Claimed::Superseded) => Ok(Claimed::Superseded),
-        _ => Ok(Claimed::None),
+        Err(error) if is_busy(&error) => Ok(Claimed::None(None)),
+        Err(error) => Ok(Claimed::None(Some(error))),
+        claimed => claimed,
     }
 }
 
@@ -306,6 +382,7 @@ async fn claim_one(
     owner: &OwnerId,
     held: &[u32],
     stop: &Stop,
+    is_first: bool,
 ) -> Result<Claimed> {
     let mut owners = CursorOwners::at(subscription, owner, held).await?;
     if owners.is_retired && !owners.is_there {
@@ -320,11 +397,13 @@ async fn claim_one(
         let first = crate::backoff::random_bits() as usize % owners.free.len();
         owners.free.rotate_left(first);
     }
+    // A partition that rests after a failure of this run is nobody else's: the run waits for it.
+    let rests = owners.rests && !is_first;
     let mut refused = Error::already_owned(&subscription.cursor_id(0));
     for partition in owners.free.drain(..) {
         match Held::claim(subscription, partition, owner, stop.flag()).await {
             Ok(held) => return Ok(Claimed::One(Box::new(held))),
-            Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused) => {
+            Err(error) if is_busy(&error) => {
                 refused = error;
             }
             // Just now; the next query shows whether that was the last.
@@ -333,7 +412,11 @@ async fn claim_one(
         }
     }
     want_one(subscription, owner, held, &owners).await?;
-    Err(refused)
+    if rests { Ok(Claimed::None(None)) } else { Err(refused) }
+}
+
+fn is_busy(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::AlreadyOwned | ErrorKind::Paused)
 }
 
 /// Asks the owner with the most cursors for one, if it has at least two more than this worker. A cursor that was asked for
@@ -360,8 +443,14 @@ impl CursorOwners {
         let name: &SubscriptionName = &subscription.name;
         let found = subscription.store.engine().cursors(Some(name)).await?;
         let own = |cursor: &&Cursor| cursor.id.version == subscription.settings.version;
-        let mut owners =
-            Self { free: Vec::new(), owned: HashMap::new(), asked: 0, is_there: false, is_retired: false };
+        let mut owners = Self {
+            free: Vec::new(),
+            owned: HashMap::new(),
+            asked: 0,
+            is_there: false,
+            is_retired: false,
+            rests: false,
+        };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
             if cursor.status == CursorStatus::Retired {
@@ -369,6 +458,8 @@ impl CursorOwners {
                 continue;
             }
             owners.is_there = true;
+            owners.rests |=
+                cursor.owner.is_none() && cursor.failure.is_some() && cursor.expires_at > found.now;
             match &cursor.owner {
                 Some(other) if other != owner && cursor.is_owned(found.now) => {
                     match cursor.wanted_by.as_ref().filter(|_| cursor.wanted_until > found.now) {

@@ -550,7 +550,7 @@ fn who_may_not_claim_after_a_stop_is_told_why() {
     block_on(async {
         let store = EventStore::new(MemoryEngine::new());
         say(&store, "a", 1).await;
-        let policy = FailurePolicy::default().with_attempts(1);
+        let policy = FailurePolicy::new(FailureAction::Stop).with_attempts(1);
         let sub = store.subscription("s").unwrap().on_failure(policy).without_standby();
         sub.run(std::future::pending(), |_| async { Err("poison".into()) }).await.unwrap_err();
         let refused = sub.claim().await.map(drop).unwrap_err();

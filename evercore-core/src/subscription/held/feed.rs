@@ -39,7 +39,11 @@ impl Held {
         } else {
             at_most
         };
-        let Some(page) = self.tail.next(at_most).await? else { return Ok(None) };
+        let Some(page) = self.tail.next(at_most).await? else {
+            (self.is_idle, self.has_read) = (true, true);
+            return Ok(None);
+        };
+        self.has_read = true;
         self.add(&page);
         Ok(self.take_pending())
     }
@@ -65,8 +69,10 @@ impl Held {
                 continue;
             }
             let is_next_replay = self.is_replay(next.position());
-            let goes_alone = next.position() <= self.alone_to;
-            if !events.is_empty() && (goes_alone || is_next_replay != is_replay) {
+            let has_failed = self.failed.is_some_and(|(failed, _)| failed == next.position());
+            let goes_alone = next.position() <= self.alone_to || has_failed;
+            let is_whole = goes_alone || is_next_replay != is_replay || events.len() >= self.size;
+            if !events.is_empty() && is_whole {
                 break;
             }
             is_replay = is_next_replay;
@@ -79,16 +85,35 @@ impl Held {
         if self.pending.is_empty() {
             self.taken_to = self.taken_to.max(self.pending_end);
         }
+        let tried = events.first().map_or(0, |first: &Event| self.tries_of(first.position()));
         self.handed_out = events.last().map_or(self.handed_out, |last: &Event| last.position());
-        let attempt =
-            if events.first().is_some_and(|first| first.position() <= self.alone_to) { 2 } else { 1 };
+        self.is_idle &= events.is_empty();
         (!events.is_empty()).then(|| Delivery {
             events: events.into(),
             context: Arc::clone(&self.context),
-            attempt,
+            attempt: tried.saturating_add(1),
             is_replay,
             end: self.taken_to,
         })
+    }
+
+    /// How often the next event was tried before, alone or with others, and by other owners.
+    fn tries_of(&self, position: Position) -> u32 {
+        let lost = if self.has_nothing_out() { self.cursor.lost_leases } else { 0 };
+        let failed = match self.failed {
+            Some((failed, tries)) if failed == position => tries,
+            _ => u32::from(position <= self.alone_to),
+        };
+        failed.saturating_add(lost)
+    }
+
+    /// Returns the events after the first ones again, without reading them again.
+    pub(crate) fn return_rest(&mut self, delivery: &Delivery, handled: usize) {
+        for event in delivery.events().iter().skip(handled).rev() {
+            self.pending.push_front(event.clone());
+        }
+        self.taken_to = self.cursor.position;
+        self.handed_out = self.cursor.position;
     }
 
     pub(super) fn is_replay(&self, position: Position) -> bool {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Held, is_passing};
+use super::{Held, is_waited_out};
 use crate::error::{Error, ErrorKind, Result};
 use crate::race::{First, race};
 use crate::subscription::Failure;
@@ -31,6 +31,15 @@ impl Held {
 
     /// Runs work and keeps the lease meanwhile; work whose lease is lost is dropped.
     pub(crate) async fn keeping<T>(&mut self, work: impl Future<Output = T> + Send) -> Result<T> {
+        self.keeping_and(work, |_| {}).await
+    }
+
+    /// The same. Each renewal tells this function what the cursor is like then.
+    pub(crate) async fn keeping_and<T>(
+        &mut self,
+        work: impl Future<Output = T> + Send,
+        after_renewal: impl Fn(&Self) + Send,
+    ) -> Result<T> {
         let (mut work, engine) = (std::pin::pin!(work), Arc::clone(self.subscription.store.engine()));
         let until = |time: Instant| engine.pause(time.saturating_duration_since(Instant::now()));
         loop {
@@ -43,7 +52,10 @@ impl Held {
             let too_late = until(self.valid_until());
             match race(work.as_mut(), race(self.renew(), too_late)).await {
                 First::Left(done) => return Ok(done),
-                First::Right(First::Left(renewed)) => renewed?,
+                First::Right(First::Left(renewed)) => {
+                    renewed?;
+                    after_renewal(self);
+                }
                 First::Right(First::Right(())) => {}
             }
         }
@@ -69,14 +81,16 @@ impl Held {
     pub(super) async fn renew(&mut self) -> Result<()> {
         let asked_at = Instant::now();
         let time = self.subscription.settings.lease;
-        let renew = Step::renew(self.context.lease.clone(), time);
+        let lease = self.context.lease.clone();
+        let is_idle = self.is_idle && self.cursor.lost_leases > 0;
+        let renew = if is_idle { Step::renew_idle(lease, time) } else { Step::renew(lease, time) };
         match self.step(&renew).await {
             Ok(()) => {
                 self.renewed_at = asked_at;
                 self.next_renewal = asked_at + time / 3;
                 Ok(())
             }
-            Err(error) if is_passing(&error) => {
+            Err(error) if is_waited_out(&error) => {
                 self.next_renewal = Instant::now() + RENEW_AGAIN.min(time / 10);
                 Ok(())
             }
@@ -104,6 +118,15 @@ impl Held {
         let released = self.subscription.store.engine().step(&self.context.id, &release).await;
         self.subscription.store.cursor_moves().send();
         released.map(drop)
+    }
+
+    /// Stores a failure of an event that is tried again, for operators and for the next owner. Without an answer of the
+    /// engine nothing is lost but that.
+    pub(crate) async fn report(&mut self, failure: Failure) -> Result<()> {
+        match self.step(&Step::report(self.context.lease.clone(), failure)).await {
+            Err(error) if is_waited_out(&error) => Ok(()),
+            outcome => outcome,
+        }
     }
 
     pub(crate) async fn fail(&mut self, failure: Failure) -> Result<()> {

@@ -53,7 +53,19 @@ pub(crate) struct Held {
     alone_to: Position,
     /// The count of operators' changes at the last query.
     heard: u64,
+    /// The event at which the handler failed the last time, and how often it was tried.
+    pub(super) failed: Option<(Position, u32)>,
+    /// The most events in one delivery.
+    pub(super) size: usize,
+    /// Whether no event came in the last wait.
+    is_idle: bool,
+    /// Whether the log was read under this lease.
+    pub(crate) has_read: bool,
     parked_seen: Option<i64>,
+    /// How many events are parked.
+    pub(super) parked_count: usize,
+    /// When to look for parked events that are tried again by time.
+    parked_again_at: Option<Instant>,
     held_back: HashSet<AggregateId>,
     due: Vec<Parked>,
 }
@@ -73,7 +85,7 @@ impl Held {
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
         let mut held = Self {
             tail: Tail::new(engine, LogQuery::after(cursor.position), None),
-            context: Arc::new(Context { id, lease, is_stopping }),
+            context: Arc::new(Context { id, lease, is_stopping, gives_up: AtomicBool::new(false) }),
             renewed_at: asked_at,
             next_renewal: asked_at + subscription.settings.lease / 3,
             moved_at: asked_at,
@@ -86,7 +98,13 @@ impl Held {
             handed_out: cursor.position,
             alone_to: cursor.position,
             heard,
+            failed: cursor.failure.as_ref().map(|failure| (failure.position, failure.attempts)),
+            size: usize::MAX,
+            is_idle: false,
+            has_read: false,
             parked_seen: None,
+            parked_count: 0,
+            parked_again_at: None,
             held_back: HashSet::new(),
             due: Vec::new(),
             subscription: subscription.clone(),
@@ -152,6 +170,43 @@ impl Held {
         Ok(())
     }
 
+    /// After lost leases, one event at a time at first, until the one at fault is known.
+    pub(crate) fn begin_small_after_losses(&mut self) {
+        self.size = if self.cursor.lost_leases > 0 { 1 } else { self.most() };
+    }
+
+    fn most(&self) -> usize {
+        self.subscription.settings.batch.max_events()
+    }
+
+    /// This many events took too long.
+    pub(crate) fn give_fewer(&mut self, events: usize, took: Duration) {
+        self.size = (events / 2).max(1);
+        crate::observe::resized(&self.context.id, self.size, took);
+    }
+
+    /// One event at a time, until one succeeds.
+    pub(crate) fn give_one(&mut self) {
+        self.size = 1;
+    }
+
+    /// After a success: fewer events if these took more than half of the limit, more if they took less than a quarter.
+    pub(crate) fn resize(&mut self, events: usize, took: Duration, limit: Option<Duration>) {
+        match limit {
+            Some(limit) if took > limit / 2 && events > 1 => self.give_fewer(events, took),
+            Some(limit) if took > limit / 4 => {}
+            _ if self.size < self.most() && events >= self.size => {
+                self.size = self.size.saturating_mul(2).min(self.most());
+            }
+            _ => {}
+        }
+    }
+
+    /// A failed try of an event.
+    pub(crate) fn note_failed(&mut self, position: Position, tries: u32) {
+        self.failed = Some((position, tries));
+    }
+
     /// A sink has moved it, and nobody could have it meanwhile: where that took long, the lease may be over by now and
     /// still be ours.
     pub(crate) async fn was_moved(&mut self, asked_at: Instant, cursor: Cursor) -> Result<()> {
@@ -161,6 +216,7 @@ impl Held {
     }
 
     fn moved(&mut self, asked_at: Instant) {
+        self.failed = self.failed.filter(|(position, _)| *position > self.cursor.position);
         self.renewed_at = asked_at;
         self.moved_at = Instant::now();
         self.next_renewal = asked_at + self.subscription.settings.lease / 3;
@@ -180,6 +236,20 @@ impl Held {
 /// An error after which the same call may succeed.
 pub(crate) fn is_passing(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::OutcomeUnknown)
+}
+
+/// An error of the store that a run waits out: the store may answer otherwise later.
+pub(crate) fn is_waited_out(error: &Error) -> bool {
+    !matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::LeaseLost
+            | ErrorKind::AlreadyOwned
+            | ErrorKind::Paused
+            | ErrorKind::Superseded
+            | ErrorKind::TailLost { .. }
+            | ErrorKind::Closed
+    )
 }
 
 fn gone(subscription: &Subscription) -> Error {

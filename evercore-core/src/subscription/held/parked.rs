@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::Held;
 use crate::contract::LogQuery;
@@ -12,27 +13,44 @@ use crate::limits;
 use crate::page_limit::PageLimit;
 use crate::subscription::cursor::{Parked, ParkedChange};
 use crate::subscription::delivery::Delivery;
+use crate::time::Timestamp;
 
 /// How many parked events are read at once.
 const PARKED_PAGE: usize = 1_000;
 
 impl Held {
-    /// Reads the parked events again if an operator has changed them.
+    /// Reads the parked events again if an operator has changed them, or if some may be due by time.
     pub(crate) async fn look_at_parked(&mut self) -> Result<()> {
-        if !self.parked_were_changed() {
+        let is_time = self.parked_again_at.is_some_and(|time| Instant::now() >= time);
+        if !self.parked_were_changed() && !is_time {
             return Ok(());
         }
+        let (again, now) = (self.subscription.settings.retry_parked, Timestamp::now());
+        let left = |parked: &Parked| again.map(|again| again.saturating_sub(now.since(parked.parked_at)));
+        let mut next: Option<Duration> = None;
+        let mut is_due = |parked: &Parked| {
+            let left = left(parked);
+            if parked.is_due || left == Some(Duration::ZERO) {
+                return true;
+            }
+            next = next.into_iter().chain(left).min();
+            false
+        };
         let (changes, engine) = (self.cursor.parked_changes, Arc::clone(self.subscription.store.engine()));
         let (mut held_back, mut due, mut after) = (HashSet::new(), Vec::new(), Position::ZERO);
+        let mut count = 0;
         loop {
             let page = engine.parked(&self.context.id, after, PARKED_PAGE).await?;
             let Some(last) = page.last() else { break };
             after = last.position;
+            count += page.len();
             held_back.extend(page.iter().filter(|parked| parked.holds_back).map(|parked| parked.aggregate));
-            due.extend(page.into_iter().filter(|parked| parked.is_due));
+            due.extend(page.into_iter().filter(&mut is_due));
         }
         due.reverse(); // taken from the end
         (self.held_back, self.due, self.parked_seen) = (held_back, due, Some(changes));
+        self.parked_count = count;
+        self.parked_again_at = next.and_then(|next| Instant::now().checked_add(next));
         crate::observe::held_back(&self.context.id, self.held_back.len());
         Ok(())
     }
@@ -79,8 +97,13 @@ impl Held {
         }
         let mut changes = vec![ParkedChange::Remove(parked.position)];
         if let Some(next) = next {
-            let waiting =
-                Parked { position: next.position(), attempts: 0, error: String::new(), ..parked.clone() };
+            let waiting = Parked {
+                position: next.position(),
+                attempts: 0,
+                error: String::new(),
+                is_due: true,
+                ..parked.clone()
+            };
             changes.push(ParkedChange::Keep(waiting));
         }
         // One that the filter does not let through any more is done.
@@ -95,16 +118,34 @@ impl Held {
         Ok(Some((parked, delivery, changes)))
     }
 
+    /// Whether no more events are to be parked.
+    pub(crate) fn parked_are_too_many(&self) -> bool {
+        self.parked_count >= self.subscription.settings.most_parked
+    }
+
+    /// This time, or less if parked events are to be tried again before.
+    pub(crate) fn until_parked_again(&self, time: Duration) -> Duration {
+        match self.parked_again_at {
+            Some(again) => time.min(again.saturating_duration_since(Instant::now())),
+            None => time,
+        }
+    }
+
     /// Whether there are parked events to try again.
     pub(crate) fn has_due(&self) -> bool {
         !self.due.is_empty()
     }
 
-    /// The present rows of parked events.
-    pub(crate) fn note_parked(&mut self, changes: &[ParkedChange], of: &Parked) {
+    /// The present rows of parked events. `was_parked`: whether this one was parked before.
+    pub(crate) fn note_parked(&mut self, changes: &[ParkedChange], of: &Parked, was_parked: bool) {
         let mut holds_back = false;
+        self.parked_count = self.parked_count.saturating_sub(usize::from(was_parked));
         for change in changes {
             if let ParkedChange::Keep(kept) = change {
+                self.parked_count += 1;
+                let again = self.subscription.settings.retry_parked;
+                let again = again.and_then(|again| Instant::now().checked_add(again));
+                self.parked_again_at = self.parked_again_at.into_iter().chain(again).min();
                 holds_back |= kept.holds_back;
                 if kept.is_due {
                     self.due.push(kept.clone());

@@ -4,8 +4,11 @@
 mod failures;
 mod running;
 mod sharing;
+mod surviving;
 mod tools;
+mod unwell;
 
 pub(super) use failures::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
+pub(super) use surviving::*;
