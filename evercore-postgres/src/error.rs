@@ -367,6 +367,12 @@ pub(crate) fn was_undone(error: &(dyn std::error::Error + 'static)) -> bool {
     said(error).is_some_and(undoes)
 }
 
+/// Whether an error of the user's SQL comes from a lock or a time-out of the server: the same statement may succeed later.
+pub(crate) fn was_hindered(error: &(dyn std::error::Error + 'static)) -> bool {
+    const CODES: [SqlState; 2] = [SqlState::LOCK_NOT_AVAILABLE, SqlState::QUERY_CANCELED];
+    said(error).is_some_and(|spoken| undoes(spoken) || CODES.contains(spoken.code()))
+}
+
 fn undoes(spoken: &DbError) -> bool {
     [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(spoken.code())
 }

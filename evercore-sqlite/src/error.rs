@@ -79,7 +79,10 @@ pub(crate) enum Fault {
     /// It returned an error, or panicked.
     #[error("{message}")]
     Failed { message: String, source: BoxError },
-    /// It took too long, or ended the transaction.
+    /// It took too long.
+    #[error(transparent)]
+    TookTooLong(Error),
+    /// It ended the transaction.
     #[error(transparent)]
     BrokeRules(Error),
 }
@@ -89,7 +92,7 @@ impl Fault {
     pub(crate) fn into_source(self) -> BoxError {
         match self {
             Self::Failed { source, .. } => source,
-            Self::BrokeRules(error) => error.into(),
+            Self::TookTooLong(error) | Self::BrokeRules(error) => error.into(),
         }
     }
 }
@@ -98,7 +101,7 @@ impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Failed { message, source } => Self::new(ErrorKind::Rejected, message).because(source),
-            Fault::BrokeRules(error) => error,
+            Fault::TookTooLong(error) | Fault::BrokeRules(error) => error,
         }
     }
 }
@@ -156,6 +159,12 @@ pub(crate) fn primary_code(error: &rusqlite::Error) -> Option<i32> {
 /// Whether another connection holds a lock.
 pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
     matches!(primary_code(error), Some(ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED | ffi::SQLITE_PROTOCOL))
+}
+
+/// Whether an error of the user's SQL comes from a lock that another connection holds.
+pub(crate) fn was_busy(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|cause| cause.downcast_ref().is_some_and(is_busy))
 }
 
 /// Whether SQLite could not open a file.

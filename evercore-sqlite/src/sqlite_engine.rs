@@ -234,6 +234,11 @@ impl SqliteEngine {
         })
     }
 
+    /// How long the user's SQL may take.
+    pub(crate) fn sql_timeout(&self) -> Duration {
+        self.store.settings.sql_timeout
+    }
+
     /// Writes on the engine's own thread.
     pub(crate) fn write<T: Send + 'static>(
         &self,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use evercore_core::engine::{Advance, Outcome, Sink, Step};
 use evercore_core::{BoxError, BoxFuture, Delivery, Error, ErrorKind};
@@ -9,7 +10,7 @@ use tokio_postgres::Transaction;
 
 use crate::connection::task::in_task;
 use crate::connection::user_sql::{Ended, Fault, UserTransaction};
-use crate::error::{Because, PostgresError, Result, passes};
+use crate::error::{Because, PostgresError, Result, passes, was_hindered};
 use crate::postgres_engine::PostgresEngine;
 use crate::store::Store;
 
@@ -54,7 +55,9 @@ impl PostgresEngine {
     /// The transaction moves the cursor first, so a runner that has lost its lease writes nothing. No other runner can
     /// claim the cursor while the handler runs, even if the lease expires meanwhile. After an error, a panic or a
     /// broken connection nothing is written. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a
-    /// delivery. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. A handler that commits by
+    /// delivery. If it takes more than half of that, the next deliveries have fewer events. Slowness and locks of the tables
+    /// (SQLSTATE 55P03, 57014, 40P01, 40001) never count as a failure of an event: the delivery is tried again until it
+    /// succeeds. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. A handler that commits by
     /// itself has also committed the move of the cursor. It runs in a task: dropping the call does not stop it.
     pub fn projection<F>(&self, handler: F) -> Projection
     where
@@ -87,6 +90,10 @@ impl Sink for Projection {
     fn holds_cursor(&self) -> bool {
         true
     }
+
+    fn time_limit(&self) -> Option<Duration> {
+        Some(self.engine.store().pools.settings.sql_timeout)
+    }
 }
 
 impl fmt::Debug for Projection {
@@ -105,7 +112,13 @@ async fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, advance: A
             outcome => return outcome,
         }
     }
-    attempt().await
+    match attempt().await {
+        // Nothing was written, and the lease is still held: the runner waits, and tries again.
+        Err(error) if passes(&error) => {
+            Ok(Outcome::Hindered { error: Error::from(error).into(), is_too_slow: false })
+        }
+        outcome => outcome,
+    }
 }
 
 /// Runs the whole transaction: move the cursor, call the handler, commit.
@@ -140,8 +153,11 @@ async fn deliver_once(store: &Store, handle: &Handle, delivery: &Delivery, step:
             }
             Ok(cursor.map_or(Outcome::Handled(delivery.events().len()), Outcome::Advanced))
         }
+        Err(Fault::Failed(error)) if was_hindered(&*error) => {
+            Ok(Outcome::Hindered { error, is_too_slow: false })
+        }
         Err(Fault::Failed(error)) => Ok(failed(error)),
-        Err(Fault::TooLong(error)) => Ok(failed(error)),
+        Err(Fault::TooLong(error)) => Ok(Outcome::Hindered { error: error.into(), is_too_slow: true }),
         Err(Fault::Other(error)) => failed_or_refused(error),
     }
 }

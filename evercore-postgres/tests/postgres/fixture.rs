@@ -189,7 +189,7 @@ pub(crate) async fn next(
 
 pub(crate) fn failed(outcome: Outcome) -> BoxError {
     match outcome {
-        Outcome::Failed { handled: 0, error } => error,
+        Outcome::Failed { handled: 0, error } | Outcome::Hindered { error, .. } => error,
         other => panic!("{other:?}"),
     }
 }

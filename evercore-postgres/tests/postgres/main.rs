@@ -20,4 +20,5 @@ mod replica;
 mod restore;
 mod roles;
 mod settings;
+mod surviving;
 mod tls;

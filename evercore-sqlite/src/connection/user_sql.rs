@@ -62,8 +62,8 @@ impl<'a> Limits<'a> {
         let broken = self.broken_rule(what, outcome.as_ref().err());
         match (broken, outcome) {
             (None, Ok(())) => Ok(()),
-            (Some(refusal), Ok(())) => Err(Fault::BrokeRules(refusal)),
-            (Some(refusal), Err(source)) => Err(Fault::BrokeRules(refusal.because(source))),
+            (Some((fault, refusal)), Ok(())) => Err(fault(refusal)),
+            (Some((fault, refusal)), Err(source)) => Err(fault(refusal.because(source))),
             (None, Err(source)) => {
                 let did = if source.is::<CaughtPanic>() { "panicked" } else { "failed" };
                 Err(Fault::Failed { message: format!("{what} {did}"), source })
@@ -72,17 +72,17 @@ impl<'a> Limits<'a> {
     }
 
     /// The time-out comes first: an interrupted statement rolls back by itself, as some errors do.
-    fn broken_rule(&self, what: &str, error: Option<&BoxError>) -> Option<Error> {
+    fn broken_rule(&self, what: &str, error: Option<&BoxError>) -> Option<(fn(Error) -> Fault, Error)> {
         if error.is_some_and(|error| error.is::<CaughtPanic>()) {
             return None;
         }
         if is_past(self.until) {
             let message = format!("{what} took longer than {:?}", self.timeout);
-            return Some(Error::new(ErrorKind::Rejected, message));
+            return Some((Fault::TookTooLong, Error::new(ErrorKind::Rejected, message)));
         }
         if self.ended.by_commit.load(Ordering::Relaxed) || (error.is_none() && self.is_rolled_back()) {
             let message = format!("{what} ended the transaction, which only the engine may end");
-            return Some(Error::invalid(message));
+            return Some((Fault::BrokeRules, Error::invalid(message)));
         }
         None
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use evercore_core::engine::{Advance, CaughtPanic, Outcome, Sink, Step};
 use evercore_core::{BoxError, BoxFuture, Delivery, Result};
@@ -9,7 +10,7 @@ use rusqlite::Connection;
 
 use crate::connection::transaction::{self, Failure};
 use crate::connection::user_sql;
-use crate::error::{self, SqliteError};
+use crate::error::{self, Fault, SqliteError};
 use crate::sqlite_engine::SqliteEngine;
 use crate::store::Store;
 use crate::subscription::subscriptions;
@@ -52,7 +53,8 @@ impl SqliteEngine {
     /// ```
     ///
     /// While it runs, nobody else can write. The handler may take [`sql_timeout`](crate::Builder::sql_timeout) for a
-    /// delivery. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. If it breaks them, the
+    /// delivery. If it takes more than half of that, the next deliveries have fewer events. Slowness and locks of other
+    /// connections never count as a failure of an event: the delivery is tried again until it succeeds. The rules for the SQL of [`commit_with`](Self::commit_with) apply to it too. If it breaks them, the
     /// delivery has failed, and also if a deferred constraint fails at the end. A panic continues in the caller of
     /// `deliver`; a subscription counts it as a failure.
     pub fn projection<F>(&self, handle: F) -> Projection
@@ -86,6 +88,10 @@ impl Sink for Projection {
     fn holds_cursor(&self) -> bool {
         true
     }
+
+    fn time_limit(&self) -> Option<Duration> {
+        Some(self.engine.sql_timeout())
+    }
 }
 
 /// The cursor moves first, so a runner that has lost its lease writes nothing.
@@ -100,8 +106,16 @@ fn deliver(store: &Store, handle: &Handle, delivery: &Delivery, step: &Step) -> 
     Ok(match moved {
         Ok(Some(cursor)) => Outcome::Advanced(cursor),
         Ok(None) => Outcome::Handled(delivery.events().len()),
+        Err(Failure::RolledBack(SqliteError::User(Fault::TookTooLong(error)))) => {
+            Outcome::Hindered { error: error.into(), is_too_slow: true }
+        }
         Err(Failure::RolledBack(SqliteError::User(fault))) => {
-            Outcome::Failed { handled: 0, error: fault.into_source() }
+            let error = fault.into_source();
+            if error::was_busy(&*error) {
+                Outcome::Hindered { error, is_too_slow: false }
+            } else {
+                Outcome::Failed { handled: 0, error }
+            }
         }
         // Only a deferred constraint of the user's tables can fail here.
         Err(Failure::RolledBack(SqliteError::Sqlite(error))) if error::is_constraint(&error) => {

@@ -415,7 +415,7 @@ async fn is_at(engine: &SqliteEngine, position: i64) {
 
 fn failed(outcome: Outcome) -> BoxError {
     match outcome {
-        Outcome::Failed { handled: 0, error } => error,
+        Outcome::Failed { handled: 0, error } | Outcome::Hindered { error, .. } => error,
         other => panic!("{other:?}"),
     }
 }
@@ -717,5 +717,62 @@ fn who_waits_for_a_declared_subscription_does_not_come_too_early() {
         commit_events(&engine, 3).await;
         assert!(matches!(wait(1).await.map_err(|error| error.kind().clone()), Err(ErrorKind::Unavailable)));
         assert_eq!(cursor(&engine).await.epoch, 0); // not claimed yet
+    });
+}
+
+/// Every failure that counts loses an event.
+fn skipping() -> FailurePolicy {
+    let short = Duration::from_millis(5);
+    FailurePolicy::new(FailureAction::Skip).with_attempts(1).with_pauses(short, short)
+}
+
+#[test]
+fn a_projection_that_is_too_slow_gets_fewer_events_and_loses_none() {
+    block_on(async {
+        let builder = SqliteEngine::builder().sql_timeout(Duration::from_millis(200));
+        let engine = builder.open_in_memory().await.unwrap();
+        make_table(&engine).await;
+        commit_events(&engine, 100).await;
+        let sizes = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = Arc::clone(&sizes);
+        let slow = engine.projection(move |sql, delivery| {
+            told.lock().unwrap().push(delivery.events().len());
+            // 500 ms for all of them.
+            thread::sleep(Duration::from_millis(5) * delivery.events().len() as u32);
+            note(sql, delivery.events())
+        });
+        let store = EventStore::new(engine.clone());
+        let of = store.subscription("seen").unwrap().on_failure(skipping());
+        of.declare().await.unwrap();
+        let done = async { store.wait_for_position(at(100), "seen", HOUR).await.unwrap() };
+        of.run_sink(done, slow).await.unwrap();
+        assert_eq!(seen(&engine).await, (1..=100).collect::<Vec<_>>());
+        let sizes = sizes.lock().unwrap();
+        assert!(sizes[0] == 100 && sizes[1] == 50, "{sizes:?}");
+        assert!(sizes.len() < 20, "not one by one: {sizes:?}");
+    });
+}
+
+#[test]
+fn a_lock_on_the_read_model_never_counts_against_an_event() {
+    block_on(async {
+        let engine = SqliteEngine::open_in_memory().await.unwrap();
+        make_table(&engine).await;
+        commit_events(&engine, 5).await;
+        let tries = AtomicUsize::new(0);
+        let locked = engine.projection(move |sql, delivery| {
+            note(sql, delivery.events())?;
+            if tries.fetch_add(1, Ordering::SeqCst) < 4 {
+                let busy = evercore_sqlite::rusqlite::ffi::Error::new(5);
+                return Err(evercore_sqlite::rusqlite::Error::SqliteFailure(busy, None).into());
+            }
+            Ok(())
+        });
+        let store = EventStore::new(engine.clone());
+        let of = store.subscription("seen").unwrap().on_failure(skipping());
+        of.declare().await.unwrap();
+        let done = async { store.wait_for_position(at(5), "seen", HOUR).await.unwrap() };
+        of.run_sink(done, locked).await.unwrap();
+        assert_eq!(seen(&engine).await, [1, 2, 3, 4, 5]);
     });
 }
