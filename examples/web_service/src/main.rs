@@ -1,4 +1,5 @@
-//! A web service: seats for shows, with commands that take effect once, answers that include them, and live news.
+//! A web service: seats for shows, with commands that take effect once, answers that include them, live news, and a health
+//! check that tells how the read model is.
 //!
 //! ```text
 //! cargo run -p web_service        until Ctrl-C; shows.db keeps the events
@@ -8,25 +9,26 @@
 //!      -H 'content-type: application/json' -d '{"seats": 2}'          answers {"position":2} each time
 //! curl 'localhost:3000/shows/hamlet?after=2'                          an answer that includes position 2
 //! curl localhost:3000/news                                            or the page at localhost:3000
+//! curl -i localhost:3000/health                                       503 while the read model does not get on
 //! ```
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::extract::{Path, Query, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Html;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use evercore_sqlite::{
     BoxError, CommandId, EphemeralSubscription, Error, ErrorKind, Event, EventStore, Filter, Position,
-    Receipt, Result, SqliteEngine, Start,
+    Receipt, Result, RunEnd, SqliteEngine, Start, Subscription,
 };
 use futures_lite::stream::{self, Stream, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 mod free_seats;
 pub(crate) mod refused;
@@ -61,12 +63,15 @@ pub(crate) async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
     let store = EventStore::new(engine.clone());
-    engine.commit_with(store.begin(), |sql| Ok(sql.execute_batch(free_seats::TABLE)?)).await?;
-    let subscription = store.subscription(free_seats::NAME)?.with_lease(Duration::from_secs(5));
+    engine.commit_with(store.begin(), |sql| Ok(sql.execute_batch(&free_seats::create_table())?)).await?;
+    let subscription = store
+        .subscription(free_seats::NAME)?
+        .with_version(free_seats::VERSION)
+        .with_lease(Duration::from_secs(5));
     subscription.declare().await?; // from now on `wait_for` works
 
     let (stop, stopping) = watch::channel(false);
-    let (served, all_served) = oneshot::channel::<()>();
+    let (served, all_served) = watch::channel(false);
     let file = engine.path().map(PathBuf::from).unwrap_or_default();
     let routes = routes(App { store: store.clone(), file, stopping });
     let server = async {
@@ -75,13 +80,36 @@ pub(crate) async fn serve(
             stop.send_replace(true);
         };
         let end = axum::serve(listener, routes).with_graceful_shutdown(stopped).await;
-        drop(served);
+        served.send_replace(true);
         end.map_err(|error| Error::new(ErrorKind::Backend, "the web server failed").with_source(error))
     };
     // The last answers may still wait for the projector, so it stops after the server, and gives its lease back.
-    let projector = subscription.run_sink(async { drop(all_served.await) }, free_seats::projection(&engine));
-    tokio::try_join!(server, projector)?;
-    engine.close().await
+    let projector = project(subscription, &engine, all_served);
+    let (served, ()) = tokio::join!(server, projector);
+    engine.close().await?;
+    served
+}
+
+/// Keeps the read model up to date. An event that fails only makes the subscription rest, and the store's errors are waited
+/// out, so this ends rarely before the shutdown. If it does, the service answers on: readers get old data or a 503, and
+/// `/health` tells.
+async fn project(subscription: Subscription, engine: &SqliteEngine, all_served: watch::Receiver<bool>) {
+    let shutdown = || {
+        let mut all_served = all_served.clone();
+        async move { drop(all_served.wait_for(|served| *served).await) }
+    };
+    loop {
+        match subscription.run_sink(shutdown(), free_seats::projection(engine)).await {
+            Ok(RunEnd::ShutDown) => return,
+            // Another process has a newer version and keeps its table up to date.
+            Ok(_) => return shutdown().await,
+            Err(error) => eprintln!("the read model stands still, it is tried again: {error}"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            () = shutdown() => return,
+        }
+    }
 }
 
 fn routes(app: App) -> Router {
@@ -90,6 +118,7 @@ fn routes(app: App) -> Router {
         .route("/shows/{name}", get(free_seats).put(announce))
         .route("/shows/{name}/bookings", post(book))
         .route("/news", get(news))
+        .route("/health", get(health))
         .with_state(app)
 }
 
@@ -147,9 +176,27 @@ async fn free_seats(
     Query(After { after }): Query<After>,
 ) -> Result<Json<FreeSeats>, Refused> {
     app.store.wait_for_position(Position::new(after)?, free_seats::NAME, Duration::from_secs(2)).await?;
-    let found = tokio::task::spawn_blocking(move || free_seats::read(&app.file, &name)).await;
+    let version = app.store.live_version(free_seats::NAME).await?;
+    let found = tokio::task::spawn_blocking(move || free_seats::read(&app.file, version, &name)).await;
     let found = found.map_err(broken)?.map_err(broken)?;
     Ok(Json(found.ok_or_else(|| Error::new(ErrorKind::NotFound, "there is no such show"))?))
+}
+
+/// How the read model is. For a readiness check: 503 if the handler failed at its next event, or if it is too far behind.
+async fn health(State(app): State<App>) -> Result<(StatusCode, Json<serde_json::Value>), Refused> {
+    let states = app.store.subscription_states(free_seats::NAME).await?;
+    let live = app.store.live_version(free_seats::NAME).await?;
+    let mut live = states.iter().filter(|state| state.cursor.id.version == live);
+    let Some(state) = live.next() else { return Err(broken("there is no cursor").into()) };
+    let failed_at = state.cursor.failure.as_ref().map(|failure| failure.position.get());
+    let is_well = failed_at.is_none() && state.lag_time < Duration::from_secs(30);
+    let status = if is_well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let told = serde_json::json!({
+        "lag_events": state.lag_events,
+        "lag_seconds": state.lag_time.as_secs(),
+        "failed_at": failed_at,
+    });
+    Ok((status, Json(told)))
 }
 
 /// Live news: each event is a message with its position as id, so a browser that was cut off continues there.

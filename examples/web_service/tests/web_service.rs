@@ -7,7 +7,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use evercore_sqlite::{AggregateId, Error, ErrorKind, EventStore, Result, Sequence, SqliteEngine};
+use evercore_sqlite::{
+    Aggregate, AggregateId, Error, ErrorKind, EventStore, Json, Result, Sequence, SqliteEngine,
+};
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -206,6 +209,52 @@ fn live_news_that_were_cut_off_before_the_first_message_miss_nothing() {
     let begin = service.news(None).begin;
     let missed = done(service.book("a", 1));
     assert_eq!(service.news(Some(begin)).next().unwrap().0, missed);
+}
+
+/// A show as another program writes it: the service cannot read its event.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct OddShow;
+
+#[derive(Serialize, Deserialize)]
+enum OddEvent {
+    Announced { title: String },
+}
+
+impl Aggregate for OddShow {
+    const TYPE: &'static str = "show";
+    type Event = OddEvent;
+    type Codec = Json;
+
+    fn apply(&mut self, _: OddEvent) {}
+}
+
+#[test]
+fn an_event_that_the_read_model_cannot_handle_ends_no_service() {
+    let service = Service::start();
+    let position = service.announce(100);
+    assert_eq!(service.free_after(position), 100);
+    assert_eq!(service.ask("GET", "/health", "x: y", "").0, 200);
+    smol::block_on(async {
+        let store = EventStore::new(SqliteEngine::open(service.file()).await.unwrap());
+        let mut work = store.begin();
+        let mut odd = work.load_or_create::<OddShow>("macbeth").await.unwrap();
+        work.record(&mut odd, OddEvent::Announced { title: "Macbeth".to_owned() }).unwrap();
+        work.commit().await.unwrap();
+        store.close().await.unwrap();
+    });
+    let began = Instant::now();
+    while service.ask("GET", "/health", "x: y", "").0 == 200 {
+        assert!(began.elapsed() < PATIENCE, "nobody is told");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let (status, told) = service.ask("GET", "/health", "x: y", "");
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((status, told["failed_at"].as_i64()), (503, Some(2)));
+    // By now all tries have failed.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(done(service.book("a", 1)), 3, "commands are answered on");
+    assert_eq!(service.free_after(1), 100, "and so are readers that need nothing newer");
+    drop(service.stop());
 }
 
 #[test]
