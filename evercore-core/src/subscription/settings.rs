@@ -9,7 +9,7 @@ use super::failure::{Decide, FailedEvent, FailureAction, FailurePolicy};
 use super::handler::AckEvery;
 use super::spawn::Spawner;
 use crate::backoff::random_bits;
-use crate::contract::{Filter, PageLimit};
+use crate::contract::Filter;
 use crate::error::{Error, Result};
 use crate::future::BoxFuture;
 use crate::ids::Position;
