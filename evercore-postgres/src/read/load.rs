@@ -6,15 +6,14 @@ use std::sync::Arc;
 use evercore_core::engine::{History, LoadRequest, Mark, NameTable, Payload, Snapshot, Target};
 use evercore_core::{AggregateId, AggregateQuery, Direction, Events, Key, Position, Sequence};
 use futures_lite::StreamExt;
-use futures_lite::future::zip;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, RowStream};
 
 use crate::connection::pool::{Checkout, Pools};
 use crate::error::{PostgresError, Result, damaged};
-use crate::names::{Names, check_mark, type_id};
+use crate::names::{Names, type_id};
 use crate::read::head::SeenHead;
-use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Source, UsualSize};
+use crate::read::rows::{EVENT_COLUMNS, Order, Page, Range, Rest, Source, UsualSize};
 use crate::settings::Schema;
 use crate::sql::{Sender, Sql};
 
@@ -57,6 +56,12 @@ const FROM_FIRST: &str = "
     (SELECT {event_columns} FROM @events
      WHERE aggregate_id = (SELECT a.id FROM @aggregates a WHERE {which}) ORDER BY sequence LIMIT $1)";
 
+/// Before the events, a row with the mark of the names, in the column of the headers.
+const NAMES_FIRST: &str = "
+    SELECT 0::bigint, 0::bigint, 0::bigint, 0, 0::bigint, 0::bigint, NULL::bytea, NULL, NULL, NULL, l.names::text
+    FROM (SELECT l.names FROM @log_end l WHERE l.position >= 0 ORDER BY l.position DESC LIMIT 1) AS l
+    UNION ALL (";
+
 const FORWARD: &str = "SELECT {event_columns} FROM @events
     WHERE aggregate_id = $4 AND sequence > $1 AND sequence <= $2 ORDER BY sequence LIMIT $3";
 
@@ -86,6 +91,15 @@ impl ByTarget {
     }
 }
 
+/// Reads events of an aggregate in one direction.
+#[derive(Debug)]
+struct Directed {
+    /// [`NAMES_FIRST`], for the first rows of a page.
+    with_names: Sql,
+    /// For more rows of a page.
+    events: Arc<Sql>,
+}
+
 /// Reads single aggregates of a store.
 #[derive(Debug)]
 pub(crate) struct Loader {
@@ -96,8 +110,8 @@ pub(crate) struct Loader {
     usual_size: UsualSize,
     from_snapshot: ByTarget,
     from_first: ByTarget,
-    forward: Arc<Sql>,
-    backward: Arc<Sql>,
+    forward: Directed,
+    backward: Directed,
 }
 
 impl Loader {
@@ -105,7 +119,9 @@ impl Loader {
         const NUMBERS: [Type; 4] = [Type::INT8, Type::INT8, Type::INT8, Type::INT8];
         let schema = &pools.settings.schema;
         let events = |text: &str| {
-            Arc::new(Sql::new(schema, &text.replace("{event_columns}", EVENT_COLUMNS), &NUMBERS))
+            let text = text.replace("{event_columns}", EVENT_COLUMNS);
+            let with_names = Sql::new(schema, &format!("{NAMES_FIRST}{text})"), &NUMBERS);
+            Directed { with_names, events: Arc::new(Sql::new(schema, &text, &NUMBERS)) }
         };
         Self {
             from_snapshot: ByTarget::new(schema, FROM_SNAPSHOT, &NUMBERS[..3]),
@@ -146,7 +162,7 @@ impl Loader {
         let count = page.take_all(rows, asked).await?;
         let (sequence, mark) = (first.sequence, first.mark);
         let end = sequence.min(request.up_to);
-        let rest = self.range(Direction::Forward, first.id, (Sequence::ZERO, end));
+        let rest = range(&self.forward, first.id, (Sequence::ZERO, end));
         page.go_on(rest, asked, count).await?;
         let (events, _) = page.finish();
         let aggregate_type = table.aggregate_type(type_id(first.type_id)?).cloned();
@@ -184,14 +200,6 @@ impl Loader {
         }
     }
 
-    fn range(&self, direction: Direction, id: AggregateId, (from, to): (Sequence, Sequence)) -> Range {
-        let sql = match direction {
-            Direction::Forward => Arc::clone(&self.forward),
-            Direction::Backward => Arc::clone(&self.backward),
-        };
-        Range { sql, order: Order::Sequence, from: from.get(), to: to.get(), rest: vec![Box::new(id.get())] }
-    }
-
     /// A page of one aggregate's events.
     pub(crate) async fn read(&self, query: &AggregateQuery) -> Result<Events> {
         let read = |checkout: Arc<Checkout>| async move {
@@ -208,11 +216,19 @@ impl Loader {
     ) -> Result<Events> {
         let mut page =
             Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), query.limit);
-        let names = self.names.mark(checkout.sender()?).await?;
-        let range = self.range(query.direction, query.aggregate, (query.from, query.to));
-        let (names, filled) = zip(names.rows(&[]), page.fill(range)).await;
-        check_mark(&names?, &table)?;
-        filled?;
+        let directed = match query.direction {
+            Direction::Forward => &self.forward,
+            Direction::Backward => &self.backward,
+        };
+        let range = range(directed, query.aggregate, (query.from, query.to));
+        let (ready, asked) = (checkout.sender()?.ready(&directed.with_names).await?, page.ask());
+        let mut rows = ready.stream(&range.values(&asked)).await?;
+        let Some(row) = rows.try_next().await? else { return Err(damaged("log_end has no row")) };
+        if names_mark(&row)? != table.mark() {
+            return Err(PostgresError::OtherNames);
+        }
+        let count = page.take_all(rows, asked).await?;
+        page.go_on(range, asked, count).await?;
         Ok(page.finish().0)
     }
 }
@@ -234,9 +250,7 @@ struct FirstRow {
 
 impl FirstRow {
     fn of(row: &Row) -> Result<Self> {
-        let names = mark(row, 10).ok().flatten().ok_or_else(|| {
-            damaged("the server sent the events of an aggregate before the aggregate itself")
-        })?;
+        let names = names_mark(row)?;
         Ok(Self {
             id: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
             type_id: row.try_get(3)?,
@@ -248,6 +262,17 @@ impl FirstRow {
             log_end: Position::new(row.try_get(0)?).map_err(damaged)?,
         })
     }
+}
+
+fn range(directed: &Directed, id: AggregateId, (from, to): (Sequence, Sequence)) -> Range {
+    let (sql, rest): (_, Rest) = (Arc::clone(&directed.events), vec![Box::new(id.get())]);
+    Range { sql, order: Order::Sequence, from: from.get(), to: to.get(), rest }
+}
+
+/// The mark of the names in a first row. Headers of events are no numbers.
+fn names_mark(row: &Row) -> Result<Mark> {
+    let first = || damaged("the server sent the events of an aggregate before the first row");
+    mark(row, 10).ok().flatten().ok_or_else(first)
 }
 
 fn mark(row: &Row, column: usize) -> Result<Option<Mark>> {
