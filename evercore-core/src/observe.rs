@@ -361,6 +361,18 @@ pub(crate) fn tail_lost(cursor: &CursorId, position: Position) {
     );
 }
 
+/// A version that has caught up does not take over.
+pub(crate) fn waits_to_take_over(cursor: &CursorId, why: &'static str) {
+    count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => "waits to take over");
+    say!(
+        warn,
+        subscription = cursor.subscription.as_str(),
+        version = cursor.version,
+        why,
+        "a version has caught up and does not take over"
+    );
+}
+
 pub(crate) fn lease_changed(cursor: &CursorId, change: &'static str) {
     count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => change);
     say!(

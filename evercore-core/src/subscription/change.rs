@@ -494,6 +494,22 @@ fn before(cursors: &[Cursor], version: u32) -> impl Iterator<Item = &Cursor> {
     })
 }
 
+/// How far a partition of a version may read that is not live: as far as the live version has handled the log.
+pub(crate) fn bound_of(cursors: &[Cursor], own: &CursorId, head: Position) -> Option<Position> {
+    let others = before(cursors, own.version).filter(|cursor| cursor.id.partition == own.partition);
+    others.map(|cursor| cursor.handled(head)).max()
+}
+
+/// How many events of the log the partition of a version that has the longest way still has to go.
+pub(crate) fn distance(cursors: &[Cursor], version: u32, head: Position) -> i64 {
+    let own = cursors.iter().filter(|cursor| cursor.id.version == version);
+    let to_go = own.map(|own| {
+        let bound = bound_of(cursors, &own.id, head).unwrap_or(own.position);
+        bound.get().saturating_sub(own.position.get())
+    });
+    to_go.max().unwrap_or(0)
+}
+
 /// Versions whose new events are not replay. There is one, except that each version of an inline projection is live.
 fn live_versions(cursors: &[Cursor]) -> impl Iterator<Item = u32> {
     let live = cursors.iter().filter(|cursor| cursor.version_state() == VersionState::Live);

@@ -38,8 +38,9 @@ impl Stop {
         self.held.store(cursors, Ordering::Relaxed);
     }
 
-    /// Whether this worker may release a cursor to another worker: it keeps its last one.
+    /// Whether this worker may release a cursor to another owner. It may release its last one too: nobody asks for it but
+    /// a newer version that is about to take over.
     pub(crate) fn may_give_up(&self) -> bool {
-        self.held.load(Ordering::Relaxed) > 1
+        self.held.load(Ordering::Relaxed) > 0
     }
 }

@@ -86,6 +86,7 @@ fn an_old_version_is_told_that_it_is_superseded() {
         let store = grown(2).await;
         handle(&version(&store, 1), 2).await;
         handle(&version(&store, 2), 2).await;
+        store.promote_version("tallies", 2).await.unwrap();
         let refused = version(&store, 1).claim().await;
         assert!(matches!(refused.as_ref().map_err(Error::kind), Err(evercore_memory::ErrorKind::Superseded)));
     });

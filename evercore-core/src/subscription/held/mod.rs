@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use takeover::Approach;
+
 use super::cursor::{Cursor, Lease, Parked, ParkedChange};
 use super::delivery::Context;
 use super::settings::Subscription;
@@ -68,6 +70,7 @@ pub(crate) struct Held {
     parked_again_at: Option<Instant>,
     held_back: HashSet<AggregateId>,
     due: Vec<Parked>,
+    approach: Approach,
 }
 
 impl Held {
@@ -107,10 +110,11 @@ impl Held {
             parked_again_at: None,
             held_back: HashSet::new(),
             due: Vec::new(),
+            approach: Approach::new(),
             subscription: subscription.clone(),
             cursor,
         };
-        // A version that is being built has to see first how far the one before has come.
+        // A version that is not live has to see first how far the live one has come.
         held.read_from(held.cursor.live_from.map_or(held.taken_to, |_| Position::MAX));
         crate::observe::lease_changed(&held.context.id, "claimed");
         Ok(held)

@@ -7,8 +7,10 @@ mod sharing;
 mod surviving;
 mod tools;
 mod unwell;
+mod versions;
 
 pub(super) use failures::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
 pub(super) use surviving::*;
+pub(super) use versions::*;

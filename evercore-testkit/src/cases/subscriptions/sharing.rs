@@ -196,8 +196,7 @@ pub(crate) async fn versions_that_run_side_by_side_change_over_without_a_gap(fix
     };
     let futures: [std::pin::Pin<Box<dyn Future<Output = RunEnd>>>; 3] =
         [Box::pin(run(1, 150)), Box::pin(late), Box::pin(writer)];
-    let ends = join_all(futures).await;
-    assert_eq!(ends[0], RunEnd::Superseded);
+    join_all(futures).await;
     assert_eq!(*live.lock().unwrap(), (1..=150).collect(), "an event was live in neither version");
 }
 
