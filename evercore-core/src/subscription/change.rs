@@ -25,6 +25,8 @@ pub enum SubscriptionChange {
         partitions: u32,
         /// Where the version begins, by its own settings.
         start: Position,
+        /// Events up to here are replay for the first version of a subscription.
+        past: Position,
         /// Whether the version waits for [`Promote`](Self::Promote) after it has caught up. It does not count for the
         /// first version of a subscription.
         is_held: bool,
@@ -107,7 +109,16 @@ pub struct Changed {
 impl SubscriptionChange {
     /// Makes all cursors of a version, unless they exist.
     pub const fn declare(version: u32, partitions: u32, start: Position, is_held: bool) -> Self {
-        Self::Declare { version, partitions, start, is_held }
+        Self::Declare { version, partitions, start, past: start, is_held }
+    }
+
+    /// The same declaration, with events up to here as replay if it is the first version of the subscription.
+    #[must_use]
+    pub fn with_past(mut self, to: Position) -> Self {
+        if let Self::Declare { past, .. } = &mut self {
+            *past = to;
+        }
+        self
     }
 
     /// Takes the same step of an operator on each selected cursor that is not retired.
@@ -154,8 +165,8 @@ impl SubscriptionChange {
             return Err(Error::no_subscription(name));
         }
         match self {
-            Self::Declare { version, partitions, start, is_held } => {
-                change.declare(*version, *partitions, *start, *is_held)?;
+            Self::Declare { version, partitions, start, past, is_held } => {
+                change.declare(*version, *partitions, (*start, *past), *is_held)?;
             }
             Self::Each { which, step } => change.each(*which, step)?,
             Self::Remove { version } => change.remove(*version)?,
@@ -204,7 +215,13 @@ impl<'a> Change<'a> {
         ChangeOutcome { writes, changed: Changed { cursors, former, left_parked } }
     }
 
-    fn declare(&mut self, version: u32, partitions: u32, start: Position, is_held: bool) -> Result<()> {
+    fn declare(
+        &mut self,
+        version: u32,
+        partitions: u32,
+        (start, past): (Position, Position),
+        is_held: bool,
+    ) -> Result<()> {
         let known = &self.before.cursors;
         if let Some(other) = known.iter().find(|cursor| cursor.partitions != partitions) {
             return Err(Error::invalid(format!(
@@ -228,7 +245,7 @@ impl<'a> Change<'a> {
         let is_first = known.iter().all(|cursor| cursor.id.version >= version);
         let (position, live_from, is_held) = match own.first() {
             Some(begun) => (begun.position, begun.live_from, begun.is_held),
-            None => (least, is_first.then_some(start), is_held && !is_first),
+            None => (least, is_first.then_some(start.max(past)), is_held && !is_first),
         };
         for partition in 0..partitions {
             let id = CursorId { subscription: self.name.clone(), version, partition };

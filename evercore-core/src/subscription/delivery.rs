@@ -61,8 +61,9 @@ impl Delivery {
         self.attempt
     }
 
-    /// Whether these events were handled before, by another version of the subscription or before a reset. Do not repeat
-    /// effects that cannot be taken back, such as a mail.
+    /// Whether these events were handled before, by another version of the subscription or before a reset, or were in the
+    /// log before the subscription was [declared](super::Subscription::declare). Do not repeat effects that cannot be taken
+    /// back, such as a mail.
     pub fn is_replay(&self) -> bool {
         self.is_replay
     }

@@ -33,7 +33,7 @@ impl EventStore {
     /// # Errors
     /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start is past the end of the log; those of the engine.
     pub async fn subscribe(&self, filter: Filter, start: Start) -> Result<EphemeralSubscription> {
-        let from = start.resolve(self).await?;
+        let from = start.resolve(self, self.head().await?).await?;
         let query = LogQuery::after(from).with_filter(filter);
         Ok(EphemeralSubscription {
             store: self.clone(),

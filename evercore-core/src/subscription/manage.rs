@@ -188,7 +188,7 @@ impl EventStore {
     /// the log; otherwise as [`subscription_states`](Self::subscription_states).
     pub async fn reset_subscription(&self, name: impl AsRef<str>, to: Start) -> Result<()> {
         let name = SubscriptionName::new(name)?;
-        let position = to.resolve(self).await?;
+        let position = to.resolve(self, self.head().await?).await?;
         self.change_subscription(&name, each(Step::reset(position))).await.map(drop)
     }
 
@@ -204,7 +204,8 @@ impl EventStore {
     }
 
     /// Removes a subscription with all its versions, their cursors and parked events. Its runners lose their leases. The
-    /// handlers' effects stay. If it is run again, it begins from its start, and all events are live.
+    /// handlers' effects stay. If it is run again, it begins from its start, with all events that are in the log then as
+    /// [replay](super::Delivery::is_replay).
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound) if there is no such subscription; those of the engine.

@@ -20,6 +20,10 @@ use crate::store::EventStore;
 use crate::time::Timestamp;
 
 /// Where a subscription begins. It is resolved once, when the cursor is made. From then on the cursor counts.
+///
+/// The events that are in the log at that moment are the past of the subscription. They are delivered as
+/// [replay](super::Delivery::is_replay), so a handler that sends mails only for live events sends none about the past.
+/// [`Subscription::with_live_past`] delivers them as live.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Start {
@@ -37,13 +41,12 @@ pub enum Start {
 }
 
 impl Start {
-    /// The subscription begins after this position.
-    pub(crate) async fn resolve(self, store: &EventStore) -> Result<Position> {
+    /// The subscription begins after this position. `head` is the end of the log.
+    pub(crate) async fn resolve(self, store: &EventStore, head: Position) -> Result<Position> {
         match self {
             Self::Beginning => Ok(Position::ZERO),
-            Self::End => store.head().await,
+            Self::End => Ok(head),
             Self::After(position) => {
-                let head = store.head().await?;
                 if position > head {
                     return Err(Error::cursor_ahead(position, head));
                 }
@@ -92,6 +95,7 @@ pub(crate) struct Settings {
     pub(crate) partitions: u32,
     pub(crate) filter: Filter,
     pub(crate) start: Start,
+    pub(crate) has_live_past: bool,
     pub(crate) batch: PageLimit,
     pub(crate) lease: Duration,
     pub(crate) grace: Duration,
@@ -121,6 +125,7 @@ impl EventStore {
                 partitions: 1,
                 filter: Filter::all(),
                 start: Start::default(),
+                has_live_past: false,
                 batch: PageLimit::default(),
                 lease: Duration::from_secs(30),
                 grace: Duration::from_secs(30),
@@ -148,10 +153,20 @@ impl Subscription {
         self
     }
 
-    /// Where to begin if there is no cursor yet. The default is the first event.
+    /// Where to begin if there is no cursor yet. The default is the first event. Events that are in the log when the
+    /// cursor is made are delivered as [replay](super::Delivery::is_replay).
     #[must_use]
     pub fn starting(mut self, start: Start) -> Self {
         self.settings.start = start;
+        self
+    }
+
+    /// Delivers the events that are in the log when the cursor is made as live, not as
+    /// [replay](super::Delivery::is_replay). It counts for the first version only, and has no effect on a cursor that is
+    /// there already.
+    #[must_use]
+    pub fn with_live_past(mut self) -> Self {
+        self.settings.has_live_past = true;
         self
     }
 
@@ -338,7 +353,7 @@ impl Subscription {
     /// [`Superseded`](crate::ErrorKind::Superseded) if this version has no cursors and a newer version has;
     /// [`CursorAhead`](crate::ErrorKind::CursorAhead) if the start is past the end of the log; and the engine's errors.
     pub async fn declare(&self) -> Result<()> {
-        let Settings { version, partitions, start, is_held, .. } = self.settings;
+        let Settings { version, partitions, start, has_live_past, is_held, .. } = self.settings;
         if version == 0 {
             return Err(Error::invalid("the version of a subscription must be at least 1"));
         }
@@ -351,8 +366,10 @@ impl Subscription {
         if u32::try_from(own.count()).is_ok_and(|own| own == partitions) {
             return Ok(());
         }
-        let start = start.resolve(&self.store).await?;
-        let declare = SubscriptionChange::declare(version, partitions, start, is_held);
+        let head = self.store.head().await?;
+        let start = start.resolve(&self.store, head).await?;
+        let past = if has_live_past { start } else { head };
+        let declare = SubscriptionChange::declare(version, partitions, start, is_held).with_past(past);
         self.store.engine().change(&self.name, &declare).await.map(drop)
     }
 }

@@ -45,7 +45,7 @@ async fn grow(store: &EventStore, events: usize) {
 
 fn version(store: &EventStore, version: u32) -> Subscription {
     let batch = PageLimit::events(2).unwrap();
-    store.subscription("tallies").unwrap().with_version(version).with_batch(batch)
+    store.subscription("tallies").unwrap().with_version(version).with_batch(batch).with_live_past()
 }
 
 /// Handles this many events, and gives for each whether it was a replay.

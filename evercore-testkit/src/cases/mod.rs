@@ -370,6 +370,7 @@ cases! {
     }
     subscriptions {
         it_begins_where_it_is_told_to,
+        a_first_version_has_its_past_as_replay_unless_told_otherwise,
         at_the_end_of_an_empty_store_it_misses_nothing_after_a_restart,
         a_second_claim_is_refused_or_waits_as_asked,
         an_owner_that_dies_is_replaced_and_nothing_is_missed,

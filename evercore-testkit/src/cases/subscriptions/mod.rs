@@ -4,6 +4,7 @@
 mod failures;
 mod running;
 mod sharing;
+mod starting;
 mod surviving;
 mod tools;
 mod unwell;
@@ -12,5 +13,6 @@ mod versions;
 pub(super) use failures::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
+pub(super) use starting::*;
 pub(super) use surviving::*;
 pub(super) use versions::*;

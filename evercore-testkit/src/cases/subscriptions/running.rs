@@ -164,7 +164,7 @@ pub(crate) async fn it_is_paused_and_resumed(fixture: &mut Fixture) {
 pub(crate) async fn it_is_reset_while_it_runs_and_tells_what_is_a_replay(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 5).await;
-    let of = subscription(&store, "mails").with_lease(Duration::from_millis(60));
+    let of = subscription(&store, "mails").with_live_past().with_lease(Duration::from_millis(60));
     let all = Arc::new(Mutex::new(Vec::new()));
     let handler = Arc::clone(&all);
     let operator = async {

@@ -168,6 +168,7 @@ pub(crate) async fn versions_that_run_side_by_side_change_over_without_a_gap(fix
     let run = |version: u32, stop_at: usize| {
         let (engine, live, of) =
             (engine.clone(), Arc::clone(&live), subscription(&store, "mails").with_version(version));
+        let of = of.with_live_past();
         async move {
             let (handler, seen) = (Arc::clone(&live), Arc::clone(&live));
             of.run(

@@ -18,7 +18,10 @@ use super::tools::*;
 type Work<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 fn version(store: &EventStore, version: u32) -> Subscription {
-    subscription(store, "totals").with_version(version).on_failure(no_pause(FailureAction::Stop))
+    subscription(store, "totals")
+        .with_version(version)
+        .with_live_past()
+        .on_failure(no_pause(FailureAction::Stop))
 }
 
 /// What one version has got: for each position, whether it was live, and how often.
