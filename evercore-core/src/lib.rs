@@ -62,8 +62,8 @@ pub mod engine {
     pub use crate::name_table::{NameCache, NameTable};
     pub use crate::panic::CaughtPanic;
     pub use crate::subscription::{
-        Advance, ChangeOutcome, Changed, Cursors, Outcome, ParkedChange, Sink, Step, StepOutcome, Subject,
-        SubscriptionChange, SubscriptionStorage,
+        Advance, Backlog, Backlogs, ChangeOutcome, Changed, Cursors, Outcome, ParkedChange, Sink, Step,
+        StepOutcome, Subject, SubscriptionChange, SubscriptionStorage,
     };
     pub use crate::target::Target;
 }
@@ -94,8 +94,8 @@ pub use store::EventStore;
 pub use store_id::StoreId;
 pub use subscription::{
     Cursor, CursorId, CursorState, CursorStatus, Delivered, Delivery, EphemeralSubscription, Failed,
-    FailedEvent, Failure, FailureAction, FailurePolicy, Lease, OwnedSubscription, Parked, Promotion, RunEnd,
-    Selection, Start, Subscription, VersionState,
+    FailedEvent, Failure, FailureAction, FailurePolicy, Health, Lease, OwnedSubscription, Parked, Problem,
+    Promotion, RunEnd, Selection, Start, Subscription, SubscriptionHealth, Trouble, VersionState,
 };
 pub use target::IntoTarget;
 pub use time::Timestamp;

@@ -13,7 +13,9 @@ use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::ids::Position;
-use crate::subscription::{Cursor, CursorId, Delivery, Outcome};
+#[cfg(feature = "metrics")]
+use crate::subscription::CursorStatus;
+use crate::subscription::{Cursor, CursorId, CursorState, Delivery, Outcome};
 
 /// Adds to a counter with labels.
 macro_rules! count {
@@ -101,7 +103,12 @@ const COUNTERS: &[(&str, &str)] = &[
 
 #[cfg(feature = "metrics")]
 const GAUGES: &[(&str, &str)] = &[
-    ("evercore_lag_events", "Events after the cursor, as of its last move."),
+    ("evercore_lag_events", "Events after the cursor, as of its last move or the last query of the health."),
+    ("evercore_lag_seconds", "How long ago the oldest event after the cursor was recorded."),
+    ("evercore_parked_events", "Parked events of the cursor."),
+    ("evercore_oldest_parked_seconds", "How long ago the first of the parked events was parked."),
+    ("evercore_failed_attempts", "Attempts at the event at which the handler fails; 0 if it does not fail."),
+    ("evercore_cursor_status", "Whether the cursor may be moved: 0 active, 1 paused, 2 retired."),
     ("evercore_held_back_aggregates", "Aggregates that wait for a parked event."),
 ];
 
@@ -207,15 +214,15 @@ pub(crate) fn delivered(delivery: &Delivery, outcome: &Outcome, time: Duration) 
         Outcome::Handled(handled) | Outcome::Failed { handled, .. } => *handled,
         Outcome::Hindered { .. } | Outcome::Refused(_) => 0,
     };
-    count!("evercore_deliveries_total", 1, "subscription" => name(delivery.cursor()));
-    count!("evercore_delivered_events_total", handled as u64, "subscription" => name(delivery.cursor()));
+    count!("evercore_deliveries_total", 1, "subscription" => name(delivery.cursor()), "version" => version(delivery.cursor()));
+    count!("evercore_delivered_events_total", handled as u64, "subscription" => name(delivery.cursor()), "version" => version(delivery.cursor()));
     #[cfg(feature = "metrics")]
-    metrics::histogram!("evercore_delivery_seconds", "subscription" => name(delivery.cursor()))
+    metrics::histogram!("evercore_delivery_seconds", "subscription" => name(delivery.cursor()), "version" => version(delivery.cursor()))
         .record(time.as_secs_f64());
 }
 
 pub(crate) fn retried(cursor: &CursorId, delivery: &Delivery, pause: Duration) {
-    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         warn,
         subscription = cursor.subscription.as_str(),
@@ -229,8 +236,8 @@ pub(crate) fn retried(cursor: &CursorId, delivery: &Delivery, pause: Duration) {
 }
 
 pub(crate) fn stopped(cursor: &CursorId, position: Position, attempts: u32) {
-    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
-    count!("evercore_rests_total", 1, "subscription" => name(cursor));
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor), "version" => version(cursor));
+    count!("evercore_rests_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         error,
         subscription = cursor.subscription.as_str(),
@@ -243,7 +250,7 @@ pub(crate) fn stopped(cursor: &CursorId, position: Position, attempts: u32) {
 
 /// Something that a handler needs is down, or its read model is locked.
 pub(crate) fn waits(cursor: &CursorId, event: Option<&Event>, probes: u32) {
-    count!("evercore_dependency_waits_total", 1, "subscription" => name(cursor));
+    count!("evercore_dependency_waits_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     if is_told(probes) {
         say!(
             warn,
@@ -268,7 +275,7 @@ pub(crate) fn works_again(cursor: &CursorId) {
 
 /// The engine failed this many times in a row, and the subscription waits.
 pub(crate) fn store_failed(cursor: &CursorId, error: &Error, failures: u32) {
-    count!("evercore_subscription_store_errors_total", 1, "subscription" => name(cursor));
+    count!("evercore_subscription_store_errors_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     if is_told(failures) {
         say!(
             warn,
@@ -288,7 +295,7 @@ const fn is_told(nth: u32) -> bool {
 
 /// Deliveries have another size from now on, because the last one took this long.
 pub(crate) fn resized(cursor: &CursorId, events: usize, took: Duration) {
-    count!("evercore_smaller_deliveries_total", 1, "subscription" => name(cursor));
+    count!("evercore_smaller_deliveries_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         warn,
         subscription = cursor.subscription.as_str(),
@@ -310,8 +317,8 @@ pub(crate) fn too_many_parked(cursor: &CursorId, position: Position) {
 }
 
 pub(crate) fn skipped(cursor: &CursorId, position: Position, attempts: u32) {
-    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
-    count!("evercore_skipped_events_total", 1, "subscription" => name(cursor));
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor), "version" => version(cursor));
+    count!("evercore_skipped_events_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         error,
         subscription = cursor.subscription.as_str(),
@@ -322,8 +329,8 @@ pub(crate) fn skipped(cursor: &CursorId, position: Position, attempts: u32) {
 }
 
 pub(crate) fn parked_one(cursor: &CursorId, position: Position, attempts: u32) {
-    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor));
-    count!("evercore_parked_events_total", 1, "subscription" => name(cursor));
+    count!("evercore_handler_failures_total", 1, "subscription" => name(cursor), "version" => version(cursor));
+    count!("evercore_parked_events_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         error,
         subscription = cursor.subscription.as_str(),
@@ -336,7 +343,7 @@ pub(crate) fn parked_one(cursor: &CursorId, position: Position, attempts: u32) {
 /// How many aggregates wait for a parked event.
 pub(crate) fn held_back(cursor: &CursorId, aggregates: usize) {
     #[cfg(feature = "metrics")]
-    metrics::gauge!("evercore_held_back_aggregates", "subscription" => name(cursor), "partition" => partition(cursor))
+    metrics::gauge!("evercore_held_back_aggregates", "subscription" => name(cursor), "version" => version(cursor), "partition" => partition(cursor))
         .set(aggregates as f64);
 }
 
@@ -344,15 +351,42 @@ pub(crate) fn moved(cursor: &Cursor, head: Position) {
     #[cfg(feature = "metrics")]
     metrics::gauge!(
         "evercore_lag_events",
-        "subscription" => name(&cursor.id),
+        "subscription" => name(&cursor.id), "version" => version(&cursor.id),
         "partition" => partition(&cursor.id)
     )
     .set((head.get() - cursor.position.get()).max(0) as f64);
 }
 
+/// The state of a cursor, which somebody has asked for. A retired cursor has nothing to do any more.
+pub(crate) fn sampled(state: &CursorState) {
+    #[cfg(feature = "metrics")]
+    {
+        let id = &state.cursor.id;
+        let is_retired = state.cursor.status == CursorStatus::Retired;
+        let (lag_events, lag_time) =
+            if is_retired { (0, Duration::ZERO) } else { (state.lag_events, state.lag_time) };
+        let attempts = state.cursor.failure.as_ref().map_or(0, |failure| failure.attempts);
+        let set = |gauge: &'static str, value: f64| {
+            let labels = [("subscription", name(id)), ("version", version(id)), ("partition", partition(id))];
+            metrics::gauge!(gauge, &labels).set(value);
+        };
+        set("evercore_lag_events", lag_events as f64);
+        set("evercore_lag_seconds", lag_time.as_secs_f64());
+        set("evercore_parked_events", state.parked as f64);
+        set("evercore_oldest_parked_seconds", state.parked_time.as_secs_f64());
+        set("evercore_failed_attempts", f64::from(attempts));
+        set("evercore_cursor_status", f64::from(state.cursor.status.code()));
+    }
+}
+
+/// The health could not be asked for.
+pub(crate) fn not_sampled(error: &Error) {
+    say!(warn, kind = kind(error), "the health of the subscriptions is not known");
+}
+
 /// A runner goes back to the stored cursor.
 pub(crate) fn tail_lost(cursor: &CursorId, position: Position) {
-    count!("evercore_tails_lost_total", 1, "subscription" => name(cursor));
+    count!("evercore_tails_lost_total", 1, "subscription" => name(cursor), "version" => version(cursor));
     say!(
         warn,
         subscription = cursor.subscription.as_str(),
@@ -374,7 +408,7 @@ pub(crate) fn waits_to_take_over(cursor: &CursorId, why: &'static str) {
 }
 
 pub(crate) fn lease_changed(cursor: &CursorId, change: &'static str) {
-    count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => change);
+    count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "version" => version(cursor), "change" => change);
     say!(
         info,
         subscription = cursor.subscription.as_str(),
@@ -388,6 +422,11 @@ pub(crate) fn lease_changed(cursor: &CursorId, change: &'static str) {
 #[cfg(feature = "metrics")]
 fn name(cursor: &CursorId) -> String {
     cursor.subscription.as_str().to_owned()
+}
+
+#[cfg(feature = "metrics")]
+fn version(cursor: &CursorId) -> String {
+    cursor.version.to_string()
 }
 
 #[cfg(feature = "metrics")]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event as Bell;
 use evercore_core::engine::{
-    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
     SubscriptionStorage,
 };
 use evercore_core::{
@@ -269,6 +269,15 @@ impl SubscriptionStorage for MemoryEngine {
             let state = self.state()?;
             let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
             Ok(Cursors { cursors: wanted.cloned().collect(), now: state.now() })
+        })
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        Box::pin(async move {
+            let state = self.state()?;
+            let wanted = state.cursors.values().filter(|it| of.is_none_or(|of| it.id.subscription == *of));
+            let backlogs = wanted.map(|cursor| state.backlog(cursor)).collect();
+            Ok(Backlogs { backlogs, head: state.head(), now: state.now() })
         })
     }
 

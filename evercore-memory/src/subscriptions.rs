@@ -1,6 +1,8 @@
 //! The cursors of subscriptions, and their parked events.
 
-use evercore_core::engine::{Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange};
+use evercore_core::engine::{
+    Backlog, Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange,
+};
 use evercore_core::{Cursor, CursorId, Result, SubscriptionName};
 
 use crate::state::State;
@@ -41,6 +43,16 @@ impl State {
             self.put(&id, written);
         }
         Ok(outcome.changed)
+    }
+
+    pub(crate) fn backlog(&self, cursor: &Cursor) -> Backlog {
+        let parked = || self.parked.get(&cursor.id).into_iter().flat_map(|parked| parked.values());
+        Backlog {
+            cursor: cursor.clone(),
+            next_recorded_at: self.at(cursor.position.next()).map(|event| event.recorded_at),
+            parked: parked().count() as u64,
+            oldest_parked_at: parked().map(|event| event.parked_at).min(),
+        }
     }
 
     fn change_parked(&mut self, id: &CursorId, change: ParkedChange) {

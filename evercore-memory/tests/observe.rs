@@ -90,6 +90,7 @@ async fn work(store: &EventStore) {
         if event.position().get() == 2 { Err("secret error".into()) } else { Ok(()) }
     };
     of.run(shutdown, handler).await.unwrap();
+    store.health().await.unwrap();
 }
 
 /// One test at a time, because `tracing` caches its decision about a place in the code for all threads.
@@ -126,11 +127,16 @@ fn commits_loads_deliveries_and_leases_are_told_without_any_content() {
         ("evercore_handler_failures_total", 2.0),
         ("evercore_held_back_aggregates", 1.0),
         ("evercore_lag_events", 0.0),
+        ("evercore_lag_seconds", 0.0),
+        ("evercore_parked_events", 1.0),
+        ("evercore_failed_attempts", 0.0),
+        ("evercore_cursor_status", 0.0),
         ("evercore_lease_changes_total", 2.0),
     ];
     for (name, value) in expected {
         assert_eq!(values.get(name), Some(&value), "{name} in {values:#?}");
     }
+    assert!(values["evercore_oldest_parked_seconds"] > 0.0);
     assert!(values["evercore_deliveries_total"] >= 3.0 && values["evercore_delivery_seconds"] >= 3.0);
 
     let told = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use evercore_core::engine::{
-    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
     SubscriptionStorage,
 };
 use evercore_core::{
@@ -196,6 +196,13 @@ impl SubscriptionStorage for PostgresEngine {
         Box::pin(async move {
             let (store, of) = (Arc::clone(&self.0), of.cloned());
             Ok(in_task(async move { store.cursors.list(of.as_ref()).await }).await??)
+        })
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        Box::pin(async move {
+            let (store, of) = (Arc::clone(&self.0), of.cloned());
+            Ok(in_task(async move { store.cursors.backlogs(of.as_ref()).await }).await??)
         })
     }
 

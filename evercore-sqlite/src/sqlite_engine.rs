@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
     SubscriptionStorage,
 };
 use evercore_core::{
@@ -440,6 +440,11 @@ impl SubscriptionStorage for SqliteEngine {
                 })
             })
         })
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        let of = of.cloned();
+        self.read(move |store| store.read(|connection| subscriptions::backlogs(connection, of.as_ref())))
     }
 
     fn parked<'a>(

@@ -6,14 +6,14 @@ use super::change::{Changed, SubscriptionChange, live_version};
 use super::cursor::{Cursor, CursorId, CursorStatus, Parked, Selection};
 use super::settings::Start;
 use super::step::Step;
+use super::storage::{Backlog, Backlogs};
 use crate::batch::Receipt;
-use crate::contract::LogQuery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::name::SubscriptionName;
-use crate::page_limit::PageLimit;
 use crate::race::race;
 use crate::store::EventStore;
+use crate::time::Timestamp;
 
 /// How often to query cursors that other processes move. Clones of this store announce their own moves.
 const POLL: Duration = Duration::from_millis(20);
@@ -40,6 +40,28 @@ pub struct CursorState {
     /// How long until the cursor can be claimed again, if its handler has just failed; zero otherwise.
     /// [`EventStore::resume_subscription`] ends this rest.
     pub rest: Duration,
+    /// How many parked events it has.
+    pub parked: u64,
+    /// How long ago the first of these was parked; zero if there is none.
+    pub parked_time: Duration,
+}
+
+impl CursorState {
+    fn new(backlog: Backlog, head: Position, now: Timestamp) -> Self {
+        let Backlog { cursor, next_recorded_at, parked, oldest_parked_at } = backlog;
+        let age = |time: Option<Timestamp>| time.map_or(Duration::ZERO, |time| now.since(time));
+        let is_resting = cursor.failure.is_some() && cursor.owner.is_none();
+        Self {
+            is_owned: cursor.is_owned(now),
+            is_ahead: cursor.position > head,
+            lag_events: u64::try_from(head.get() - cursor.position.get()).unwrap_or(0),
+            lag_time: age(next_recorded_at),
+            rest: if is_resting { cursor.expires_at.since(now) } else { Duration::ZERO },
+            parked,
+            parked_time: age(oldest_parked_at),
+            cursor,
+        }
+    }
 }
 
 impl EventStore {
@@ -52,28 +74,9 @@ impl EventStore {
         self.states(None).await
     }
 
-    async fn states(&self, of: Option<&SubscriptionName>) -> Result<Vec<CursorState>> {
-        let found = self.engine().cursors(of).await?;
-        let head = self.head().await?;
-        let mut states = Vec::new();
-        for cursor in found.cursors {
-            let lag_events = u64::try_from(head.get() - cursor.position.get()).unwrap_or(0);
-            let lag_time = match lag_events {
-                0 => Duration::ZERO,
-                _ => {
-                    let next = LogQuery::after(cursor.position).with_limit(PageLimit::events(1)?);
-                    let oldest = self.read_log(&next).await?.events.first();
-                    oldest.map_or(Duration::ZERO, |event| found.now.since(event.recorded_at()))
-                }
-            };
-            let (is_owned, is_ahead) = (cursor.is_owned(found.now), cursor.position > head);
-            let rest = match cursor.failure.is_some() && cursor.owner.is_none() {
-                true => cursor.expires_at.since(found.now),
-                false => Duration::ZERO,
-            };
-            states.push(CursorState { is_owned, is_ahead, lag_events, lag_time, rest, cursor });
-        }
-        Ok(states)
+    pub(super) async fn states(&self, of: Option<&SubscriptionName>) -> Result<Vec<CursorState>> {
+        let Backlogs { backlogs, head, now } = self.engine().backlogs(of).await?;
+        Ok(backlogs.into_iter().map(|backlog| CursorState::new(backlog, head, now)).collect())
     }
 
     /// The states of one subscription's cursors, of all its versions.
@@ -349,7 +352,7 @@ fn each(step: Step) -> SubscriptionChange {
 
 /// The live version, and the position that all its partitions have reached. If no version is live, it is the oldest that
 /// is not retired, or else the newest.
-fn live(name: &SubscriptionName, cursors: &[Cursor]) -> Result<(u32, Position)> {
+pub(super) fn live(name: &SubscriptionName, cursors: &[Cursor]) -> Result<(u32, Position)> {
     let going = || cursors.iter().filter(|cursor| cursor.status != CursorStatus::Retired);
     let version = live_version(cursors)
         .or_else(|| going().map(|cursor| cursor.id.version).min())

@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
     SubscriptionStorage,
 };
 use evercore_memory::{
@@ -60,6 +60,10 @@ impl SubscriptionStorage for Watched {
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         self.inner.cursors(of)
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        self.inner.backlogs(of)
     }
 
     fn parked<'a>(

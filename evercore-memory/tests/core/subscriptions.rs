@@ -82,6 +82,10 @@ impl SubscriptionStorage for Late {
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         self.0.cursors(of)
     }
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        self.0.backlogs(of)
+    }
+
     fn parked<'a>(
         &'a self,
         id: &'a CursorId,

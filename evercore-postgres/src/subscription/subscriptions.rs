@@ -5,7 +5,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Advance, Changed, Cursors, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange,
+    Advance, Backlog, Backlogs, Changed, Cursors, Mark, ParkedChange, Step, StepOutcome, Subject,
+    SubscriptionChange,
 };
 use evercore_core::{
     AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Error, ErrorKind, Failure, OwnerId, Parked,
@@ -99,13 +100,24 @@ const PARKED: &str =
 /// dead ones. The condition that no name is empty makes the server use the index.
 const ALL: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @cursors WHERE subscription > '' ORDER BY subscription, version, partition, revision DESC LIMIT 1)
      UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT {cursor_columns} FROM @cursors WHERE (subscription, version, partition) > (p.subscription, p.version, p.partition)
-       ORDER BY subscription, version, partition, revision DESC LIMIT 1) AS n)
-     SELECT * FROM newest";
+       ORDER BY subscription, version, partition, revision DESC LIMIT 1) AS n)";
 
 const OF_ONE: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
      UNION ALL SELECT n.* FROM newest p CROSS JOIN LATERAL (SELECT {cursor_columns} FROM @cursors WHERE subscription = $1 AND (version, partition) > (p.version, p.partition)
-       ORDER BY version, partition, revision DESC LIMIT 1) AS n)
-     SELECT * FROM newest";
+       ORDER BY version, partition, revision DESC LIMIT 1) AS n)";
+
+/// The cursors that [`ALL`] or [`OF_ONE`] finds.
+const NEWEST: &str = " SELECT * FROM newest";
+
+/// The same cursors, with their backlogs. `{parked_of}` is a condition.
+const BACKLOGS: &str = " SELECT n.*, (SELECT e.recorded_at FROM @events e WHERE e.position > n.position ORDER BY e.position LIMIT 1)
+         AS next_recorded_at, coalesce(p.parked, 0) AS parked, p.oldest AS oldest_parked_at
+     FROM newest n LEFT JOIN (
+       SELECT subscription, version, partition, count(*) AS parked, min(parked_at) AS oldest FROM @parked_events{parked_of}
+       GROUP BY subscription, version, partition) AS p USING (subscription, version, partition)";
+
+const HEAD_AND_CLOCK: &str =
+    "SELECT {server_time}, coalesce((SELECT max(l.position) FROM @log_end l WHERE l.position >= 0), 0)";
 
 /// The newest live row of each cursor of a subscription.
 const KEYS: &str = "WITH RECURSIVE newest AS ((SELECT version, partition, revision FROM @cursors WHERE subscription = $1 ORDER BY version, partition, revision DESC LIMIT 1)
@@ -146,12 +158,15 @@ struct SubscriptionSql {
     parked: Sql,
     all: Sql,
     of_one: Sql,
+    backlogs: Sql,
+    backlogs_of_one: Sql,
     now: Sql,
     hold_all: Sql,
     hold_all_if_free: Sql,
     clock_and_count: Sql,
     count: Sql,
     count_parked: Sql,
+    head_and_clock: Sql,
 }
 
 impl SubscriptionSql {
@@ -177,14 +192,20 @@ impl SubscriptionSql {
             forget: sql(FORGET, &[T, N, N, N]),
             due: sql(DUE, &[T, N, N, N]),
             parked: sql(PARKED, &[T, N, N, N, N]),
-            all: sql(ALL, &[]),
-            of_one: sql(OF_ONE, &[T]),
+            all: sql(&[ALL, NEWEST].concat(), &[]),
+            of_one: sql(&[OF_ONE, NEWEST].concat(), &[T]),
+            backlogs: sql(&[ALL, &BACKLOGS.replace("{parked_of}", "")].concat(), &[]),
+            backlogs_of_one: sql(
+                &[OF_ONE, &BACKLOGS.replace("{parked_of}", " WHERE subscription = $1")].concat(),
+                &[T],
+            ),
             now: sql("SELECT {server_time}", &[]),
             hold_all: sql(&HOLD_ALL.replace("{skip}", ""), &[T]),
             hold_all_if_free: sql(&HOLD_ALL.replace("{skip}", " SKIP LOCKED"), &[T]),
             clock_and_count: sql(CLOCK_AND_COUNT, &[T]),
             count: sql(COUNT, &[T]),
             count_parked: sql(COUNT_PARKED, &[T]),
+            head_and_clock: sql(HEAD_AND_CLOCK, &[]),
         }
     }
 }
@@ -214,6 +235,27 @@ impl CursorStore {
             let mut cursors: Vec<Cursor> = rows?.iter().map(read_cursor).collect::<Result<_>>()?;
             cursors.sort_unstable_by(|one, other| one.id.cmp(&other.id));
             Ok(Cursors { cursors, now: time_of(&now?)? })
+        };
+        self.pools.read(read).await
+    }
+
+    /// The same with their backlogs, and the end of the log. It is read last, so that no cursor seems to be past it.
+    pub(crate) async fn backlogs(&self, of: Option<&SubscriptionName>) -> Result<Backlogs> {
+        let read = |checkout: Arc<Checkout>| async move {
+            let sender = checkout.sender()?;
+            let end = sender.ready(&self.sql.head_and_clock).await?;
+            let list = sender
+                .ready(if of.is_some() { &self.sql.backlogs_of_one } else { &self.sql.backlogs })
+                .await?;
+            let name = of.map(SubscriptionName::as_str);
+            let values: &[&(dyn ToSql + Sync)] = if of.is_some() { &[&name] } else { &[] };
+            let (rows, end) = zip(list.rows(values), end.rows(&[])).await;
+            let mut backlogs: Vec<Backlog> = rows?.iter().map(read_backlog).collect::<Result<_>>()?;
+            backlogs.sort_unstable_by(|one, other| one.cursor.id.cmp(&other.cursor.id));
+            let end = end?;
+            let row = end.first().ok_or_else(|| damaged("the end of the log is missing"))?;
+            let head = Position::new(row.try_get(1)?).map_err(damaged)?;
+            Ok(Backlogs { backlogs, head, now: time(row, 0)? })
         };
         self.pools.read(read).await
     }
@@ -756,6 +798,18 @@ fn read_count(name: &str, row: &Row) -> Result<(CursorId, u64)> {
     let subscription = SubscriptionName::new(name).map_err(damaged)?;
     let id = CursorId { subscription, version: small(row, 0)?, partition: small(row, 1)? };
     Ok((id, row.try_get::<_, i64>(2)?.unsigned_abs()))
+}
+
+fn read_backlog(row: &Row) -> Result<Backlog> {
+    let perhaps = |column| -> Result<Option<Timestamp>> {
+        row.try_get::<_, Option<i64>>(column)?.map(Timestamp::from_micros).transpose().map_err(damaged)
+    };
+    Ok(Backlog {
+        cursor: read_cursor(row)?,
+        next_recorded_at: perhaps("next_recorded_at")?,
+        parked: u64::try_from(row.try_get::<_, i64>("parked")?).map_err(damaged)?,
+        oldest_parked_at: perhaps("oldest_parked_at")?,
+    })
 }
 
 fn read_failure(row: &Row, position: i64) -> Result<Failure> {

@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 
-use evercore_core::engine::{Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange};
+use evercore_core::engine::{
+    Backlog, Backlogs, Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange,
+};
 use evercore_core::{
     AggregateId, Cursor, CursorId, CursorStatus, Failure, OwnerId, Parked, Position, SubscriptionName,
     Timestamp,
 };
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use crate::error::{Result, damaged};
 use crate::log_end::LogEnd;
@@ -57,6 +59,11 @@ const REMOVE_ALL_PARKED: &str = "
 const PARKED_IS_DUE: &str = "
     UPDATE parked_events SET is_due = 1
     WHERE subscription = ?1 AND version = ?2 AND partition = ?3 AND (?4 IS NULL OR position = ?4)";
+
+const PARKED_COUNT: &str = "
+    SELECT count(*), min(parked_at) FROM parked_events WHERE subscription = ?1 AND version = ?2 AND partition = ?3";
+
+const NEXT_RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
 
 /// Takes a step in the open transaction, and returns the cursor after it. If nothing changes, nothing is written, and
 /// the commit needs no flush.
@@ -150,6 +157,28 @@ pub(crate) fn cursors(connection: &Connection, of: Option<&SubscriptionName>) ->
         cursors.push(cursor_of(row)?);
     }
     Ok(cursors)
+}
+
+/// The cursors with their backlogs, as of one moment. The statements do not leave the process, so one for each cursor
+/// costs little.
+pub(crate) fn backlogs(connection: &Connection, of: Option<&SubscriptionName>) -> Result<Backlogs> {
+    let head = LogEnd::read(connection)?.position;
+    let mut parked = connection.prepare_cached(PARKED_COUNT)?;
+    let mut next = connection.prepare_cached(NEXT_RECORDED_AT)?;
+    let mut backlogs = Vec::new();
+    for cursor in cursors(connection, of)? {
+        let count = |row: &Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, Option<i64>>(1)?));
+        let (parked, oldest) = parked.query_row(key(&cursor.id), count)?;
+        let recorded_at = |row: &Row<'_>| row.get::<_, i64>(0);
+        let recorded_at = next.query_row([cursor.position.next().get()], recorded_at).optional()?;
+        backlogs.push(Backlog {
+            next_recorded_at: recorded_at.map(time).transpose()?,
+            parked: u64::try_from(parked).map_err(damaged)?,
+            oldest_parked_at: oldest.map(time).transpose()?,
+            cursor,
+        });
+    }
+    Ok(Backlogs { backlogs, head, now: Timestamp::now() })
 }
 
 fn cursor_of(row: &Row<'_>) -> Result<Cursor> {
@@ -300,7 +329,8 @@ mod tests {
         assert_eq!(plan(PARKED), [format!("SEARCH parked_events USING PRIMARY KEY {after}")]);
         let of_name = "SEARCH parked_events USING PRIMARY KEY (subscription=?)";
         assert_eq!(plan(COUNT_PARKED), [of_name]);
-        for sql in [PARKED_IS_DUE, REMOVE_ALL_PARKED] {
+        assert_eq!(plan(NEXT_RECORDED_AT), ["SEARCH events USING INTEGER PRIMARY KEY (rowid=?)"]);
+        for sql in [PARKED_IS_DUE, REMOVE_ALL_PARKED, PARKED_COUNT] {
             assert_eq!(plan(sql), [format!("SEARCH parked_events USING PRIMARY KEY {whole}")]);
         }
     }

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use evercore_core::engine::{
-    Append, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand,
-    LoadRequest, NewAggregate, NewEvent, ParkedChange, Step, SubscriptionChange, SubscriptionStorage, Target,
+    Append, Backlogs, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange,
+    KnownCommand, LoadRequest, NewAggregate, NewEvent, ParkedChange, Step, SubscriptionChange,
+    SubscriptionStorage, Target,
 };
 use evercore_core::{
     AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, Direction, Error, ErrorKind, Event,
@@ -463,6 +464,20 @@ impl Layer {
         Ok(found)
     }
 
+    async fn backlogs_badly(&self, of: Option<&SubscriptionName>) -> Result<Backlogs> {
+        let mut found = self.inner.backlogs(of).await?;
+        let honest = found.backlogs.clone();
+        for backlog in &mut found.backlogs {
+            let id = &backlog.cursor.id;
+            if self.strikes(Fault::SharesParked, id.version > 1) {
+                let first = CursorId { version: 1, ..id.clone() };
+                let of_first = honest.iter().find(|other| other.cursor.id == first);
+                backlog.parked = of_first.map_or(0, |first| first.parked);
+            }
+        }
+        Ok(found)
+    }
+
     async fn parked_badly(&self, id: &CursorId, after: Position, limit: usize) -> Result<Vec<Parked>> {
         let mut asked = id.clone();
         if self.strikes(Fault::SharesParked, id.version > 1) {
@@ -610,6 +625,10 @@ impl SubscriptionStorage for Layer {
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         Box::pin(self.cursors_badly(of))
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        Box::pin(self.backlogs_badly(of))
     }
 
     fn parked<'a>(

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Append, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange, KnownCommand,
-    LoadRequest, NewAggregate, NewEvent, Step, SubscriptionChange, SubscriptionStorage, Target,
+    Append, Backlogs, Batch, Changed, Cursors, EventRow, EventsBuilder, History, IdBlock, KeyChange,
+    KnownCommand, LoadRequest, NewAggregate, NewEvent, Step, SubscriptionChange, SubscriptionStorage, Target,
 };
 use evercore_core::{
     AggregateId, AggregateQuery, BoxFuture, CommandId, Cursor, CursorId, CursorStatus, Direction, Error,
@@ -552,6 +552,10 @@ impl SubscriptionStorage for Broken {
 
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         self.inner.cursors(of)
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        self.inner.backlogs(of)
     }
 
     fn parked<'a>(

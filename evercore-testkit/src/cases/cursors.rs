@@ -542,6 +542,42 @@ pub(crate) async fn each_cursor_has_its_own_parked_events_in_order(fixture: &mut
     assert_eq!(parked(&ids[2]).await.len(), 4);
 }
 
+pub(crate) async fn a_backlog_tells_what_each_cursor_has_to_do(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    assert!(engine.backlogs(None).await.unwrap().backlogs.is_empty());
+    grown(&engine, "letter", 50).await;
+    let ids = [cursor("mail", 1, 0), cursor("mails", 1, 0), cursor("mails", 1, 1), cursor("mails", 2, 0)];
+    let many: Vec<i64> = (1..=30).collect();
+    let parked: [&[i64]; 4] = [&[7], &[30, 9, 10], &[], &many];
+    for (id, (parked, to)) in ids.iter().zip(parked.iter().zip([50, 30, 0, 49])) {
+        step(&engine, id, Step::declare(2, Position::ZERO, None)).await.unwrap();
+        let lease = claimed(&engine, id, "owner", LONG).await;
+        let keep = |position: &i64| {
+            let parked_at = Timestamp::from_micros(1_000_000 + position).unwrap();
+            ParkedChange::Keep(Parked { parked_at, ..self::parked_at(*position) })
+        };
+        let moved = Advance::new(lease, place(0), place(to), LONG);
+        let moved = moved.with_parked(parked.iter().map(keep).collect());
+        step(&engine, id, Step::Advance(moved)).await.unwrap();
+    }
+    let log: Vec<_> = engine.read_log(&LogQuery::after(place(0))).await.unwrap().events.iter().collect();
+    let at = |position: usize| log.get(position - 1).map(|event| event.recorded_at());
+    let time = |micros: i64| Some(Timestamp::from_micros(1_000_000 + micros).unwrap());
+    let expected = [(None, 1, time(7)), (at(31), 3, time(9)), (at(1), 0, None), (at(50), 30, time(1))];
+
+    let all = engine.backlogs(None).await.unwrap();
+    assert_eq!(all.head, place(50));
+    let cursors = engine.cursors(None).await.unwrap();
+    let listed: Vec<_> = all.backlogs.iter().map(|it| it.cursor.clone()).collect();
+    assert_eq!(listed, cursors.cursors);
+    assert!(all.now <= cursors.now && cursors.now.since(all.now) < LONG);
+    let found: Vec<_> =
+        all.backlogs.iter().map(|it| (it.next_recorded_at, it.parked, it.oldest_parked_at)).collect();
+    assert_eq!(found, expected);
+    let some = engine.backlogs(Some(&SubscriptionName::new("mails").unwrap())).await.unwrap();
+    assert_eq!((some.backlogs, some.head), (all.backlogs[1..].to_vec(), place(50)));
+}
+
 pub(crate) async fn cursors_are_listed_by_the_whole_name(fixture: &mut Fixture) {
     let engine = fixture.engine();
     let long = |last: &str| "n".repeat(evercore_core::limits::NAME_BYTES - 1) + last;

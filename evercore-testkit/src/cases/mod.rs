@@ -354,6 +354,7 @@ cases! {
         cursors_and_parked_events_survive_reopening [Reopen],
         a_step_dropped_at_any_await_is_whole_or_absent,
         each_cursor_has_its_own_parked_events_in_order,
+        a_backlog_tells_what_each_cursor_has_to_do,
         cursors_are_listed_by_the_whole_name,
         every_step_is_kept_with_all_that_came_of_it,
     }
@@ -426,6 +427,8 @@ cases! {
         partitions_share_the_work_and_keep_each_aggregates_order,
         partitions_are_shared_evenly_when_runners_come_and_go,
         a_lag_is_told_in_events_and_in_time,
+        the_health_tells_what_is_wrong_with_live_versions,
+        a_sample_of_the_health_ends_with_the_shutdown,
         a_cursor_ahead_of_the_log_is_an_error,
         futures_of_subscriptions_are_send,
     }

@@ -2,6 +2,7 @@
 //! does.
 
 mod failures;
+mod health;
 mod running;
 mod sharing;
 mod starting;
@@ -11,6 +12,7 @@ mod unwell;
 mod versions;
 
 pub(super) use failures::*;
+pub(super) use health::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
 pub(super) use starting::*;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
+    Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, Step, SubscriptionChange,
     SubscriptionStorage,
 };
 use evercore_core::{
@@ -95,6 +95,13 @@ impl SubscriptionStorage for Unwell {
         Box::pin(async move {
             self.check()?;
             self.inner.change(of, change).await
+        })
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        Box::pin(async move {
+            self.check()?;
+            self.inner.backlogs(of).await
         })
     }
 

@@ -175,6 +175,7 @@ pub(super) const ROWS: &[Row] = &[
     row(Fault::SharesParked,
         &[
             "cursors::each_cursor_has_its_own_parked_events_in_order",
+            "cursors::a_backlog_tells_what_each_cursor_has_to_do",
             "cursors::every_field_of_a_cursor_comes_back",
             "storage::all_of_a_store_is_there_after_a_crash",
             "subscriptions::what_was_parked_is_not_forgotten_by_a_reset_nor_resumed_in_vain",

@@ -46,6 +46,7 @@ pub(super) const ROWS: &[Row] = &[
     row(Fault::LosesParkedEvents,
         &[
             "cursors::parked_events_are_kept_listed_and_forgotten",
+            "cursors::a_backlog_tells_what_each_cursor_has_to_do",
             "cursors::cursors_and_parked_events_survive_reopening",
             "cursors::a_step_dropped_at_any_await_is_whole_or_absent",
             "cursors::each_cursor_has_its_own_parked_events_in_order",
