@@ -310,6 +310,11 @@ impl Filter {
         self
     }
 
+    pub(crate) fn without_event_types(mut self) -> Self {
+        self.event_types.clear();
+        self
+    }
+
     /// Only events of this aggregate, also if its natural key changes. [`EventStore::filter_by_key`](crate::EventStore::filter_by_key) finds the aggregate by
     /// its natural key.
     #[must_use]

@@ -12,6 +12,7 @@ mod failure;
 mod handler;
 mod health;
 mod held;
+mod known;
 mod manage;
 mod owned;
 mod runner;

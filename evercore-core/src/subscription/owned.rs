@@ -74,7 +74,8 @@ impl OwnedSubscription {
     /// [`LeaseLost`](ErrorKind::LeaseLost) if another owner has claimed the cursor, or it was reset;
     /// [`Paused`](ErrorKind::Paused) if the subscription was paused; [`Superseded`](ErrorKind::Superseded) if a newer
     /// version has taken over; [`TailLost`](ErrorKind::TailLost) if the log has lost the last events that were returned:
-    /// claim the cursor again; those of the engine.
+    /// claim the cursor again; [`Rejected`](ErrorKind::Rejected) at an event of a type that is not
+    /// [known](Subscription::with_known_types); those of the engine.
     pub async fn next(&mut self) -> Result<Delivery> {
         loop {
             self.held.renew_if_due().await?;
@@ -93,6 +94,11 @@ impl OwnedSubscription {
             match race(self.held.next(time), store.operator_calls().after(heard)).await {
                 First::Left(next) => {
                     if let Some(delivery) = next? {
+                        let of = &self.held.subscription;
+                        if let Some(refused) = of.settings.refuse_unknown(&of.name, &delivery) {
+                            self.held.put_back();
+                            return Err(refused);
+                        }
                         return Ok(delivery);
                     }
                 }

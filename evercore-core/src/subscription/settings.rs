@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::limits;
-use crate::name::{OwnerId, SubscriptionName};
+use crate::name::{EventType, OwnerId, SubscriptionName};
 use crate::page_limit::PageLimit;
 use crate::store::EventStore;
 use crate::time::Timestamp;
@@ -94,6 +94,8 @@ pub(crate) struct Settings {
     pub(crate) version: u32,
     pub(crate) partitions: u32,
     pub(crate) filter: Filter,
+    /// The known types besides those of the filter; `None` if unknown types are not noticed.
+    pub(crate) known_types: Option<Arc<[EventType]>>,
     pub(crate) start: Start,
     pub(crate) has_live_past: bool,
     pub(crate) batch: PageLimit,
@@ -124,6 +126,7 @@ impl EventStore {
                 version: 1,
                 partitions: 1,
                 filter: Filter::all(),
+                known_types: None,
                 start: Start::default(),
                 has_live_past: false,
                 batch: PageLimit::default(),
@@ -150,6 +153,37 @@ impl Subscription {
     #[must_use]
     pub fn with_filter(mut self, filter: Filter) -> Self {
         self.settings.filter = filter;
+        self
+    }
+
+    /// The event types that this program knows, besides those of the filter. A filter by event types passes over a new type
+    /// of the same aggregate in silence; with this call the subscription notices it. It reads all events of the filter's
+    /// aggregate types. An event of a known type that the filter leaves out is passed over, and one of an unknown type is a
+    /// failure: the handler does not get it, and the [policy](Self::on_failure) decides, so by default the subscription
+    /// stops there and says so. A program that knows the type goes on from there. An [`OwnedSubscription`] returns
+    /// [`Rejected`](crate::ErrorKind::Rejected).
+    ///
+    /// The price is that more events are read. Call it with an empty list if the filter names all types that there are.
+    ///
+    /// ```
+    /// # use evercore_core::{AggregateType, EventStore, EventType, Filter, Result};
+    /// # fn shipping(store: &EventStore) -> Result<()> {
+    /// let paid = Filter::all()
+    ///     .with_aggregate_type(AggregateType::new("order")?)
+    ///     .with_event_type(EventType::new("Paid")?);
+    /// let shipping = store
+    ///     .subscription("shipping")?
+    ///     .with_filter(paid)
+    ///     .with_known_types([EventType::new("Placed")?, EventType::new("Renamed")?]);
+    /// // A later `PaidInParts` stops it, until a program runs that says what to do with it.
+    /// # let _ = shipping;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// [`OwnedSubscription`]: super::OwnedSubscription
+    #[must_use]
+    pub fn with_known_types(mut self, types: impl IntoIterator<Item = EventType>) -> Self {
+        self.settings.known_types = Some(types.into_iter().collect());
         self
     }
 

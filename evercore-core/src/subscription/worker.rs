@@ -108,7 +108,7 @@ impl Subscription {
         shutdown: impl Future<Output = ()> + Send,
         sink: impl Sink + 'static,
     ) -> Result<RunEnd> {
-        let mut worker = Worker::new(self.clone(), Arc::new(sink))?;
+        let mut worker = Worker::new(self.clone(), self.strict(sink))?;
         let stop = Arc::clone(&worker.stop);
         let (mut shutdown, mut work) = (pin!(shutdown), pin!(worker.work()));
         poll_fn(|context| {

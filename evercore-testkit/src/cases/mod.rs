@@ -405,6 +405,8 @@ cases! {
         with_too_many_parked_events_the_partition_rests,
         a_filter_that_matches_rarely_still_moves_the_cursor,
         a_changed_filter_takes_effect_after_the_claim_and_whole,
+        a_new_event_type_stops_a_subscription_that_names_those_it_knows,
+        an_unknown_type_can_be_parked_until_a_program_knows_it,
         it_is_paused_and_resumed,
         it_is_reset_while_it_runs_and_tells_what_is_a_replay,
         a_shutdown_acknowledges_what_is_done_and_nothing_else,

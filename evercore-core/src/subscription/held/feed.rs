@@ -16,7 +16,7 @@ impl Held {
         let settings = &self.subscription.settings;
         let query = LogQuery::after(self.taken_to)
             .up_to(bound)
-            .with_filter(settings.filter.clone())
+            .with_filter(settings.read_filter())
             .with_limit(settings.batch);
         self.tail = Tail::new(self.subscription.store.engine(), query, self.read);
     }
@@ -50,9 +50,11 @@ impl Held {
 
     pub(super) fn add(&mut self, page: &LogPage) {
         let (partition, partitions) = (self.context.id.partition, self.subscription.settings.partitions);
-        self.pending.extend(
-            page.events.iter().filter(|event| partition_of(event.aggregate(), partitions) == partition),
-        );
+        let settings = &self.subscription.settings;
+        let is_own = |event: &Event| {
+            partition_of(event.aggregate(), partitions) == partition && settings.is_wanted(event)
+        };
+        self.pending.extend(page.events.iter().filter(is_own));
         self.pending_end = page.scanned;
         self.read = page.witness();
         self.head = page.head;
@@ -70,7 +72,8 @@ impl Held {
             }
             let is_next_replay = self.is_replay(next.position());
             let has_failed = self.failed.is_some_and(|(failed, _)| failed == next.position());
-            let goes_alone = next.position() <= self.alone_to || has_failed;
+            let is_unknown = self.subscription.settings.is_unknown(next.event_type());
+            let goes_alone = next.position() <= self.alone_to || has_failed || is_unknown;
             let is_whole = goes_alone || is_next_replay != is_replay || events.len() >= self.size;
             if !events.is_empty() && is_whole {
                 break;

@@ -73,7 +73,7 @@ impl Held {
         let before = Position::new(parked.position.get() - 1)?;
         let limit = PageLimit::events(2)?.and_bytes(limits::PAGE_BYTES)?;
         let settings = &self.subscription.settings;
-        let filter = settings.filter.clone().with_aggregate(parked.aggregate);
+        let filter = settings.read_filter().with_aggregate(parked.aggregate);
         let mut query = LogQuery::after(before).with_limit(limit).with_filter(filter);
         if settings.filter.aggregate().is_some_and(|only| only != parked.aggregate) {
             query = query.up_to(before);
@@ -86,7 +86,7 @@ impl Held {
         let (mut event, mut next) = (None, None);
         while next.is_none() && query.from < query.to {
             let page = self.subscription.store.read_log(&query).await?;
-            for found in &page.events {
+            for found in page.events.iter().filter(|found| settings.is_wanted(found)) {
                 let place = if found.position() == parked.position { &mut event } else { &mut next };
                 place.get_or_insert(found);
             }

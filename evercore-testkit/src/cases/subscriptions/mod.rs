@@ -3,6 +3,7 @@
 
 mod failures;
 mod health;
+mod known;
 mod running;
 mod sharing;
 mod starting;
@@ -13,6 +14,7 @@ mod versions;
 
 pub(super) use failures::*;
 pub(super) use health::*;
+pub(super) use known::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
 pub(super) use starting::*;
