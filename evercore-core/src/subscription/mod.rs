@@ -15,6 +15,7 @@ mod held;
 mod known;
 mod manage;
 mod owned;
+mod partition;
 mod runner;
 mod settings;
 mod spawn;

@@ -7,10 +7,12 @@ use super::change::SubscriptionChange;
 use super::cursor::CursorId;
 use super::failure::{Decide, FailedEvent, FailureAction, FailurePolicy};
 use super::handler::AckEvery;
+use super::partition::PartitionKey;
 use super::spawn::Spawner;
 use crate::backoff::random_bits;
 use crate::contract::Filter;
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::future::BoxFuture;
 use crate::ids::Position;
 use crate::limits;
@@ -93,6 +95,7 @@ pub struct Subscription {
 pub(crate) struct Settings {
     pub(crate) version: u32,
     pub(crate) partitions: u32,
+    pub(crate) partition_key: Option<PartitionKey>,
     pub(crate) filter: Filter,
     /// The known types besides those of the filter; `None` if unknown types are not noticed.
     pub(crate) known_types: Option<Arc<[EventType]>>,
@@ -125,6 +128,7 @@ impl EventStore {
             settings: Settings {
                 version: 1,
                 partitions: 1,
+                partition_key: None,
                 filter: Filter::all(),
                 known_types: None,
                 start: Start::default(),
@@ -346,6 +350,34 @@ impl Subscription {
     #[must_use]
     pub fn with_partitions(mut self, partitions: u32) -> Self {
         self.settings.partitions = partitions;
+        self
+    }
+
+    /// Divides events among the partitions by this key instead of by their aggregate: events with equal keys belong to one
+    /// partition and stay in order. Use it for a process that concerns several aggregates, such as a saga.
+    ///
+    /// Events of one aggregate can then belong to several partitions. A parked event holds back only the later events of its
+    /// aggregate that are in its partition.
+    ///
+    /// The key must depend on nothing but the event, and be the same in all processes that run the version. Otherwise
+    /// events are handled twice or not at all. To change it, or the number of partitions, run a new
+    /// [version](Self::with_version). The partition is the 64-bit FNV-1a hash of the key's length and bytes, modulo the
+    /// number of partitions. This never changes between releases.
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, Result};
+    /// # fn sagas(store: &EventStore) -> Result<()> {
+    /// // All events of a case, whichever aggregate they belong to.
+    /// let cases = store
+    ///     .subscription("cases")?
+    ///     .with_partitions(4)
+    ///     .partition_by(|event| event.reference().unwrap_or_default().to_owned());
+    /// # let _ = cases;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn partition_by<K: AsRef<[u8]>>(mut self, key: impl Fn(&Event) -> K + Send + Sync + 'static) -> Self {
+        self.settings.partition_key = Some(PartitionKey::new(key));
         self
     }
 

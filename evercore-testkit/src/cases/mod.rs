@@ -428,6 +428,8 @@ cases! {
         who_wrote_it_can_wait_until_a_projection_has_it,
         partitions_share_the_work_and_keep_each_aggregates_order,
         partitions_are_shared_evenly_when_runners_come_and_go,
+        equal_keys_belong_to_one_partition_and_stay_in_order,
+        a_parked_event_holds_back_its_aggregate_in_its_partition,
         a_lag_is_told_in_events_and_in_time,
         the_health_tells_what_is_wrong_with_live_versions,
         a_sample_of_the_health_ends_with_the_shutdown,

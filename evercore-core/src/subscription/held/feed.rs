@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Held, PASS_BY, partition_of};
+use super::{Held, PASS_BY};
 use crate::contract::{LogPage, LogQuery};
 use crate::error::Result;
 use crate::event::Event;
@@ -49,11 +49,8 @@ impl Held {
     }
 
     pub(super) fn add(&mut self, page: &LogPage) {
-        let (partition, partitions) = (self.context.id.partition, self.subscription.settings.partitions);
-        let settings = &self.subscription.settings;
-        let is_own = |event: &Event| {
-            partition_of(event.aggregate(), partitions) == partition && settings.is_wanted(event)
-        };
+        let (settings, partition) = (&self.subscription.settings, self.context.id.partition);
+        let is_own = |event: &Event| settings.partition_of(event) == partition && settings.is_wanted(event);
         self.pending.extend(page.events.iter().filter(is_own));
         self.pending_end = page.scanned;
         self.read = page.witness();

@@ -262,9 +262,3 @@ fn gone(subscription: &Subscription) -> Error {
         format!("the cursor of subscription \"{}\" was removed", subscription.name),
     )
 }
-
-/// Which partition the events of an aggregate belong to.
-pub(crate) fn partition_of(aggregate: AggregateId, partitions: u32) -> u32 {
-    // Ids are given out one after the other, so the remainder spreads them evenly.
-    u32::try_from(aggregate.get() % i64::from(partitions)).unwrap_or(0)
-}

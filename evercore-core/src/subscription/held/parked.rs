@@ -83,10 +83,12 @@ impl Held {
         } else {
             query = query.up_to(parked.position);
         }
+        let partition = self.context.id.partition;
+        let is_own = |event: &Event| settings.partition_of(event) == partition && settings.is_wanted(event);
         let (mut event, mut next) = (None, None);
         while next.is_none() && query.from < query.to {
             let page = self.subscription.store.read_log(&query).await?;
-            for found in page.events.iter().filter(|found| settings.is_wanted(found)) {
+            for found in page.events.iter().filter(&is_own) {
                 let place = if found.position() == parked.position { &mut event } else { &mut next };
                 place.get_or_insert(found);
             }

@@ -4,6 +4,7 @@
 mod failures;
 mod health;
 mod known;
+mod partitions;
 mod running;
 mod sharing;
 mod starting;
@@ -15,6 +16,7 @@ mod versions;
 pub(super) use failures::*;
 pub(super) use health::*;
 pub(super) use known::*;
+pub(super) use partitions::*;
 pub(super) use running::*;
 pub(super) use sharing::*;
 pub(super) use starting::*;
