@@ -195,6 +195,24 @@ impl EventStore {
         self.change_subscription(&name, each(Step::reset(position))).await.map(drop)
     }
 
+    /// Skips the event at which the handler of one cursor fails, for good. No other cursor moves, and no other event is
+    /// left out. The owner of the cursor, if there is one, loses the lease, and the next one begins with the next event.
+    ///
+    /// [`Failure::position`](super::Failure::position) of the cursor tells the position. It is named here so that two
+    /// operators do not skip two events. To keep the event for later, let the policy
+    /// [park](super::FailureAction::Park) it.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the handler does not fail at this position any more;
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; [`Superseded`](ErrorKind::Superseded) if its version is
+    /// retired; [`TailLost`](ErrorKind::TailLost) if the log has lost the event; those of the engine.
+    pub async fn skip_event(&self, cursor: &CursorId, position: Position) -> Result<()> {
+        self.engine().step(cursor, &Step::skip(position)).await?;
+        self.operator_calls().send();
+        self.cursor_moves().send();
+        Ok(())
+    }
+
     /// Removes one version of a subscription with its cursors and parked events. Its runners lose their leases. The
     /// handler's effects stay.
     ///

@@ -94,6 +94,12 @@ pub enum Step {
         /// The new position.
         position: Position,
     },
+    /// Moves the cursor past the event at which its handler fails, and ends the lease of its owner.
+    #[non_exhaustive]
+    Skip {
+        /// The event.
+        position: Position,
+    },
     /// Ends the cursor for good, with the lease of its owner, because a newer version has taken over.
     Retire,
     /// Marks parked events to be tried again.
@@ -254,10 +260,16 @@ impl Step {
         Self::Reset { position }
     }
 
+    /// The step that moves the cursor past the event at which its handler fails.
+    pub const fn skip(position: Position) -> Self {
+        Self::Skip { position }
+    }
+
     /// The position of the event on which this step depends; zero if there is none. [`take`](Self::take) needs its mark.
     pub fn looks_at(&self) -> Position {
         match self {
             Self::Advance(advance) => advance.read.map_or(advance.to, |read| read.position),
+            Self::Skip { position } => *position,
             _ => Position::ZERO,
         }
     }
@@ -331,6 +343,12 @@ impl Step {
             Self::Reset { position } => {
                 cursor.reset(*position)?;
                 parked.push(ParkedChange::RemoveAll);
+            }
+            Self::Skip { position } => {
+                if found.is_none() {
+                    return Err(Error::tail_lost(*position));
+                }
+                cursor.skip(*position)?;
             }
             Self::Retire => cursor.retire(),
             Self::ResumeParked { .. } if cursor.status == CursorStatus::Retired => {
@@ -514,6 +532,26 @@ impl Cursor {
         self.failure = None;
         self.lost_leases = 0;
         self.parked_changes += 1;
+        Ok(())
+    }
+
+    /// Everything before the event was handled: a handler gets it only then.
+    fn skip(&mut self, position: Position) -> Result<()> {
+        if self.status == CursorStatus::Retired {
+            return Err(self.is_superseded());
+        }
+        let fails_at = self.failure.as_ref().map(|failure| failure.position);
+        if fails_at != Some(position) {
+            let CursorId { subscription, version, partition } = &self.id;
+            let fails_at = fails_at.map_or_else(|| "nowhere".to_owned(), |at| format!("at position {at}"));
+            return Err(Error::invalid(format!(
+                "version {version} partition {partition} of subscription \"{subscription}\" fails {fails_at}, \
+                 so the event at position {position} cannot be skipped"
+            )));
+        }
+        self.take_lease();
+        self.position = position;
+        self.failure = None;
         Ok(())
     }
 

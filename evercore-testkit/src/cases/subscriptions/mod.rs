@@ -4,6 +4,7 @@
 mod failures;
 mod health;
 mod known;
+mod operating;
 mod partitions;
 mod running;
 mod sharing;
@@ -16,6 +17,7 @@ mod versions;
 pub(super) use failures::*;
 pub(super) use health::*;
 pub(super) use known::*;
+pub(super) use operating::*;
 pub(super) use partitions::*;
 pub(super) use running::*;
 pub(super) use sharing::*;

@@ -1,0 +1,93 @@
+//! What operators do with one cursor, and that the others do not notice.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use evercore_core::{CursorId, ErrorKind, EventStore, FailureAction, RunEnd, Subscription, SubscriptionName};
+
+use crate::fixture::Fixture;
+use crate::tools::*;
+
+use super::tools::*;
+
+fn cursor(partition: u32) -> CursorId {
+    CursorId { subscription: SubscriptionName::new("mails").unwrap(), version: 1, partition }
+}
+
+/// Two partitions, each with ten events of its own, in turn. The partition of each event, by position.
+async fn two_partitions(engine: &Engine) -> Vec<u32> {
+    let ids = [new_id(engine).await, new_id(engine).await];
+    for nth in 0..10 {
+        for id in ids {
+            let at = unit();
+            let at = if nth == 0 { at.create(id, "user") } else { at };
+            at.append(id, "user", nth, 1).commit(engine).await.unwrap();
+        }
+    }
+    log(engine).await.iter().map(|event| u32::try_from(event.aggregate().get() % 2).unwrap()).collect()
+}
+
+/// Runs until this is so. Positions at the given place fail; the others are noted.
+async fn run(
+    of: &Subscription,
+    poison: &Arc<Mutex<Vec<i64>>>,
+    seen: &Seen,
+    shutdown: impl Future<Output = ()> + Send,
+) -> evercore_core::Result<RunEnd> {
+    let (poison, seen) = (Arc::clone(poison), seen.clone());
+    let handler = move |event: evercore_core::Delivered| {
+        let is_poison = poison.lock().unwrap().contains(&event.position().get());
+        if !is_poison {
+            seen.push(&event);
+        }
+        async move { if is_poison { Err("poison".into()) } else { Ok(()) } }
+    };
+    of.run(shutdown, handler).await
+}
+
+async fn failing_at(store: &EventStore, partition: u32) -> Option<i64> {
+    let states = store.subscription_states("mails").await.ok()?;
+    let failure = states.into_iter().find(|it| it.cursor.id.partition == partition)?.cursor.failure?;
+    Some(failure.position.get())
+}
+
+pub(crate) async fn one_event_of_one_partition_is_skipped_and_nothing_else(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let partitions = two_partitions(&engine).await;
+    // The fourth event of a partition is poison.
+    let poisoned = 1;
+    let of_poisoned: Vec<i64> =
+        (1..).zip(&partitions).filter(|it| *it.1 == poisoned).map(|it| it.0).collect();
+    let poison = Arc::new(Mutex::new(vec![of_poisoned[3]]));
+    let policy = no_pause(FailureAction::Stop).with_pauses(NO_PAUSE, Duration::from_millis(1));
+    let of = subscription(&store, "mails").with_partitions(2).on_failure(policy);
+    let seen = Seen::default();
+    let fails = async {
+        while failing_at(&store, poisoned).await.is_none() {
+            engine.pause(Duration::from_millis(2)).await;
+        }
+    };
+    let _ = run(&of, &poison, &seen, fails).await;
+    let failed = of_poisoned[3];
+    assert_eq!(failing_at(&store, poisoned).await, Some(failed));
+    let states = store.subscription_states("mails").await.unwrap();
+    let other = states[1 - poisoned as usize].cursor.clone();
+
+    // Only the event at which it fails, and only while it fails there.
+    assert_kind!(store.skip_event(&cursor(poisoned), place(failed + 1)).await, ErrorKind::Invalid);
+    assert_kind!(store.skip_event(&cursor(1 - poisoned), place(failed)).await, ErrorKind::Invalid);
+    assert_kind!(store.skip_event(&cursor(7), place(failed)).await, ErrorKind::NotFound);
+    store.skip_event(&cursor(poisoned), place(failed)).await.unwrap();
+    assert_kind!(store.skip_event(&cursor(poisoned), place(failed)).await, ErrorKind::Invalid);
+    let states = store.subscription_states("mails").await.unwrap();
+    assert_eq!(states[1 - poisoned as usize].cursor, other, "the other partition has not moved");
+    let skipped = &states[poisoned as usize].cursor;
+    assert_eq!((skipped.position, skipped.failure.clone()), (place(failed), None));
+
+    let at_the_end = until(&engine, || seen.len() >= 19);
+    assert_eq!(run(&of, &poison, &seen, at_the_end).await.unwrap(), RunEnd::ShutDown);
+    let mut all = seen.numbers();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all, (1..=20).filter(|position| *position != failed).collect::<Vec<_>>());
+}
