@@ -238,6 +238,9 @@ impl EventStore {
     /// Makes any version live, also one that is held, and an older one that is retired. The version that was live is held
     /// if it is newer, and retired if it is older. All of this is one step.
     ///
+    /// The owners of the other version lose their leases. The call does not wait for them: a delivery at hand may still come to
+    /// its end, and its events are live for the promoted version too, unless a projection of an engine handles them.
+    ///
     /// Events that the version before has handled are [replay](super::Delivery::is_replay) for the promoted one, so no event
     /// is live twice and none is left out. Events that the other version has parked stay listed with it:
     /// [`Promotion::left_parked`] counts them.

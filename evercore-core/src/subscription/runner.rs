@@ -127,7 +127,7 @@ impl Runner<'_> {
     }
 
     fn is_to_give_up(&self) -> bool {
-        is_to_give_up(self.held, self.stop)
+        is_to_give_up(self.held)
     }
 
     /// Moves the cursor. While the engine fails, this tries again until the lease ends: the handled events would come again
@@ -332,7 +332,7 @@ impl Runner<'_> {
             loop {
                 let context = Arc::clone(&self.held.context);
                 let tell = move |held: &Held| {
-                    context.gives_up.store(is_to_give_up(held, stop), Ordering::Release);
+                    context.gives_up.store(is_to_give_up(held), Ordering::Release);
                 };
                 let heard = store.operator_calls().after(self.held.heard());
                 match self.held.keeping_and(race(work.as_mut(), heard), &tell).await? {
@@ -537,8 +537,9 @@ fn no_task() -> Outcome {
     Outcome::Refused(Error::new(ErrorKind::Unavailable, message))
 }
 
-fn is_to_give_up(held: &Held, stop: &Stop) -> bool {
-    held.is_paused() || (held.is_wanted() && stop.may_give_up())
+/// Nobody asks for the last cursor of a worker but a newer version that is about to take over.
+fn is_to_give_up(held: &Held) -> bool {
+    held.is_paused() || held.is_wanted()
 }
 
 /// A sink without progress counts as failed; otherwise it would be called again without a pause.

@@ -382,7 +382,8 @@ impl Subscription {
     }
 
     /// Does not wait for a lease that another owner holds: running or claiming then fails with
-    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), or with [`Paused`](crate::ErrorKind::Paused).
+    /// [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), or with [`Paused`](crate::ErrorKind::Paused). A run whose version
+    /// is retired ends with [`Superseded`](super::RunEnd::Superseded), instead of waiting for a roll back.
     #[must_use]
     pub fn without_standby(mut self) -> Self {
         self.settings.is_standby = false;

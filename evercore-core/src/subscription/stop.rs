@@ -1,7 +1,7 @@
 //! The shutdown of one worker, shared by its runners.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::race::Signal;
 
@@ -10,8 +10,6 @@ use crate::race::Signal;
 pub(crate) struct Stop {
     is_set: Arc<AtomicBool>,
     signal: Signal,
-    /// How many cursors this worker has.
-    held: AtomicUsize,
 }
 
 impl Stop {
@@ -32,15 +30,5 @@ impl Stop {
     /// The flag alone, for deliveries.
     pub(crate) fn flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.is_set)
-    }
-
-    pub(crate) fn set_held(&self, cursors: usize) {
-        self.held.store(cursors, Ordering::Relaxed);
-    }
-
-    /// Whether this worker may release a cursor to another owner. It may release its last one too: nobody asks for it but
-    /// a newer version that is about to take over.
-    pub(crate) fn may_give_up(&self) -> bool {
-        self.held.load(Ordering::Relaxed) > 0
     }
 }

@@ -26,7 +26,7 @@ use crate::race::{First, race};
 pub enum RunEnd {
     /// The shutdown came. Finished work is acknowledged, and the lease is given back.
     ShutDown,
-    /// A newer version has taken over.
+    /// A newer version has taken over, and this one was removed or does not stand by.
     Superseded,
 }
 
@@ -37,10 +37,11 @@ impl Subscription {
     /// Handlers of one partition run one after the other. The lease is renewed while a handler waits; a handler that blocks
     /// its thread for longer than the lease loses it, unless there is a [spawner](Self::with_spawner).
     ///
-    /// Nothing but the shutdown, a newer version, the removal of the subscription, and [`Stop`](crate::FailureAction::Stop)
+    /// Nothing but the shutdown, the removal of this version or of the subscription, and [`Stop`](crate::FailureAction::Stop)
     /// ends a run that has begun. Whatever the store answers, also that it is read-only, full, or refuses the login, the run
     /// tries again, at least each second. Tracing warns of it, and a metric counts it. While the subscription is paused, the
-    /// run waits. A partition whose event fails [rests](crate::FailureAction::Rest), and the others go on.
+    /// run waits, and also while its version is retired: it goes on if an operator
+    /// [rolls back](crate::EventStore::roll_back) to it. A partition whose event fails [rests](crate::FailureAction::Rest), and the others go on.
     ///
     /// A handler owns its data: use a `move` closure that clones an [`Arc`] for each event. A panic counts as an error of
     /// the handler. After a drop of this future the lease is not given back but expires, so end a run by the shutdown.
@@ -158,8 +159,11 @@ struct CursorOwners {
     asked: usize,
     is_there: bool,
     is_retired: bool,
+    has_newer: bool,
     /// A cursor cannot be claimed yet, because its handler has failed.
     rests: bool,
+    /// A cursor cannot be claimed yet, because another owner asks for it, such as a newer version that takes over.
+    stands_still: bool,
 }
 
 impl Worker {
@@ -233,7 +237,6 @@ impl Worker {
     }
 
     fn note_end(&mut self, ended: Ended) -> Option<RunEnd> {
-        self.stop.set_held(self.runners.len());
         match ended {
             Ended::Stopped | Ended::GivenUp | Ended::Rests => None,
             Ended::Lost { has_moved, has_read, error } => {
@@ -251,9 +254,7 @@ impl Worker {
                 self.losses = if has_moved { 0 } else { self.losses.saturating_add(1) };
                 None
             }
-            Ended::Superseded if self.has_failed.is_none() => {
-                self.runners.is_empty().then_some(RunEnd::Superseded)
-            }
+            // The next claim decides whether it stands by.
             Ended::Superseded => None,
             Ended::Failed(error) => {
                 // The other runners finish first.
@@ -272,7 +273,6 @@ impl Worker {
                 self.runners.push((partition, Box::pin(runner)));
                 self.failures = 0;
                 self.has_run = true;
-                self.stop.set_held(self.runners.len());
                 Ok(None)
             }
             Ok(Claimed::None(error)) => {
@@ -348,7 +348,8 @@ async fn claim(
     let outcome = claim_one(&subscription, &owner, &held, &stop, is_first).await;
     let must_wait = match &outcome {
         Ok(Claimed::One(_)) => false,
-        Ok(Claimed::None(_) | Claimed::Superseded) => true,
+        Ok(Claimed::None(_)) => true,
+        Ok(Claimed::Superseded) => !held.is_empty(),
         Err(_) if !held.is_empty() => true,
         Err(error) => match error.kind() {
             ErrorKind::AlreadyOwned | ErrorKind::Paused => subscription.settings.is_standby,
@@ -385,7 +386,11 @@ async fn claim_one(
     is_first: bool,
 ) -> Result<Claimed> {
     let mut owners = CursorOwners::at(subscription, owner, held).await?;
-    if owners.is_retired && !owners.is_there {
+    if !owners.is_there && owners.is_retired && subscription.settings.is_standby {
+        // It goes on if an operator promotes it again.
+        return Ok(Claimed::None(None));
+    }
+    if !owners.is_there && (owners.is_retired || owners.has_newer) {
         return Ok(Claimed::Superseded);
     }
     if !owners.is_there {
@@ -412,7 +417,7 @@ async fn claim_one(
         }
     }
     want_one(subscription, owner, held, &owners).await?;
-    if rests { Ok(Claimed::None(None)) } else { Err(refused) }
+    if rests || owners.stands_still { Ok(Claimed::None(None)) } else { Err(refused) }
 }
 
 fn is_busy(error: &Error) -> bool {
@@ -449,7 +454,9 @@ impl CursorOwners {
             asked: 0,
             is_there: false,
             is_retired: false,
+            has_newer: found.cursors.iter().any(|it| it.id.version > subscription.settings.version),
             rests: false,
+            stands_still: false,
         };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
@@ -460,6 +467,9 @@ impl CursorOwners {
             owners.is_there = true;
             owners.rests |=
                 cursor.owner.is_none() && cursor.failure.is_some() && cursor.expires_at > found.now;
+            owners.stands_still |= cursor.owner.is_none()
+                && cursor.wanted_until > found.now
+                && cursor.wanted_by.as_ref().is_some_and(|wanted| wanted != owner);
             match &cursor.owner {
                 Some(other) if other != owner && cursor.is_owned(found.now) => {
                     match cursor.wanted_by.as_ref().filter(|_| cursor.wanted_until > found.now) {

@@ -98,6 +98,7 @@ fn a_version_that_waits_for_events_ends_as_soon_as_it_is_superseded() {
     block_on(async {
         let store = grown(3).await;
         let (old, new) = (version(&store, 1), version(&store, 2));
+        let old = old.without_standby();
         let old = old.run(std::future::pending(), |_| async { Ok(()) });
         let new = async {
             store.engine().pause(Duration::from_millis(20)).await;

@@ -423,6 +423,7 @@ cases! {
         a_version_catches_up_with_one_that_never_stands_still,
         a_held_version_follows_and_waits_for_its_promotion,
         a_roll_back_goes_on_where_the_newer_version_was,
+        a_run_stands_by_while_its_version_is_retired,
         a_take_over_drops_no_parked_event,
         what_an_operator_asks_of_a_retired_version_is_an_error,
         versions_that_are_declared_at_once_end_with_the_newest [Further],

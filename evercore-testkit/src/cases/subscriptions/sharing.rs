@@ -154,9 +154,11 @@ pub(crate) async fn a_new_version_is_built_beside_the_old_one_and_takes_over(fix
     let expected: Vec<_> = (1..=35).map(|position| (position, position <= 30)).collect();
     assert_eq!(*all.lock().unwrap(), expected);
     assert_eq!(store.live_version("totals").await.unwrap(), 2);
-    let ended = old.run(engine.pause(SOON), |_| async { panic!("the old version is over") }).await.unwrap();
+    let over = |_| async { panic!("the old version is over") };
+    let ended = old.clone().without_standby().run(engine.pause(SOON), over).await.unwrap();
     assert_eq!(ended, RunEnd::Superseded);
     store.remove_version("totals", 1).await.unwrap();
+    assert_eq!(old.run(engine.pause(SOON), over).await.unwrap(), RunEnd::Superseded);
     assert_eq!(store.subscription_states("totals").await.unwrap().len(), 1);
 }
 

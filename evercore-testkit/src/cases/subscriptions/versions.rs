@@ -252,6 +252,42 @@ pub(crate) async fn a_roll_back_goes_on_where_the_newer_version_was(fixture: &mu
     assert_eq!(state_of(&store, 2).await, Some(VersionState::Retired));
 }
 
+pub(crate) async fn a_run_stands_by_while_its_version_is_retired(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let id = grown(&engine, "user", 5).await;
+    let (one, two, stop) = (Got::default(), Got::default(), AtomicBool::new(false));
+    let (old, new) = (version(&store, 1), version(&store, 2));
+    let run_old = async {
+        // It ends when its version is removed.
+        let ended = old.run(std::future::pending(), one.handler()).await;
+        assert_eq!(ended.unwrap(), RunEnd::Superseded);
+    };
+    let run_new = async {
+        wait_until(&engine, "version 1 is done", async || one.count() == 5).await;
+        let ended = new.run(until(&engine, || stop.load(Ordering::SeqCst)), two.handler()).await;
+        assert_eq!(ended.unwrap(), RunEnd::ShutDown);
+    };
+    let operator = async {
+        let live = async || store.live_version("totals").await.unwrap_or(1);
+        wait_until(&engine, "version 2 takes over", async || live().await == 2).await;
+        unit().append(id, "user", 5, 1).commit(&engine).await.unwrap();
+        wait_until(&engine, "version 2 handles it", async || two.count() == 6).await;
+        store.roll_back("totals").await.unwrap();
+        // The call does not wait for the owners of version 2.
+        engine.pause(LEASE).await;
+        unit().append(id, "user", 6, 1).commit(&engine).await.unwrap();
+        wait_until(&engine, "version 1 goes on without a restart", async || one.count() == 7).await;
+        assert_eq!((one.live(), two.live()), (vec![1, 2, 3, 4, 5, 7], vec![6]));
+        wait_until(&engine, "version 2 follows", async || two.count() == 7).await;
+        store.promote_version("totals", 2).await.unwrap();
+        store.remove_version("totals", 1).await.unwrap();
+        unit().append(id, "user", 7, 1).commit(&engine).await.unwrap();
+        wait_until(&engine, "version 2 is live again", async || two.live() == [6, 8]).await;
+        stop.store(true, Ordering::SeqCst);
+    };
+    join_all([Box::pin(run_old) as Work<'_>, Box::pin(run_new), Box::pin(operator)]).await;
+}
+
 async fn wait_for_take_over(engine: &Engine, store: &EventStore, two: &Got) {
     let of = version(store, 2);
     wait_until(engine, "version 2 takes over", async || {
