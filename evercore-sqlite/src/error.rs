@@ -88,6 +88,15 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
+    /// The same with the error of the user's SQL as the cause.
+    pub(crate) fn because(self, source: BoxError) -> Self {
+        match self {
+            Self::Failed { .. } => self,
+            Self::TookTooLong(error) => Self::TookTooLong(error.because(source)),
+            Self::BrokeRules(error) => Self::BrokeRules(error.because(source)),
+        }
+    }
+
     /// The user's own error if there is one.
     pub(crate) fn into_source(self) -> BoxError {
         match self {

@@ -9,7 +9,7 @@ use evercore_core::engine::CaughtPanic;
 use evercore_core::{BoxError, Error, ErrorKind};
 use rusqlite::Connection;
 
-use crate::error::{Because, Fault, Result};
+use crate::error::{Fault, Result};
 
 /// How many steps of SQLite's virtual machine run between two checks of the time: some microseconds.
 const STEPS_PER_CHECK: i32 = 1_000;
@@ -62,8 +62,8 @@ impl<'a> Limits<'a> {
         let broken = self.broken_rule(what, outcome.as_ref().err());
         match (broken, outcome) {
             (None, Ok(())) => Ok(()),
-            (Some((fault, refusal)), Ok(())) => Err(fault(refusal)),
-            (Some((fault, refusal)), Err(source)) => Err(fault(refusal.because(source))),
+            (Some(fault), Ok(())) => Err(fault),
+            (Some(fault), Err(source)) => Err(fault.because(source)),
             (None, Err(source)) => {
                 let did = if source.is::<CaughtPanic>() { "panicked" } else { "failed" };
                 Err(Fault::Failed { message: format!("{what} {did}"), source })
@@ -72,17 +72,17 @@ impl<'a> Limits<'a> {
     }
 
     /// The time-out comes first: an interrupted statement rolls back by itself, as some errors do.
-    fn broken_rule(&self, what: &str, error: Option<&BoxError>) -> Option<(fn(Error) -> Fault, Error)> {
+    fn broken_rule(&self, what: &str, error: Option<&BoxError>) -> Option<Fault> {
         if error.is_some_and(|error| error.is::<CaughtPanic>()) {
             return None;
         }
         if is_past(self.until) {
             let message = format!("{what} took longer than {:?}", self.timeout);
-            return Some((Fault::TookTooLong, Error::new(ErrorKind::Rejected, message)));
+            return Some(Fault::TookTooLong(Error::new(ErrorKind::Rejected, message)));
         }
         if self.ended.by_commit.load(Ordering::Relaxed) || (error.is_none() && self.is_rolled_back()) {
             let message = format!("{what} ended the transaction, which only the engine may end");
-            return Some((Fault::BrokeRules, Error::invalid(message)));
+            return Some(Fault::BrokeRules(Error::invalid(message)));
         }
         None
     }

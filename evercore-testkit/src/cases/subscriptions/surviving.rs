@@ -375,7 +375,7 @@ pub(crate) async fn events_are_acknowledged_before_the_end_of_a_long_batch(fixtu
     let engine = fixture.engine();
     grown(&engine, "user", 10).await;
     let by_count = positions_at_events(fixture, "count", |of| of.with_ack_every(3, LONG), None).await;
-    assert_eq!(by_count, [0, 0, 0, 3, 3, 3, 6, 6, 6, 9].map(|position| place(position)));
+    assert_eq!(by_count, [0, 0, 0, 3, 3, 3, 6, 6, 6, 9].map(place));
     let by_time =
         positions_at_events(fixture, "time", |of| of.with_ack_every(1_000, Duration::ZERO), None).await;
     assert_eq!(by_time, (0..10).map(place).collect::<Vec<_>>());
