@@ -402,18 +402,17 @@ pub(crate) async fn with_a_spawner_a_handler_that_blocks_keeps_its_lease(fixture
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 4).await;
     let seen = Seen::default();
-    let run = async || {
+    fixture.threads(2, async |_| {
         let of = in_threads(subscription(&store, "mails").with_lease(Duration::from_millis(60)));
         let handler = seen.clone();
         let run = of.run(until(&engine, || seen.len() >= 4), move |event| {
             handler.push(&event);
-            // Longer than the lease, and another process is waiting for it.
+            // Longer than the lease, and the other process is waiting for it.
             std::thread::sleep(Duration::from_millis(150));
             async { Ok(()) }
         });
-        run.await.unwrap()
-    };
-    join_all([run(), run()]).await;
+        assert_eq!(run.await.unwrap(), RunEnd::ShutDown);
+    });
     assert_eq!(seen.numbers(), [1, 2, 3, 4]);
 }
 

@@ -14,6 +14,7 @@ pub(super) const ROWS: &[Row] = &[
         &[]),
     row(Fault::GivesLeasesTwice,
         &[
+            "cursors::lost_leases_are_counted_until_the_cursor_moves",
             "cursors::a_claim_is_refused_while_another_has_the_lease",
             "cursors::of_racing_claims_one_wins",
             "subscriptions::a_second_claim_is_refused_or_waits_as_asked",
@@ -27,6 +28,7 @@ pub(super) const ROWS: &[Row] = &[
         &[]),
     row(Fault::ForgetsRenewals,
         &[
+            "cursors::lost_leases_are_counted_until_the_cursor_moves",
             "cursors::a_lease_that_is_renewed_lasts",
             "subscriptions::a_lease_is_renewed_while_the_handler_runs",
             "cursors::a_lease_that_has_expired_is_taken_over",
