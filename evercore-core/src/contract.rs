@@ -115,6 +115,8 @@ pub trait StorageEngine: SubscriptionStorage + Any + Debug + Send + Sync {
     /// * a page is a prefix of the matching events: no event is skipped, none comes twice;
     /// * page after page gives the same events as the whole log, with every filter, limit and direction;
     /// * a page ends at `limit`, and no matching event is left up to `LogPage::scanned`;
+    /// * a page that must look at events one by one, as for a filter with many event types, ends after
+    ///   [`limits::PAGE_SCANNED`] positions ([`LogQuery::bounded`]), so that it returns soon in a log of any length;
     /// * a filter means the same to every engine: [`Filter::matches_row`] is the rule;
     /// * a name that no event has yet matches nothing, and matches as soon as one event has it;
     /// * reading forward from past the head is `CursorAhead`;
@@ -263,8 +265,10 @@ impl AggregateQuery {
 /// # Ok::<(), evercore_core::Error>(())
 /// ```
 ///
-/// The SQL engines find an aggregate, a reference, a correlation id and up to 24 event types by an index, so a filter
-/// that matches rarely does not read the whole log. `Debug` does not show the reference and the correlation id.
+/// The SQL engines find an aggregate, a reference, a correlation id and up to [`limits::INDEXED_TYPES`] event types by an
+/// index, so a filter that matches rarely does not read the whole log. They look at events one by one for a filter with
+/// more types, or with several of these conditions. Then a page ends after [`limits::PAGE_SCANNED`] positions, and it may
+/// be empty although a matching event comes later. `Debug` does not show the reference and the correlation id.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     aggregate_types: Vec<AggregateType>,
@@ -468,6 +472,21 @@ impl LogQuery {
             Direction::Forward => Ok(self.from.next().get()..=self.to.min(head).get()),
             Direction::Backward => Ok(self.to.get().max(1)..=self.from.prev().min(head).get()),
         }
+    }
+
+    /// The part of this query that one page may search if it must look at events one by one: at most
+    /// [`limits::PAGE_SCANNED`] positions of a log that ends at `head`.
+    #[must_use]
+    pub fn bounded(&self, head: Position) -> Self {
+        let to = match self.direction {
+            Direction::Forward => self.to.min(self.from.plus(limits::PAGE_SCANNED)),
+            Direction::Backward => {
+                let first = self.from.get().min(head.get().saturating_add(1));
+                let last = first.saturating_sub(i64::try_from(limits::PAGE_SCANNED).unwrap_or(i64::MAX));
+                self.to.max(Position::new(last).unwrap_or_default())
+            }
+        };
+        Self { to, ..self.clone() }
     }
 
     /// The value of [`LogPage::scanned`] for a page that met its limit (`is_full`) or not.

@@ -40,6 +40,13 @@ pub const PAGE_EVENTS: usize = 10_000;
 /// one event.
 pub const PAGE_BYTES: usize = 64 * 1024 * 1024;
 
+/// The most positions that one page of the log searches if it must look at events one by one. Such a page may have no
+/// event, although one comes later.
+pub const PAGE_SCANNED: usize = 20_000;
+
+/// Up to this many event types, the SQL engines find the events of a filter by an index.
+pub const INDEXED_TYPES: usize = 24;
+
 /// The most events that a page has by default.
 pub const DEFAULT_PAGE_EVENTS: usize = 1_000;
 

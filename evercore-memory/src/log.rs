@@ -9,6 +9,7 @@ use crate::state::State;
 impl State {
     pub(crate) fn read_log(&self, query: &LogQuery) -> Result<LogPage> {
         let head = self.head();
+        let query = &query.bounded(head);
         let found = self.matching(query, query.range(head)?);
         let (events, is_full) = match query.direction {
             Direction::Forward => self.page(found, query.limit),

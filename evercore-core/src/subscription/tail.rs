@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::ids::Position;
 use crate::log_reader::LogReader;
 use crate::mark::Witness;
+use crate::race::{First, race};
 
 /// Reads to the end of the log and waits there for more.
 #[derive(Debug)]
@@ -31,9 +32,18 @@ impl Tail {
         self.reader.witness()
     }
 
-    /// The next page; without events if nothing passed the filter. `None` if the log did not grow in that time, or the
-    /// bound is reached. Dropped, it loses nothing.
+    /// The next page; without events if nothing passed the filter. `None` if no page came in that time, or the bound is
+    /// reached. The next call then goes on with the same read. Dropped, it loses nothing.
     pub(crate) async fn next(&mut self, at_most: Duration) -> Result<Option<LogPage>> {
+        let engine = Arc::clone(&self.engine);
+        let time_is_up = async move { engine.pause(at_most).await };
+        match race(self.page(at_most), time_is_up).await {
+            First::Left(page) => page,
+            First::Right(()) => Ok(None),
+        }
+    }
+
+    async fn page(&mut self, at_most: Duration) -> Result<Option<LogPage>> {
         if let Some(page) = self.reader.next().await? {
             return Ok(Some(page));
         }

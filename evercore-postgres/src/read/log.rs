@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use evercore_core::engine::{Mark, NameTable};
-use evercore_core::{Direction, Error, ErrorKind, Events, LogPage, LogQuery, PageLimit, Position, Timestamp};
+use evercore_core::{Direction, Error, ErrorKind, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
@@ -43,9 +43,6 @@ const ALL: &str = "SELECT {event_columns} FROM @events WHERE {range}";
 /// With many event types the log itself is read. The sum keeps the server from using the index of the types: it would
 /// read and sort all events of these types for each page.
 const TYPES: &str = "SELECT {event_columns} FROM @events WHERE event_type_id + 0 = ANY ($4) AND {range}";
-
-/// Up to this many event types, the events of each type are read from the index and then merged.
-const MERGED_TYPES: usize = 24;
 
 /// An aggregate's sequences grow as its positions do, so its index gives both orders. The place to begin in it is found
 /// by bisection, in as many steps as the number of its events has bits.
@@ -173,7 +170,7 @@ impl LogSql {
     fn of_types(&self, direction: usize, passing: Option<Vec<i32>>) -> (Arc<Sql>, Rest) {
         match passing {
             None => (Arc::clone(&self.all[direction]), Vec::new()),
-            Some(ids) if ids.len() <= MERGED_TYPES => {
+            Some(ids) if ids.len() <= limits::INDEXED_TYPES => {
                 let sql = self.merged(direction, ids.len());
                 (sql, ids.into_iter().map(|id| Box::new(id) as _).collect())
             }
@@ -266,7 +263,7 @@ impl Log {
     /// Makes the statements that are otherwise made on first use, to check their plans.
     #[cfg(test)]
     pub(crate) fn make_all(&self) {
-        for types in 1..=MERGED_TYPES {
+        for types in 1..=limits::INDEXED_TYPES {
             self.sql.merged(0, types);
             self.sql.merged(1, types);
         }
@@ -295,10 +292,11 @@ impl Log {
             head.check(query, &table)?;
             Ok((head, Marks::of(rows, query)?))
         };
-        let mut page =
-            Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), query.limit);
         let passing = if query.filter.is_by_type() { table.passing(&query.filter) } else { None };
         let passing: Option<Vec<i32>> = passing.map(|ids| ids.into_iter().map(sql_id).collect());
+        let query = &self.bounded(checkout, query, passing.as_deref()).await?;
+        let mut page =
+            Page::new(&self.usual_size, Source::Checkout(checkout), Arc::clone(&table), query.limit);
         let head = checkout.sender()?.ready(&self.sql.head_of_page).await?;
         let ends = [query.from.get(), query.to.get()];
         let ends: [&(dyn ToSql + Sync); 2] = [&ends[0], &ends[1]];
@@ -331,6 +329,31 @@ impl Log {
             _ => marks.to,
         };
         Ok(LogPage { began: marks.from, ended, ..page })
+    }
+
+    /// The part of the query that one page searches: all of it if an index gives the matching events and no others.
+    async fn bounded(
+        &self,
+        checkout: &Checkout,
+        query: &LogQuery,
+        passing: Option<&[i32]>,
+    ) -> Result<LogQuery> {
+        let filter = &query.filter;
+        let conditions = [
+            filter.aggregate().is_some(),
+            filter.reference().is_some(),
+            filter.correlation_id().is_some(),
+            passing.is_some(),
+        ];
+        let are_few = passing.is_none_or(|types| types.len() <= limits::INDEXED_TYPES);
+        let is_nothing = passing.is_some_and(<[i32]>::is_empty);
+        if is_nothing || are_few && conditions.into_iter().filter(|is_set| *is_set).count() <= 1 {
+            return Ok(query.clone());
+        }
+        // Forward, the bound does not depend on the head.
+        let is_past = query.direction == Direction::Backward && query.from > self.seen.get();
+        let head = if is_past { self.head_within(checkout.sender()?).await? } else { self.seen.get() };
+        Ok(query.bounded(head))
     }
 
     /// A page of all events after one position and up to another, in an open transaction. `table` also contains the

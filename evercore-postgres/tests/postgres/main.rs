@@ -10,6 +10,7 @@ mod orders;
 mod cursors;
 mod flights;
 mod inline;
+mod long_log;
 mod lost_tail;
 mod migrate;
 mod own_sql;

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use evercore_core::{AggregateId, Direction, Events, LogPage, LogQuery, PageLimit, Position, Timestamp};
+use evercore_core::{AggregateId, Direction, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits};
 use rusqlite::{Connection, params_from_iter};
 
 use crate::error::{Result, damaged};
@@ -57,9 +57,6 @@ macro_rules! of_type {
     };
 }
 
-/// Up to this many event types are read from their index and merged. With more types the log itself is read.
-const MERGED_TYPES: usize = 24;
-
 const LAST_SEQUENCE: &str = "SELECT max(sequence) FROM events WHERE aggregate_id = ?1";
 const POSITION_OF: &str = "SELECT position FROM events WHERE aggregate_id = ?1 AND sequence = ?2";
 const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
@@ -68,16 +65,35 @@ const RECORDED_AT: &str = "SELECT recorded_at FROM events WHERE position = ?1";
 /// page.
 pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> Result<LogPage> {
     let head = LogEnd::read(connection)?.position;
-    let page = matching(connection, names, query, query.range(head)?)?;
+    let passing = match query.filter.is_by_type() {
+        true => names.complete(connection)?.passing(&query.filter),
+        false => None,
+    };
+    let query = &if is_by_index(query, passing.as_deref()) { query.clone() } else { query.bounded(head) };
+    let page = matching(connection, names, query, (query.range(head)?, passing.as_deref()))?;
     let is_full = page.is_full();
     Ok(LogPage::new(query, page.finish(), is_full, head))
+}
+
+/// Whether an index gives the matching events and no others.
+fn is_by_index(query: &LogQuery, passing: Option<&[u32]>) -> bool {
+    let filter = &query.filter;
+    let conditions = [
+        filter.aggregate().is_some(),
+        filter.reference().is_some(),
+        filter.correlation_id().is_some(),
+        passing.is_some(),
+    ];
+    let are_few = passing.is_none_or(|types| types.len() <= limits::INDEXED_TYPES);
+    let is_nothing = passing.is_some_and(<[u32]>::is_empty);
+    is_nothing || are_few && conditions.into_iter().filter(|is_set| *is_set).count() <= 1
 }
 
 fn matching<'a>(
     connection: &'a Connection,
     names: &'a Names,
     query: &LogQuery,
-    range: RangeInclusive<i64>,
+    (range, passing): (RangeInclusive<i64>, Option<&[u32]>),
 ) -> Result<Page<'a>> {
     let mut page = Page::new(connection, names, query.limit);
     if page.is_full() || range.is_empty() {
@@ -85,12 +101,8 @@ fn matching<'a>(
     }
     let (first, last) = (*range.start(), *range.end());
     let filter = &query.filter;
-    let passing = match filter.is_by_type() {
-        true => names.complete(connection)?.passing(filter),
-        false => None,
-    };
     let (reference, correlation) = (filter.reference(), filter.correlation_id());
-    match (filter.aggregate(), passing.as_deref()) {
+    match (filter.aggregate(), passing) {
         (_, Some([])) => {}
         (Some(aggregate), passing) => {
             let sequences = sequences(connection, aggregate, range)?;
@@ -109,7 +121,7 @@ fn matching<'a>(
             let mut statement = connection.prepare_cached(sql)?;
             page.fill(statement.query((first, last, correlation))?, passing)?;
         }
-        (None, Some(ids)) if ids.len() <= MERGED_TYPES => {
+        (None, Some(ids)) if ids.len() <= limits::INDEXED_TYPES => {
             let mut statement = connection.prepare_cached(&merged(ids.len(), query.direction))?;
             let values = ids.iter().flat_map(|id| [i64::from(*id), first, last]);
             page.fill(statement.query(params_from_iter(values))?, None)?;
@@ -206,7 +218,7 @@ mod tests {
     #[test]
     fn no_query_sorts_or_reads_more_of_the_log_than_it_must() {
         for direction in [Direction::Forward, Direction::Backward] {
-            for types in [1, 2, MERGED_TYPES] {
+            for types in [1, 2, limits::INDEXED_TYPES] {
                 let plan = plan(&merged(types, direction));
                 let searches = plan.iter().filter(|step| {
                     *step == "SEARCH events USING INDEX events_event_type (event_type_id=? AND rowid>? AND rowid<?)"

@@ -11,5 +11,6 @@ mod executors;
 mod faults;
 mod files;
 mod inline;
+mod long_log;
 mod own_sql;
 mod subscriptions;

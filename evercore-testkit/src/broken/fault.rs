@@ -57,6 +57,8 @@ faults! {
     OverfillsPages,
     /// Pages ignore the limit in bytes.
     IgnoresByteLimits,
+    /// A page goes on until it is full or the log ends, however far that is.
+    SearchesWithoutEnd,
     /// The page after a full one begins one event too late.
     SkipsBetweenPages,
     /// The page after a full one begins one event too early.

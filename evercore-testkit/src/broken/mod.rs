@@ -323,6 +323,16 @@ impl Broken {
             }
             result => result?,
         };
+        let began = page.began;
+        while self.has(Fault::SearchesWithoutEnd)
+            && page.events.is_empty()
+            && query.direction == Direction::Forward
+            && page.scanned < page.head.min(query.to)
+        {
+            let from = page.scanned;
+            page = self.inner.read_log(&LogQuery { from, ..wider.clone() }).await?;
+        }
+        page.began = began;
         self.move_cursor(query, &mut page);
         page.events =
             self.rewrite(page.events.iter().filter(|event| !self.is_missed(event, page.head)), false);

@@ -254,6 +254,7 @@ cases! {
         page_after_page_is_the_log_read_whole,
         page_after_page_is_an_aggregate_read_whole,
         a_filter_may_have_many_event_types,
+        a_page_that_looks_at_events_one_by_one_ends_after_a_bound,
         a_large_unit_is_seen_whole_or_not_at_all,
     }
     log {

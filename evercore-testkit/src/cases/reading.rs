@@ -581,6 +581,43 @@ pub(crate) async fn a_filter_may_have_many_event_types(fixture: &mut Fixture) {
     }
 }
 
+pub(crate) async fn a_page_that_looks_at_events_one_by_one_ends_after_a_bound(fixture: &mut Fixture) {
+    let engine = fixture.engine();
+    let id = grown(&engine, "user", 0).await;
+    let bound = limits::PAGE_SCANNED as i64;
+    let mut sequence = 0;
+    while sequence < bound + 5_000 {
+        let count = (limits::UNIT_EVENTS as i64).min(bound + 5_000 - sequence);
+        unit().append(id, "user", sequence, count).commit(&engine).await.unwrap();
+        sequence += count;
+    }
+    let names: Vec<String> = (0..=limits::INDEXED_TYPES).map(|number| format!("Rare{number}")).collect();
+    let rare: Vec<_> = names.iter().map(|name| event(name, b"")).collect();
+    unit().events(id, "user", sequence, rare).commit(&engine).await.unwrap();
+    let types = names.iter().map(|name| event_named(name));
+    let filter = types.fold(Filter::all(), Filter::with_event_type);
+    let head = place(sequence + names.len() as i64);
+    let query = LogQuery::after(Position::ZERO).with_filter(filter.clone());
+    let page = engine.read_log(&query).await.unwrap();
+    assert_eq!(page.events.len(), 0, "the first rare event comes later");
+    assert!(page.scanned > Position::ZERO, "a page makes progress");
+    assert!(page.scanned <= place(bound), "a page searched {} positions", page.scanned);
+    assert_eq!(page.head, head);
+    let expected: Vec<i64> = (sequence + 1..=head.get()).collect();
+    assert_eq!(numbers(&read_all(&engine, query.clone()).await), expected);
+    // Backward, and with an end within the bound.
+    let before = LogQuery::before(place(sequence + 1)).with_filter(filter.clone());
+    let page = engine.read_log(&before).await.unwrap();
+    assert_eq!(page.events.len(), 0);
+    assert!(page.scanned >= place(sequence - bound), "a page searched back to {}", page.scanned);
+    assert!(page.scanned <= place(sequence), "a page makes progress");
+    let all = LogQuery::before(Position::MAX).with_filter(filter);
+    let backward: Vec<i64> = expected.iter().rev().copied().collect();
+    assert_eq!(numbers(&read_all(&engine, all).await), backward);
+    let short = engine.read_log(&query.up_to(place(7))).await.unwrap();
+    assert_eq!((short.events.len(), short.scanned), (0, place(7)));
+}
+
 pub(crate) async fn a_large_unit_is_seen_whole_or_not_at_all(fixture: &mut Fixture) {
     const SIZE: i64 = 1_500;
     let engine = fixture.engine();

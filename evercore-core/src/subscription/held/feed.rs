@@ -1,7 +1,7 @@
 //! The events after a cursor: they are read ahead, grouped into deliveries, and read again if they are put back.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Held, PASS_BY};
 use crate::contract::{LogPage, LogQuery};
@@ -39,6 +39,8 @@ impl Held {
         } else {
             at_most
         };
+        // A page may take longer than the lease lasts. The next call goes on with the same read.
+        let at_most = at_most.min(self.next_renewal.saturating_duration_since(Instant::now()));
         let Some(page) = self.tail.next(at_most).await? else {
             (self.is_idle, self.has_read) = (true, true);
             return Ok(None);

@@ -101,6 +101,11 @@ pub(super) const ROWS: &[Row] = &[
             "reading::page_after_page_is_the_log_read_whole",
         ],
         &[]),
+    row(Fault::SearchesWithoutEnd,
+        &[
+            "reading::a_page_that_looks_at_events_one_by_one_ends_after_a_bound",
+        ],
+        &[]),
     row(Fault::SkipsBetweenPages,
         &[
             "reading::a_page_ends_at_its_limit_of_events",
@@ -142,6 +147,7 @@ pub(super) const ROWS: &[Row] = &[
             "reading::a_filtered_page_tells_how_far_it_searched",
             "log::a_page_tells_at_which_events_it_began_and_ended",
             "reading::a_name_that_no_event_has_yet_matches_as_soon_as_one_has_it",
+            "reading::a_page_that_looks_at_events_one_by_one_ends_after_a_bound",
         ],
         &[]),
     row(Fault::SkipsSlowCommits,
