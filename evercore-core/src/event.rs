@@ -163,7 +163,7 @@ impl EventsBuilder {
 
     /// The finished page.
     pub fn finish(self) -> Events {
-        Events(Arc::new(self.page))
+        Events { page: Arc::new(self.page), rows: None }
     }
 }
 
@@ -171,22 +171,51 @@ impl EventsBuilder {
 ///
 /// Each [`Event`] of a page keeps the whole page in memory.
 #[derive(Clone, Default)]
-pub struct Events(Arc<Page>);
+pub struct Events {
+    page: Arc<Page>,
+    /// The rows of the page that belong to this value; `None` for all.
+    rows: Option<Arc<[u32]>>,
+}
 
 impl Events {
-    /// How many events the page has.
+    /// How many events there are.
     pub fn len(&self) -> usize {
-        self.0.rows.len()
+        self.rows.as_ref().map_or(self.page.rows.len(), |rows| rows.len())
     }
 
-    /// Whether the page has no events.
+    /// Whether there are no events.
     pub fn is_empty(&self) -> bool {
-        self.0.rows.is_empty()
+        self.len() == 0
     }
 
     /// The event at `index`, counted from 0.
     pub fn at(&self, index: usize) -> Option<Event> {
-        (index < self.len()).then(|| Event { page: self.clone(), row: index })
+        let row = match &self.rows {
+            Some(rows) => *rows.get(index)? as usize,
+            None => index,
+        };
+        (row < self.page.rows.len()).then(|| Event { page: Arc::clone(&self.page), row })
+    }
+
+    /// The rows of the whole page, from this one on, each with its number.
+    pub(crate) fn rows_from(&self, first: usize) -> impl Iterator<Item = (usize, EventRow<'_>)> {
+        (first..self.page.rows.len()).map(|row| (row, self.page.row(row)))
+    }
+
+    /// These rows of the page. The content is shared; a few rows are copied, so that they do not keep a large page in memory.
+    pub(crate) fn picked(&self, rows: Vec<u32>) -> Self {
+        if rows.len() * 16 < self.page.rows.len() {
+            let mut few = EventsBuilder::new();
+            rows.iter().for_each(|row| few.push(self.page.row(*row as usize)));
+            return few.finish();
+        }
+        let rows = (rows.len() < self.page.rows.len()).then(|| rows.into());
+        Self { page: Arc::clone(&self.page), rows }
+    }
+
+    /// About how many bytes of memory the page takes.
+    pub(crate) fn size(&self) -> usize {
+        self.page.rows.len() * size_of::<Row>() + self.page.bytes.len() + self.page.text.len()
     }
 
     /// The first event.
@@ -258,7 +287,7 @@ impl ExactSizeIterator for EventsIter {}
 /// Cheap to clone. Two events are equal if all their fields are equal. `Debug` shows no content.
 #[derive(Clone)]
 pub struct Event {
-    page: Events,
+    page: Arc<Page>,
     row: usize,
 }
 
@@ -275,25 +304,12 @@ impl Metadata {
 
 impl Event {
     fn row(&self) -> &Row {
-        &self.page.0.rows[self.row]
+        &self.page.rows[self.row]
     }
 
     /// The event as a borrowed row, for engines that copy events, and for [`Filter`](crate::Filter).
     pub fn as_row(&self) -> EventRow<'_> {
-        EventRow {
-            position: self.position(),
-            aggregate: self.aggregate(),
-            aggregate_type: self.aggregate_type(),
-            sequence: self.sequence(),
-            event_type: self.event_type(),
-            time: self.time(),
-            recorded_at: self.recorded_at(),
-            payload: self.payload(),
-            reference: self.reference(),
-            correlation_id: self.correlation_id(),
-            causation_id: self.causation_id(),
-            headers: Some(self.headers()).filter(|headers| !headers.is_empty()),
-        }
+        self.page.row(self.row)
     }
 
     /// Its place in the log of the store.
@@ -308,7 +324,7 @@ impl Event {
 
     /// The type of that aggregate.
     pub fn aggregate_type(&self) -> &AggregateType {
-        &self.page.0.aggregate_types[self.row().aggregate_type as usize]
+        &self.page.aggregate_types[self.row().aggregate_type as usize]
     }
 
     /// Its number within the aggregate.
@@ -318,7 +334,7 @@ impl Event {
 
     /// The type of the event.
     pub fn event_type(&self) -> &EventType {
-        &self.page.0.event_types[self.row().event_type as usize]
+        &self.page.event_types[self.row().event_type as usize]
     }
 
     /// When it happened, according to the writer.
@@ -333,28 +349,28 @@ impl Event {
 
     /// The content, in the encoding of its codec.
     pub fn payload(&self) -> &[u8] {
-        &self.page.0.bytes[self.row().payload.range()]
+        &self.page.bytes[self.row().payload.range()]
     }
 
     /// The application's reference.
     pub fn reference(&self) -> Option<&str> {
-        self.page.0.text(self.row().reference)
+        self.page.text(self.row().reference)
     }
 
     /// The correlation id, shared by all events of one conversation.
     pub fn correlation_id(&self) -> Option<&str> {
-        self.page.0.text(self.row().correlation_id)
+        self.page.text(self.row().correlation_id)
     }
 
     /// The causation id: the command or event that caused this one.
     pub fn causation_id(&self) -> Option<&str> {
-        self.page.0.text(self.row().causation_id)
+        self.page.text(self.row().causation_id)
     }
 
     /// The headers; empty if there are none.
     pub fn headers(&self) -> &Headers {
         static EMPTY: Headers = Headers::new();
-        self.page.0.headers.get(self.row().headers as usize).unwrap_or(&EMPTY)
+        self.page.headers(self.row()).unwrap_or(&EMPTY)
     }
 }
 
@@ -453,6 +469,28 @@ fn small(number: usize) -> u32 {
 }
 
 impl Page {
+    fn row(&self, row: usize) -> EventRow<'_> {
+        let row = &self.rows[row];
+        EventRow {
+            position: row.position,
+            aggregate: row.aggregate,
+            aggregate_type: &self.aggregate_types[row.aggregate_type as usize],
+            sequence: row.sequence,
+            event_type: &self.event_types[row.event_type as usize],
+            time: row.time,
+            recorded_at: row.recorded_at,
+            payload: &self.bytes[row.payload.range()],
+            reference: self.text(row.reference),
+            correlation_id: self.text(row.correlation_id),
+            causation_id: self.text(row.causation_id),
+            headers: self.headers(row).filter(|headers| !headers.is_empty()),
+        }
+    }
+
+    fn headers(&self, row: &Row) -> Option<&Headers> {
+        self.headers.get(row.headers as usize)
+    }
+
     fn keep(&mut self, text: Option<&str>) -> Span {
         let Some(text) = text else { return Span::NONE };
         let span = Span::after(self.text.len(), text.len());

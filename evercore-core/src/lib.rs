@@ -37,6 +37,7 @@ mod retry;
 mod serde_impls;
 #[cfg(feature = "json")]
 mod state;
+mod shared_log;
 mod store;
 mod store_id;
 mod subscription;

@@ -2,7 +2,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use crate::ahead::Ahead;
 use crate::contract::{Direction, Filter, LogPage, LogQuery, StorageEngine};
@@ -101,6 +104,11 @@ impl LogReader {
             self.read_ahead(page.head).await;
         }
         Ok(Some(page))
+    }
+
+    /// One poll of [`next`](Self::next).
+    pub(crate) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<LogPage>>> {
+        pin!(self.next()).poll(context)
     }
 
     /// A page must continue from the event at which the last one ended.

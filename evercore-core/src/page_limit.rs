@@ -49,6 +49,18 @@ impl PageLimit {
         Self { events: self.events.max(1), ..self }
     }
 
+    /// The same limit for this many readers of one page, each of which gets its part of the events.
+    pub(crate) fn times(self, readers: u32) -> Self {
+        let events = self.events.saturating_mul(readers as usize).min(limits::PAGE_EVENTS.max(self.events));
+        let bytes = self.bytes.saturating_mul(readers as usize).min(limits::DEFAULT_PAGE_BYTES.max(self.bytes));
+        Self { events, bytes }
+    }
+
+    /// A limit that has room for the pages of both.
+    pub(crate) fn or_more(self, other: Self) -> Self {
+        Self { events: self.events.max(other.events), bytes: self.bytes.max(other.bytes) }
+    }
+
     /// Whether a page that holds `events` events and `bytes` bytes has room for one event of `next` bytes.
     pub(crate) const fn has_room(self, events: usize, bytes: usize, next: usize) -> bool {
         events < self.events && (events == 0 || bytes + next <= self.bytes)

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
 
 /// The result of the future that finished first.
 pub(crate) enum First<A, B> {
@@ -105,6 +105,59 @@ impl Drop for Listening<'_> {
     fn drop(&mut self) {
         self.signal.sent().listeners.remove(&self.number);
     }
+}
+
+/// The wakers of several tasks that drive one future. Its waker wakes all of them, so that whoever is polled goes on.
+#[derive(Debug, Default)]
+pub(crate) struct Wakers(Mutex<Waiting>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    wakers: BTreeMap<u64, Waker>,
+    has_rung: bool,
+}
+
+impl Wakers {
+    pub(crate) fn add(&self, task: u64, waker: &Waker) {
+        lock(&self.0).wakers.insert(task, waker.clone());
+    }
+
+    pub(crate) fn remove(&self, task: u64) {
+        lock(&self.0).wakers.remove(&task);
+    }
+
+    /// Begins to note whether they are woken.
+    pub(crate) fn listen(&self) {
+        lock(&self.0).has_rung = false;
+    }
+
+    /// Whether they were woken since.
+    pub(crate) fn has_rung(&self) -> bool {
+        lock(&self.0).has_rung
+    }
+
+    pub(crate) fn wake_all(&self) {
+        let wakers = {
+            let mut waiting = lock(&self.0);
+            waiting.has_rung = true;
+            std::mem::take(&mut waiting.wakers)
+        };
+        wakers.into_values().for_each(Waker::wake);
+    }
+}
+
+impl Wake for Wakers {
+    fn wake(self: Arc<Self>) {
+        self.wake_all();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.wake_all();
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

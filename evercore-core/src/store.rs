@@ -19,6 +19,7 @@ use crate::metadata::Metadata;
 use crate::name::{CommandId, EventType, Key};
 use crate::page_limit::PageLimit;
 use crate::race::Signal;
+use crate::shared_log::SharedLog;
 use crate::store_id::StoreId;
 use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
@@ -49,6 +50,7 @@ struct Shared {
     /// Sent when an operator has changed a subscription.
     operator_calls: Signal,
     turns: TurnQueues,
+    log: SharedLog,
 }
 
 impl EventStore {
@@ -325,6 +327,11 @@ impl EventStore {
 
     pub(crate) fn operator_calls(&self) -> &Signal {
         &self.shared.operator_calls
+    }
+
+    /// The pages of the log that subscriptions share.
+    pub(crate) fn shared_log(&self) -> &SharedLog {
+        &self.shared.log
     }
 
     pub(crate) fn turns(&self) -> &TurnQueues {

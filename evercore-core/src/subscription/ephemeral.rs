@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::settings::Start;
-use super::tail::Tail;
+use super::tail::{Tail, TailPage};
 use crate::contract::{Filter, LogPage, LogQuery};
 use crate::error::Result;
 use crate::event::Events;
@@ -37,7 +37,7 @@ impl EventStore {
         let query = LogQuery::after(from).with_filter(filter);
         Ok(EphemeralSubscription {
             store: self.clone(),
-            tail: Tail::new(self.engine(), query.clone(), None),
+            tail: Tail::new(self, query.clone(), None),
             query,
         })
     }
@@ -57,7 +57,7 @@ impl EphemeralSubscription {
     pub fn with_batch(mut self, limit: PageLimit) -> Self {
         self.query = self.query.with_limit(limit.at_least_one());
         self.query.from = self.tail.position();
-        self.tail = Tail::new(self.store.engine(), self.query.clone(), self.tail.witness());
+        self.tail = Tail::new(&self.store, self.query.clone(), self.tail.witness());
         self
     }
 
@@ -83,7 +83,7 @@ impl EphemeralSubscription {
     /// As [`next`](Self::next).
     pub async fn next_page(&mut self) -> Result<LogPage> {
         loop {
-            if let Some(page) = self.tail.next(WAIT).await? {
+            if let Some(TailPage { page, .. }) = self.tail.next(WAIT).await? {
                 return Ok(page);
             }
         }

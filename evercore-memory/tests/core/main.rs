@@ -9,6 +9,7 @@ mod operators;
 mod projections;
 mod read_ahead;
 mod recording;
+mod shared_log;
 mod sharing;
 mod sinks;
 mod subscriptions;

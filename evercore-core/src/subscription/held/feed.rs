@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Held, PASS_BY};
-use crate::contract::{LogPage, LogQuery};
+use crate::contract::LogQuery;
 use crate::error::Result;
 use crate::event::Event;
 use crate::ids::Position;
 use crate::subscription::delivery::Delivery;
-use crate::subscription::tail::Tail;
+use crate::subscription::tail::{Tail, TailPage};
 
 impl Held {
     pub(super) fn read_from(&mut self, bound: Position) {
@@ -17,8 +17,8 @@ impl Held {
         let query = LogQuery::after(self.taken_to)
             .up_to(bound)
             .with_filter(settings.read_filter())
-            .with_limit(settings.batch);
-        self.tail = Tail::new(self.subscription.store.engine(), query, self.read);
+            .with_limit(settings.batch.times(settings.partitions));
+        self.tail = Tail::new(&self.subscription.store, query, self.read);
     }
 
     /// Whether all returned events are acknowledged, so that the cursor may move past events that are not for this
@@ -50,18 +50,19 @@ impl Held {
         Ok(self.take_pending())
     }
 
-    pub(super) fn add(&mut self, page: &LogPage) {
+    pub(super) fn add(&mut self, TailPage { page, read }: &TailPage) {
         let (settings, partition) = (&self.subscription.settings, self.context.id.partition);
         let is_own = |event: &Event| settings.partition_of(event) == partition && settings.is_wanted(event);
         self.pending.extend(page.events.iter().filter(is_own));
         self.pending_end = page.scanned;
-        self.read = page.witness();
+        self.read = *read;
         self.head = page.head;
     }
 
     /// Events go out together that are all live or all replay, and to the end of what was read or one by one.
     pub(super) fn take_pending(&mut self) -> Option<Delivery> {
-        let mut events = Vec::new();
+        let batch = self.subscription.settings.batch;
+        let (mut events, mut bytes) = (Vec::new(), 0);
         let mut is_replay = false;
         while let Some(next) = self.pending.front() {
             if self.held_back.contains(&next.aggregate()) {
@@ -73,10 +74,12 @@ impl Held {
             let has_failed = self.failed.is_some_and(|(failed, _)| failed == next.position());
             let is_unknown = self.subscription.settings.is_unknown(next.event_type());
             let goes_alone = next.position() <= self.alone_to || has_failed || is_unknown;
-            let is_whole = goes_alone || is_next_replay != is_replay || events.len() >= self.size;
-            if !events.is_empty() && is_whole {
+            let size = next.as_row().bytes();
+            let is_full = events.len() >= self.size || !batch.has_room(events.len(), bytes, size);
+            if !events.is_empty() && (goes_alone || is_full || is_next_replay != is_replay) {
                 break;
             }
+            bytes += size;
             is_replay = is_next_replay;
             self.taken_to = next.position();
             events.extend(self.pending.pop_front());

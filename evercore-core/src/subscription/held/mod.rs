@@ -87,7 +87,7 @@ impl Held {
         let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
         let mut held = Self {
-            tail: Tail::new(engine, LogQuery::after(cursor.position), None),
+            tail: Tail::new(&subscription.store, LogQuery::after(cursor.position), None),
             context: Arc::new(Context { id, lease, is_stopping, gives_up: AtomicBool::new(false) }),
             renewed_at: asked_at,
             next_renewal: asked_at + subscription.settings.lease / 3,
