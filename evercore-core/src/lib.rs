@@ -4,6 +4,7 @@
 
 mod aggregate;
 mod ahead;
+mod awaited;
 mod backoff;
 mod batch;
 mod check;
@@ -44,6 +45,7 @@ mod subscription;
 mod target;
 mod text;
 mod time;
+mod together;
 mod turn;
 mod unit_of_work;
 

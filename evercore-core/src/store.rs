@@ -6,23 +6,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::aggregate::{Aggregate, EventCodec, aggregate_type};
+use crate::awaited::Waits;
 use crate::backoff::RetryPolicy;
 use crate::batch::Receipt;
 use crate::command::KnownCommand;
 use crate::contract::{AggregateQuery, Filter, KnownType, LoadRequest, LogPage, LogQuery, StorageEngine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Events;
+use crate::future::BoxFuture;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::loaded::Loaded;
 use crate::log_reader::LogReader;
 use crate::metadata::Metadata;
-use crate::name::{CommandId, EventType, Key};
+use crate::name::{CommandId, EventType, Key, SubscriptionName};
 use crate::page_limit::PageLimit;
 use crate::race::Signal;
 use crate::shared_log::SharedLog;
 use crate::store_id::StoreId;
+use crate::subscription::Cursors;
 use crate::target::{IntoTarget, Target};
 use crate::time::Timestamp;
+use crate::together::{Ask, Together};
 use crate::turn::TurnQueues;
 
 /// How many ids are reserved at once.
@@ -51,6 +55,34 @@ struct Shared {
     operator_calls: Signal,
     turns: TurnQueues,
     log: SharedLog,
+    waits: Waits,
+    lists: Together<SubscriptionName, Arc<Cursors>>,
+}
+
+/// Lists cursors for several callers at once.
+struct List(Arc<dyn StorageEngine>);
+
+impl Ask<SubscriptionName, Arc<Cursors>> for List {
+    fn gather(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    fn ask(&self, names: Vec<SubscriptionName>) -> BoxFuture<'static, Vec<Result<Arc<Cursors>>>> {
+        let engine = Arc::clone(&self.0);
+        Box::pin(async move {
+            let only = names.first().filter(|first| names.iter().all(|name| name == *first));
+            match engine.cursors(only).await {
+                Ok(found) => {
+                    let found = Arc::new(found);
+                    names.iter().map(|_| Ok(Arc::clone(&found))).collect()
+                }
+                Err(error) => {
+                    let again: Vec<_> = names.iter().skip(1).map(|_| Err(error.again())).collect();
+                    std::iter::once(Err(error)).chain(again).take(names.len()).collect()
+                }
+            }
+        })
+    }
 }
 
 impl EventStore {
@@ -332,6 +364,17 @@ impl EventStore {
     /// The pages of the log that subscriptions share.
     pub(crate) fn shared_log(&self) -> &SharedLog {
         &self.shared.log
+    }
+
+    /// The callers that wait for subscriptions.
+    pub(crate) fn waits(&self) -> &Waits {
+        &self.shared.waits
+    }
+
+    /// The cursors of a subscription, and perhaps others, as of a moment after this call. Callers at the same time share
+    /// one call of the engine.
+    pub(crate) async fn list(&self, name: &SubscriptionName) -> Result<Arc<Cursors>> {
+        self.shared.lists.ask(name.clone(), List(Arc::clone(&self.engine))).await
     }
 
     pub(crate) fn turns(&self) -> &TurnQueues {

@@ -211,6 +211,11 @@ impl Tail {
         error
     }
 
+    /// Whether it has read up to the end of the log, or nearly so, and returned all of it.
+    pub(crate) fn has_caught_up(&self) -> bool {
+        self.current.is_none() && (self.caught_up.is_some() || self.is_at_bound())
+    }
+
     /// Whether it will find nothing more, however long it waits.
     pub(crate) fn is_at_bound(&self) -> bool {
         self.position >= self.bound

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Held, PASS_BY};
+use super::Held;
 use crate::contract::LogQuery;
 use crate::error::Result;
 use crate::event::Event;
 use crate::ids::Position;
+use crate::race::{First, race};
 use crate::subscription::delivery::Delivery;
 use crate::subscription::tail::{Tail, TailPage};
 
@@ -33,16 +34,22 @@ impl Held {
         if let Some(delivery) = self.take_pending() {
             return Ok(Some(delivery));
         }
-        // A short wait if the cursor must soon move past events of others.
-        let at_most = if self.has_nothing_out() && self.taken_to > self.cursor.position {
-            at_most.min(PASS_BY)
-        } else {
-            at_most
-        };
+        let at_most = self.passes_by_in().map_or(at_most, |time| at_most.min(time));
         // A page may take longer than the lease lasts. The next call goes on with the same read.
         let at_most = at_most.min(self.next_renewal.saturating_duration_since(Instant::now()));
-        let Some(page) = self.tail.next(at_most).await? else {
-            (self.is_idle, self.has_read) = (true, true);
+        let came = self.awaited.came.after(self.waits_seen);
+        let page = match race(self.tail.next(at_most), came).await {
+            First::Left(page) => page?,
+            // The cursor may have to move for a caller that waits.
+            First::Right(()) => {
+                self.waits_seen = self.awaited.came.count();
+                None
+            }
+        };
+        let Some(page) = page else {
+            if self.tail.has_caught_up() {
+                (self.is_idle, self.has_read) = (true, true);
+            }
             return Ok(None);
         };
         self.has_read = true;
@@ -52,8 +59,12 @@ impl Held {
 
     pub(super) fn add(&mut self, TailPage { page, read }: &TailPage) {
         let (settings, partition) = (&self.subscription.settings, self.context.id.partition);
-        let is_own = |event: &Event| settings.partition_of(event) == partition && settings.is_wanted(event);
-        self.pending.extend(page.events.iter().filter(is_own));
+        for event in page.events.iter().filter(|event| settings.is_wanted(event)) {
+            self.moves_soon = true;
+            if settings.partition_of(&event) == partition {
+                self.pending.push_back(event);
+            }
+        }
         self.pending_end = page.scanned;
         self.read = *read;
         self.head = page.head;

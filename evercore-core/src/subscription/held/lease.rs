@@ -114,6 +114,11 @@ impl Held {
     }
 
     pub(crate) async fn release(&mut self) -> Result<()> {
+        let is_held = self.cursor.owner.as_ref() == Some(&self.context.lease.owner);
+        if is_held && self.passes_by_in().is_some() && self.check_time().is_ok() {
+            // The next owner would read it all again. If it cannot be stored, it does.
+            let _ = self.advance(self.advance_to(self.taken_to, Vec::new())).await;
+        }
         let release = Step::release(self.context.lease.clone());
         let released = self.subscription.store.engine().step(&self.context.id, &release).await;
         self.subscription.store.cursor_moves().send();

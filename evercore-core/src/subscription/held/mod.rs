@@ -18,6 +18,7 @@ use super::delivery::Context;
 use super::settings::Subscription;
 use super::step::{Advance, Step};
 use super::tail::Tail;
+use crate::awaited::Awaited;
 use crate::contract::LogQuery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -25,8 +26,12 @@ use crate::ids::{AggregateId, Position};
 use crate::mark::Witness;
 use crate::name::OwnerId;
 
-/// How long events may have been passed over before the cursor moves for that alone.
+/// How long after its last move a cursor moves past events that its filter lets through, but that belong to other
+/// partitions.
 const PASS_BY: Duration = Duration::from_millis(50);
+
+/// How long after its last move a cursor moves past events that its filter leaves out, if nobody waits for it.
+const PASS_BY_LEFT_OUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Held {
@@ -37,7 +42,12 @@ pub(crate) struct Held {
     /// Before the lease was asked for or renewed the last time, by a clock that does not jump.
     renewed_at: Instant,
     next_renewal: Instant,
-    moved_at: Instant,
+    moved_at: Option<Instant>,
+    /// Whether an event passed the filter since the last move, so that the cursor moves soon.
+    moves_soon: bool,
+    /// Who waits for this subscription, and how many had come at the last look.
+    awaited: Arc<Awaited>,
+    waits_seen: u64,
     began_at: Position,
     tail: Tail,
     /// The end of the log at the last read.
@@ -91,7 +101,10 @@ impl Held {
             context: Arc::new(Context { id, lease, is_stopping, gives_up: AtomicBool::new(false) }),
             renewed_at: asked_at,
             next_renewal: asked_at + subscription.settings.lease / 3,
-            moved_at: asked_at,
+            moved_at: None,
+            moves_soon: false,
+            awaited: subscription.store.waits().of(&subscription.name),
+            waits_seen: 0,
             began_at: cursor.position,
             head: cursor.position,
             pending: VecDeque::new(),
@@ -222,18 +235,37 @@ impl Held {
     fn moved(&mut self, asked_at: Instant) {
         self.failed = self.failed.filter(|(position, _)| *position > self.cursor.position);
         self.renewed_at = asked_at;
-        self.moved_at = Instant::now();
+        self.moved_at = Some(Instant::now());
+        self.moves_soon = false;
         self.next_renewal = asked_at + self.subscription.settings.lease / 3;
         self.subscription.store.cursor_moves().send();
+        self.awaited.moved_to(self.cursor.position);
         crate::observe::moved(&self.cursor, self.head);
     }
 
-    /// Moves the cursor past events that are not for this subscription, if they were passed over long enough ago.
+    /// Moves the cursor past events that are not for this subscription, if it is time.
     pub(crate) async fn pass_by(&mut self) -> Result<()> {
-        if self.taken_to > self.cursor.position && self.moved_at.elapsed() >= PASS_BY {
+        self.waits_seen = self.awaited.came.count();
+        if self.passes_by_in().is_some_and(|time| time.is_zero()) {
             self.advance(self.advance_to(self.taken_to, Vec::new())).await?;
         }
         Ok(())
+    }
+
+    /// How long until the cursor moves past events that are not for this subscription; `None` if there are none. It moves
+    /// at once if a caller waits for that. Otherwise each commit would cost a write for each subscription whose filter
+    /// leaves it out.
+    pub(super) fn passes_by_in(&self) -> Option<Duration> {
+        if self.taken_to <= self.cursor.position || !self.has_nothing_out() {
+            return None;
+        }
+        if self.awaited.is_between(self.cursor.position, self.taken_to) {
+            return Some(Duration::ZERO);
+        }
+        // A version that is being built takes over by its stored position.
+        let is_soon = self.moves_soon || self.cursor.live_from.is_none();
+        let time = if is_soon { PASS_BY } else { PASS_BY_LEFT_OUT };
+        Some(self.moved_at.map_or(Duration::ZERO, |moved_at| time.saturating_sub(moved_at.elapsed())))
     }
 }
 
