@@ -14,13 +14,13 @@ use crate::event::{Event, EventRow, Events};
 use crate::future::BoxFuture;
 use crate::ids::{AggregateId, IdBlock, Position, Sequence};
 use crate::mark::{Mark, Witness};
-use crate::metadata;
 use crate::name::{AggregateType, CommandId, EventType, Key};
 use crate::page_limit::PageLimit;
 use crate::store_id::StoreId;
 use crate::subscription::SubscriptionStorage;
 use crate::target::Target;
 use crate::time::Timestamp;
+use crate::{limits, metadata};
 
 /// The storage of events. Engines implement it, and [`EventStore`](crate::EventStore) calls it.
 ///

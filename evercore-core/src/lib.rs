@@ -36,9 +36,9 @@ mod replay;
 mod retry;
 #[cfg(feature = "json")]
 mod serde_impls;
+mod shared_log;
 #[cfg(feature = "json")]
 mod state;
-mod shared_log;
 mod store;
 mod store_id;
 mod subscription;

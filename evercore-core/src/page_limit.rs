@@ -52,7 +52,8 @@ impl PageLimit {
     /// The same limit for this many readers of one page, each of which gets its part of the events.
     pub(crate) fn times(self, readers: u32) -> Self {
         let events = self.events.saturating_mul(readers as usize).min(limits::PAGE_EVENTS.max(self.events));
-        let bytes = self.bytes.saturating_mul(readers as usize).min(limits::DEFAULT_PAGE_BYTES.max(self.bytes));
+        let bytes =
+            self.bytes.saturating_mul(readers as usize).min(limits::DEFAULT_PAGE_BYTES.max(self.bytes));
         Self { events, bytes }
     }
 

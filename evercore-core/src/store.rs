@@ -60,15 +60,19 @@ struct Shared {
 }
 
 /// Lists cursors for several callers at once.
-struct List(Arc<dyn StorageEngine>);
+struct List {
+    engine: Arc<dyn StorageEngine>,
+    within: Option<Duration>,
+}
 
 impl Ask<SubscriptionName, Arc<Cursors>> for List {
-    fn gather(&self) -> BoxFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
+    fn gather(&self) -> Option<BoxFuture<'static, ()>> {
+        let (engine, within) = (Arc::clone(&self.engine), self.within?);
+        Some(Box::pin(async move { engine.pause(within).await }))
     }
 
     fn ask(&self, names: Vec<SubscriptionName>) -> BoxFuture<'static, Vec<Result<Arc<Cursors>>>> {
-        let engine = Arc::clone(&self.0);
+        let engine = Arc::clone(&self.engine);
         Box::pin(async move {
             let only = names.first().filter(|first| names.iter().all(|name| name == *first));
             match engine.cursors(only).await {
@@ -372,9 +376,13 @@ impl EventStore {
     }
 
     /// The cursors of a subscription, and perhaps others, as of a moment after this call. Callers at the same time share
-    /// one call of the engine.
-    pub(crate) async fn list(&self, name: &SubscriptionName) -> Result<Arc<Cursors>> {
-        self.shared.lists.ask(name.clone(), List(Arc::clone(&self.engine))).await
+    /// one call of the engine, which may be made as late as `within` says.
+    pub(crate) async fn list(
+        &self,
+        name: &SubscriptionName,
+        within: Option<Duration>,
+    ) -> Result<Arc<Cursors>> {
+        self.shared.lists.ask(name.clone(), List { engine: Arc::clone(&self.engine), within }).await
     }
 
     pub(crate) fn turns(&self) -> &TurnQueues {

@@ -27,6 +27,8 @@ pub(crate) struct Together<Q, A> {
 #[derive(Debug)]
 struct State<Q, A> {
     waiting: Vec<(u64, Q)>,
+    /// Whether one of them does not want to wait for more.
+    is_urgent: bool,
     /// Who asked the call that is under way.
     asked: Vec<u64>,
     call: Slot<A>,
@@ -63,8 +65,8 @@ enum Phase<A> {
 
 /// How a call is made.
 pub(crate) trait Ask<Q, A>: Unpin {
-    /// A short pause in which questions gather.
-    fn gather(&self) -> BoxFuture<'static, ()>;
+    /// A short pause in which questions gather; `None` for a question that does not want to wait for others.
+    fn gather(&self) -> Option<BoxFuture<'static, ()>>;
 
     /// Asks all questions, and returns as many answers in the same order.
     fn ask(&self, questions: Vec<Q>) -> BoxFuture<'static, Vec<Result<A>>>;
@@ -73,7 +75,7 @@ pub(crate) trait Ask<Q, A>: Unpin {
 impl<Q, A> Default for Together<Q, A> {
     fn default() -> Self {
         let (waiting, asked, answers) = (Vec::new(), Vec::new(), HashMap::new());
-        let state = State { waiting, asked, call: Slot::Empty, answers };
+        let state = State { waiting, is_urgent: false, asked, call: Slot::Empty, answers };
         Self { state: Mutex::new(state), wakers: Arc::default(), next: AtomicU64::new(0) }
     }
 }
@@ -83,23 +85,26 @@ impl<Q, A> Together<Q, A> {
     pub(crate) fn ask<H: Ask<Q, A>>(&self, question: Q, how: H) -> Asking<'_, Q, A, H> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         lock(&self.state).waiting.push((number, question));
-        Asking { together: self, number, how }
+        let gathering = how.gather();
+        lock(&self.state).is_urgent |= gathering.is_none();
+        Asking { together: self, number, gathering, how }
     }
 }
 
 /// A caller that waits for its answer.
-#[derive(Debug)]
 pub(crate) struct Asking<'a, Q, A, H> {
     together: &'a Together<Q, A>,
     number: u64,
+    gathering: Option<BoxFuture<'static, ()>>,
     how: H,
 }
 
 impl<Q, A, H: Ask<Q, A>> Future for Asking<'_, Q, A, H> {
     type Output = Result<A>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<A>> {
-        let Together { state, wakers, .. } = self.together;
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<A>> {
+        let together = self.together;
+        let Together { state, wakers, .. } = together;
         loop {
             // Before the look, so that nothing that happens after it is missed.
             wakers.add(self.number, context.waker());
@@ -117,20 +122,21 @@ impl<Q, A, H: Ask<Q, A>> Future for Asking<'_, Q, A, H> {
                         continue;
                     }
                     Slot::Empty => {
-                        Running { since: Instant::now(), phase: Phase::Gathering(self.how.gather()) }
+                        let gathering = self.gathering.take();
+                        let gathering = gathering.unwrap_or_else(|| Box::pin(std::future::ready(())));
+                        Running { since: Instant::now(), phase: Phase::Gathering(gathering) }
                     }
                 }
             };
-            let mut lent = Lent { together: self.together, is_back: false };
+            let mut lent = Lent { together, is_back: false };
             wakers.listen();
             let waker = Waker::from(Arc::clone(wakers));
             let mut inner = Context::from_waker(&waker);
+            let is_urgent = lock(state).is_urgent;
             if let Phase::Gathering(pause) = &mut running.phase
-                && pause.as_mut().poll(&mut inner).is_ready()
+                && (is_urgent || pause.as_mut().poll(&mut inner).is_ready())
             {
-                let waiting = std::mem::take(&mut lock(state).waiting);
-                let (asked, questions) = waiting.into_iter().unzip();
-                lock(state).asked = asked;
+                let questions = lock(state).take_waiting();
                 running.phase = Phase::Asking(self.how.ask(questions));
             }
             let answers = match &mut running.phase {
@@ -172,6 +178,13 @@ impl<Q, A, H> Drop for Asking<'_, Q, A, H> {
 const NOBODY: u64 = u64::MAX;
 
 impl<Q, A> State<Q, A> {
+    fn take_waiting(&mut self) -> Vec<Q> {
+        self.is_urgent = false;
+        let (asked, questions) = std::mem::take(&mut self.waiting).into_iter().unzip();
+        self.asked = asked;
+        questions
+    }
+
     fn answer(&mut self, answers: Vec<Result<A>>) {
         let mut answers = answers.into_iter();
         for number in std::mem::take(&mut self.asked) {

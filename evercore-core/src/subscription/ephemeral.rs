@@ -35,11 +35,7 @@ impl EventStore {
     pub async fn subscribe(&self, filter: Filter, start: Start) -> Result<EphemeralSubscription> {
         let from = start.resolve(self, self.head().await?).await?;
         let query = LogQuery::after(from).with_filter(filter);
-        Ok(EphemeralSubscription {
-            store: self.clone(),
-            tail: Tail::new(self, query.clone(), None),
-            query,
-        })
+        Ok(EphemeralSubscription { store: self.clone(), tail: Tail::new(self, query.clone(), None), query })
     }
 }
 

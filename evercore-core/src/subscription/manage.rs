@@ -11,7 +11,7 @@ use crate::batch::Receipt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Position;
 use crate::name::SubscriptionName;
-use crate::race::race;
+use crate::race::{First, race};
 use crate::store::EventStore;
 use crate::time::Timestamp;
 
@@ -144,13 +144,13 @@ impl EventStore {
         let (name, began) = (SubscriptionName::new(name)?, Instant::now());
         let awaited = self.waits().of(&name);
         let _target = awaited.wait_for(position);
+        let mut seen = awaited.reached.count();
+        let mut found = self.list(&name, None).await?;
         loop {
-            let seen = awaited.reached.count();
-            let found = self.list(&name).await?;
             let cursors: Vec<_> =
                 found.cursors.iter().filter(|it| it.id.subscription == name).cloned().collect();
             if cursors.is_empty() {
-                return Err(no_subscription(&name));
+                return Err(Error::no_subscription(&name));
             }
             if live(&name, &cursors)?.1 >= position {
                 return Ok(());
@@ -160,7 +160,18 @@ impl EventStore {
                 let message = format!("subscription \"{name}\" has not reached position {position} in time");
                 return Err(Error::new(ErrorKind::Unavailable, message));
             }
-            race(awaited.reached.after(seen), self.engine().pause(POLL.min(left))).await;
+            let before = awaited.reached.count();
+            let polled = self.list(&name, Some(POLL.min(left)));
+            found = match race(awaited.reached.after(seen), polled).await {
+                First::Left(()) => {
+                    seen = awaited.reached.count();
+                    self.list(&name, None).await?
+                }
+                First::Right(polled) => {
+                    seen = before;
+                    polled?
+                }
+            };
         }
     }
 

@@ -9,13 +9,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use evercore_core::engine::{
-    Append, Batch, Cursors, History, IdBlock, KnownCommand, LoadRequest, NewAggregate, NewEvent, Payload, Step,
-    SubscriptionStorage,
+    Append, Backlogs, Batch, Changed, Cursors, History, IdBlock, KnownCommand, LoadRequest, NewAggregate,
+    NewEvent, Payload, Step, SubscriptionChange, SubscriptionStorage,
 };
 use evercore_memory::{
-    AggregateId, AggregateQuery, AggregateType, BoxFuture, CommandId, Cursor, CursorId, EventStore, EventType,
-    Events, Filter, KnownType, LogPage, LogQuery, MemoryEngine, PageLimit, Parked, Position, Receipt, Result,
-    Sequence, Start, StorageEngine, StoreId, SubscriptionName, Timestamp,
+    AggregateId, AggregateQuery, AggregateType, BoxFuture, CommandId, Cursor, CursorId, EventStore,
+    EventType, Events, Filter, KnownType, LogPage, LogQuery, MemoryEngine, PageLimit, Parked, Position,
+    Receipt, Result, Sequence, Start, StorageEngine, StoreId, SubscriptionName, Timestamp,
 };
 use futures_lite::future::{block_on, or};
 
@@ -58,12 +58,24 @@ impl SubscriptionStorage for Counted {
         self.inner.step(id, step)
     }
 
+    fn change<'a>(
+        &'a self,
+        name: &'a SubscriptionName,
+        change: &'a SubscriptionChange,
+    ) -> BoxFuture<'a, Result<Changed>> {
+        self.inner.change(name, change)
+    }
+
     fn cursors<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Cursors>> {
         Box::pin(async move {
             self.lists.fetch_add(1, Ordering::SeqCst);
             self.inner.pause(MOMENT).await;
             self.inner.cursors(of).await
         })
+    }
+
+    fn backlogs<'a>(&'a self, of: Option<&'a SubscriptionName>) -> BoxFuture<'a, Result<Backlogs>> {
+        self.inner.backlogs(of)
     }
 
     fn parked<'a>(
@@ -370,7 +382,10 @@ fn callers_that_wait_share_their_queries() {
     };
     let (one, same, different) = (lists(1, 1), lists(50, 1), lists(50, 10));
     assert!(same <= 4 * one, "50 callers made {same} queries, one makes {one}");
-    assert!(different <= 4 * one, "50 callers for 10 subscriptions made {different} queries, one makes {one}");
+    assert!(
+        different <= 4 * one,
+        "50 callers for 10 subscriptions made {different} queries, one makes {one}"
+    );
 }
 
 #[test]

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use evercore_core::engine::{Mark, NameTable};
-use evercore_core::{Direction, Error, ErrorKind, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits};
+use evercore_core::{
+    Direction, Error, ErrorKind, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits,
+};
 use futures_lite::future::zip;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};

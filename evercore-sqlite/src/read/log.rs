@@ -2,7 +2,9 @@
 
 use std::ops::RangeInclusive;
 
-use evercore_core::{AggregateId, Direction, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits};
+use evercore_core::{
+    AggregateId, Direction, Events, LogPage, LogQuery, PageLimit, Position, Timestamp, limits,
+};
 use rusqlite::{Connection, params_from_iter};
 
 use crate::error::{Result, damaged};
