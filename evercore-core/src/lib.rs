@@ -66,7 +66,7 @@ pub mod engine {
     pub use crate::panic::CaughtPanic;
     pub use crate::subscription::{
         Advance, Backlog, Backlogs, ChangeOutcome, Changed, Cursors, Outcome, ParkedChange, Sink, Step,
-        StepOutcome, Subject, SubscriptionChange, SubscriptionStorage,
+        StepOutcome, StoredCursor, StoredParked, Subject, SubscriptionChange, SubscriptionStorage,
     };
     pub use crate::target::Target;
 }

@@ -22,6 +22,7 @@ mod spawn;
 mod step;
 mod stop;
 mod storage;
+mod stored;
 mod tail;
 mod worker;
 
@@ -36,4 +37,5 @@ pub use owned::OwnedSubscription;
 pub use settings::{Start, Subscription};
 pub use step::{Advance, Step, StepOutcome};
 pub use storage::{Backlog, Backlogs, Cursors, SubscriptionStorage};
+pub use stored::{StoredCursor, StoredParked};
 pub use worker::RunEnd;

@@ -5,12 +5,11 @@ use std::task::Poll;
 use std::time::Duration;
 
 use evercore_core::engine::{
-    Advance, Backlog, Backlogs, Changed, Cursors, Mark, ParkedChange, Step, StepOutcome, Subject,
-    SubscriptionChange,
+    Advance, Backlog, Backlogs, Changed, Cursors, Mark, ParkedChange, Step, StepOutcome, StoredCursor,
+    StoredParked, Subject, SubscriptionChange,
 };
 use evercore_core::{
-    AggregateId, BoxFuture, Cursor, CursorId, CursorStatus, Error, ErrorKind, Failure, OwnerId, Parked,
-    Position, SubscriptionName, Timestamp,
+    BoxFuture, Cursor, CursorId, Error, ErrorKind, Parked, Position, SubscriptionName, Timestamp,
 };
 use futures_lite::future::{poll_fn, zip};
 use tokio::time::{Instant, sleep};
@@ -680,14 +679,15 @@ fn parked_write<'a>(sql: &'a SubscriptionSql, id: &CursorId, change: &ParkedChan
     let which = |position: Option<Position>| Box::new(position.map(Position::get)) as Value;
     let sql = match change {
         ParkedChange::Keep(event) => {
+            let stored = StoredParked::from(event);
             values.extend([
-                Box::new(event.position.get()) as Value,
-                Box::new(event.aggregate.get()),
-                Box::new(event.holds_back),
-                Box::new(i64::from(event.attempts)),
-                Box::new(event.error.clone()),
-                Box::new(event.parked_at.as_micros()),
-                Box::new(event.is_due),
+                Box::new(stored.position) as Value,
+                Box::new(stored.aggregate),
+                Box::new(stored.holds_back),
+                Box::new(stored.attempts),
+                Box::new(stored.error.to_owned()),
+                Box::new(stored.parked_at),
+                Box::new(stored.is_due),
             ]);
             &sql.keep
         }
@@ -740,57 +740,52 @@ fn values_of(id: &CursorId) -> Rest {
 
 /// The values of a cursor, in the order of its columns.
 fn cursor_values(cursor: &Cursor) -> Rest {
-    let owner = |owner: &Option<OwnerId>| Box::new(owner.as_ref().map(|owner| owner.as_str().to_owned()));
-    let failure = cursor.failure.as_ref();
-    let mut values = values_of(&cursor.id);
-    values.extend([
-        Box::new(i64::from(cursor.partitions)) as Value,
-        Box::new(cursor.position.get()),
-        Box::new(cursor.epoch),
-        owner(&cursor.owner),
-        Box::new(cursor.expires_at.as_micros()),
-        owner(&cursor.wanted_by),
-        Box::new(cursor.wanted_until.as_micros()),
-        Box::new(cursor.live_from.map(Position::get)),
-        Box::new(cursor.status.code()),
-        Box::new(failure.map(|failure| failure.position.get())),
-        Box::new(failure.map(|failure| i64::from(failure.attempts))),
-        Box::new(failure.map(|failure| failure.error.clone())),
-        Box::new(cursor.parked_changes),
-        Box::new(cursor.is_held),
-        Box::new(i64::from(cursor.lost_leases)),
-    ]);
-    values
+    let text = |text: Option<&str>| Box::new(text.map(str::to_owned));
+    let stored = StoredCursor::from(cursor);
+    vec![
+        Box::new(stored.subscription.to_owned()) as Value,
+        Box::new(stored.version),
+        Box::new(stored.partition),
+        Box::new(stored.partitions),
+        Box::new(stored.position),
+        Box::new(stored.epoch),
+        text(stored.owner),
+        Box::new(stored.expires_at),
+        text(stored.wanted_by),
+        Box::new(stored.wanted_until),
+        Box::new(stored.live_from),
+        Box::new(stored.status),
+        Box::new(stored.failed_position),
+        Box::new(stored.failed_attempts),
+        text(stored.failed_error),
+        Box::new(stored.parked_changes),
+        Box::new(stored.is_held),
+        Box::new(stored.lost_leases),
+    ]
 }
 
 fn read_cursor(row: &Row) -> Result<Cursor> {
-    let owner = |column| -> Result<Option<OwnerId>> {
-        let name: Option<&str> = row.try_get(column)?;
-        name.map(OwnerId::new).transpose().map_err(damaged)
-    };
-    let failed: Option<i64> = row.try_get(12)?;
-    let failure = failed.map(|position| read_failure(row, position)).transpose()?;
-    let live_from: Option<i64> = row.try_get(10)?;
-    Ok(Cursor {
-        id: CursorId {
-            subscription: SubscriptionName::new(row.try_get::<_, &str>(0)?).map_err(damaged)?,
-            version: small(row, 1)?,
-            partition: small(row, 2)?,
-        },
-        partitions: small(row, 3)?,
-        position: Position::new(row.try_get(4)?).map_err(damaged)?,
+    let stored = StoredCursor {
+        subscription: row.try_get(0)?,
+        version: row.try_get(1)?,
+        partition: row.try_get(2)?,
+        partitions: row.try_get(3)?,
+        position: row.try_get(4)?,
         epoch: row.try_get(5)?,
-        owner: owner(6)?,
-        expires_at: time(row, 7)?,
-        wanted_by: owner(8)?,
-        wanted_until: time(row, 9)?,
-        live_from: live_from.map(Position::new).transpose().map_err(damaged)?,
-        status: CursorStatus::from_code(row.try_get(11)?).map_err(damaged)?,
-        failure,
+        owner: row.try_get(6)?,
+        expires_at: row.try_get(7)?,
+        wanted_by: row.try_get(8)?,
+        wanted_until: row.try_get(9)?,
+        live_from: row.try_get(10)?,
+        status: row.try_get(11)?,
+        failed_position: row.try_get(12)?,
+        failed_attempts: row.try_get(13)?,
+        failed_error: row.try_get(14)?,
         parked_changes: row.try_get(15)?,
         is_held: row.try_get(16)?,
-        lost_leases: small(row, 17)?,
-    })
+        lost_leases: row.try_get(17)?,
+    };
+    stored.try_into().map_err(damaged)
 }
 
 /// How many parked events a cursor has.
@@ -812,24 +807,17 @@ fn read_backlog(row: &Row) -> Result<Backlog> {
     })
 }
 
-fn read_failure(row: &Row, position: i64) -> Result<Failure> {
-    Ok(Failure {
-        position: Position::new(position).map_err(damaged)?,
-        attempts: small(row, 13)?,
-        error: row.try_get(14)?,
-    })
-}
-
 fn read_parked(row: &Row) -> Result<Parked> {
-    Ok(Parked {
-        position: Position::new(row.try_get(0)?).map_err(damaged)?,
-        aggregate: AggregateId::new(row.try_get(1)?).map_err(damaged)?,
+    let stored = StoredParked {
+        position: row.try_get(0)?,
+        aggregate: row.try_get(1)?,
         holds_back: row.try_get(2)?,
-        attempts: small(row, 3)?,
+        attempts: row.try_get(3)?,
         error: row.try_get(4)?,
-        parked_at: time(row, 5)?,
+        parked_at: row.try_get(5)?,
         is_due: row.try_get(6)?,
-    })
+    };
+    stored.try_into().map_err(damaged)
 }
 
 fn small(row: &Row, column: usize) -> Result<u32> {

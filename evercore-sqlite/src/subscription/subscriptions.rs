@@ -3,13 +3,10 @@
 use std::collections::HashMap;
 
 use evercore_core::engine::{
-    Backlog, Backlogs, Changed, Mark, ParkedChange, Step, StepOutcome, Subject, SubscriptionChange,
+    Backlog, Backlogs, Changed, Mark, ParkedChange, Step, StepOutcome, StoredCursor, StoredParked, Subject,
+    SubscriptionChange,
 };
-use evercore_core::{
-    AggregateId, Cursor, CursorId, CursorStatus, Failure, OwnerId, Parked, Position, SubscriptionName,
-    Timestamp,
-};
-use rusqlite::types::ValueRef;
+use evercore_core::{Cursor, CursorId, Parked, Position, SubscriptionName, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use crate::error::{Result, damaged};
@@ -182,68 +179,58 @@ pub(crate) fn backlogs(connection: &Connection, of: Option<&SubscriptionName>) -
 }
 
 fn cursor_of(row: &Row<'_>) -> Result<Cursor> {
-    let failure = match row.get(12)? {
-        Some(failed) => {
-            Some(Failure { position: position(failed)?, attempts: row.get(13)?, error: row.get(14)? })
-        }
-        None => None,
-    };
-    let id = CursorId {
-        subscription: SubscriptionName::new(row.get_ref(0)?.as_str().map_err(damaged)?).map_err(damaged)?,
+    let stored = StoredCursor {
+        subscription: text(row, 0)?.unwrap_or_default(),
         version: row.get(1)?,
         partition: row.get(2)?,
-    };
-    Ok(Cursor {
-        id,
         partitions: row.get(3)?,
-        position: position(row.get(4)?)?,
+        position: row.get(4)?,
         epoch: row.get(5)?,
-        owner: owner(row.get_ref(6)?)?,
-        expires_at: time(row.get(7)?)?,
-        wanted_by: owner(row.get_ref(8)?)?,
-        wanted_until: time(row.get(9)?)?,
-        live_from: row.get::<_, Option<i64>>(10)?.map(position).transpose()?,
-        status: CursorStatus::from_code(row.get(11)?).map_err(damaged)?,
-        failure,
+        owner: text(row, 6)?,
+        expires_at: row.get(7)?,
+        wanted_by: text(row, 8)?,
+        wanted_until: row.get(9)?,
+        live_from: row.get(10)?,
+        status: row.get(11)?,
+        failed_position: row.get(12)?,
+        failed_attempts: row.get(13)?,
+        failed_error: text(row, 14)?,
         parked_changes: row.get(15)?,
         is_held: row.get(16)?,
         lost_leases: row.get(17)?,
-    })
-}
-
-fn position(stored: i64) -> Result<Position> {
-    Position::new(stored).map_err(damaged)
+    };
+    stored.try_into().map_err(damaged)
 }
 
 fn time(micros: i64) -> Result<Timestamp> {
     Timestamp::from_micros(micros).map_err(damaged)
 }
 
-fn owner(stored: ValueRef<'_>) -> Result<Option<OwnerId>> {
-    stored.as_str_or_null().map_err(damaged)?.map(OwnerId::new).transpose().map_err(damaged)
+fn text<'r>(row: &'r Row<'_>, column: usize) -> Result<Option<&'r str>> {
+    row.get_ref(column)?.as_str_or_null().map_err(damaged)
 }
 
 fn put(connection: &Connection, cursor: &Cursor) -> Result<()> {
-    let failure = cursor.failure.as_ref();
+    let stored = StoredCursor::from(cursor);
     connection.prepare_cached(PUT_CURSOR)?.execute(params![
-        cursor.id.subscription.as_str(),
-        cursor.id.version,
-        cursor.id.partition,
-        cursor.partitions,
-        cursor.position.get(),
-        cursor.epoch,
-        cursor.owner.as_ref().map(OwnerId::as_str),
-        cursor.expires_at.as_micros(),
-        cursor.wanted_by.as_ref().map(OwnerId::as_str),
-        cursor.wanted_until.as_micros(),
-        cursor.live_from.map(Position::get),
-        cursor.status.code(),
-        failure.map(|failure| failure.position.get()),
-        failure.map(|failure| failure.attempts),
-        failure.map(|failure| failure.error.as_str()),
-        cursor.parked_changes,
-        cursor.is_held,
-        cursor.lost_leases,
+        stored.subscription,
+        stored.version,
+        stored.partition,
+        stored.partitions,
+        stored.position,
+        stored.epoch,
+        stored.owner,
+        stored.expires_at,
+        stored.wanted_by,
+        stored.wanted_until,
+        stored.live_from,
+        stored.status,
+        stored.failed_position,
+        stored.failed_attempts,
+        stored.failed_error,
+        stored.parked_changes,
+        stored.is_held,
+        stored.lost_leases,
     ])?;
     Ok(())
 }
@@ -252,17 +239,18 @@ fn change_parked(connection: &Connection, id: &CursorId, change: &ParkedChange) 
     let (subscription, version, partition) = key(id);
     match change {
         ParkedChange::Keep(event) => {
+            let stored = StoredParked::from(event);
             connection.prepare_cached(KEEP_PARKED)?.execute(params![
                 subscription,
                 version,
                 partition,
-                event.position.get(),
-                event.aggregate.get(),
-                event.holds_back,
-                event.attempts,
-                event.error,
-                event.parked_at.as_micros(),
-                event.is_due,
+                stored.position,
+                stored.aggregate,
+                stored.holds_back,
+                stored.attempts,
+                stored.error,
+                stored.parked_at,
+                stored.is_due,
             ])?;
         }
         ParkedChange::Remove(position) => {
@@ -292,15 +280,16 @@ pub(crate) fn parked(
     let mut rows = statement.query((subscription, version, partition, after.get(), limit))?;
     let mut parked = Vec::new();
     while let Some(row) = rows.next()? {
-        parked.push(Parked {
-            position: position(row.get(0)?)?,
-            aggregate: AggregateId::new(row.get(1)?).map_err(damaged)?,
+        let stored = StoredParked {
+            position: row.get(0)?,
+            aggregate: row.get(1)?,
             holds_back: row.get(2)?,
             attempts: row.get(3)?,
-            error: row.get(4)?,
-            parked_at: time(row.get(5)?)?,
+            error: text(row, 4)?.unwrap_or_default(),
+            parked_at: row.get(5)?,
             is_due: row.get(6)?,
-        });
+        };
+        parked.push(stored.try_into().map_err(damaged)?);
     }
     Ok(parked)
 }
