@@ -397,7 +397,10 @@ pub(crate) fn tail_lost(cursor: &CursorId, position: Position) {
 
 /// A version that has caught up does not take over.
 pub(crate) fn waits_to_take_over(cursor: &CursorId, why: &'static str) {
-    count!("evercore_lease_changes_total", 1, "subscription" => name(cursor), "change" => "waits to take over");
+    count!(
+        "evercore_lease_changes_total", 1,
+        "subscription" => name(cursor), "version" => version(cursor), "change" => "waits to take over"
+    );
     say!(
         warn,
         subscription = cursor.subscription.as_str(),
