@@ -223,13 +223,14 @@ impl<'a> Change<'a> {
         is_held: bool,
     ) -> Result<()> {
         let known = &self.before.cursors;
-        if let Some(other) = known.iter().find(|cursor| cursor.partitions != partitions) {
+        let own: Vec<&Cursor> = known.iter().filter(|cursor| cursor.id.version == version).collect();
+        if let Some(other) = own.iter().find(|cursor| cursor.partitions != partitions) {
             return Err(Error::invalid(format!(
-                "subscription \"{}\" has {} partitions, not {partitions}",
+                "version {version} of subscription \"{}\" has {} partitions, not {partitions}: raise the version to \
+                 change their number",
                 self.name, other.partitions
             )));
         }
-        let own: Vec<&Cursor> = known.iter().filter(|cursor| cursor.id.version == version).collect();
         let newer = known.iter().map(|cursor| cursor.id.version).max().filter(|newest| *newest > version);
         if let (true, Some(newer)) = (own.is_empty(), newer) {
             let message = format!(
@@ -481,8 +482,7 @@ impl Subject {
 
     /// How far a partition of this version has to come.
     fn target(&self, version: u32, partition: u32) -> Option<Position> {
-        let others = self.before(version).filter(move |cursor| cursor.id.partition == partition);
-        others.map(|cursor| cursor.handled(self.head)).max()
+        bound(&self.cursors, version, partition, self.head)
     }
 
     fn obstacle(&self, version: u32) -> Option<Obstacle> {
@@ -513,8 +513,20 @@ fn before(cursors: &[Cursor], version: u32) -> impl Iterator<Item = &Cursor> {
 
 /// How far a partition of a version may read that is not live: as far as the live version has handled the log.
 pub(crate) fn bound_of(cursors: &[Cursor], own: &CursorId, head: Position) -> Option<Position> {
-    let others = before(cursors, own.version).filter(|cursor| cursor.id.partition == own.partition);
-    others.map(|cursor| cursor.handled(head)).max()
+    bound(cursors, own.version, own.partition, head)
+}
+
+/// How far a partition of a version has to come. If the versions before it have another number of partitions, its events
+/// may be in any of them, so that is as far as all of these have come.
+fn bound(cursors: &[Cursor], version: u32, partition: u32, head: Position) -> Option<Position> {
+    let own = cursors.iter().find(|cursor| cursor.id.version == version).map(|cursor| cursor.partitions);
+    let is_divided_alike = before(cursors, version).all(|cursor| Some(cursor.partitions) == own);
+    let handled = |cursor: &Cursor| cursor.handled(head);
+    if is_divided_alike {
+        before(cursors, version).filter(|cursor| cursor.id.partition == partition).map(handled).max()
+    } else {
+        before(cursors, version).map(handled).min()
+    }
 }
 
 /// How many events of the log the partition of a version that has the longest way still has to go.
@@ -553,5 +565,33 @@ impl Error {
             (None, None) => return Self::no_subscription(name),
         };
         Self::new(ErrorKind::NotFound, message)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_with_other_partitions_comes_as_far_as_the_slowest_before_it() {
+        let name = SubscriptionName::new("mails").unwrap();
+        let cursor = |version, partition, partitions, position| {
+            let id = CursorId { subscription: name.clone(), version, partition };
+            let position = Position::new(position).unwrap();
+            let live_from = (version == 1).then_some(Position::ZERO);
+            let made = Step::declare(partitions, position, live_from).take(&id, None, Timestamp::MIN, None);
+            made.unwrap().cursor.unwrap()
+        };
+        let head = Position::new(120).unwrap();
+        let bounds = |partitions: u32| {
+            let own = (0..partitions).map(|partition| cursor(2, partition, partitions, 0));
+            let all: Vec<_> = [cursor(1, 0, 2, 90), cursor(1, 1, 2, 100)].into_iter().chain(own).collect();
+            let bound = |partition| bound(&all, 2, partition, head).unwrap().get();
+            (0..partitions).map(bound).collect::<Vec<_>>()
+        };
+        assert_eq!(bounds(2), [90, 100]);
+        assert_eq!(bounds(3), [90, 90, 90]);
+        assert_eq!(bounds(1), [90]);
     }
 }

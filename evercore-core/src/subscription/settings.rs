@@ -346,7 +346,11 @@ impl Subscription {
 
     /// Divides the work among this many cursors, each with its own lease. The running processes share them about
     /// equally. All events of one aggregate belong to one partition and stay in order. The number is fixed once the
-    /// cursors are made, for later versions too.
+    /// cursors of the version are made.
+    ///
+    /// A new [version](Self::with_version) may have another number. It takes over when it has come as far as the slowest
+    /// partition of the live version. Events after that position that a faster partition has handled are then live a second
+    /// time. Pausing is no way around this, since nothing takes over from a paused version: let it catch up instead.
     #[must_use]
     pub fn with_partitions(mut self, partitions: u32) -> Self {
         self.settings.partitions = partitions;

@@ -433,6 +433,7 @@ cases! {
         partitions_are_shared_evenly_when_runners_come_and_go,
         equal_keys_belong_to_one_partition_and_stay_in_order,
         a_parked_event_holds_back_its_aggregate_in_its_partition,
+        a_new_version_may_have_another_number_of_partitions,
         a_lag_is_told_in_events_and_in_time,
         the_health_tells_what_is_wrong_with_live_versions,
         a_sample_of_the_health_ends_with_the_shutdown,

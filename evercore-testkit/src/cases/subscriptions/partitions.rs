@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use evercore_core::{EventStore, FailureAction, Metadata, Subscription};
+use evercore_core::{ErrorKind, EventStore, FailureAction, Metadata, Subscription};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -92,4 +92,56 @@ pub(crate) async fn a_parked_event_holds_back_its_aggregate_in_its_partition(fix
     let mut all: Vec<i64> = seen.numbers().into_iter().chain(after.numbers()).collect();
     all.sort_unstable();
     assert_eq!(all, (1..=4 * CASES).collect::<Vec<_>>());
+}
+
+async fn is_at_end(store: &EventStore, version: u32, head: i64) -> bool {
+    let states = store.subscription_states("cases").await.unwrap();
+    let mut own = states.iter().filter(|state| state.cursor.id.version == version);
+    own.all(|state| state.cursor.position == place(head))
+}
+
+pub(crate) async fn a_new_version_may_have_another_number_of_partitions(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    cases_happen(&engine, 2).await;
+    let head = engine.head().await.unwrap().get();
+    let one = subscription(&store, "cases").with_partitions(2).with_live_past();
+    let at_the_end = async || {
+        let states = store.subscription_states("cases").await.unwrap_or_default();
+        !states.is_empty() && states.iter().all(|state| state.lag_events == 0)
+    };
+    let shutdown = async {
+        while !at_the_end().await {
+            engine.pause(std::time::Duration::from_millis(2)).await;
+        }
+    };
+    one.run(shutdown, |_| async { Ok(()) }).await.unwrap();
+    assert_kind!(one.clone().with_partitions(3).declare().await, ErrorKind::Invalid);
+
+    for (version, partitions) in [(2, 3), (3, 1)] {
+        let two = one.clone().with_version(version).with_partitions(partitions);
+        let all: Arc<Mutex<Vec<(i64, bool)>>> = Arc::default();
+        let (handler, seen) = (Arc::clone(&all), Arc::clone(&all));
+        let has_taken_over = async {
+            until(&engine, || seen.lock().unwrap().len() as i64 >= head).await;
+            // Also past the events of other partitions: the next version begins to be live at the slowest.
+            while store.live_version("cases").await.unwrap() != version
+                || !is_at_end(&store, version, head).await
+            {
+                engine.pause(std::time::Duration::from_millis(2)).await;
+            }
+        };
+        let run = two.run(has_taken_over, move |event| {
+            handler.lock().unwrap().push((event.position().get(), event.is_replay()));
+            async { Ok(()) }
+        });
+        run.await.unwrap();
+        let mut all = all.lock().unwrap().clone();
+        all.sort_unstable();
+        let expected: Vec<_> = (1..=head).map(|position| (position, true)).collect();
+        assert_eq!(
+            all, expected,
+            "{partitions} partitions: each event once, and replay, as it was handled before"
+        );
+    }
+    assert_eq!(store.live_version("cases").await.unwrap(), 3);
 }
