@@ -187,7 +187,16 @@ impl EventStore {
     /// [`Superseded`](ErrorKind::Superseded) if all versions are retired; otherwise as
     /// [`subscription_states`](Self::subscription_states).
     pub async fn pause_subscription(&self, name: impl AsRef<str>) -> Result<()> {
-        self.change_subscription(&SubscriptionName::new(name)?, each(Step::Pause)).await.map(drop)
+        self.pause_cursors(name, Selection::all()).await
+    }
+
+    /// As [`pause_subscription`](Self::pause_subscription), only some cursors: one version or one partition.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if there is no such cursor; [`Superseded`](ErrorKind::Superseded) if all of them
+    /// are retired; those of the engine.
+    pub async fn pause_cursors(&self, name: impl AsRef<str>, which: Selection) -> Result<()> {
+        self.take_on_each(name, which, Step::Pause).await
     }
 
     /// The opposite of [`pause_subscription`](Self::pause_subscription); also ends the rest after a failure.
@@ -195,7 +204,15 @@ impl EventStore {
     /// # Errors
     /// As [`pause_subscription`](Self::pause_subscription).
     pub async fn resume_subscription(&self, name: impl AsRef<str>) -> Result<()> {
-        self.change_subscription(&SubscriptionName::new(name)?, each(Step::Resume)).await.map(drop)
+        self.resume_cursors(name, Selection::all()).await
+    }
+
+    /// As [`resume_subscription`](Self::resume_subscription), only some cursors.
+    ///
+    /// # Errors
+    /// As [`pause_cursors`](Self::pause_cursors).
+    pub async fn resume_cursors(&self, name: impl AsRef<str>, which: Selection) -> Result<()> {
+        self.take_on_each(name, which, Step::Resume).await
     }
 
     /// Moves a subscription to another place of the log. Its owners lose their leases. Events up to the old position are
@@ -210,9 +227,32 @@ impl EventStore {
     /// [`Invalid`](ErrorKind::Invalid) if there are parked events; [`CursorAhead`](ErrorKind::CursorAhead) past the end of
     /// the log; otherwise as [`subscription_states`](Self::subscription_states).
     pub async fn reset_subscription(&self, name: impl AsRef<str>, to: Start) -> Result<()> {
-        let name = SubscriptionName::new(name)?;
+        self.reset_cursors(name, Selection::all(), to).await
+    }
+
+    /// As [`reset_subscription`](Self::reset_subscription), only some cursors. No other cursor moves or loses its lease.
+    ///
+    /// ```
+    /// # use evercore_core::{EventStore, Position, Result, Selection, Start};
+    /// # async fn repeat(store: &EventStore) -> Result<()> {
+    /// // Partition 3 of version 2 handles the events after position 4711 again.
+    /// let which = Selection::of_version(2).and_partition(3);
+    /// store.reset_cursors("mails", which, Start::After(Position::new(4711)?)).await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if one of them has parked events; [`CursorAhead`](ErrorKind::CursorAhead) past the
+    /// end of the log; otherwise as [`pause_cursors`](Self::pause_cursors). After an error no cursor has moved.
+    pub async fn reset_cursors(&self, name: impl AsRef<str>, which: Selection, to: Start) -> Result<()> {
         let position = to.resolve(self, self.head().await?).await?;
-        self.change_subscription(&name, each(Step::reset(position))).await.map(drop)
+        self.take_on_each(name, which, Step::reset(position)).await
+    }
+
+    /// The same step on each of these cursors that is not retired, in one transaction.
+    async fn take_on_each(&self, name: impl AsRef<str>, which: Selection, step: Step) -> Result<()> {
+        let change = SubscriptionChange::each(which, step);
+        self.change_subscription(&SubscriptionName::new(name)?, change).await.map(drop)
     }
 
     /// Skips the event at which the handler of one cursor fails, for good. No other cursor moves, and no other event is
@@ -384,11 +424,6 @@ pub struct Promotion {
     pub behind: u64,
     /// How many events the former version has parked. They stay listed with it, and the live version gets them as replay.
     pub left_parked: u64,
-}
-
-/// The same step on each cursor that is not retired.
-fn each(step: Step) -> SubscriptionChange {
-    SubscriptionChange::each(Selection::all(), step)
 }
 
 /// The live version, and the position that all its partitions have reached. If no version is live, it is the oldest that

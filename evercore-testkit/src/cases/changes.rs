@@ -148,7 +148,8 @@ pub(crate) async fn a_change_is_seen_as_a_whole_and_loses_no_step(fixture: &mut 
                 }
             }
             _ => {
-                while done.load(Ordering::SeqCst) < 3 {
+                // Looks once also if the others are done already.
+                while looks.load(Ordering::SeqCst) == 0 || done.load(Ordering::SeqCst) < 3 {
                     let cursors = cursors(&engine).await;
                     let is_whole = cursors.iter().all(|cursor| cursor.position == cursors[0].position);
                     went_wrong.fetch_or(!is_whole, Ordering::SeqCst);

@@ -409,6 +409,7 @@ cases! {
         a_new_event_type_stops_a_subscription_that_names_those_it_knows,
         an_unknown_type_can_be_parked_until_a_program_knows_it,
         one_event_of_one_partition_is_skipped_and_nothing_else,
+        one_partition_is_paused_reset_and_resumed_alone,
         it_is_paused_and_resumed,
         it_is_reset_while_it_runs_and_tells_what_is_a_replay,
         a_shutdown_acknowledges_what_is_done_and_nothing_else,

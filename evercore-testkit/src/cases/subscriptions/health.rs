@@ -57,7 +57,7 @@ pub(crate) async fn the_health_tells_what_is_wrong_with_live_versions(fixture: &
     let stops = subscription(&store, "stopped").on_failure(no_pause(FailureAction::Stop)).with_live_past();
     let has_failed = async {
         while state_or_none(&store, "stopped").await != Some(place(2))
-            || state(&store, "stopped").await.cursor.failure.is_none()
+            || state(&store, "stopped").await.cursor.failure.is_none_or(|failure| failure.attempts < 3)
         {
             engine.pause(Duration::from_millis(2)).await;
         }

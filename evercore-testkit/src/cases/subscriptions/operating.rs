@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use evercore_core::{CursorId, ErrorKind, EventStore, FailureAction, RunEnd, Subscription, SubscriptionName};
+use evercore_core::{
+    CursorId, CursorStatus, ErrorKind, EventStore, FailureAction, RunEnd, Selection, Start, Subscription,
+    SubscriptionName,
+};
 
 use crate::fixture::Fixture;
 use crate::tools::*;
@@ -90,4 +93,47 @@ pub(crate) async fn one_event_of_one_partition_is_skipped_and_nothing_else(fixtu
     all.sort_unstable();
     all.dedup();
     assert_eq!(all, (1..=20).filter(|position| *position != failed).collect::<Vec<_>>());
+}
+
+pub(crate) async fn one_partition_is_paused_reset_and_resumed_alone(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let partitions = two_partitions(&engine).await;
+    let of = subscription(&store, "mails").with_partitions(2);
+    let (seen, nothing) = (Seen::default(), Arc::default());
+    run(&of, &nothing, &seen, until(&engine, || seen.len() >= 20)).await.unwrap();
+    let cursors = async || {
+        let states = store.subscription_states("mails").await.unwrap();
+        states.into_iter().map(|state| state.cursor).collect::<Vec<_>>()
+    };
+    let before = cursors().await;
+    let first = Selection::of_partition(0);
+    store.pause_cursors("mails", first).await.unwrap();
+    store.reset_cursors("mails", first, Start::After(place(8))).await.unwrap();
+    let after = cursors().await;
+    assert_eq!((after[0].position, after[0].status), (place(8), CursorStatus::Paused));
+    assert_eq!(after[1], before[1], "the other partition was touched");
+
+    // The other partition goes on meanwhile.
+    let last = engine.head().await.unwrap();
+    let ids: Vec<_> = log(&engine).await.iter().take(2).map(|event| event.aggregate()).collect();
+    for id in ids {
+        unit().append(id, "user", 10, 1).commit(&engine).await.unwrap();
+    }
+    let other = Seen::default();
+    run(&of, &nothing, &other, until(&engine, || other.len() >= 1)).await.unwrap();
+    let new = (last.get() + 1..=last.get() + 2).zip([partitions[0], partitions[1]]);
+    let expected: Vec<i64> = new.clone().filter(|it| it.1 == 1).map(|it| it.0).collect();
+    assert_eq!(other.numbers(), expected);
+
+    store.resume_cursors("mails", first).await.unwrap();
+    let again = Seen::default();
+    let own: Vec<i64> =
+        (1..=20).zip(partitions).chain(new).filter(|it| it.1 == 0 && it.0 > 8).map(|it| it.0).collect();
+    run(&of, &nothing, &again, until(&engine, || again.len() >= own.len())).await.unwrap();
+    assert_eq!(again.numbers(), own);
+
+    assert_kind!(store.pause_cursors("mails", Selection::of_partition(2)).await, ErrorKind::NotFound);
+    assert_kind!(store.resume_cursors("mails", Selection::of_version(2)).await, ErrorKind::NotFound);
+    let ahead = store.reset_cursors("mails", Selection::all(), Start::After(place(99))).await;
+    assert_kind!(ahead, ErrorKind::CursorAhead { .. });
 }
