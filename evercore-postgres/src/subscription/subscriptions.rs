@@ -22,8 +22,9 @@ use crate::read::rows::Rest;
 use crate::settings::Schema;
 use crate::sql::{LOCK_LOG_END, Ready, Sender, Sql};
 
-/// How often to try a step again if another caller has made the same cursor first, or has removed it again.
-const ATTEMPTS: usize = 3;
+/// How often to try a step or a change if others have made or removed cursors meanwhile. One of them succeeds each time,
+/// and six processes that start a new version together may each be in the way of each.
+const ATTEMPTS: usize = 16;
 
 /// How long a claim keeps trying for a cursor that another transaction holds. A step ends in that time; a longer hold
 /// means that a handler is running.
