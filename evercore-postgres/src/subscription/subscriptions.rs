@@ -109,12 +109,12 @@ const OF_ONE: &str = "WITH RECURSIVE newest AS ((SELECT {cursor_columns} FROM @c
 /// The cursors that [`ALL`] or [`OF_ONE`] finds.
 const NEWEST: &str = " SELECT * FROM newest";
 
-/// The same cursors, with their backlogs. `{parked_of}` is a condition.
+/// The same cursors, with their backlogs.
 const BACKLOGS: &str = " SELECT n.*, (SELECT e.recorded_at FROM @events e WHERE e.position > n.position ORDER BY e.position LIMIT 1)
-         AS next_recorded_at, coalesce(p.parked, 0) AS parked, p.oldest AS oldest_parked_at
-     FROM newest n LEFT JOIN (
-       SELECT subscription, version, partition, count(*) AS parked, min(parked_at) AS oldest FROM @parked_events{parked_of}
-       GROUP BY subscription, version, partition) AS p USING (subscription, version, partition)";
+         AS next_recorded_at, p.parked, p.oldest_parked_at
+     FROM newest n CROSS JOIN LATERAL (
+       SELECT pg_catalog.count(*) AS parked, pg_catalog.min(p.parked_at) AS oldest_parked_at FROM @parked_events p
+       WHERE p.subscription = n.subscription AND p.version = n.version AND p.partition = n.partition) AS p";
 
 const HEAD_AND_CLOCK: &str =
     "SELECT {server_time}, coalesce((SELECT max(l.position) FROM @log_end l WHERE l.position >= 0), 0)";
@@ -194,11 +194,8 @@ impl SubscriptionSql {
             parked: sql(PARKED, &[T, N, N, N, N]),
             all: sql(&[ALL, NEWEST].concat(), &[]),
             of_one: sql(&[OF_ONE, NEWEST].concat(), &[T]),
-            backlogs: sql(&[ALL, &BACKLOGS.replace("{parked_of}", "")].concat(), &[]),
-            backlogs_of_one: sql(
-                &[OF_ONE, &BACKLOGS.replace("{parked_of}", " WHERE subscription = $1")].concat(),
-                &[T],
-            ),
+            backlogs: sql(&[ALL, BACKLOGS].concat(), &[]),
+            backlogs_of_one: sql(&[OF_ONE, BACKLOGS].concat(), &[T]),
             now: sql("SELECT {server_time}", &[]),
             hold_all: sql(&HOLD_ALL.replace("{skip}", ""), &[T]),
             hold_all_if_free: sql(&HOLD_ALL.replace("{skip}", " SKIP LOCKED"), &[T]),
