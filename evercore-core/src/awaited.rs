@@ -1,4 +1,4 @@
-//! Who waits until a subscription has come how far.
+//! Callers that wait until a subscription has reached a position.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use crate::race::{Signal, lock};
 pub(crate) struct Waits(Mutex<HashMap<SubscriptionName, Weak<Awaited>>>);
 
 impl Waits {
-    /// Who waits for this subscription.
+    /// The callers that wait for this subscription.
     pub(crate) fn of(&self, name: &SubscriptionName) -> Arc<Awaited> {
         let mut known = lock(&self.0);
         if let Some(awaited) = known.get(name).and_then(Weak::upgrade) {

@@ -17,7 +17,7 @@ const MAX_TYPE_ID: u32 = 1 << 24;
 pub struct NameCache(RwLock<Arc<NameTable>>);
 
 impl NameCache {
-    /// A cache that begins with this table. A transaction takes one of its own, since it may find names that are not
+    /// A cache that begins with this table. A transaction begins a separate one, since it may find names that are not
     /// committed yet.
     pub fn new(table: Arc<NameTable>) -> Self {
         Self(RwLock::new(table))

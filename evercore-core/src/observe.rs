@@ -263,7 +263,7 @@ pub(crate) fn waits(cursor: &CursorId, event: Option<&Event>, probes: u32) {
     }
 }
 
-/// What a handler needs is there again.
+/// The dependency of a handler is back.
 pub(crate) fn works_again(cursor: &CursorId) {
     say!(
         info,

@@ -107,7 +107,7 @@ impl Drop for Listening<'_> {
     }
 }
 
-/// The wakers of several tasks that drive one future. Its waker wakes all of them, so that whoever is polled goes on.
+/// The wakers of several tasks that drive one future. Its waker wakes all of them, so that any task that is polled goes on.
 #[derive(Debug, Default)]
 pub(crate) struct Wakers(Mutex<Waiting>);
 

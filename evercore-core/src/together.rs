@@ -29,7 +29,7 @@ struct State<Q, A> {
     waiting: Vec<(u64, Q)>,
     /// Whether one of them does not want to wait for more.
     is_urgent: bool,
-    /// Who asked the call that is under way.
+    /// The callers of the call that is under way.
     asked: Vec<u64>,
     call: Slot<A>,
     answers: HashMap<u64, Result<A>>,

@@ -91,7 +91,7 @@ pub struct Subject {
 pub struct ChangeOutcome {
     /// Only the cursors that change, in order of their ids.
     pub writes: Vec<(CursorId, StepOutcome)>,
-    /// What the caller of the change is told.
+    /// The answer to the caller of the change.
     pub changed: Changed,
 }
 
@@ -424,7 +424,7 @@ impl<'a> Change<'a> {
     }
 }
 
-/// What a version of a subscription is at the moment.
+/// The present state of a version of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum VersionState {
@@ -452,7 +452,7 @@ pub(crate) enum Obstacle {
 }
 
 impl Cursor {
-    /// What the version of this cursor is at the moment.
+    /// The present state of this cursor's version.
     pub fn version_state(&self) -> VersionState {
         match (self.status, self.live_from) {
             (CursorStatus::Retired, _) => VersionState::Retired,

@@ -122,7 +122,7 @@ impl Failed {
         Self::new(FailureAction::DependencyDown, error)
     }
 
-    /// What the handler asks for.
+    /// The handler's request.
     pub const fn action(&self) -> FailureAction {
         self.action
     }
@@ -183,7 +183,7 @@ pub struct FailedEvent<'a> {
 }
 
 impl FailedEvent<'_> {
-    /// What happens without the function: what the handler asked for with [`Failed`], or what the policy says.
+    /// The decision without the function: the handler's request with [`Failed`], or the policy.
     pub fn usual(&self) -> FailureAction {
         match Failed::within(self.error) {
             Some(failed) => failed.action,
@@ -206,10 +206,10 @@ impl fmt::Debug for Decide {
 }
 
 /// The fewest leases that are lost at an event before the policy acts on it without another try. A process may also have
-/// ended for a reason of its own.
+/// ended for another reason.
 const LOST_LEASES: u32 = 3;
 
-/// Whether so many leases were lost at the next event that it is not tried any more.
+/// Whether too many leases were lost at the next event to try it again.
 pub(crate) fn is_lost_too_often(lost_leases: u32, policy: &FailurePolicy) -> bool {
     lost_leases >= policy.attempts.max(LOST_LEASES)
 }

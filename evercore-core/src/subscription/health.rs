@@ -40,11 +40,11 @@ pub struct SubscriptionHealth {
 pub struct Problem {
     /// The cursor.
     pub cursor: CursorId,
-    /// What is wrong.
+    /// The problem.
     pub trouble: Trouble,
 }
 
-/// What is wrong with a cursor.
+/// A problem of a cursor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Trouble {
@@ -144,7 +144,7 @@ impl EventStore {
 }
 
 impl Health {
-    /// What is wrong with live versions: cursors that are paused, failing, past the end of the log, or further behind than
+    /// The problems of live versions: cursors that are paused, failing, past the end of the log, or further behind than
     /// this. A version that is being built, one that is retired, and parked events are no problem; look for them in the
     /// fields.
     ///

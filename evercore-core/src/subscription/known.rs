@@ -12,7 +12,7 @@ use crate::future::BoxFuture;
 use crate::name::{EventType, SubscriptionName};
 
 impl Settings {
-    /// The events to read. Unknown types are among them if they are to be noticed.
+    /// The events to read. They include unknown types if those must be noticed.
     pub(crate) fn read_filter(&self) -> Filter {
         if self.known_types.is_some() {
             self.filter.clone().without_event_types()
@@ -46,7 +46,7 @@ impl Settings {
 }
 
 impl Subscription {
-    /// The sink, which fails at unknown types if they are to be noticed.
+    /// The sink, which fails at unknown types if those must be noticed.
     pub(crate) fn strict(&self, sink: impl Sink + 'static) -> Arc<dyn Sink> {
         let sink = Arc::new(sink);
         if self.settings.known_types.is_none() {

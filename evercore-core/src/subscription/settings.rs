@@ -116,6 +116,13 @@ pub(crate) struct Settings {
     pub(crate) label: Option<Arc<str>>,
 }
 
+impl Settings {
+    /// The partition of this event.
+    pub(crate) fn partition_of(&self, event: &Event) -> u32 {
+        PartitionKey::partition_of(self.partition_key.as_ref(), event, self.partitions)
+    }
+}
+
 impl EventStore {
     /// A durable subscription of this name. Nothing is written before it is run or claimed.
     ///

@@ -202,7 +202,7 @@ impl Tail {
         Some(TailPage { page: part, read })
     }
 
-    /// After a loss of the tail, what others have read is not to be believed either.
+    /// After a loss of the tail, pages that others have read are wrong too.
     fn failed(&mut self, error: Error) -> Error {
         if matches!(error.kind(), ErrorKind::TailLost { .. }) {
             self.alone = None;

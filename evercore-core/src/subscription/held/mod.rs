@@ -45,7 +45,7 @@ pub(crate) struct Held {
     moved_at: Option<Instant>,
     /// Whether an event passed the filter since the last move, so that the cursor moves soon.
     moves_soon: bool,
-    /// Who waits for this subscription, and how many had come at the last look.
+    /// The callers that wait for this subscription, and their count at the last look.
     awaited: Arc<Awaited>,
     waits_seen: u64,
     began_at: Position,

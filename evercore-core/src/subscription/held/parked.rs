@@ -120,12 +120,12 @@ impl Held {
         Ok(Some((parked, delivery, changes)))
     }
 
-    /// Whether no more events are to be parked.
+    /// Whether no more events may be parked.
     pub(crate) fn parked_are_too_many(&self) -> bool {
         self.parked_count >= self.subscription.settings.most_parked
     }
 
-    /// This time, or less if parked events are to be tried again before.
+    /// This time, or less if parked events will be tried again earlier.
     pub(crate) fn until_parked_again(&self, time: Duration) -> Duration {
         match self.parked_again_at {
             Some(again) => time.min(again.saturating_duration_since(Instant::now())),
