@@ -77,7 +77,10 @@ impl PostgresEngine {
         let store = Arc::clone(self.store());
         let sql: UserSql = Box::new(sql);
         work.commit_by(|batch| async move {
-            in_task(async move { commit(&store, batch, sql).await }).await?.map_err(Error::resume_panic)
+            // On the heap, since the caller's future would have a copy of its 18 KB at each level of the calls.
+            let commit: BoxFuture<'static, Result<Receipt>> =
+                Box::pin(async move { commit(&store, batch, sql).await });
+            in_task(commit).await?.map_err(Error::resume_panic)
         })
         .await
     }
