@@ -474,6 +474,18 @@ impl LogQuery {
         }
     }
 
+    /// Whether an index gives the matching events and hardly any others, so that a page need not be
+    /// [bounded](Self::bounded). `types` is the number of event types that pass the filter; `None` if all do.
+    pub fn is_by_index(&self, types: Option<usize>) -> bool {
+        let filter = &self.filter;
+        let conditions = [filter.reference().is_some(), filter.correlation_id().is_some(), types.is_some()];
+        let is_one = conditions.into_iter().filter(|is_set| *is_set).count() <= 1;
+        // The events of an aggregate have a separate index, whatever else the filter asks.
+        filter.aggregate().is_some()
+            || types == Some(0)
+            || is_one && types.is_none_or(|types| types <= limits::INDEXED_TYPES)
+    }
+
     /// The part of this query that one page may search if it must look at events one by one: at most
     /// [`limits::PAGE_SCANNED`] positions of a log that ends at `head`.
     #[must_use]

@@ -340,16 +340,7 @@ impl Log {
         query: &LogQuery,
         passing: Option<&[i32]>,
     ) -> Result<LogQuery> {
-        let filter = &query.filter;
-        let conditions = [
-            filter.aggregate().is_some(),
-            filter.reference().is_some(),
-            filter.correlation_id().is_some(),
-            passing.is_some(),
-        ];
-        let are_few = passing.is_none_or(|types| types.len() <= limits::INDEXED_TYPES);
-        let is_nothing = passing.is_some_and(<[i32]>::is_empty);
-        if is_nothing || are_few && conditions.into_iter().filter(|is_set| *is_set).count() <= 1 {
+        if query.is_by_index(passing.map(<[i32]>::len)) {
             return Ok(query.clone());
         }
         // Forward, the bound does not depend on the head.

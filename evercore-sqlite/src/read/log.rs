@@ -71,24 +71,11 @@ pub(crate) fn read(connection: &Connection, names: &Names, query: &LogQuery) -> 
         true => names.complete(connection)?.passing(&query.filter),
         false => None,
     };
-    let query = &if is_by_index(query, passing.as_deref()) { query.clone() } else { query.bounded(head) };
+    let query =
+        &if query.is_by_index(passing.as_ref().map(Vec::len)) { query.clone() } else { query.bounded(head) };
     let page = matching(connection, names, query, (query.range(head)?, passing.as_deref()))?;
     let is_full = page.is_full();
     Ok(LogPage::new(query, page.finish(), is_full, head))
-}
-
-/// Whether an index gives the matching events and no others.
-fn is_by_index(query: &LogQuery, passing: Option<&[u32]>) -> bool {
-    let filter = &query.filter;
-    let conditions = [
-        filter.aggregate().is_some(),
-        filter.reference().is_some(),
-        filter.correlation_id().is_some(),
-        passing.is_some(),
-    ];
-    let are_few = passing.is_none_or(|types| types.len() <= limits::INDEXED_TYPES);
-    let is_nothing = passing.is_some_and(<[u32]>::is_empty);
-    is_nothing || are_few && conditions.into_iter().filter(|is_set| *is_set).count() <= 1
 }
 
 fn matching<'a>(
