@@ -166,11 +166,19 @@ impl<Q, A, H: Ask<Q, A>> Future for Asking<'_, Q, A, H> {
 impl<Q, A, H> Drop for Asking<'_, Q, A, H> {
     fn drop(&mut self) {
         self.together.wakers.remove(self.number);
+        // Dropped after the lock is released.
+        let _unwanted;
         let mut state = lock(&self.together.state);
         state.waiting.retain(|(number, _)| *number != self.number);
         state.answers.remove(&self.number);
         if let Some(asked) = state.asked.iter_mut().find(|number| **number == self.number) {
             *asked = NOBODY;
+        }
+        // A call that nobody waits for would keep its connection until somebody asks again.
+        let is_wanted = !state.waiting.is_empty() || state.asked.iter().any(|number| *number != NOBODY);
+        if !is_wanted && matches!(state.call, Slot::Here(_)) {
+            state.asked.clear();
+            _unwanted = std::mem::replace(&mut state.call, Slot::Empty);
         }
     }
 }

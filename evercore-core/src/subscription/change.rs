@@ -147,9 +147,13 @@ impl SubscriptionChange {
     }
 
     /// Whether this waits for transactions that hold one of the cursors, such as handlers at work. A take-over does not:
-    /// it comes by itself and is tried again.
+    /// it comes by itself and is tried again. But if it asks the live version to stand still, it waits: with handlers at
+    /// work in several partitions there may be no moment at which none of the cursors is held.
     pub const fn waits(&self) -> bool {
-        !matches!(self, Self::TakeOver { .. })
+        match self {
+            Self::TakeOver { wait, .. } => !wait.is_zero(),
+            _ => true,
+        }
     }
 
     /// Applies this change to all cursors of a subscription.
@@ -374,10 +378,15 @@ impl<'a> Change<'a> {
 
     /// The newest retired version before the live one.
     fn version_before(&self, live: Option<u32>) -> Result<u32> {
-        let is_retired = |cursor: &&Cursor| cursor.status == CursorStatus::Retired;
+        // One that never was live has no position from which events are live, and neither has one that was demoted.
+        let is_retired =
+            |cursor: &&Cursor| cursor.status == CursorStatus::Retired && cursor.live_from.is_some();
         let retired = self.before.cursors.iter().filter(is_retired).map(|cursor| cursor.id.version);
         retired.filter(|version| live.is_none_or(|live| *version < live)).max().ok_or_else(|| {
-            let message = format!("subscription \"{}\" has no older version to roll back to", self.name);
+            let message = format!(
+                "subscription \"{}\" has no older version to roll back to; promote_version takes any",
+                self.name
+            );
             Error::invalid(message)
         })
     }

@@ -218,7 +218,7 @@ pub struct Parked {
     pub attempts: u32,
     /// The handler's last error, cut to [`limits::STORED_ERROR_BYTES`].
     pub error: String,
-    /// When it was parked, by the engine's clock.
+    /// When it was parked, by the clock of the process that parked it.
     pub parked_at: Timestamp,
     /// Whether an operator has asked for another try. The owner of the cursor makes it.
     pub is_due: bool,

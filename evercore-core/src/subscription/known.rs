@@ -1,6 +1,7 @@
 //! The event types that a subscription knows, and what happens at one that it does not know.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::delivery::{Delivery, Outcome, Sink};
 use super::settings::{Settings, Subscription};
@@ -79,5 +80,9 @@ impl Sink for Strict {
 
     fn holds_cursor(&self) -> bool {
         self.sink.holds_cursor()
+    }
+
+    fn time_limit(&self) -> Option<Duration> {
+        self.sink.time_limit()
     }
 }

@@ -302,7 +302,7 @@ impl EventStore {
     /// its end, and its events are live for the promoted version too, unless a projection of an engine handles them.
     ///
     /// Events that the version before has handled are [replay](super::Delivery::is_replay) for the promoted one, so no event
-    /// is live twice and none is left out. Events that the other version has parked stay listed with it:
+    /// is live twice and none is left out, if both have the same number of partitions. Events that the other version has parked stay listed with it:
     /// [`Promotion::left_parked`] counts them.
     ///
     /// # Errors

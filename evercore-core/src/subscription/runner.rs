@@ -134,6 +134,7 @@ impl Runner<'_> {
     /// otherwise.
     async fn advance(&mut self, advance: Advance) -> Result<()> {
         let engine = Arc::clone(self.held.subscription.store.engine());
+        let (began, grace) = (Instant::now(), self.held.subscription.settings.grace);
         let mut failures = 0;
         loop {
             let error = match self.held.advance(advance.clone()).await {
@@ -142,11 +143,11 @@ impl Runner<'_> {
             };
             failures += 1;
             observe::store_failed(&self.held.context.id, &error, failures);
-            if self.stop.is_set() || self.held.check_time().is_err() {
+            let is_over = self.stop.is_set() && began.elapsed() >= grace;
+            if is_over || self.held.check_time().is_err() {
                 return Err(error);
             }
-            let pause = backoff(failures, ADVANCE_AGAIN.0, ADVANCE_AGAIN.1);
-            race(engine.pause(pause), self.stop.set()).await;
+            engine.pause(backoff(failures, ADVANCE_AGAIN.0, ADVANCE_AGAIN.1)).await;
         }
     }
 
@@ -225,7 +226,7 @@ impl Runner<'_> {
         let failed = FailedEvent {
             error: &**error,
             event,
-            attempt: delivery.attempt(),
+            attempt: attempt_at(delivery, index),
             is_replay: delivery.is_replay(),
             cursor: delivery.cursor(),
             policy: settings.failure,
@@ -242,6 +243,9 @@ impl Runner<'_> {
         error: &BoxError,
     ) -> Result<()> {
         let Some(event) = delivery.events().get(index) else { return Ok(()) };
+        // Lost leases are stored apart. They count for the first event of a delivery.
+        let lost = if index == 0 { self.held.cursor.lost_leases } else { 0 };
+        let tries = tries.saturating_sub(lost);
         let failure = Failure { position: event.position(), attempts: tries, error: stored_error(&**error) };
         self.held.note_failed(failure.position, tries);
         self.held.report(failure).await
@@ -297,7 +301,7 @@ impl Runner<'_> {
         self.move_past(delivery, handled).await?;
         observe::retried(delivery.cursor(), delivery, pause);
         if is_known {
-            self.note_try(delivery, handled, delivery.attempt(), &error).await?;
+            self.note_try(delivery, handled, attempt_at(delivery, handled), &error).await?;
         }
         if self.pause(pause).await? {
             let tried = if is_known { 1 } else { delivery.events().len() };
@@ -310,6 +314,13 @@ impl Runner<'_> {
 
     /// `None`: the shutdown came, and the handler did not end in time.
     async fn deliver(&mut self, delivery: &Delivery, advance: &Advance) -> Result<Option<Outcome>> {
+        if self.sink.holds_cursor()
+            && let Some(limit) = self.sink.time_limit()
+            && self.held.ends_within(limit)
+        {
+            // Nobody renews the lease while the sink holds the cursor.
+            self.held.refresh().await?;
+        }
         let began = Instant::now();
         let (stop, settings) = (self.stop, &self.held.subscription.settings);
         let (store, grace) = (self.held.subscription.store.clone(), settings.grace);
@@ -387,9 +398,7 @@ impl Runner<'_> {
     /// An event at which lease after lease was lost. It is not tried any more, as it would cost this lease too.
     async fn give_up_unseen(&mut self, delivery: &Delivery) -> Result<()> {
         let lost = self.held.cursor.lost_leases;
-        let error = format!(
-            "the lease was lost {lost} times at this event: its handler blocks its thread, or ends the process"
-        );
+        let error = lost_at_it(lost);
         let action = match self.held.subscription.settings.failure.action {
             FailureAction::RetryAfter(_) | FailureAction::DependencyDown => FailureAction::Rest,
             action => action,
@@ -464,6 +473,13 @@ impl Runner<'_> {
             if delivery.events().is_empty() {
                 return self.change_parked(&parked, delivery.end(), changes).await.map(drop);
             }
+            let (lost, policy) = (self.held.cursor.lost_leases, self.held.subscription.settings.failure);
+            if is_lost_too_often(lost, &policy) {
+                let error = lost_at_it(lost);
+                let again = Parked { error, parked_at: Timestamp::now(), is_due: false, ..parked.clone() };
+                let (stays, changes) = (self.held.cursor.position, vec![ParkedChange::Keep(again)]);
+                return self.change_parked(&parked, stays, changes).await.map(drop);
+            }
             let asked_at = Instant::now();
             let Some(outcome) = self.deliver(&delivery, &advance).await? else { return Ok(()) };
             match outcome {
@@ -486,6 +502,16 @@ impl Runner<'_> {
                 }
                 Outcome::Refused(error) => return self.refused(error).await,
                 Outcome::Failed { .. } | Outcome::Hindered { .. } if delivery.is_stopping() => {}
+                // The read model is locked: no try counts, and the event stays due. One that is too slow by itself does
+                // count, since it would hold up all others without end.
+                Outcome::Hindered { is_too_slow: false, .. } => {
+                    self.retry_parked_later(&delivery);
+                }
+                Outcome::Failed { error, .. }
+                    if self.action(&delivery, 0, &error) == FailureAction::DependencyDown =>
+                {
+                    self.retry_parked_later(&delivery);
+                }
                 Outcome::Failed { error, .. } | Outcome::Hindered { error, .. } => {
                     observe::retried(delivery.cursor(), &delivery, Duration::ZERO);
                     let again = Parked {
@@ -501,6 +527,13 @@ impl Runner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Tries a parked event after a pause. Others go on meanwhile. Nothing was written, so the event is due still.
+    fn retry_parked_later(&mut self, delivery: &Delivery) {
+        self.probes = self.probes.saturating_add(1);
+        observe::waits(delivery.cursor(), delivery.events().first(), self.probes);
+        self.held.look_at_parked_after(self.held.subscription.settings.failure.pause(self.probes));
     }
 
     /// Writes the result of a parked event. False, and nothing is written, if an operator has changed parked events meanwhile.
@@ -522,6 +555,17 @@ impl Runner<'_> {
             }
         }
     }
+}
+
+fn lost_at_it(lost: u32) -> String {
+    format!(
+        "the lease was lost {lost} times at this event: its handler blocks its thread, or ends the process"
+    )
+}
+
+/// The number of this try of an event. The attempt of a delivery is that of its first event.
+fn attempt_at(delivery: &Delivery, index: usize) -> u32 {
+    if index == 0 { delivery.attempt() } else { 1 }
 }
 
 /// Calls the sink. A panic becomes a failure.

@@ -223,7 +223,8 @@ impl Subscription {
     }
 
     /// How long a lease lasts without a renewal, from 10 ms to a day. The default is 30 s. It is renewed after a third of
-    /// that time, also while a handler works. If the owner dies, others wait up to this long.
+    /// that time, also while a handler works. If the owner dies, others wait up to this long. While an engine's projection
+    /// writes, its lease is not renewed: use a lease that is longer than the engine's `sql_timeout`.
     #[must_use]
     pub fn with_lease(mut self, time: Duration) -> Self {
         self.settings.lease = time.clamp(Duration::from_millis(10), Duration::from_secs(86_400));
@@ -245,7 +246,8 @@ impl Subscription {
         self
     }
 
-    /// A function that decides about each failure, by the error, the event and the attempt. It is asked after each failed try.
+    /// A function that decides about each failure, by the error, the event and the attempt. It is asked after each failed try,
+    /// but not after another failed try of a parked event, which stays parked.
     /// [`FailedEvent::usual`] is what happens without it. Pauses of [`on_failure`](Self::on_failure) apply where the answer
     /// has none.
     ///
@@ -415,6 +417,15 @@ impl Subscription {
 
     pub(crate) fn cursor_id(&self, partition: u32) -> CursorId {
         CursorId { subscription: self.name.clone(), version: self.settings.version, partition }
+    }
+
+    /// The error for cursors with another number of partitions than this.
+    pub(crate) fn other_partitions(&self, others: u32) -> Error {
+        let (version, own) = (self.settings.version, self.settings.partitions);
+        Error::invalid(format!(
+            "version {version} of subscription \"{}\" has {others} partitions, not {own}",
+            self.name
+        ))
     }
 
     /// A new owner at each call.

@@ -100,7 +100,7 @@ pub enum Step {
         /// The event.
         position: Position,
     },
-    /// Ends the cursor for good, with the lease of its owner, because a newer version has taken over.
+    /// Ends the lease of the cursor's owner, because another version is live. A promotion brings the cursor back.
     Retire,
     /// Marks parked events to be tried again.
     #[non_exhaustive]
@@ -356,10 +356,12 @@ impl Step {
             }
             Self::ResumeParked { position } => {
                 cursor.parked_changes += 1;
+                cursor.lost_leases = 0;
                 parked.push(ParkedChange::Due(*position));
             }
             Self::DropParked { position } => {
                 cursor.parked_changes += 1;
+                cursor.lost_leases = 0;
                 parked.push(position.map_or(ParkedChange::RemoveAll, ParkedChange::Remove));
             }
             Self::Remove => return Ok(StepOutcome::removed()),
@@ -552,6 +554,7 @@ impl Cursor {
         self.take_lease();
         self.position = position;
         self.failure = None;
+        self.lost_leases = 0;
         Ok(())
     }
 

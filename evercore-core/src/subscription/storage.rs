@@ -35,7 +35,7 @@ pub trait SubscriptionStorage {
     /// * the cursors are held in order of their ids, so two changes do not wait for each other;
     /// * a change [waits](SubscriptionChange::waits) for a handler that works on one of the cursors in a transaction, as
     ///   a step does, at most as long as the engine waits for a lock: then it is `Unavailable`, and nothing was written;
-    /// * a take-over does not wait for such a handler: it is [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the
+    /// * a take-over that asks nobody to stand still does not wait for such a handler: it is [`AlreadyOwned`](crate::ErrorKind::AlreadyOwned), unless the
     ///   engine has one writer for all, so that every call waits;
     /// * otherwise the promises of [`step`](Self::step) hold: the engine's clock, durability, `OutcomeUnknown`.
     fn change<'a>(

@@ -159,7 +159,7 @@ struct CursorOwners {
     asked: usize,
     is_there: bool,
     is_retired: bool,
-    has_newer: bool,
+    has_others: bool,
     /// A cursor cannot be claimed yet, because its handler has failed.
     rests: bool,
     /// A cursor cannot be claimed yet, because another owner asks for it, such as a newer version that takes over.
@@ -390,7 +390,8 @@ async fn claim_one(
         // It goes on if an operator promotes it again.
         return Ok(Claimed::None(None));
     }
-    if !owners.is_there && (owners.is_retired || owners.has_newer) {
+    // Only this version was removed.
+    if !owners.is_there && (owners.is_retired || owners.has_others) {
         return Ok(Claimed::Superseded);
     }
     if !owners.is_there {
@@ -454,12 +455,16 @@ impl CursorOwners {
             asked: 0,
             is_there: false,
             is_retired: false,
-            has_newer: found.cursors.iter().any(|it| it.id.version > subscription.settings.version),
+            has_others: found.cursors.iter().any(|it| it.id.version != subscription.settings.version),
             rests: false,
             stands_still: false,
         };
         for cursor in found.cursors.iter().filter(own) {
             let partition = cursor.id.partition;
+            // It was removed and made again since this run began.
+            if cursor.partitions != subscription.settings.partitions {
+                return Err(subscription.other_partitions(cursor.partitions));
+            }
             if cursor.status == CursorStatus::Retired {
                 owners.is_retired = true;
                 continue;

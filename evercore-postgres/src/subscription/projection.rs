@@ -165,6 +165,10 @@ async fn deliver_once(store: &Store, handle: &Handle, delivery: &Delivery, step:
 /// An error counts as the handler's failure only if the handler caused it.
 fn failed_or_refused(error: PostgresError) -> Result<Outcome> {
     match error {
+        // At the COMMIT, for instance by a deferred constraint that waits for another session.
+        PostgresError::Core(error) if matches!(error.kind(), ErrorKind::Rejected) && was_hindered(&error) => {
+            Ok(Outcome::Hindered { error: error.into(), is_too_slow: false })
+        }
         PostgresError::Core(error) if matches!(error.kind(), ErrorKind::Rejected | ErrorKind::Invalid) => {
             Ok(failed(error))
         }

@@ -156,10 +156,9 @@ pub(crate) fn cursors(connection: &Connection, of: Option<&SubscriptionName>) ->
     Ok(cursors)
 }
 
-/// The cursors with their backlogs, as of one moment. The statements do not leave the process, so one for each cursor
+/// The cursors with their backlogs. The statements do not leave the process, so one for each cursor
 /// costs little.
 pub(crate) fn backlogs(connection: &Connection, of: Option<&SubscriptionName>) -> Result<Backlogs> {
-    let head = LogEnd::read(connection)?.position;
     let mut parked = connection.prepare_cached(PARKED_COUNT)?;
     let mut next = connection.prepare_cached(NEXT_RECORDED_AT)?;
     let mut backlogs = Vec::new();
@@ -175,6 +174,8 @@ pub(crate) fn backlogs(connection: &Connection, of: Option<&SubscriptionName>) -
             cursor,
         });
     }
+    // Read last: it may not be before a cursor.
+    let head = LogEnd::read(connection)?.position;
     Ok(Backlogs { backlogs, head, now: Timestamp::now() })
 }
 

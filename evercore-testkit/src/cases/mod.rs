@@ -403,6 +403,7 @@ cases! {
         with_a_spawner_a_handler_that_blocks_keeps_its_lease,
         with_a_spawner_partitions_run_at_the_same_time,
         parked_events_are_tried_again_by_time,
+        events_that_wait_for_a_parked_one_outlast_a_cut_delivery,
         with_too_many_parked_events_the_partition_rests,
         a_filter_that_matches_rarely_still_moves_the_cursor,
         a_changed_filter_takes_effect_after_the_claim_and_whole,

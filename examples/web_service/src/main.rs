@@ -103,6 +103,8 @@ async fn project(subscription: Subscription, engine: &SqliteEngine, all_served: 
             Ok(RunEnd::ShutDown) => return,
             // Another process has a newer version and keeps its table up to date.
             Ok(_) => return shutdown().await,
+            // Somebody has removed the subscription. Another run would make it again, from the first event on.
+            Err(error) if *error.kind() == ErrorKind::NotFound => return shutdown().await,
             Err(error) => eprintln!("the read model stands still, it is tried again: {error}"),
         }
         tokio::select! {

@@ -123,8 +123,12 @@ impl Held {
         failed.saturating_add(lost)
     }
 
-    /// Returns the events after the first ones again, without reading them again.
+    /// Returns the events after the first ones again, without reading them again. If events of some aggregates wait for
+    /// a parked one, the log is read again: such events were passed over, and the cursor is before them now.
     pub(crate) fn return_rest(&mut self, delivery: &Delivery, handled: usize) {
+        if !self.held_back.is_empty() {
+            return self.put_back();
+        }
         for event in delivery.events().iter().skip(handled).rev() {
             self.pending.push_front(event.clone());
         }

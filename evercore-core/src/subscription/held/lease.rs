@@ -20,6 +20,11 @@ impl Held {
         self.renewed_at + (time - time / 10)
     }
 
+    /// Whether the lease may end within this time.
+    pub(crate) fn ends_within(&self, time: Duration) -> bool {
+        Instant::now() + time >= self.valid_until()
+    }
+
     pub(crate) fn check_time(&self) -> Result<()> {
         if Instant::now() < self.valid_until() {
             return Ok(());

@@ -96,6 +96,10 @@ impl Held {
         let claim = Step::claim(owner.clone(), subscription.settings.lease);
         let cursor = engine.step(&id, &claim).await?.ok_or_else(|| gone(subscription))?;
         let lease = Lease { owner: owner.clone(), epoch: cursor.epoch };
+        if cursor.partitions != subscription.settings.partitions {
+            engine.step(&id, &Step::release(lease)).await?;
+            return Err(subscription.other_partitions(cursor.partitions));
+        }
         let mut held = Self {
             tail: Tail::new(&subscription.store, LogQuery::after(cursor.position), None),
             context: Arc::new(Context { id, lease, is_stopping, gives_up: AtomicBool::new(false) }),
@@ -134,7 +138,13 @@ impl Held {
     }
 
     async fn step(&mut self, step: &Step) -> Result<()> {
-        let stepped = self.subscription.store.engine().step(&self.context.id, step).await?;
+        let stepped = self.subscription.store.engine().step(&self.context.id, step).await;
+        let stepped = stepped.inspect_err(|error| {
+            if matches!(error.kind(), ErrorKind::TailLost { .. }) {
+                // Pages that others share with this one may have lost events too.
+                self.subscription.store.shared_log().forget();
+            }
+        })?;
         let stepped = stepped.ok_or_else(|| gone(&self.subscription))?;
         // Under our lease nobody moves it back: it was lost, with the end of the log.
         if stepped.position < self.cursor.position {

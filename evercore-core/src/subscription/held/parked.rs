@@ -133,6 +133,12 @@ impl Held {
         }
     }
 
+    /// Reads the parked events again after this time, or earlier.
+    pub(crate) fn look_at_parked_after(&mut self, time: Duration) {
+        let time = Instant::now().checked_add(time);
+        self.parked_again_at = self.parked_again_at.into_iter().chain(time).min();
+    }
+
     /// Whether there are parked events to try again.
     pub(crate) fn has_due(&self) -> bool {
         !self.due.is_empty()
@@ -145,9 +151,9 @@ impl Held {
         for change in changes {
             if let ParkedChange::Keep(kept) = change {
                 self.parked_count += 1;
-                let again = self.subscription.settings.retry_parked;
-                let again = again.and_then(|again| Instant::now().checked_add(again));
-                self.parked_again_at = self.parked_again_at.into_iter().chain(again).min();
+                if let Some(again) = self.subscription.settings.retry_parked {
+                    self.look_at_parked_after(again);
+                }
                 holds_back |= kept.holds_back;
                 if kept.is_due {
                     self.due.push(kept.clone());

@@ -73,15 +73,19 @@ impl Approach {
 
     /// How long the live version is asked to stand still; zero if it is not asked now. If it was in vain, the live version
     /// goes on undisturbed for four times as long, and then for eight times, and so on.
-    fn ask(&mut self, is_near: bool, lease: Duration) -> Duration {
+    fn ask(&self, is_near: bool, lease: Duration) -> Duration {
         let now = Instant::now();
         if !is_near || self.short_rounds < ROUNDS || now < self.next_ask {
             return Duration::ZERO;
         }
         let wait = (self.last_round * 4).max(LOOK_AGAIN.1 / 4).min(lease);
-        self.next_ask = now + wait * 5 * (1 << self.asks.min(6));
-        self.asks += 1;
         wait
+    }
+
+    /// The live version was asked to stand still for this time.
+    fn has_asked(&mut self, wait: Duration) {
+        self.next_ask = Instant::now() + wait * 5 * (1 << self.asks.min(6));
+        self.asks += 1;
     }
 
     fn look_later(&mut self) {
@@ -141,7 +145,12 @@ impl Held {
             let change = SubscriptionChange::take_over(own.clone(), self.context.lease.clone(), wait);
             match store.engine().change(&own.subscription, &change).await {
                 Ok(changed) if self.was_taken_over(&changed.cursors) => return Ok(()),
-                Ok(changed) => self.warn(&changed.cursors, head),
+                Ok(changed) => {
+                    if !wait.is_zero() {
+                        self.approach.has_asked(wait);
+                    }
+                    self.warn(&changed.cursors, head);
+                }
                 // A handler works on one of the cursors, or the engine does not answer: it is tried again.
                 Err(error) if matches!(error.kind(), ErrorKind::AlreadyOwned) || is_passing(&error) => {}
                 Err(error) => return Err(error),

@@ -460,6 +460,39 @@ pub(crate) async fn parked_events_are_tried_again_by_time(fixture: &mut Fixture)
     assert!(store.parked("mails").await.unwrap().is_empty());
 }
 
+/// Position 1 is parked, 3 waits for it. A delivery of 2 and 4 is cut after 2, and then 1 succeeds.
+pub(crate) async fn events_that_wait_for_a_parked_one_outlast_a_cut_delivery(fixture: &mut Fixture) {
+    let (engine, store) = (fixture.engine(), fixture.store());
+    let (poison, other) = (grown(&engine, "user", 1).await, grown(&engine, "user", 1).await);
+    unit().append(poison, "user", 1, 1).commit(&engine).await.unwrap();
+    unit().append(other, "user", 1, 1).commit(&engine).await.unwrap();
+    let (seen, tries) = (Seen::default(), Arc::new(AtomicUsize::new(0)));
+    let (handler, handler_engine) = (seen.clone(), Arc::clone(&engine));
+    let of = subscription(&store, "mails")
+        .on_failure(no_pause(FailureAction::Park).with_attempts(1))
+        .with_lease(LONG)
+        .with_ack_every(1, LONG)
+        .retrying_parked(Duration::from_millis(40));
+    let run = of.run(until(&engine, || seen.len() >= 4), move |event| {
+        let (seen, tries, engine) = (handler.clone(), Arc::clone(&tries), Arc::clone(&handler_engine));
+        async move {
+            if event.position() == place(1) && tries.fetch_add(1, Ordering::SeqCst) == 0 {
+                return Err("not yet".into());
+            }
+            if event.position() == place(2) {
+                engine.pause(Duration::from_millis(60)).await;
+            }
+            seen.push(&event);
+            Ok(())
+        }
+    });
+    let run: Pin<Box<dyn Future<Output = evercore_core::Result<RunEnd>> + Send>> = Box::pin(run);
+    assert_eq!(run.await.unwrap(), RunEnd::ShutDown);
+    let mut numbers = seen.numbers();
+    numbers.sort_unstable();
+    assert_eq!(numbers, [1, 2, 3, 4]);
+}
+
 pub(crate) async fn with_too_many_parked_events_the_partition_rests(fixture: &mut Fixture) {
     let (engine, store) = (fixture.engine(), fixture.store());
     grown(&engine, "user", 10).await;
