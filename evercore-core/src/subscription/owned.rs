@@ -66,7 +66,10 @@ pub struct OwnedSubscription {
 }
 
 impl OwnedSubscription {
-    /// Waits for the next events and returns at least one. Each event comes once under this lease, acknowledged or not. After
+    /// Waits for the next events and returns at least one. A new version that is being built gets the events that the live
+    /// version has handled. It takes over, and gets later ones, only after all of them are acknowledged: acknowledge the last
+    /// delivery before you wait for another.
+    /// Each event comes once under this lease, acknowledged or not. After
     /// the next claim, all events that were not acknowledged come again. The future may be dropped: the next call returns
     /// the same events.
     ///

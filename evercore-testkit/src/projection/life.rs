@@ -22,6 +22,9 @@ use super::world::{World, either, until};
 /// More lives than this mean that the projection makes no progress.
 const LIVES: usize = 1_000;
 
+/// How long a process that asks for deliveries itself waits for the next one before it acknowledges the last.
+const UNACKNOWLEDGED: Duration = Duration::from_millis(50);
+
 /// How often a process that asks for deliveries itself repeats a failed one.
 const ATTEMPTS: usize = 10;
 
@@ -130,7 +133,19 @@ impl<P: ProjectionUnderTest> Life<P> {
             if self.world.state().must_stop || seen >= self.world.target().await {
                 break;
             }
-            let delivery = owned.next().await?;
+            let next = async { Some(owned.next().await) };
+            let too_late = async {
+                self.world.store.engine().pause(UNACKNOWLEDGED).await;
+                None
+            };
+            let Some(delivery) = either(next, too_late).await else {
+                // A version takes over only when all that it got is acknowledged, and gets no more before.
+                if let Some(delivery) = last.take() {
+                    owned.ack(&delivery).await?;
+                }
+                continue;
+            };
+            let delivery = delivery?;
             handle(process, owned, &delivery).await?;
             seen = delivery.end();
             if count.is_multiple_of(every) {

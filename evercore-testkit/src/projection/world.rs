@@ -281,15 +281,15 @@ fn shown(delivery: &Delivery) -> String {
 }
 
 /// Gives the result of the future that ends first.
-pub(crate) async fn either(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
+pub(crate) async fn either<T>(one: impl Future<Output = T>, other: impl Future<Output = T>) -> T {
     let (mut one, mut other) = (pin!(one), pin!(other));
     poll_fn(|context| {
-        if one.as_mut().poll(context).is_ready() {
-            return Poll::Ready(());
+        if let Poll::Ready(done) = one.as_mut().poll(context) {
+            return Poll::Ready(done);
         }
         other.as_mut().poll(context)
     })
-    .await;
+    .await
 }
 
 /// Waits until this is true. It is checked whenever the task is polled.
