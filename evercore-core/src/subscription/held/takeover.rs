@@ -78,8 +78,7 @@ impl Approach {
         if !is_near || self.short_rounds < ROUNDS || now < self.next_ask {
             return Duration::ZERO;
         }
-        let wait = (self.last_round * 4).max(LOOK_AGAIN.1 / 4).min(lease);
-        wait
+        (self.last_round * 4).max(LOOK_AGAIN.1 / 4).min(lease)
     }
 
     /// The live version was asked to stand still for this time.
