@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use evercore_core::engine::{Advance, Outcome, Sink};
 use evercore_core::{BoxFuture, CursorId, Delivery, Error, ErrorKind, Position, Start};
@@ -16,6 +17,9 @@ use crate::tools::poll_at_most;
 
 /// A crash happens at one of this many awaits.
 const POLLS: usize = 6;
+
+/// The lease of a process that goes on while another one stands still.
+const OTHER_LEASE: Duration = Duration::from_millis(200);
 
 pub(crate) struct Process<P> {
     pub(crate) world: Arc<World>,
@@ -129,7 +133,10 @@ impl<P: ProjectionUnderTest> Process<P> {
         };
         let is_enough = until(move || is_done.load(Ordering::Acquire));
         let shutdown = either(is_enough, world.caught_up(&self.id, 1));
-        if let Err(error) = world.subscription(&self.id, batch).run_sink(shutdown, other).await {
+        // It is dropped with this handler if the process learns meanwhile that it has lost its lease. Then nobody gives
+        // the other lease back, so that one is short.
+        let subscription = world.subscription(&self.id, batch).with_lease(OTHER_LEASE);
+        if let Err(error) = subscription.run_sink(shutdown, other).await {
             world.state().stopped = Some(format!("{error:?}"));
         }
     }
